@@ -1,0 +1,1 @@
+"""Run configurations; each file's get_config(size) builds on common.py."""

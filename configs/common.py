@@ -1,0 +1,50 @@
+"""What all configs share: the defaults of every field, and the sizes of the FOG paper (Table 6).
+
+A config file calls `make(size, ...)` and names only what differs. A size is the config's argument: `fp8_base.py:390m`.
+"""
+
+import os
+import pathlib
+
+import ml_collections
+
+from fp8jax import config as config_lib
+
+SIZES = {
+    "tiny": dict(layers=4, width=256, ffn_width=512, heads=2, kv_heads=1),
+    "390m": dict(layers=16, width=1024, ffn_width=4096, heads=8, kv_heads=4, vocab_size=131072),
+    "1p5b": dict(layers=16, width=2048, ffn_width=8192, heads=16, kv_heads=8, vocab_size=131072, tied_embeddings=False),
+    "8b": dict(layers=32, width=4096, ffn_width=14336, heads=32, kv_heads=8, vocab_size=131072, tied_embeddings=False),
+}
+# Sequences a step, learning rate, tokens of the run; context 4096. Warm-up takes 2.5B tokens.
+_PAPER = {"390m": (128, 1e-3, 50e9), "1p5b": (256, 2.5e-4, 125e9), "8b": (512, 3e-4, 125e9)}
+_CONTEXT = 4096
+
+
+def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_collections.ConfigDict:
+    """A run of one architecture at one size; no size: what the machine at hand can bear."""
+    size = size or default_size()
+    if size not in SIZES:
+        raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
+    config = config_lib.defaults()
+    config.model.update(architecture=architecture, **SIZES[size])
+    config.fp8.recipe = recipe
+    if size == "tiny":
+        config.optimizer.update(learning_rate=3e-3, warmup_steps=30)
+        config.training.update(steps=300, batch_size=16)
+        config.data.sequence_length = 256
+        return config
+    batch_size, rate, tokens = _PAPER[size]
+    per_step = batch_size * _CONTEXT
+    config.data.sequence_length = _CONTEXT
+    config.optimizer.update(learning_rate=rate, warmup_steps=round(2.5e9 / per_step))
+    config.training.update(steps=round(tokens / per_step), batch_size=batch_size, remat="save_fp8")
+    return config
+
+
+def default_size() -> str:
+    """`390m` where there is an accelerator, `tiny` where there is none; looks at device files, so that JAX is not started."""
+    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        return "tiny"
+    devices = ("nvidia0", "nvidiactl", "accel0", "vfio/0")
+    return "390m" if any(pathlib.Path("/dev", name).exists() for name in devices) else "tiny"

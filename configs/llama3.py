@@ -1,0 +1,10 @@
+"""Llama 3, a baseline."""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(size: str | None = None) -> ml_collections.ConfigDict:
+    """size: tiny, 390m, 1p5b or 8b."""
+    return common.make(size, architecture="llama3", recipe="fp8_dpa")

@@ -1,0 +1,41 @@
+"""The command line of train.py."""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from configs import common
+from fp8jax import config as config_lib
+from fp8jax.cli.flags import run
+from fp8jax.training import loop
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file and size, e.g. configs/fp8_base.py:tiny")
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default runs/CONFIG-SIZE")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs train.py; returns the exit code."""
+    flags.mark_flag_as_required("config")
+    return run(argv, lambda: _train(*_config_argument(argv)))
+
+
+def _train(name: str, size: str) -> int:
+    config = config_lib.from_dict(_CONFIG.value)
+    if not size:
+        size = common.default_size()
+        print(f"size     {size}, chosen for this machine; --config={name}:SIZE sets another", flush=True)
+    workdir = _WORKDIR.value or f"runs/{pathlib.Path(name).stem}-{size}"
+    print(f"workdir  {workdir}", flush=True)
+    return loop.train(config, workdir)
+
+
+def _config_argument(argv: Sequence[str]) -> tuple[str, str]:
+    """Config file and size, from --config=FILE:SIZE or --config FILE:SIZE; an empty size where none is given."""
+    words = [word.removeprefix("-").removeprefix("-") for word in argv]
+    value = next((word.removeprefix("config=") for word in words if word.startswith("config=")), None)
+    if value is None:
+        value = argv[words.index("config") + 1]
+    name, _, size = value.partition(":")
+    return name, size

@@ -1,0 +1,305 @@
+"""The typed, validated configuration: what can be set, to which values, and what each field means.
+
+A run is configured by an `ml_collections.ConfigDict` made by a file of `configs/`, changed on the command line with
+`--config.section.field=value`, and turned here, once, into frozen dataclasses that the rest of fp8jax reads:
+
+    config = fp8jax.config.from_dict(config_dict)     # raises ConfigError with one helpful line
+    config.model.width, config.fp8.recipe, ...
+
+The dataclasses below are the one place where fields, types, defaults and meanings are written. `defaults()` makes the
+ConfigDict that `configs/common.py` starts from, so a field is never declared twice.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from fp8jax.numerics import recipes
+
+ARCHITECTURES = ("fog_max", "fog_opt", "fog_flash", "op", "op_frozen_qk", "llama3", "llama3_smooth", "olmo2")
+ACTIVATIONS = ("xielu", "gelu", "swiglu", "smooth_swiglu", "relu2")
+QK_REGULARISERS = ("none", "rmsnorm", "rmsnorm_frozen", "rmsnorm_full", "tanh")
+BRANCH_OUTPUTS = ("none", "rmsnorm", "layerscale")
+REMAT_POLICIES = ("none", "full", "save_fp8")
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message is one line: field, value, what is allowed."""
+
+
+def _field(default: Any, doc: str, *, choices: tuple = (), at_least: float | None = None, below: float | None = None):
+    metadata = {"doc": doc, "choices": choices, "at_least": at_least, "below": below}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. Switches left at None take the value that `architecture` gives them (models/architectures.py)."""
+
+    architecture: str = _field("fog_max", "row of the architecture table that fills the switches", choices=ARCHITECTURES)
+    layers: int = _field(4, "number of blocks", at_least=1)
+    width: int = _field(256, "model width d", at_least=1)
+    ffn_width: int = _field(512, "width of a gated FFN; a two-layer FFN takes 1.5 times this", at_least=1)
+    heads: int = _field(2, "query heads", at_least=1)
+    kv_heads: int = _field(1, "key and value heads", at_least=1)
+    head_dim: int | None = _field(None, "features a head; None: width / heads", at_least=1)
+    vocab_size: int | None = _field(None, "rows of the embedding; None: the tokenizer's, up to a multiple of 128", at_least=1)
+    tied_embeddings: bool = _field(True, "the head is the embedding, transposed")
+    init_std: float = _field(0.02, "sigma0: standard deviation of every matrix at the start", at_least=0.0)
+    norm_eps: float = _field(1e-5, "epsilon of RMSNorm", at_least=0.0)
+    rope_theta: float = _field(500000.0, "base of the rotary frequencies", at_least=1.0)
+    dtype: str = _field("bfloat16", "dtype of activations between GEMMs", choices=("bfloat16", "float32"))
+    scan_layers: bool = _field(True, "compile one block and scan over layers; False unrolls, for debugging")
+    pre_norm: bool | None = _field(None, "RMSNorm before each branch")
+    qk_regulariser: str | None = _field(None, "what acts on queries and keys before RoPE", choices=QK_REGULARISERS)
+    activation: str | None = _field(None, "the FFN's nonlinearity; swiglu kinds are gated", choices=ACTIVATIONS)
+    branch_output: str | None = _field(None, "what acts on a branch before the residual addition", choices=BRANCH_OUTPUTS)
+    branch_gain_init: float | None = _field(None, "initial gain of branch_output", at_least=0.0)
+    input_scale: float | None = _field(None, "u: fixed factor on the embedding's output", at_least=0.0)
+    softmax_scale: float | None = _field(None, "s: factor on attention scores", at_least=0.0)
+    final_norm: bool | None = _field(None, "RMSNorm before the head")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Config:
+    """What is computed in FP8, and how scales are found."""
+
+    recipe: str = _field("fp8_dpa", "bf16: nothing, fp8: linear GEMMs, fp8_dpa: attention too", choices=recipes.RECIPES)
+    scaling: str = _field("delayed", "how scales are found", choices=recipes.SCALINGS)
+    history_length: int = _field(1024, "delayed: steps of amax kept", at_least=1, below=1025)
+    history_reduction: str = _field("max", "delayed: amax of the history", choices=("max", "most_recent"))
+    margin: int = _field(0, "scales are 2**margin times larger than needed: headroom against saturation", at_least=0)
+    power_of_two: bool = _field(True, "round scales up to powers of two: exact on every device")
+    gradient_format: str = _field("e5m2", "format of output gradients (HYBRID: e5m2)", choices=("e4m3", "e5m2"))
+    head: bool = _field(False, "the language-model head in FP8 as well; needs untied embeddings")
+    backend: str = _field("auto", "native: FP8 GEMMs; emulated: exact FP8 values in BF16 GEMMs; auto: what the device has",
+                          choices=("auto", "native", "emulated"))
+    attention_backend: str = _field("auto", "implementation of FP8 attention", choices=("auto", "emulated", "composed"))
+    overrides: str = _field("", "role=scaling pairs, e.g. 'mlp_down=bf16,qkv@0-3=current' (layers 0 to 3)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    sequence_length: int = _field(256, "tokens a sequence", at_least=1)
+    source: str = _field("embedded", "'embedded': the novels shipped with fp8jax; else a directory of prepared token shards")
+    tokenizer: str = _field("byte", "'byte' or the path of a tokenizer.json")
+    document_masks: bool = _field(False, "packed documents do not attend to each other")
+    read_threads: int = _field(1, "background reading threads; 0 reads in the loop", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the warm-up, stable, decay schedule (FOG paper, Table 6)."""
+
+    learning_rate: float = _field(1e-3, "peak learning rate", at_least=0.0)
+    final_learning_rate: float = _field(1e-8, "learning rate at the last step", at_least=0.0)
+    warmup_steps: int = _field(100, "steps of linear warm-up", at_least=0)
+    decay_fraction: float = _field(0.2, "last part of the steps, falling as 1 - sqrt(progress)", at_least=0.0, below=1.0001)
+    b1: float = _field(0.9, "decay of the first moment", at_least=0.0, below=1.0)
+    b2: float = _field(0.95, "decay of the second moment", at_least=0.0, below=1.0)
+    eps: float = _field(1e-8, "added to the root of the second moment", at_least=0.0)
+    weight_decay: float = _field(0.1, "decoupled weight decay of matrices; norms and scalars have none", at_least=0.0)
+    clip_norm: float = _field(1.0, "global norm to which gradients are clipped; 0: no clipping", at_least=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Length and shape of the run."""
+
+    steps: int = _field(600, "optimizer steps", at_least=1)
+    batch_size: int = _field(16, "sequences a step, over all devices and microbatches", at_least=1)
+    microbatches: int = _field(1, "parts into which a step's batch is split, one after another", at_least=1)
+    seed: int = _field(0, "seed of initial weights and of the data order", at_least=0)
+    remat: str = _field("none", "what the backward pass recomputes: nothing, each block, or all but FP8 tensors", choices=REMAT_POLICIES)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; at most one -1 takes what is left."""
+
+    data: int = _field(1, "data parallelism", at_least=-1)
+    fsdp: int = _field(-1, "data parallelism with sharded parameters", at_least=-1)
+    tensor: int = _field(1, "heads, FFN and vocabulary split", at_least=-1)
+    sequence: int = _field(1, "sequence split between blocks", at_least=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving."""
+
+    every: int = _field(1000, "steps between checkpoints; one is always saved at the end and on a stop; 0: only those", at_least=0)
+    keep: int = _field(2, "newest checkpoints kept", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out loss during training and in eval.py."""
+
+    every: int = _field(200, "steps between evaluations; 0: only at the end", at_least=0)
+    batches: int = _field(0, "held-out batches of training.batch_size an evaluation reads; 0: the whole split", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+    """Outlier statistics."""
+
+    every: int = _field(50, "steps between outlier statistics; 0: never", at_least=0)
+    kurtosis: str = _field("per_token", "over one token's features, or pooled over a sequence", choices=("per_token", "pooled"))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Logged steps."""
+
+    every: int = _field(10, "steps between lines of metrics.jsonl and of the progress display", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A JAX profiler window, written to the workdir."""
+
+    start: int = _field(0, "first step to trace", at_least=0)
+    steps: int = _field(0, "how many steps to trace; 0: none", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    fp8: Fp8Config = Fp8Config()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Every field at its default; fields that may be None are typed placeholders, so overrides are type-checked."""
+    out = ml_collections.ConfigDict()
+    for section in dataclasses.fields(Config):
+        values = ml_collections.ConfigDict()
+        for field in dataclasses.fields(section.type):
+            kind, optional = _kind(field.type)
+            values[field.name] = config_dict.placeholder(kind) if optional and field.default is None else field.default
+        out[section.name] = values
+    return out
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Plain nested dictionary, for config.json."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+    """Frozen, validated configuration.
+
+    Args:
+        values: nested mapping of section → field → value. Missing fields take their defaults.
+
+    Raises:
+        ConfigError: an unknown section or field, an ill-typed or forbidden value, an impossible combination.
+    """
+    values = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values
+    sections = {field.name: field.type for field in dataclasses.fields(Config)}
+    built = {}
+    for name, fields in values.items():
+        if name not in sections:
+            raise ConfigError(f"config.{name}: unknown section{_nearest(name, sections)}")
+        if not isinstance(fields, dict):
+            raise ConfigError(f"config.{name}: {fields!r} is not a section of fields")
+        built[name] = _build_section(name, sections[name], fields)
+    config = Config(**built)
+    check(config)
+    return config
+
+
+def _build_section(section: str, kind: Any, values: dict[str, Any]) -> Any:
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    checked = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"config.{section}.{name}: unknown field{_nearest(name, known)}")
+        checked[name] = _check_value(f"config.{section}.{name}", known[name], value)
+    return kind(**checked)
+
+
+def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
+    kind, optional = _kind(field.type)
+    if value is None and optional:
+        return None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{path}: {value!r} is not {kind.__name__}{' or None' if optional else ''}: {field.metadata['doc']}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{path}: {value!r} is not a finite number")
+    choices, least, below = (field.metadata[key] for key in ("choices", "at_least", "below"))
+    if choices and value not in choices:
+        raise ConfigError(f"{path}: {value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}")
+    if least is not None and value < least:
+        raise ConfigError(f"{path}: {value!r} is below {least}: {field.metadata['doc']}")
+    if below is not None and value >= below:
+        raise ConfigError(f"{path}: {value!r} is not below {below}: {field.metadata['doc']}")
+    return value
+
+
+def _kind(annotation: Any) -> tuple[type, bool]:
+    """The plain type of an annotation, and whether None is allowed too."""
+    if isinstance(annotation, types.UnionType):
+        kinds = [a for a in typing.get_args(annotation) if a is not type(None)]
+        return kinds[0], True
+    return annotation, False
+
+
+def _nearest(name: str, known: Any) -> str:
+    """'; did you mean X?' or the list of what is known."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError on combinations of fields that cannot run together, whatever the devices."""
+    model, fp8, training = config.model, config.fp8, config.training
+    if model.heads % model.kv_heads:
+        raise ConfigError(f"config.model.kv_heads: {model.kv_heads} does not divide model.heads={model.heads}")
+    if model.head_dim is None and model.width % model.heads:
+        raise ConfigError(f"config.model.heads: {model.heads} does not divide model.width={model.width}; "
+                          "or set model.head_dim")
+    if head_dim(model) % 2:
+        raise ConfigError(f"config.model.head_dim: {head_dim(model)} is odd; RoPE rotates pairs")
+    if fp8.head and model.tied_embeddings:
+        raise ConfigError("config.fp8.head: True needs config.model.tied_embeddings=False: an FP8 head cannot share the embedding")
+    if training.batch_size % training.microbatches:
+        raise ConfigError(f"config.training.microbatches: {training.microbatches} does not divide "
+                          f"training.batch_size={training.batch_size}")
+    if sum(getattr(config.mesh, axis) == -1 for axis in MESH_AXES) > 1:
+        raise ConfigError("config.mesh: only one axis may be -1 (take what is left)")
+    for axis in MESH_AXES:
+        if getattr(config.mesh, axis) == 0:
+            raise ConfigError(f"config.mesh.{axis}: 0 devices; allowed: 1 or more, or -1 to take what is left")
+    if config.optimizer.warmup_steps > training.steps:
+        raise ConfigError(f"config.optimizer.warmup_steps: {config.optimizer.warmup_steps} exceeds training.steps={training.steps}")
+    try:
+        recipes.parse_overrides(fp8.overrides, layers=model.layers)
+    except ValueError as error:
+        raise ConfigError(f"config.fp8.overrides: {error}") from None
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Features a head."""
+    return model.head_dim or model.width // model.heads

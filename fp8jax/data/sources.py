@@ -1,0 +1,107 @@
+"""Where tokens come from: the embedded novels, or a directory of prepared token shards.
+
+    stream = load(config.data, "train")         # or "held_out"
+    len(stream), stream.read(0, 100)            # tokens; int32 [100]
+
+A split is one stream of tokens in which every document ends with the tokenizer's end-of-document id, so that id is
+the boundary between documents, wherever in the stream one starts to read. Batches are made in `pipeline.py`, and
+directories of shards in `prepare.py`; nothing is downloaded.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import lzma
+
+import numpy as np
+
+from fp8jax.config import DataConfig
+from fp8jax.data import shards
+from fp8jax.data import tokenizer as tokenizers
+
+NOVELS = {
+    "train": ("emma", "mansfield_park", "northanger_abbey", "pride_and_prejudice", "sense_and_sensibility"),
+    "held_out": ("persuasion",),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenStream:
+    """One split.
+
+    Attributes:
+        arrays: uint16 or uint32, in memory or memory-mapped; one after another they are the stream.
+        names: what to call each array in an error.
+        tokenizer: the tokenizer whose ids these are.
+    """
+
+    arrays: tuple[np.ndarray, ...]
+    names: tuple[str, ...]
+    tokenizer: tokenizers.Tokenizer
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [arrays + 1]: where in the stream each array starts, and the stream's length."""
+        return np.cumsum([0] + [len(array) for array in self.arrays], dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Tokens in the stream."""
+        return int(self.starts[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` (at least 0) to `stop - 1`, int32; fewer where the stream ends.
+
+        Raises:
+            ValueError: a shard holds an id that is not in the vocabulary; the message names the file.
+        """
+        pieces = [np.zeros(0, np.int32)]
+        stop = min(stop, len(self))
+        while start < stop:
+            which = int(np.searchsorted(self.starts, start, side="right")) - 1
+            end = min(stop, int(self.starts[which + 1]))
+            pieces.append(self._piece(which, start - int(self.starts[which]), end - int(self.starts[which])))
+            start = end
+        return np.concatenate(pieces)
+
+    def _piece(self, which: int, first: int, last: int) -> np.ndarray:
+        tokens, size = self.arrays[which][first:last], self.tokenizer.vocab_size
+        if tokens.max() >= size:  # JAX would clamp such an id in silence
+            bad = int(np.argmax(tokens >= size))
+            raise ValueError(
+                f"{self.names[which]}: token {first + bad} is {tokens[bad]}, outside the vocabulary of {size}; "
+                "prepare it again"
+            )
+        return tokens.astype(np.int32)
+
+
+def load(data: DataConfig, split: str) -> TokenStream:
+    """One split of the configured source.
+
+    Args:
+        data: the `data` section of a config.
+        split: 'train' or 'held_out'.
+
+    Raises:
+        ConfigError: no such directory, a tokenizer other than the one it was prepared with, or damaged files; the
+            message names the file.
+    """
+    if split not in shards.SPLITS:
+        raise ValueError(f"split {split!r} is not one of {', '.join(shards.SPLITS)}")
+    if data.source == "embedded":
+        return _embedded(data.tokenizer, split)
+    tokenizer = tokenizers.load(data.tokenizer)
+    return TokenStream(*shards.open_shards(data.source, tokenizer, split), tokenizer)
+
+
+def embedded_documents(split: str) -> list[bytes]:
+    """The embedded novels of a split, UTF-8, one document each."""
+    corpus = importlib.resources.files("fp8jax.data") / "corpus"
+    return [lzma.decompress((corpus / f"{novel}.txt.xz").read_bytes()) for novel in NOVELS[split]]
+
+
+@functools.lru_cache(maxsize=4)
+def _embedded(name: str, split: str) -> TokenStream:
+    tokenizer = tokenizers.load(name)
+    tokens = np.concatenate([shards.ended(tokenizer.encode(text), tokenizer) for text in embedded_documents(split)])
+    tokens.setflags(write=False)  # every caller shares it
+    return TokenStream((tokens,), (f"embedded {split} text",), tokenizer)

@@ -1,0 +1,174 @@
+"""Tokenizers: text to token ids and back, with the number of text bytes that every token stands for.
+
+    tokenizer = load("byte")                        # ids 0 to 255 are bytes, 256 ends a document
+    tokenizer = load("path/to/tokenizer.json")      # a Hugging Face file; needs `pip install tokenizers`
+    ids = tokenizer.encode("Anne Elliot")           # numpy array, uint16 or uint32
+    tokenizer.decode(ids)                           # str
+    tokenizer.token_bytes[ids].sum()                # 11: bytes of text, what bits per byte is taken over
+
+Both kinds of tokenizer have the attributes of `ByteTokenizer`. Encoding never yields the end-of-document id: that one
+is added between documents, and text that spells a special token is encoded as ordinary text.
+
+Only lossless, byte-level tokenizer.json files are read (those of Llama 3, OLMo 2, GPT-2, Qwen, Mistral's tekken): with
+others, bits per byte is not defined. Nothing is downloaded, and no tokenizer is trained here.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from fp8jax.config import Config, ConfigError
+
+END_OF_DOCUMENT_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByteTokenizer:
+    """UTF-8 bytes as tokens.
+
+    Attributes:
+        fingerprint: identifies the tokenizer; equal fingerprints mean equal ids for equal text.
+        vocab_size: ids are 0 to vocab_size - 1.
+        end_of_document: the id that ends every document.
+        token_bytes: int32 [vocab_size], bytes of text that a token stands for; 0 for special tokens.
+    """
+
+    fingerprint: str = "byte"
+    vocab_size: int = 257
+    end_of_document: int = 256
+    token_bytes: np.ndarray = dataclasses.field(default_factory=lambda: np.array([1] * 256 + [0], np.int32))
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Token ids, uint16 [bytes of text]. `bytes` need not be valid UTF-8."""
+        raw = text.encode("utf-8") if isinstance(text, str) else text
+        return np.frombuffer(raw, np.uint8).astype(dtype(self.vocab_size))
+
+    def decode(self, ids: Any) -> str:
+        """Text of the ids; what is not UTF-8 becomes U+FFFD, end-of-document ids become nothing.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        ids = _checked(ids, self.vocab_size)
+        return ids[ids != self.end_of_document].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A byte-level tokenizer.json; attributes and methods as of `ByteTokenizer`."""
+
+    def __init__(self, path: str):
+        """Reads the file.
+
+        Args:
+            path: of a tokenizer.json.
+
+        Raises:
+            ConfigError: the `tokenizers` package is missing, the file cannot be read, is not byte-level, or has no
+                special token named like one of END_OF_DOCUMENT_NAMES.
+        """
+        self._tokenizer, self.fingerprint = _read(path)
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token.content: index for index, token in added.items() if token.special}
+        ends = [special[name] for name in END_OF_DOCUMENT_NAMES if name in special]
+        if not ends:
+            raise _error(path, f"has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT_NAMES)}, special")
+        self.end_of_document = ends[0]
+        self.vocab_size = max(vocab.values()) + 1
+        self.token_bytes = np.zeros(self.vocab_size, np.int32)
+        for token, index in vocab.items():  # a byte-level vocabulary spells every byte as one character
+            self.token_bytes[index] = len(token)
+        for index, token in added.items():
+            self.token_bytes[index] = 0 if token.special else len(token.content.encode("utf-8"))
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Token ids, uint16 or uint32 [tokens]; no special tokens are added.
+
+        Raises:
+            UnicodeDecodeError: `bytes` that are not UTF-8.
+        """
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype(self.vocab_size))
+
+    def decode(self, ids: Any) -> str:
+        """Text of the ids; special tokens become nothing.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        return self._tokenizer.decode(_checked(ids, self.vocab_size).tolist(), skip_special_tokens=True)
+
+
+Tokenizer = ByteTokenizer | HuggingFaceTokenizer
+
+
+@functools.lru_cache(maxsize=4)
+def load(name: str) -> Tokenizer:
+    """The tokenizer called `name`, as in `config.data.tokenizer`. Read once a process.
+
+    Args:
+        name: 'byte' or the path of a tokenizer.json.
+
+    Raises:
+        ConfigError: no such file, or one that cannot be used.
+    """
+    return ByteTokenizer() if name == "byte" else HuggingFaceTokenizer(name)
+
+
+def dtype(vocab_size: int) -> np.dtype:
+    """The smallest little-endian dtype for token ids: uint16 up to 65536 ids, else uint32."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def vocab_size(config: Config) -> int:
+    """Rows of the embedding: `config.model.vocab_size`, or the tokenizer's size rounded up to a multiple of 128.
+
+    Raises:
+        ConfigError: `config.model.vocab_size` is too small for the tokenizer.
+    """
+    needed = load(config.data.tokenizer).vocab_size
+    if config.model.vocab_size is None:
+        return -(-needed // 128) * 128
+    if config.model.vocab_size < needed:
+        raise ConfigError(
+            f"config.model.vocab_size: {config.model.vocab_size} is below the {needed} ids of tokenizer "
+            f"{config.data.tokenizer!r}; set it to None or at least {needed}"
+        )
+    return config.model.vocab_size
+
+
+def _read(path: str) -> tuple[Any, str]:
+    """The library's tokenizer, made to encode all of the text and nothing else, and the file's fingerprint."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise _error(path, "needs the package tokenizers; pip install tokenizers, or use 'byte'") from None
+    try:
+        content = pathlib.Path(path).read_bytes()
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    except FileNotFoundError:
+        raise _error(path, "no such file; use 'byte' or the path of a tokenizer.json") from None
+    except Exception as error:  # the library raises bare Exception
+        raise _error(path, f"is not a tokenizer.json: {str(error).splitlines()[0]}") from None
+    if '"ByteLevel"' not in json.dumps(json.loads(content).get("decoder")):
+        raise _error(path, "is not byte-level (its decoder is not ByteLevel); use a byte-level tokenizer or 'byte'")
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _error(path: str, fault: str) -> ConfigError:
+    return ConfigError(f"config.data.tokenizer: {path!r} {fault}")
+
+
+def _checked(ids: Any, vocab_size: int) -> np.ndarray:
+    ids = np.asarray(ids, np.int64).reshape(-1)
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ValueError(f"token ids from {ids.min()} to {ids.max()}; the tokenizer's are 0 to {vocab_size - 1}")
+    return ids

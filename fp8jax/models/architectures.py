@@ -1,0 +1,49 @@
+"""The architectures as data: the table of the FOG paper (appendix B), one row each.
+
+`resolve(model_config)` fills the switches that a config leaves at None from its architecture's row, so that any mixture
+(FOG-max with SwiGLU, OP with a post-norm) is one row and one field.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from fp8jax.config import ModelConfig, head_dim
+from fp8jax.models.activations import GATED
+
+# "1/sqrt(layers)", "1/init_std" and "1/sqrt(head_dim)" are worked out by `resolve`.
+_FOG = dict(pre_norm=False, qk_regulariser="rmsnorm_frozen", branch_output="rmsnorm", branch_gain_init="1/sqrt(layers)",
+            input_scale="1/init_std", softmax_scale=0.125, final_norm=False)
+_LLAMA = dict(pre_norm=True, qk_regulariser="none", activation="swiglu", branch_output="none", branch_gain_init=1.0,
+              input_scale=1.0, softmax_scale="1/sqrt(head_dim)", final_norm=True)
+_OP = _FOG | dict(activation="gelu", branch_output="layerscale", softmax_scale="1/sqrt(head_dim)")
+
+TABLE: dict[str, dict[str, Any]] = {
+    "fog_max": _FOG | dict(activation="xielu"),
+    "fog_opt": _FOG | dict(activation="gelu"),
+    "fog_flash": _FOG | dict(activation="gelu", qk_regulariser="tanh"),
+    "op": _OP | dict(qk_regulariser="rmsnorm"),
+    "op_frozen_qk": _OP,
+    "llama3": _LLAMA,
+    "llama3_smooth": _LLAMA | dict(activation="smooth_swiglu"),
+    "olmo2": _LLAMA | dict(pre_norm=False, qk_regulariser="rmsnorm_full", branch_output="rmsnorm"),
+}
+
+
+def resolve(model: ModelConfig) -> ModelConfig:
+    """The same config with every switch and the head dimension filled in."""
+    derived = {"1/sqrt(layers)": 1 / math.sqrt(model.layers), "1/init_std": 1 / model.init_std if model.init_std else 1.0,
+               "1/sqrt(head_dim)": 1 / math.sqrt(head_dim(model))}
+    row = {name: derived.get(value, value) if isinstance(value, str) else value for name, value in TABLE[model.architecture].items()}
+    filled = {name: value for name, value in row.items() if getattr(model, name) is None}
+    return dataclasses.replace(model, head_dim=head_dim(model), **filled)
+
+
+def gated(model: ModelConfig) -> bool:
+    """Whether a resolved model's FFN has a gate."""
+    return model.activation in GATED
+
+
+def ffn_hidden(model: ModelConfig) -> int:
+    """Hidden width of a resolved model's FFN: as listed if gated, else 1.5 times, so that parameters match."""
+    return model.ffn_width if gated(model) else model.ffn_width * 3 // 2

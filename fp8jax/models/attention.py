@@ -1,0 +1,60 @@
+"""Self-attention of a block: one projection for queries, keys and values, QK regulariser, RoPE, FP8 attention, output."""
+
+import jax
+from flax import nnx
+
+from fp8jax.config import ModelConfig
+from fp8jax.models.gemms import Gemms
+from fp8jax.models.layers import Dense, RMSNorm, Tanh, apply_rope
+from fp8jax.models.taps import tap, tap_cast
+from fp8jax.numerics.attention import SCORES, VALUES, attention
+from fp8jax.parallel.sharding import constrain
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention.
+
+    The projection's weight is [d, k, g + 2, h]: for each of k KV heads its g query heads, its key head, its value head.
+    So one GEMM makes all three, and a split over `tensor` keeps each group together.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        k, g, h = config.kv_heads, config.heads // config.kv_heads, config.head_dim
+        self.groups, self.softmax_scale = g, config.softmax_scale
+        self.qkv = Dense(rngs, "qkv", (config.width, k, g + 2, h), ("embed", "kv_heads", None, "head_dim"), std=config.init_std)
+        self.out = Dense(rngs, "attention_out", (k, g, h, config.width), ("kv_heads", None, "head_dim", "embed"),
+                         std=config.init_std, inputs=3)
+        self.q_norm, self.k_norm = _regularisers(config, k, g, h)
+
+    def __call__(self, x_btd: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, gemms: Gemms) -> jax.Array:
+        """[b, t, d] to [b, t, d]."""
+        tap("qkv_input", x_btd)
+        qkv = self.qkv(x_btd, gemms)
+        tap("qkv", qkv.reshape(*qkv.shape[:2], -1))
+        q, k, v = qkv[..., : self.groups, :], qkv[..., self.groups, :], qkv[..., self.groups + 1, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        tap("q", q)
+        tap("k", k)
+        q, k = (constrain(a, "batch", None, "kv_heads", *([None] * (a.ndim - 3))) for a in (apply_rope(q, rope), apply_rope(k, rope)))
+        given = gemms.inputs
+        for name, array, role, index in (("q", q, SCORES, 0), ("k", k, SCORES, 1), ("v", v, VALUES, 0)):
+            scale = given.scales[role][index] if role in given.scales else None
+            tap_cast(f"{role}.{name}", array, scale, gemms.recipes[role], name)
+        o = attention(q, k, v, gemms.recipes, softmax_scale=self.softmax_scale, segment_ids=segment_ids,
+                      scales=given.scales, tokens=given.tokens)
+        return self.out(o, gemms)
+
+
+def _regularisers(config: ModelConfig, k: int, g: int, h: int) -> tuple[nnx.Module | None, nnx.Module | None]:
+    """What acts on queries and on keys, per head unless the whole projection is normalised (OLMo 2)."""
+    kind, eps = config.qk_regulariser, config.norm_eps
+    if kind == "none":
+        return None, None
+    if kind == "tanh":
+        return Tanh(), Tanh()
+    if kind == "rmsnorm_full":
+        q_norm = RMSNorm((k, g, h), ("kv_heads", None, "head_dim"), eps=eps)
+        return q_norm, RMSNorm((k, h), ("kv_heads", "head_dim"), eps=eps)
+    init = None if kind == "rmsnorm_frozen" else 1.0
+    return RMSNorm((h,), ("head_dim",), eps=eps, init=init), RMSNorm((h,), ("head_dim",), eps=eps, init=init)

@@ -1,0 +1,141 @@
+"""How the model's GEMMs get their recipes, quantised weights, scales and tokens.
+
+`layer_recipes(config)` gives each layer a mapping role → GemmRecipe; `GemmInputs` is what a step prepares once for the
+whole model (stacked over layers); `Gemms` is one layer's share, handed to the modules.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from fp8jax.config import Config
+from fp8jax.numerics import recipes as recipes_lib
+from fp8jax.numerics import scaling as scaling_lib
+from fp8jax.numerics.dot_general import quantise_weight
+from fp8jax.numerics.formats import Quantised
+from fp8jax.numerics.recipes import GemmRecipe
+
+HEAD = "lm_head"
+Recipes = dict[str, GemmRecipe]
+
+
+class GemmInputs(NamedTuple):
+    """What the GEMMs need besides activations and parameters; arrays have a leading axis of layers.
+
+    weights: role → quantised weight; scales: role → float32 [layers, operands]; tokens: the same shapes, zeros.
+    """
+
+    weights: dict[str, Quantised]
+    scales: dict[str, jax.Array]
+    tokens: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemms:
+    """One layer's GEMMs: static recipes and this layer's slices of GemmInputs."""
+
+    recipes: Mapping[str, GemmRecipe]
+    inputs: GemmInputs
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRecipes:
+    """Recipes of the blocks, layer by layer, and of the head."""
+
+    blocks: tuple[Recipes, ...]
+    head: GemmRecipe
+
+    def segments(self) -> list[tuple[int, int, Recipes]]:
+        """Runs of equal layers: (first, one past the last, recipes)."""
+        out: list[tuple[int, int, Recipes]] = []
+        for layer, recipes in enumerate(self.blocks):
+            if out and out[-1][2] == recipes:
+                out[-1] = (out[-1][0], layer + 1, recipes)
+            else:
+                out.append((layer, layer + 1, recipes))
+        return out
+
+    def by_role(self) -> dict[str, tuple[int, GemmRecipe]]:
+        """Role → (layers, recipe that governs its state): delayed if any layer is, else FP8 if any layer is."""
+        order = {"delayed": 0, "bf16": 2}
+        out = {}
+        for role in self.blocks[0]:
+            out[role] = len(self.blocks), min((layer[role] for layer in self.blocks), key=lambda r: order.get(r.scaling, 1))
+        return {**out, HEAD: (1, self.head)}
+
+    def scaled_by(self, scaling: str) -> "ModelRecipes":
+        """The same roles in FP8, with another scaling."""
+        def change(recipe: GemmRecipe) -> GemmRecipe:
+            return dataclasses.replace(recipe, scaling=scaling) if recipe.fp8 else recipe
+
+        return ModelRecipes(tuple({role: change(r) for role, r in layer.items()} for layer in self.blocks), change(self.head))
+
+
+def model_recipes(config: Config, *, gated: bool, emulated: bool, recipe: str | None = None) -> ModelRecipes:
+    """Recipes as `config.fp8` asks for them.
+
+    Args:
+        config: the run's configuration.
+        gated: whether the FFN has a gate GEMM.
+        emulated: no FP8 units on the device.
+        recipe: instead of config.fp8.recipe; evaluation runs in `bf16`.
+    """
+    fp8 = config.fp8
+    recipe = recipe or fp8.recipe
+    base = GemmRecipe(scaling=fp8.scaling, history_length=fp8.history_length, history_reduction=fp8.history_reduction,
+                      margin=fp8.margin, power_of_two=fp8.power_of_two, gradient_format=fp8.gradient_format, emulated=emulated)
+    plain = dataclasses.replace(base, scaling="bf16")
+    linear = [role for role in recipes_lib.LINEAR_ROLES if role != HEAD and (gated or role != "mlp_gate")]
+    default = {role: plain if recipe == "bf16" else base for role in linear}
+    default |= {role: base if recipe == "fp8_dpa" else plain for role in recipes_lib.ATTENTION_ROLES}
+    layers = [dict(default) for _ in range(config.model.layers)]
+    head = base if fp8.head and recipe != "bf16" else plain
+    if recipe != "bf16":
+        for override in recipes_lib.parse_overrides(fp8.overrides, layers=config.model.layers):
+            for layer in range(override.first, override.last + 1):
+                if override.role in layers[layer]:
+                    layers[layer][override.role] = dataclasses.replace(base, scaling=override.scaling)
+    return ModelRecipes(tuple(layers), head)
+
+
+def init_scaling(recipes: ModelRecipes) -> scaling_lib.Scaling:
+    """Empty scaling state for a model; see numerics/scaling.py."""
+    out: scaling_lib.Scaling = {}
+    for role, (layers, recipe) in recipes.by_role().items():
+        out |= scaling_lib.init({role: recipe}, layers)
+    return out
+
+
+def update_scaling(scaling: scaling_lib.Scaling, amaxes: scaling_lib.Tokens, recipes: ModelRecipes) -> scaling_lib.Scaling:
+    """State after a step with these amaxes."""
+    return scaling_lib.update(scaling, amaxes, {role: recipe for role, (_, recipe) in recipes.by_role().items()})
+
+
+def zero_tokens(recipes: ModelRecipes) -> scaling_lib.Tokens:
+    """One token a GEMM call site, stacked over layers."""
+    out: scaling_lib.Tokens = {}
+    for role, (layers, recipe) in recipes.by_role().items():
+        out |= scaling_lib.zero_tokens({role: recipe}, layers)
+    return out
+
+
+def quantise_weights(weights: Mapping[str, jax.Array], recipes: ModelRecipes, dtype: Any) -> list[dict[str, Quantised]]:
+    """Quantises every GEMM weight once, one dictionary a segment of equal layers.
+
+    Args:
+        weights: role → weight stacked over layers.
+        recipes: of the model.
+        dtype: of activations, for roles that are not in FP8.
+    """
+    def one(role: str, first: int, last: int, recipe: GemmRecipe) -> Quantised:
+        with jax.named_scope(f"quantise_weight.{role}"):
+            return jax.vmap(lambda w: quantise_weight(w, recipe, dtype))(weights[role][first:last])
+
+    return [{role: one(role, first, last, segment[role]) for role in weights} for first, last, segment in recipes.segments()]
+
+
+def layers_of(tree: Any, first: int, last: int) -> Any:
+    """Slices the leading axis of every array."""
+    return jax.tree.map(lambda a: a[first:last], tree)

@@ -1,0 +1,128 @@
+"""Parts that every block is built from: Dense, Embedding, RMSNorm, LayerScale, RoPE.
+
+Each parameter is an `nnx.Param` with metadata `axes`, the logical axis of each dimension (parallel/sharding.py).
+Matrices are called `w` and are the parameters with weight decay; gains and scalars have other names and none.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fp8jax.models.gemms import Gemms
+from fp8jax.models.taps import tap_cast
+from fp8jax.numerics.dot_general import dot_general
+
+Axes = tuple[str | None, ...]
+
+
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, std: float) -> nnx.Param:
+    """float32 matrix ~ N(0, std)."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def gain(shape: tuple[int, ...], axes: Axes, value: float = 1.0) -> nnx.Param:
+    """float32 gain, constant at the start."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+class Dense(nnx.Module):
+    """Linear map over the last features of x, without bias, computed by the recipe of its role.
+
+    The weight's first `inputs` dimensions are contracted with as many last dimensions of x, e.g. qkv [d, k, g + 2, h].
+    """
+
+    def __init__(self, rngs: nnx.Rngs, role: str, shape: tuple[int, ...], axes: Axes, *, std: float, inputs: int = 1):
+        self.role, self.inputs = role, inputs
+        self.w = matrix(rngs, shape, axes, std)
+
+    def __call__(self, x: jax.Array, gemms: Gemms) -> jax.Array:
+        """X [..., inputs] to [..., outputs], in the dtype of x."""
+        role, given = self.role, gemms.inputs
+        scales, recipe = given.scales.get(role), gemms.recipes[role]
+        lead = x.ndim - self.inputs
+        outputs = self.w.shape[self.inputs:]
+        # Two-dimensional weights are what FP8 kernels are matched on; merged dimensions stay contiguous.
+        flat = (math.prod(self.w.shape[: self.inputs]), math.prod(outputs))
+        x = x.reshape(*x.shape[:lead], flat[0])
+        tap_cast(f"{role}.x", x, None if scales is None else scales[0], recipe, "x")
+        weight = given.weights[role]
+        y = dot_general(x, self.w[...].reshape(flat), (((lead,), (0,)), ((), ())), recipe,
+                        quantised_w=weight._replace(data=weight.data.reshape(flat)), scales=scales,
+                        token=given.tokens.get(role), role=role)
+        return y.reshape(*y.shape[:lead], *outputs)
+
+
+class Embedding(nnx.Module):
+    """Token table [vocab, embed]; float32 rows, scaled before the cast to the activations' dtype."""
+
+    def __init__(self, rngs: nnx.Rngs, vocab_size: int, width: int, std: float):
+        self.w = matrix(rngs, (vocab_size, width), ("vocab", "embed"), std)
+
+    def __call__(self, ids_bt: jax.Array, scale: float, dtype: jnp.dtype) -> jax.Array:
+        """Rows of the table times `scale`, [b, t, d]."""
+        return (self.w[...][ids_bt] * scale).astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) over the last dimensions, computed in float32.
+
+    Args:
+        shape: normalised dimensions.
+        axes: their logical axes.
+        init: initial gain; None: no gain at all (frozen at 1).
+        eps: added to the mean square.
+    """
+
+    def __init__(self, shape: tuple[int, ...], axes: Axes, *, eps: float, init: float | None = 1.0):
+        self.eps, self.dims = eps, tuple(range(-len(shape), 0))
+        self.gain = None if init is None else gain(shape, axes, init)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalised x in the dtype of x."""
+        wide = x.astype(jnp.float32)
+        y = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=self.dims, keepdims=True) + self.eps)
+        return (y if self.gain is None else y * self.gain[...]).astype(x.dtype)
+
+
+class LayerScale(nnx.Module):
+    """Trained gain vector on a branch."""
+
+    def __init__(self, width: int, init: float):
+        self.gain = gain((width,), ("embed",), init)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """X * gain, in the dtype of x."""
+        return (x.astype(jnp.float32) * self.gain[...]).astype(x.dtype)
+
+
+class Tanh(nnx.Module):
+    """tanh(alpha x) with one trained scalar: the QK regulariser of FOG-flash."""
+
+    def __init__(self):
+        self.alpha = gain((), (), 0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """In float32, returned in the dtype of x."""
+        return jnp.tanh(self.alpha[...] * x.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_table(positions_bt: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cos and sin of the rotary angles, float32 [b, t, head_dim / 2]."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_bt.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the halves of the last dimension (rotate-half layout), in float32.
+
+    Args:
+        x: [b, t, ..., h].
+        table: cos and sin, [b or 1, t, h / 2].
+    """
+    shape = table[0].shape[:2] + (1,) * (x.ndim - 3) + table[0].shape[2:]
+    cos, sin = (part.reshape(shape) for part in table)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

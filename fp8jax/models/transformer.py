@@ -1,0 +1,181 @@
+"""The decoder: embedding, a stack of blocks under scan, head (FOG paper, appendix B).
+
+    model = Transformer(architectures.resolve(config.model), vocab_size, nnx.Rngs(params=0))
+    logits_btv, taps = model(batch, recipes, inputs)
+
+Block: h = x + Npost1(Attention(Npre1(x))), y = h + Npost2(FFN(Npre2(h))); any norm may be absent, and the residual stream
+itself is never normalised. Blocks are stacked (their parameters have a leading axis of layers) and run under
+`jax.lax.scan`; where recipes differ by layer, the scan is split into runs of equal layers.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fp8jax.config import ModelConfig
+from fp8jax.models import gemms as gemms_lib
+from fp8jax.models import taps as taps_lib
+from fp8jax.models.attention import Attention
+from fp8jax.models.feed_forward import FeedForward
+from fp8jax.models.gemms import GemmInputs, Gemms, ModelRecipes
+from fp8jax.models.layers import Embedding, LayerScale, RMSNorm, matrix, rope_table
+from fp8jax.numerics.dot_general import CHECKPOINT_NAME, dot_general
+from fp8jax.parallel.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardOptions:
+    """Static choices of one forward pass: rematerialisation, and whether statistics are collected."""
+
+    remat: str = "none"
+    collect: bool = False
+    pooled_kurtosis: bool = False
+
+
+class PreparedGemms(NamedTuple):
+    """Weights quantised for this step (a dictionary a segment, and the head's), scales and tokens."""
+
+    weights: list[dict[str, Any]]
+    head: Any
+    scales: dict[str, jax.Array]
+    tokens: dict[str, jax.Array]
+
+
+class Block(nnx.Module):
+    """One layer."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        norm = functools.partial(RMSNorm, (config.width,), ("embed",), eps=config.norm_eps)
+        self.attention, self.feed_forward = Attention(config, rngs), FeedForward(config, rngs)
+        self.pre_attention, self.pre_ffn = (norm(), norm()) if config.pre_norm else (None, None)
+        self.post_attention, self.post_ffn = _branch_output(config), _branch_output(config)
+
+    def __call__(self, x_btd: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, gemms: Gemms) -> jax.Array:
+        """[b, t, d] to [b, t, d]."""
+        with jax.named_scope("attention"):
+            branch = self.attention(_apply(self.pre_attention, x_btd), rope, segment_ids, gemms)
+            x_btd = x_btd + _apply(self.post_attention, branch)
+        with jax.named_scope("feed_forward"):
+            branch = self.feed_forward(_apply(self.pre_ffn, x_btd), gemms)
+            x_btd = x_btd + _apply(self.post_ffn, branch)
+        x_btd = constrain(x_btd, "batch", "sequence", None)
+        taps_lib.tap("activation", x_btd)
+        return x_btd
+
+    def gemm_weights(self) -> dict[str, jax.Array]:
+        """Role → weight of every linear GEMM."""
+        dense = [self.attention.qkv, self.attention.out, self.feed_forward.gate, self.feed_forward.up, self.feed_forward.down]
+        return {layer.role: layer.w[...] for layer in dense if layer is not None}
+
+
+def _branch_output(config: ModelConfig) -> nnx.Module | None:
+    if config.branch_output == "none":
+        return None
+    if config.branch_output == "layerscale":
+        return LayerScale(config.width, config.branch_gain_init)
+    return RMSNorm((config.width,), ("embed",), eps=config.norm_eps, init=config.branch_gain_init)
+
+
+def _apply(module: nnx.Module | None, x: jax.Array) -> jax.Array:
+    return x if module is None else module(x)
+
+
+class Transformer(nnx.Module):
+    """Decoder-only language model. `config` must be resolved (models/architectures.py)."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
+        self.config, self.dtype = config, jnp.dtype(config.dtype)
+        self.embedding = Embedding(rngs, vocab_size, config.width, config.init_std)
+        make_blocks = nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0)
+        self.blocks = make_blocks(rngs.fork(split=config.layers))
+        self.final_norm = RMSNorm((config.width,), ("embed",), eps=config.norm_eps) if config.final_norm else None
+        self.head = None if config.tied_embeddings else _Head(config, vocab_size, rngs)
+
+    def head_weight(self) -> jax.Array:
+        """[vocab, embed]."""
+        return (self.embedding if self.head is None else self.head).w[...]
+
+    def prepare(self, recipes: ModelRecipes, scales: dict[str, jax.Array], tokens: dict[str, jax.Array]) -> PreparedGemms:
+        """Quantises all weights once; no gradient flows through this: it reaches the weights through wgrad."""
+        weights = jax.lax.stop_gradient(self.blocks.gemm_weights())
+        head = gemms_lib.quantise_weight(jax.lax.stop_gradient(self.head_weight()), recipes.head, self.dtype)
+        return PreparedGemms(gemms_lib.quantise_weights(weights, recipes, self.dtype), head, scales, tokens)
+
+    def __call__(self, batch: dict[str, jax.Array], recipes: ModelRecipes, prepared: PreparedGemms,
+                 options: ForwardOptions = ForwardOptions()) -> tuple[jax.Array, taps_lib.Taps]:
+        """Logits and statistics.
+
+        Args:
+            batch: `inputs` int32 [b, t]; optionally `positions` and `segment_ids`, int32 [b, t].
+            recipes: of every layer and the head.
+            prepared: from `prepare`.
+            options: static.
+
+        Returns:
+            float32 logits [b, t, v]; taps, each statistic stacked over layers (empty unless options.collect).
+        """
+        inputs = batch["inputs"]
+        positions = batch["positions"] if "positions" in batch else jnp.arange(inputs.shape[1])[None]
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        x_btd = self.embedding(inputs, self.config.input_scale, self.dtype)
+        x_btd = constrain(x_btd, "batch", "sequence", None)
+        x_btd, taps = self._run_blocks(x_btd, rope, batch.get("segment_ids"), recipes, prepared, options)
+        x_btd = _apply(self.final_norm, x_btd)
+        return self._logits(x_btd, recipes, prepared), taps
+
+    def _run_blocks(self, x, rope, segment_ids, recipes, prepared, options):
+        graph, params = nnx.split(self.blocks)
+        found = []
+        for (first, last, roles), weights in zip(recipes.segments(), prepared.weights, strict=True):
+            def layer(x, stacked, roles=roles):
+                params, weights, scales, tokens = stacked
+                with taps_lib.collecting(options.collect, pooled=options.pooled_kurtosis) as taps:
+                    block = nnx.merge(graph, params)
+                    y = block(x, rope, segment_ids, Gemms(roles, GemmInputs(weights, scales, tokens)))
+                return y, taps
+
+            # A token or scale of a role that is not in FP8 in these layers is not touched, and stays at zero.
+            mine = {role for role, recipe in roles.items() if recipe.fp8}
+            scales = {role: value for role, value in prepared.scales.items() if role in mine}
+            tokens = {role: value for role, value in prepared.tokens.items() if role in mine}
+            stacked = *gemms_lib.layers_of((params,), first, last), weights, *gemms_lib.layers_of((scales, tokens), first, last)
+            x, taps = jax.lax.scan(_rematerialised(layer, options.remat), x, stacked,
+                                   unroll=1 if self.config.scan_layers else last - first)
+            found.append(taps)
+        return x, _join(found)
+
+    def _logits(self, x_btd: jax.Array, recipes: ModelRecipes, prepared: PreparedGemms) -> jax.Array:
+        role = gemms_lib.HEAD
+        scales, token = (given[role][0] if role in given else None for given in (prepared.scales, prepared.tokens))
+        return dot_general(x_btd, self.head_weight(), (((2,), (1,)), ((), ())), recipes.head, quantised_w=prepared.head,
+                           scales=scales, token=token, out_dtype=jnp.float32, role=role)
+
+
+class _Head(nnx.Module):
+    def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
+        self.w = matrix(rngs, (vocab_size, config.width), ("vocab", "embed"), config.init_std)
+
+
+def _rematerialised(layer: Any, remat: str) -> Any:
+    if remat == "none":
+        return layer
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names(CHECKPOINT_NAME) if remat == "save_fp8" else policies.nothing_saveable
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _join(found: list[taps_lib.Taps]) -> taps_lib.Taps:
+    """Taps of all segments, each statistic concatenated over layers; NaN for layers that do not have one."""
+    if len(found) == 1:
+        return found[0]
+    lengths = [jax.tree.leaves(taps)[0].shape[0] if jax.tree.leaves(taps) else 0 for taps in found]
+    names = dict.fromkeys((name, key) for taps in found for name, stats in taps.items() for key in stats)
+    out: taps_lib.Taps = {}
+    for name, key in names:
+        parts = [taps[name][key] if name in taps else jnp.full((n,), jnp.nan) for taps, n in zip(found, lengths, strict=True)]
+        out.setdefault(name, {})[key] = jnp.concatenate(parts)
+    return out

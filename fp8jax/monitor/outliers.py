@@ -1,0 +1,37 @@
+"""Names of outlier statistics in logs, and their average over layers.
+
+    flatten({"qkv": {"kurtosis": [3.1, 3.3]}})
+    # {"kurtosis/qkv_avg": 3.2, "kurtosis/qkv_layer000": 3.1, "kurtosis/qkv_layer001": 3.3}
+
+What the numbers are is said in numerics/statistics.py, where they are taken in models/taps.py.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Log entries of one step.
+
+    Args:
+        taps: tensor → statistic → value a layer; NaN where a layer does not have it.
+
+    Returns:
+        `STATISTIC/TENSOR_layerNNN` and `STATISTIC/TENSOR_avg`; amax has a maximum, `amax/TENSOR_max`, instead of an
+        average; and, where anything is cast to FP8, `fp8/saturated_fraction` and `fp8/underflow_fraction`: averages over
+        all cast operands and layers.
+    """
+    out: dict[str, float] = {}
+    for name, stats in taps.items():
+        for statistic, values in stats.items():
+            known = values[~np.isnan(values)]
+            whole, reduce = ("max", np.max) if statistic == "amax" else ("avg", np.mean)
+            if known.size:
+                out[f"{statistic}/{name}_{whole}"] = float(reduce(known))
+            out |= {f"{statistic}/{name}_layer{i:03d}": float(value) for i, value in enumerate(values)}
+    for key, statistic in (("fp8/saturated_fraction", "overflow"), ("fp8/underflow_fraction", "underflow")):
+        found = [stats[statistic] for stats in taps.values() if statistic in stats]
+        if found:
+            out[key] = float(np.nanmean(np.concatenate(found)))
+    return out

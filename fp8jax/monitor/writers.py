@@ -1,0 +1,158 @@
+"""What a run leaves to read: `metrics.jsonl` and TensorBoard files for logged steps, `events.jsonl` for incidents.
+
+    with MetricsWriter(workdir, start_step=0) as writer:
+        writer.write(10, {"loss": 2.3, "tokens": 40960})
+        writer.event("early_warning", 10, tensor="qkv", layer=3)
+    read_metrics(f"{workdir}/metrics.jsonl")            # [{"step": 10, "loss": 2.3, "tokens": 40960}]
+
+`metrics.jsonl` is the source of truth: one strict JSON object a logged step, `step` first; JSON has no word for a
+non-finite number, so it is the string "nan", "inf" or "-inf". The TensorBoard files say the same.
+
+One process of a run writes; nothing here decides which. Nothing is averaged or computed here.
+"""
+
+import json
+import logging
+import math
+import os
+import pathlib
+from typing import Any
+
+import tensorboardX
+
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+# tensorboardX prints a warning for every NaN. A diverging run has many, and its own log already says so.
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+
+
+class MetricsError(ValueError):
+    """A log that cannot be read. The message is one line: path, line number, what is wrong."""
+
+
+class MetricsWriter:
+    """Appends to the logs of a run, new or continued.
+
+    Continuing from a checkpoint repeats the steps that were logged after it. Their old lines are dropped first, so the
+    log of an interrupted run equals that of an uninterrupted one. Events are a history: they stay.
+
+    Args:
+        workdir: directory of the run; made if missing.
+        start_step: steps already taken: 0 for a new run, the checkpoint's step for a continued one.
+
+    Raises:
+        MetricsError: an existing log has an unreadable line other than a last one cut short by a crash.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        metrics, events = workdir / "metrics.jsonl", workdir / "events.jsonl"
+        _rewrite(metrics, [line for line, record in _lines(metrics) if record["step"] <= start_step])
+        _rewrite(events, [line for line, _ in _lines(events)])
+        self._metrics = metrics.open("a", encoding="utf-8")
+        self._events = events.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=start_step + 1,  # TensorBoard hides what earlier files hold from here on
+            filename_suffix=f".{start_step:09}",  # names hold seconds only: a quick restart would overwrite a file
+            flush_secs=10,
+        )
+
+    def write(self, step: int, metrics: dict[str, float | int]) -> None:
+        """Log one step; the line is on disk, as far as this process decides, when this returns.
+
+        Args:
+            step: steps taken so far.
+            metrics: name → Python, NumPy or JAX scalar; may be non-finite.
+        """
+        values = {name: _plain(value) for name, value in metrics.items()}
+        _append(self._metrics, {"step": int(step), **values})
+        for name, value in values.items():
+            self._board.add_scalar(name, value, int(step))
+
+    def event(self, kind: str, step: int, **fields: Any) -> None:
+        """Log an incident: a warning, a restart, a rollback.
+
+        Args:
+            kind: what happened, in one word.
+            step: steps taken so far.
+            **fields: JSON values; a float may be non-finite.
+        """
+        values = {name: _plain(value) for name, value in fields.items()}
+        _append(self._events, {"step": int(step), "kind": kind, **values})
+
+    def close(self) -> None:
+        """Close the files; the writer is of no use afterwards."""
+        self._metrics.close()
+        self._events.close()
+        self._board.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        """Return the writer itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the files."""
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the logged steps in order, with Python numbers; "nan", "inf" and "-inf" are floats again.
+
+    A last line cut short by a crash, or not yet fully written, is left out. Reads `events.jsonl` as well.
+
+    Raises:
+        MetricsError: no such file, or a line that is not a JSON object with an integer `step`.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise MetricsError(f"{path}: no such file; a run writes it to its --workdir at the first logged step")
+    return [{name: _number(value) for name, value in record.items()} for _, record in _lines(path)]
+
+
+def _append(file: Any, record: dict[str, Any]) -> None:
+    finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    file.write(json.dumps(finite, allow_nan=False) + "\n")
+    file.flush()
+
+
+def _plain(value: Any) -> Any:
+    """Return the Python scalar of a NumPy or JAX scalar; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _number(value: Any) -> Any:
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return (line with its newline, its object) of each line; none if there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    out = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            out.append((line.rstrip("\n") + "\n", record))
+        elif line.endswith("\n"):
+            excerpt = repr(line[:60].strip())
+            raise MetricsError(f"{path}, line {number}: not a JSON object with an integer 'step': {excerpt}; remove it")
+    return out
+
+
+def _rewrite(path: pathlib.Path, lines: list[str]) -> None:
+    """Make these lines the file's content, all or nothing; an equal file stays untouched."""
+    content = "".join(lines).encode()
+    if not path.exists() or path.read_bytes() == content:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,196 @@
+"""`dot_general` with FP8 operands in all three GEMMs of a linear layer: fprop, dgrad and wgrad.
+
+    y = dot_general(x, w, (((1,), (0,)), ((), ())), GemmRecipe("current"))
+
+Forward:   y  = (q_x · q_w) * (scale_x * scale_w)          both e4m3
+Backward:  dx = (q_g · q_w) * (scale_g * scale_w)          e5m2 (HYBRID) x e4m3
+           dw = (q_x · q_g) * (scale_x * scale_g)
+
+The quantised operands of the forward pass are the residuals: one byte an element, and no second cast. The operands go
+into `lax.dot_general` as float8 arrays, never through quantise-dequantise patterns that a compiler may fail to match.
+With an emulating recipe the float8 values, exact in bfloat16, are widened just before a bfloat16 GEMM with float32 output.
+
+State goes in and out without side effects. Scales of delayed scaling are an argument; the raw amaxes of x and of the
+output gradient come back as the *cotangent of `token`*, a float32 array of zeros. Give each call its own token: cotangents
+of a token used twice are summed. The weight may come already quantised (once a step, `quantise_weight`); then `w` only
+receives the gradient.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from fp8jax.numerics.formats import E5M2, Quantised
+from fp8jax.numerics.recipes import GemmRecipe
+
+# The name that quantised tensors carry for remat policies (jax.checkpoint_policies.save_only_these_names).
+CHECKPOINT_NAME = "fp8"
+
+DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def gemm(lhs: Quantised, rhs: Quantised, dimension_numbers: DimensionNumbers, *, out_dtype: Any, emulated: bool,
+         precise: bool = False, name: str = "gemm") -> jax.Array:
+    """One GEMM of quantised (or plain) operands, dequantised by a scalar.
+
+    Args:
+        lhs: left operand; a scale of None stands for 1.
+        rhs: right operand.
+        dimension_numbers: as in `lax.dot_general`.
+        out_dtype: dtype of the result, rounded once.
+        emulated: widen float8 operands to bfloat16 (exact) and accumulate in float32: what a device without FP8 units does.
+        precise: no fast accumulation on Hopper's FP8 tensor cores (the usual choice for dgrad and wgrad).
+        name: shown in profiles and compiled programs as `fp8jax.gemm[name]`.
+
+    Raises:
+        ValueError: both operands are e5m2, which no FP8 tensor core takes.
+    """
+    if lhs.data.dtype == E5M2 and rhs.data.dtype == E5M2:
+        raise ValueError(f"GEMM {name}: both operands are e5m2, which no device multiplies in FP8; make one of them e4m3")
+    with jax.named_scope(f"fp8jax.gemm[{name}]"):
+        a, b = lhs.data, rhs.data
+        if emulated:
+            # The barriers, here and below, keep XLA's CPU compiler from folding transposes into the bfloat16 GEMM: it
+            # makes forms of it that its own runtime then refuses ("unsupported element type for DotThunk", jax 0.10.2).
+            a, b = lax.optimization_barrier((_widen(a), _widen(b)))
+        exact = precise or a.dtype == jnp.float32
+        out = lax.dot_general(a, b, dimension_numbers, precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+                              preferred_element_type=jnp.float32 if emulated else out_dtype)
+        if emulated:
+            out = lax.optimization_barrier(out)
+        scale = _product(lhs.scale, rhs.scale)
+        return (out if scale is None else out * scale).astype(out_dtype)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16) if x.dtype.itemsize == 1 else x
+
+
+def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a * b
+
+
+def quantise_weight(w: jax.Array, recipe: GemmRecipe, dtype: Any) -> Quantised:
+    """A weight as GEMM operand, quantised with its own amax; cast to `dtype` where the recipe is not FP8."""
+    return recipe.quantise(w if recipe.fp8 else w.astype(dtype), None, "w")[0]
+
+
+def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers, recipe: GemmRecipe, *,
+                quantised_w: Quantised | None = None, scales: jax.Array | None = None, token: jax.Array | None = None,
+                out_dtype: Any = None, role: str = "linear") -> jax.Array:
+    """`lax.dot_general(x, w)` with FP8 operands, forward and backward.
+
+    Args:
+        x: activations, bfloat16 or float32.
+        w: weight; its gradient has its shape and dtype. Not read if `quantised_w` is given.
+        dimension_numbers: as in `lax.dot_general`: contracting dimensions, batch dimensions.
+        recipe: scaling, formats, backend.
+        quantised_w: the weight as `quantise_weight` made it.
+        scales: float32 [2], scales of x and of the output gradient; needed by delayed scaling.
+        token: float32 [2] of zeros, whose cotangent is (amax of x, amax of the output gradient).
+        out_dtype: dtype of the result; None: that of x.
+        role: name of the GEMM in profiles and programs.
+
+    Raises:
+        ValueError: delayed scaling without scales.
+    """
+    if recipe.scaling == "delayed" and scales is None:
+        raise ValueError(f"GEMM {role}: delayed scaling needs `scales`, a float32 array [2] for x and the output gradient")
+    if quantised_w is None:
+        quantised_w = quantise_weight(lax.stop_gradient(w), recipe, x.dtype)
+    (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
+    dims = (tuple(x_contract), tuple(w_contract)), (tuple(x_batch), tuple(w_batch))  # hashable, whatever was given
+    call = _Call(dims, recipe, role, jnp.dtype(out_dtype or x.dtype), x.dtype, w.dtype)
+    return _dot_general(call, x, w, quantised_w, scales, token)
+
+
+class _Call(NamedTuple):
+    """What is static about one call."""
+
+    dims: DimensionNumbers
+    recipe: GemmRecipe
+    role: str
+    out_dtype: Any
+    x_dtype: Any
+    w_dtype: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dot_general(call, x, w, qw, scales, token):
+    return _forward(call, x, w, qw, scales, token)[0]
+
+
+def _forward(call, x, w, qw, scales, token):
+    recipe = call.recipe
+    qx, amax_x = recipe.quantise(x, None if scales is None else scales[0], "x")
+    qx, amax_x = (named(qx), checkpoint_name(amax_x, CHECKPOINT_NAME)) if recipe.fp8 else (qx, None)
+    y = gemm(qx, qw, call.dims, out_dtype=call.out_dtype, emulated=recipe.emulated, name=f"{call.role}.fprop")
+    return y, (qx, qw, scales, token, amax_x)
+
+
+def _backward(call, residuals, g):
+    qx, qw, scales, token, amax_x = residuals
+    recipe, dims = call.recipe, call.dims
+    g = g if recipe.fp8 else g.astype(call.x_dtype)
+    qg, amax_g = recipe.quantise(g, None if scales is None else scales[1], "g")
+    options = {"emulated": recipe.emulated, "precise": recipe.fp8}
+    dx = _transposed_lhs(qg, qw, dims, qx.data.ndim, out_dtype=call.x_dtype, name=f"{call.role}.dgrad", **options)
+    dw = _transposed_rhs(qg, qx, dims, qw.data.ndim, out_dtype=call.w_dtype, name=f"{call.role}.wgrad", **options)
+    d_token = None if token is None or amax_x is None else jnp.stack([amax_x, amax_g])
+    return dx, dw, None, None, d_token
+
+
+_dot_general.defvjp(_forward, _backward)
+
+
+def named(q: Quantised) -> Quantised:
+    """Lets remat policies keep a quantised tensor (name CHECKPOINT_NAME), so that nothing is cast twice.
+
+    The name is put on the bytes: jax.checkpoint passes the floating residuals that it saves through `reduce_precision`
+    with e4m3's field widths, which in IEEE arithmetic end at 240, and so turns values of e4m3fn up to 448 into NaN.
+    """
+    bits = checkpoint_name(lax.bitcast_convert_type(q.data, jnp.uint8), CHECKPOINT_NAME)
+    return Quantised(lax.bitcast_convert_type(bits, q.data.dtype), q.scale)
+
+
+def _remaining(ndim: int, *used: tuple[int, ...]) -> tuple[int, ...]:
+    taken = {i for dims in used for i in dims}
+    return tuple(i for i in range(ndim) if i not in taken)
+
+
+def _transposed_lhs(g: Quantised, w: Quantised, dims: DimensionNumbers, x_ndim: int, **options) -> jax.Array:
+    """Gradient of the left operand of a dot_general: g contracted with w over w's own free dimensions."""
+    (x_contract, w_contract), (x_batch, w_batch) = dims
+    x_free, w_free = _remaining(x_ndim, x_contract, x_batch), _remaining(w.data.ndim, w_contract, w_batch)
+    batch = tuple(range(len(x_batch)))
+    g_free = tuple(range(len(batch) + len(x_free), g.data.ndim))
+    out = gemm(g, w, ((g_free, w_free), (batch, w_batch)), **options)
+    # The result's dimensions: batch, x's free ones, then w's contracted ones in w's order. Bring them to x's order.
+    by_w = [x_contract[i] for i in sorted(range(len(w_contract)), key=w_contract.__getitem__)]
+    return _in_order(out, (*x_batch, *x_free, *by_w))
+
+
+def _transposed_rhs(g: Quantised, x: Quantised, dims: DimensionNumbers, w_ndim: int, **options) -> jax.Array:
+    """Gradient of the right operand: x contracted with g over x's free dimensions."""
+    (x_contract, w_contract), (x_batch, w_batch) = dims
+    x_free, w_free = _remaining(x.data.ndim, x_contract, x_batch), _remaining(w_ndim, w_contract, w_batch)
+    batch = tuple(range(len(x_batch)))
+    g_x_free = tuple(range(len(batch), len(batch) + len(x_free)))
+    by_x = [w_contract[i] for i in sorted(range(len(x_contract)), key=x_contract.__getitem__)]
+    if w_free and by_x and w_free[0] < by_x[0]:  # w is [outputs, inputs]: this order needs no transpose
+        out = gemm(g, x, ((g_x_free, x_free), (batch, x_batch)), **options)
+        return _in_order(out, (*w_batch, *w_free, *by_x))
+    out = gemm(x, g, ((x_free, g_x_free), (x_batch, batch)), **options)
+    return _in_order(out, (*w_batch, *by_x, *w_free))
+
+
+def _in_order(x: jax.Array, names: tuple[int, ...]) -> jax.Array:
+    """Transposes an array whose i-th dimension is dimension names[i] of the result."""
+    order = tuple(sorted(range(len(names)), key=names.__getitem__))
+    return x if order == tuple(range(len(order))) else lax.transpose(x, order)

@@ -1,0 +1,135 @@
+"""FP8 formats: amax, scales, and casts that saturate but keep NaN.
+
+One convention everywhere: `x ≈ q * scale`, with `scale = amax / format_max * 2**margin`, rounded up to a power of two by
+default. An FP8 value never travels without its scale: `Quantised(data, scale)`.
+
+    scale = scale_of(amax(x), E4M3)
+    q = quantise(x, scale, E4M3)          # q.data is float8_e4m3fn
+    x_again = dequantise(q)               # float32
+
+Two ways to cast give the same bits: the compiler's own conversion (fast where the device has FP8 instructions) and
+integer arithmetic on the float32 bits (four times faster on a CPU); `emulated` picks the second.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+E4M3 = jnp.dtype(jnp.float8_e4m3fn)
+E5M2 = jnp.dtype(jnp.float8_e5m2)
+FORMATS = {"e4m3": E4M3, "e5m2": E5M2}
+
+_SMALLEST_EXPONENT, _LARGEST_EXPONENT = -126, 126  # both 2**k and 2**-k are normal float32 numbers
+
+
+class Quantised(NamedTuple):
+    """An FP8 array and the float32 factor that gives its values back; scale None: data is not quantised at all."""
+
+    data: jax.Array
+    scale: jax.Array | None
+
+
+def max_value(dtype: jnp.dtype) -> float:
+    """Largest finite value of a format: 448 for e4m3, 57344 for e5m2."""
+    return float(jnp.finfo(dtype).max)
+
+
+def amax(x: jax.Array) -> jax.Array:
+    """Largest magnitude as a float32 scalar; infinity if anything is NaN or infinite; 0 for an empty array.
+
+    NaN becomes infinity before the reduction: a maximum over a sharded array would drop it.
+    """
+    magnitude = jnp.abs(x)
+    magnitude = jnp.where(jnp.isnan(x), jnp.asarray(jnp.inf, x.dtype), magnitude)
+    return jnp.max(magnitude, initial=0.0).astype(jnp.float32)
+
+
+def scale_of(largest: jax.Array, dtype: jnp.dtype, *, margin: int = 0, power_of_two: bool = True) -> jax.Array:
+    """Scale that brings a largest magnitude to the top of a format, 2**margin below it.
+
+    Args:
+        largest: amax, float32, any shape. 0 gives scale 1.
+        dtype: E4M3 or E5M2.
+        margin: headroom in powers of two.
+        power_of_two: the smallest power of two that is large enough, found from exponent bits and so exact everywhere;
+            else the quotient itself, correctly rounded or one unit off, as the device divides.
+
+    Returns:
+        float32, the shape of `largest`; always finite, positive and normal.
+    """
+    largest = largest.astype(jnp.float32)
+    if power_of_two:
+        scale = _power_of_two_at_least(largest, max_value(dtype), margin)
+    else:
+        scale = jnp.minimum(largest, jnp.finfo(jnp.float32).max) / max_value(dtype) * 2.0**margin
+        scale = jnp.clip(scale, 2.0**_SMALLEST_EXPONENT, 2.0**_LARGEST_EXPONENT)
+    return jnp.where(largest > 0, scale, jnp.float32(1))
+
+
+def _power_of_two_at_least(largest: jax.Array, top: float, margin: int) -> jax.Array:
+    """2**(k + margin), k the smallest integer with top * 2**k >= largest."""
+    bits = lax.bitcast_convert_type(largest, jnp.uint32)
+    exponent = (bits >> 23).astype(jnp.int32) - 127
+    mantissa = bits & 0x7FFFFF
+    top_bits = int(np.float32(top).view(np.uint32))
+    top_exponent, top_mantissa = (top_bits >> 23) - 127, top_bits & 0x7FFFFF
+    k = exponent - top_exponent + (mantissa > top_mantissa).astype(jnp.int32) + margin
+    k = jnp.clip(k, _SMALLEST_EXPONENT, _LARGEST_EXPONENT)
+    return lax.bitcast_convert_type(((k + 127) << 23).astype(jnp.uint32), jnp.float32)
+
+
+def cast(x: jax.Array, dtype: jnp.dtype, *, emulated: bool = False) -> jax.Array:
+    """Casts to FP8: round to nearest even, finite values clip to the format's maximum, NaN and infinity become NaN.
+
+    Args:
+        x: any floating dtype; computed in float32.
+        dtype: E4M3 or E5M2.
+        emulated: integer arithmetic instead of the compiler's conversion; the same bits.
+    """
+    x = x.astype(jnp.float32)
+    if emulated:
+        return _cast_by_bits(x, dtype)
+    top = max_value(dtype)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -top, top), jnp.float32(jnp.nan)).astype(dtype)
+
+
+def _cast_by_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    info = jnp.finfo(dtype)
+    dropped = 23 - info.nmant
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    sign = (bits >> 24) & 0x80
+    magnitude = bits & 0x7FFFFFFF
+
+    # Normal numbers: add half a unit (less one bit for an even result), drop the tail, move the exponent's bias.
+    rounded = (magnitude + ((1 << (dropped - 1)) - 1) + ((magnitude >> dropped) & 1)) >> dropped
+    largest_code = int(np.asarray(info.max, dtype).view(np.uint8))
+    normal = jnp.minimum(rounded.astype(jnp.int32) - ((127 - _bias(dtype)) << info.nmant), largest_code).astype(jnp.uint32)
+
+    # Subnormal numbers: adding 2**23 quanta lets the float32 adder do the rounding; the code is what sits in the low bits.
+    smallest_normal = 1 - _bias(dtype)
+    quantum = smallest_normal - info.nmant
+    shifted = lax.bitcast_convert_type(magnitude, jnp.float32) + jnp.float32(2.0 ** (23 + quantum))
+    subnormal = lax.bitcast_convert_type(shifted, jnp.uint32) - jnp.uint32((23 + quantum + 127) << 23)
+
+    code = jnp.where(magnitude < ((smallest_normal + 127) << 23), subnormal, normal)
+    code = jnp.where(magnitude >= 0x7F800000, jnp.uint32(int(np.asarray(np.nan, dtype).view(np.uint8)) & 0x7F), code)
+    return lax.bitcast_convert_type((code | sign).astype(jnp.uint8), dtype)
+
+
+def _bias(dtype: jnp.dtype) -> int:
+    """Exponent bias: 7 for e4m3, 15 for e5m2."""
+    return {E4M3: 7, E5M2: 15}[jnp.dtype(dtype)]
+
+
+def quantise(x: jax.Array, scale: jax.Array, dtype: jnp.dtype, *, emulated: bool = False) -> Quantised:
+    """FP8 array of x / scale (float32 arithmetic, never through bfloat16) beside its scale."""
+    return Quantised(cast(x.astype(jnp.float32) * (1.0 / scale), dtype, emulated=emulated), scale)
+
+
+def dequantise(q: Quantised) -> jax.Array:
+    """float32 values of a quantised array."""
+    data = q.data.astype(jnp.float32)
+    return data if q.scale is None else data * q.scale

@@ -1,0 +1,40 @@
+"""Logical axes and the one table that maps them to mesh axes.
+
+Parameters and activations name their dimensions (`embed`, `heads`, ...); `RULES` says along which mesh axes each is split.
+
+    sharding = named_sharding(mesh, ("layers", "embed", "mlp"))
+    x_btd = constrain(x_btd, "batch", "sequence", None)      # inside jit, under jax.set_mesh(mesh)
+"""
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "sequence": "sequence",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "head_dim": None,
+    "layers": None,
+    None: None,
+}
+
+
+def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Mesh axes of an array whose dimensions have these logical axes."""
+    return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def named_sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+    """Sharding of such an array on a mesh; no axes: replicated."""
+    return NamedSharding(mesh, partition_spec(axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the sharding of an activation; does nothing outside `jax.set_mesh`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))

@@ -1,0 +1,92 @@
+"""Held-out loss, perplexity and bits per byte, computed in BF16 as in the paper.
+
+evaluator = Evaluator(config, definition, mesh)
+evaluator(params)      # {"loss": ..., "perplexity": ..., "bits_per_byte": ..., "tokens": ..., "bytes": ...}
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fp8jax.config import Config
+from fp8jax.data import pipeline, tokenizer
+from fp8jax.models import gemms
+from fp8jax.models.definition import Definition, Params, define
+from fp8jax.parallel.mesh import emulates_fp8, make_mesh
+from fp8jax.parallel.sharding import RULES
+from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
+from fp8jax.training.step import COMPILER_OPTIONS, TrainProgram, token_losses
+
+
+class Evaluator:
+    """Evaluates parameters on the held-out split; compiles once."""
+
+    def __init__(self, config: Config, definition: Definition, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
+        emulated = emulates_fp8(config, mesh.devices.flat[0])
+        recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=emulated, recipe="bf16")
+
+        def total_loss(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                model = definition.bind(params)
+                logits, _ = model(batch, recipes, model.prepare(recipes, {}, {}))
+                return jnp.sum(token_losses(logits, batch["targets"]) * batch["mask"])
+
+        self._total_loss = jax.jit(total_loss, compiler_options=COMPILER_OPTIONS)
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """Metrics over `config.evaluation.batches` batches, or the whole split.
+
+        Returns:
+            `loss` in nats a token, `perplexity`, `bits_per_byte` of text, `tokens` and `bytes` scored.
+        """
+        nats, tokens, text_bytes = 0.0, 0.0, 0
+        names = ["inputs", "targets", "mask"] + (["segment_ids", "positions"] if self.config.data.document_masks else [])
+        batches = pipeline.held_out_batches(self.config, self.config.training.batch_size // self.config.training.microbatches)
+        for count, (batch, size) in enumerate(batches, 1):
+            on_device: dict[str, Any] = {name: jax.device_put(batch[name], self.sharding) for name in names}
+            nats += float(jax.device_get(self._total_loss(params, on_device)))
+            tokens += float(batch["mask"].sum())
+            text_bytes += size
+            if count == self.config.evaluation.batches:
+                break
+        loss = nats / tokens
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
+                "tokens": int(tokens), "bytes": text_bytes}
+
+
+def evaluate_run(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run on the whole held-out split and writes WORKDIR/eval.json.
+
+    Raises:
+        CheckpointError: no run there, or no such checkpoint.
+    """
+    if not (workdir / "config.json").exists():
+        raise CheckpointError(f"{workdir}: no config.json there; give the --workdir of a run")
+    config = load_config(workdir)
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, batches=0))
+    mesh = make_mesh(config)
+    definition = define(config.model, tokenizer.vocab_size(config))
+    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+        step = checkpoints.latest_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{workdir}: no complete checkpoint there yet")
+        params = TrainProgram(config, definition, mesh).abstract_state.params
+        state, _ = checkpoints.restore(step, {"params": params}, partial=True)
+    found = {"step": step, **Evaluator(config, definition, mesh)(state["params"])}
+    write_json(workdir / "eval.json", found)
+    return found
+
+
+def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.replace(path)

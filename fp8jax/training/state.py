@@ -1,0 +1,76 @@
+"""The state of a run as one pytree, its sharding, and how it starts.
+
+Everything that a run needs to continue bit for bit is here; the data's position is the step alone.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fp8jax.models import gemms
+from fp8jax.models.definition import Definition
+from fp8jax.models.gemms import ModelRecipes
+from fp8jax.parallel.sharding import named_sharding
+from fp8jax.training.optimizer import adamw
+
+State = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Steps taken, parameters, FP8 scaling state, optimizer state, and how many steps were skipped as bad."""
+
+    step: jax.Array
+    params: Any
+    scaling: Any
+    opt_state: Any
+    bad_steps: jax.Array
+
+    def items(self) -> dict[str, Any]:
+        """As a checkpoint stores it: entries that can be restored one without another."""
+        return {"params": self.params, "scaling": self.scaling, "opt_state": self.opt_state,
+                "counters": {"step": self.step, "bad_steps": self.bad_steps}}
+
+    @staticmethod
+    def from_items(items: dict[str, Any]) -> "TrainState":
+        """The inverse of `items`."""
+        return TrainState(params=items["params"], scaling=items["scaling"], opt_state=items["opt_state"], **items["counters"])
+
+
+def initial_state(definition: Definition, recipes: ModelRecipes, config: Any) -> TrainState:
+    """Fresh parameters and empty everything else; jit it with out_shardings. Scales are not calibrated yet."""
+    params = definition.init(config.training.seed)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes freely
+        opt_state = adamw(config.optimizer).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, gemms.init_scaling(recipes), opt_state, jnp.zeros((), jnp.int32))
+
+
+def abstract_state(definition: Definition, recipes: ModelRecipes, config: Any, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; allocates nothing.
+
+    Parameters and moments are sharded by their logical axes, everything else is replicated.
+    """
+    shapes = jax.eval_shape(lambda: initial_state(definition, recipes, config))
+    by_path = {_names(path): axes for path, axes in jax.tree_util.tree_leaves_with_path(definition.axes, is_leaf=_is_axes)}
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def sharded(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A moment's path ends like that of its parameter.
+        names = _names(path)
+        axes = next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), None)
+        sharding = replicated if axes is None else named_sharding(mesh, axes)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(sharded, shapes)
+
+
+def _is_axes(value: Any) -> bool:
+    return isinstance(value, tuple)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))) for key in path)

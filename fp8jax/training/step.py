@@ -1,0 +1,199 @@
+"""One training step as a pure function of (state, batch), and the calibration pass before the first.
+
+    program = TrainProgram(config, definition, mesh)
+    state = program.init()                                   # sharded
+    state = program.calibrate(state, batch)                  # fills empty amax histories; no update
+    state, metrics, taps = program.step(state, batch)        # jitted, donates the state
+
+Weights are quantised once, before the microbatch loop. Gradients are summed over microbatches in float32; the tokens'
+cotangents, raw amaxes, are combined by maximum. The scaling state is updated once, at the end. A step in which a loss, a
+gradient or an amax is not finite changes nothing but the counters.
+
+A batch is a dictionary of arrays [microbatches, batch, t]: inputs, targets, mask, and with document masks segment_ids and
+positions.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fp8jax.config import Config
+from fp8jax.models import gemms
+from fp8jax.models.definition import STACKED, Definition, Params
+from fp8jax.models.gemms import ModelRecipes
+from fp8jax.models.taps import Taps
+from fp8jax.models.transformer import ForwardOptions
+from fp8jax.numerics import statistics
+from fp8jax.parallel.mesh import emulates_fp8
+from fp8jax.parallel.sharding import RULES
+from fp8jax.training.optimizer import MATRIX, adamw, learning_rate
+from fp8jax.training.state import TrainState, abstract_state, initial_state
+
+Batch = dict[str, jax.Array]
+
+# Triton GEMMs lose FP8 on patterns that cuBLASLt takes, and write transposes apart (measured on compiled programs).
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+
+
+def token_losses(logits_btv: jax.Array, targets_bt: jax.Array) -> jax.Array:
+    """Negative log-likelihood of each target in nats, float32 [b, t]."""
+    chosen = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_btv, axis=-1) - chosen
+
+
+class TrainProgram:
+    """The jitted functions of a run: init, calibrate, step, step with statistics.
+
+    Args:
+        config: validated configuration.
+        definition: the model.
+        mesh: devices; may be compile-only ones, then only `lower_step` is of use.
+    """
+
+    def __init__(self, config: Config, definition: Definition, mesh: Mesh):
+        self.config, self.definition, self.mesh = config, definition, mesh
+        self.emulated = emulates_fp8(config, mesh.devices.flat[0])
+        self.recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=self.emulated)
+        self.abstract_state = abstract_state(definition, self.recipes, config, mesh)
+        self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"]))
+        self.abstract_batch = self._abstract_batch()
+        self.state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        self._compiled: dict[bool, Any] = {}
+
+    def _abstract_batch(self) -> Batch:
+        training, data = self.config.training, self.config.data
+        shape = training.microbatches, training.batch_size // training.microbatches, data.sequence_length
+        names = ["inputs", "targets", "mask"] + (["segment_ids", "positions"] if data.document_masks else [])
+        dtypes = {"mask": jnp.float32}
+        return {name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=self.batch_sharding) for name in names}
+
+    def init(self) -> TrainState:
+        """Fresh, sharded state."""
+        with jax.set_mesh(self.mesh):
+            make = jax.jit(lambda: initial_state(self.definition, self.recipes, self.config), out_shardings=self.state_shardings)
+            return make()
+
+    def put(self, batch: dict[str, Any]) -> Batch:
+        """Moves a host batch [batch, t] to the devices, split into microbatches."""
+        shapes = self.abstract_batch
+        return {name: jax.device_put(batch[name].reshape(leaf.shape), leaf.sharding) for name, leaf in shapes.items()}
+
+    def lower_step(self, *, collect: bool = False) -> Any:
+        """The step, traced and lowered but not compiled; `.compile()` it."""
+        return self.jitted_step(collect=collect).lower(self.abstract_state, self.abstract_batch)
+
+    def jitted_step(self, *, collect: bool = False) -> Any:
+        """The jitted step, for tracing."""
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array], Taps]:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return train_step(state, batch, self.config, self.definition, self.recipes, collect=collect)
+
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None, None), compiler_options=COMPILER_OPTIONS)
+
+    def compiled_step(self, *, collect: bool = False) -> Any:
+        """The step's executable, compiled at the first request: one without statistics, one with."""
+        if collect not in self._compiled:
+            self._compiled[collect] = self.lower_step(collect=collect).compile()
+        return self._compiled[collect]
+
+    def step(self, state: TrainState, batch: Batch, *, collect: bool = False) -> tuple[TrainState, dict[str, jax.Array], Taps]:
+        """One update. Donates `state`.
+
+        Returns:
+            New state; metrics (float32 scalars `loss`, `grad_norm`, `learning_rate`, `bad_step`); taps, empty unless
+            `collect`: name → statistic → float32 [layers].
+        """
+        return self.compiled_step(collect=collect)(state, batch)
+
+    def calibrate(self, state: TrainState, batch: Batch) -> TrainState:
+        """Fills empty amax histories from one forward and backward pass with `current` scaling; updates nothing else.
+
+        Raises:
+            FloatingPointError: an amax of the first batch is not finite.
+        """
+        if not state.scaling:
+            return state
+        current = self.recipes.scaled_by("current")
+
+        def amaxes(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return gradients(state, batch, self.config, self.definition, current)[2]
+
+        found = jax.jit(amaxes, compiler_options=COMPILER_OPTIONS)(state, batch)
+        bad = [role for role, amax in found.items() if not bool(jnp.isfinite(amax).all())]
+        if bad:
+            raise FloatingPointError(f"calibration: amax of {', '.join(bad)} is not finite on the first batch; check the initial "
+                                     "weights or the checkpoint for NaN")
+        update = jax.jit(lambda scaling, found: gemms.update_scaling(scaling, found, self.recipes),
+                         out_shardings=self.state_shardings.scaling)
+        return dataclasses.replace(state, scaling=update(state.scaling, found))
+
+
+def gradients(state: TrainState, batch: Batch, config: Config, definition: Definition, recipes: ModelRecipes, *,
+              collect: bool = False) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
+    """Loss, gradients, raw amaxes and statistics of a batch, over all its microbatches.
+
+    Returns:
+        Mean loss in nats a token, float32; gradients like the parameters (float32, or the activations' dtype for the
+        blocks' matrices if there is one microbatch); role → amaxes; taps.
+    """
+    scales = {role: entry["scale"] for role, entry in state.scaling.items()}
+    prepared = definition.bind(state.params).prepare(recipes, scales, {})
+    # The matrices of the blocks reach their GEMMs quantised; this view only sets the dtype in which wgrad writes.
+    view = _narrow_matrices(state.params, jnp.dtype(config.model.dtype))
+    total = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
+    options = ForwardOptions(config.training.remat, collect, config.monitor.kurtosis == "pooled")
+
+    def loss_of(params: Params, tokens: dict[str, jax.Array], part: Batch) -> tuple[jax.Array, Taps]:
+        logits, taps = definition.bind(params)(part, recipes, prepared._replace(tokens=tokens), options)
+        with jax.named_scope("loss"):
+            return jnp.sum(token_losses(logits, part["targets"]) * part["mask"]) / total, taps
+
+    def one(part: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
+        (loss, taps), (grads, amaxes) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(view, gemms.zero_tokens(recipes), part)
+        return loss, grads, amaxes, taps
+
+    if config.training.microbatches == 1:
+        return one(jax.tree.map(lambda a: a[0], batch))
+
+    def accumulate(carry: Any, part: Batch) -> tuple[Any, Taps]:
+        loss, grads, amaxes, taps = one(part)
+        summed = jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry[:2], (loss, grads))
+        return (*summed, jax.tree.map(jnp.maximum, carry[2], amaxes)), taps
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (total, view))
+    (loss, grads, amaxes), taps = jax.lax.scan(accumulate, (*zeros, gemms.zero_tokens(recipes)), batch)
+    return loss, grads, amaxes, statistics.combine(taps)
+
+
+def train_step(state: TrainState, batch: Batch, config: Config, definition: Definition, recipes: ModelRecipes, *,
+               collect: bool = False) -> tuple[TrainState, dict[str, jax.Array], Taps]:
+    """The whole step; see TrainProgram.step."""
+    loss, grads, amaxes, taps = gradients(state, batch, config, definition, recipes, collect=collect)
+    with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes freely
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        grad_norm = optax.global_norm(grads)
+        update, opt_state = adamw(config.optimizer).update(grads, state.opt_state, state.params)
+        rate = learning_rate(config, state.step)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, update)
+    scaling = gemms.update_scaling(state.scaling, amaxes, recipes)
+    finite = [jnp.isfinite(loss), jnp.isfinite(grad_norm), *(jnp.isfinite(a).all() for a in jax.tree.leaves(amaxes))]
+    good = jnp.stack(finite).all()
+    new = TrainState(state.step, params, scaling, opt_state, state.bad_steps)
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+    bad = (~good).astype(jnp.int32)
+    kept = dataclasses.replace(kept, step=state.step + 1, bad_steps=state.bad_steps + bad)
+    metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "bad_step": bad}
+    return kept, metrics, taps
+
+
+def _narrow_matrices(params: Params, dtype: Any) -> Params:
+    """The parameters with the blocks' GEMM weights, and an untied head's, in the activations' dtype."""
+    def narrow(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if path[-1].key == MATRIX and path[0].key in (STACKED, "head") else leaf
+
+    return jax.tree_util.tree_map_with_path(narrow, params)

@@ -1,0 +1,189 @@
+"""Token shards: written and read back, prepared from text, and refused by name when damaged."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp8jax import config as configs
+from fp8jax.data import pipeline, prepare, shards, sources, tokenizer
+
+BYTE = tokenizer.load("byte")
+TRAIN = ["Sir Walter Elliot,", "of Kellynch Hall,", "in Somersetshire,", "", "was a man £"]
+HELD_OUT = ["who, for his own amusement,"]
+
+
+def write(directory, train=TRAIN, held_out=HELD_OUT, **options):
+    """A directory of byte tokens."""
+    documents = {"train": map(BYTE.encode, train), "held_out": map(BYTE.encode, held_out)}
+    return shards.write_shards(directory, BYTE, documents, **options)
+
+
+def load(directory, split="train"):
+    return sources.load(configs.DataConfig(source=str(directory)), split)
+
+
+def expected(documents):
+    return [token for text in documents for token in [*text.encode(), 256]]
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 19, 30, 1 << 28])
+def test_round_trip_over_any_number_of_shards(tmp_path, shard_tokens):
+    splits = write(tmp_path, shard_tokens=shard_tokens)
+    assert load(tmp_path).read(0, 10**6).tolist() == expected(TRAIN)
+    assert load(tmp_path, "held_out").read(0, 10**6).tolist() == expected(HELD_OUT)
+    assert splits["train"]["documents"] == 5 and splits["train"]["text_bytes"] == sum(len(t.encode()) for t in TRAIN)
+    assert len(splits["train"]["shards"]) == {1: 5, 19: 3, 30: 2}.get(shard_tokens, 1)
+    assert splits == json.loads((tmp_path / "index.json").read_text())["splits"]
+
+
+@given(st.integers(0, 90), st.integers(0, 90))
+def test_reads_across_shards_equal_a_slice(start, length):
+    tokens = np.array(expected(TRAIN), np.uint16)
+    arrays = tuple(np.split(tokens, [19, 37, 55, 56]))
+    stream = sources.TokenStream(arrays, ("",) * 5, BYTE)
+    found = stream.read(start, start + length)
+    assert found.dtype == np.int32 and found.tolist() == tokens[start : start + length].tolist()
+
+
+def test_shards_are_mapped_not_loaded(tmp_path):
+    write(tmp_path)
+    assert isinstance(load(tmp_path).arrays[0], np.memmap)
+
+
+def test_write_refuses_an_existing_index_and_an_empty_split(tmp_path):
+    write(tmp_path / "a")
+    with pytest.raises(configs.ConfigError, match="already holds index.json"):
+        write(tmp_path / "a")
+    with pytest.raises(configs.ConfigError, match="no documents for split 'held_out'"):
+        write(tmp_path / "b", held_out=[])
+    assert not (tmp_path / "b" / "index.json").exists()
+
+
+@pytest.mark.parametrize(("ids", "fault"), [([65, 257], "outside 0 to 256"), ([65, 256], "end-of-document id 256")])
+def test_write_refuses_ids_that_no_document_has(tmp_path, ids, fault):
+    with pytest.raises(ValueError, match=fault):
+        shards.write_shards(tmp_path, BYTE, {"train": [np.array(ids)], "held_out": []})
+    assert not (tmp_path / "index.json").exists()
+
+
+def damage_file(action):
+    def apply(directory):
+        path = directory / "train_00001.bin"
+        action(path)
+        return path
+
+    return apply
+
+
+def damage_index(action):
+    def apply(directory):
+        path = directory / "index.json"
+        index = json.loads(path.read_text())
+        action(index, index["splits"]["train"]["shards"])
+        path.write_text(json.dumps(index))
+        return path
+
+    return apply
+
+
+def truncate_index(directory):
+    path = directory / "index.json"
+    path.write_text(path.read_text()[:-20])
+    return path
+
+
+def remove_index(directory):
+    (directory / "index.json").unlink()
+    return directory / "index.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (damage_file(lambda p: p.write_bytes(p.read_bytes()[:-2])), "bytes, not the"),
+        (damage_file(lambda p: p.write_bytes(p.read_bytes() + b"\0\1")), "bytes, not the"),
+        (damage_file(lambda p: p.write_bytes(b"")), "has 0 bytes"),
+        (damage_file(lambda p: p.write_bytes(bytes(p.stat().st_size))), "does not end with the end-of-document"),
+        (damage_file(lambda p: p.unlink()), "No such file"),
+        (damage_index(lambda index, listed: listed[1].update(file="../train_00001.bin")), "not a shard's name"),
+        (damage_index(lambda index, listed: listed[1].update(file="/etc/hostname")), "not a shard's name"),
+        (damage_index(lambda index, listed: listed[1].update(file="held_out_00000.bin")), "not a shard's name"),
+        (damage_index(lambda index, listed: listed[1].update(file=None)), "not a shard's name"),
+        (damage_index(lambda index, listed: listed[1].update(tokens=-1)), "-1 is not a number of tokens"),
+        (damage_index(lambda index, listed: listed[1].update(tokens=True)), "True is not a number of tokens"),
+        (damage_index(lambda index, listed: listed[1].pop("tokens")), "lists no shards"),
+        (damage_index(lambda index, listed: listed.clear()), "lists no shards"),
+        (damage_index(lambda index, listed: index["splits"].pop("train")), "lists no shards"),
+        (damage_index(lambda index, listed: index.update(format="other")), "format is 'other'"),
+        (damage_index(lambda index, listed: index.update(dtype="uint32")), "dtype is 'uint32', not 'uint16'"),
+        (damage_index(lambda index, listed: index.update(vocab_size=300)), "vocab_size is 300, not 257"),
+        (damage_index(lambda index, listed: index.update(tokenizer="sha256:0")), "set config.data.tokenizer"),
+        (truncate_index, "cannot be read"),
+        (remove_index, "no such file"),
+    ],
+)
+def test_damage_is_one_line_naming_the_file(tmp_path, damage, fault):
+    write(tmp_path, shard_tokens=20)
+    load(tmp_path)
+    path = damage(tmp_path)
+    with pytest.raises(configs.ConfigError) as caught:
+        load(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"config.data.source: {path}") and fault in message and "\n" not in message
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_an_id_outside_the_vocabulary_stops_the_run(tmp_path, threads):
+    write(tmp_path, shard_tokens=20)
+    path = tmp_path / "train_00001.bin"
+    tokens = np.fromfile(path, "<u2")
+    tokens[3] = 9999
+    tokens.tofile(path)
+    config = configs.from_dict({"data": {"source": str(tmp_path), "read_threads": threads, "sequence_length": 8}})
+    iterator = pipeline.train_iterator(config)
+    with pytest.raises(ValueError, match=r"train_00001\.bin: token 3 is 9999, outside the vocabulary of 257"):
+        for _ in range(3):
+            next(iterator)
+
+
+def test_prepare_splits_text_files_by_document(tmp_path):
+    texts = [f"Chapter {n}: naïve £{n}" for n in range(20)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[1:])
+    (tmp_path / "a.txt").write_text(texts[0])
+    (tmp_path / "b.jsonl").write_text(lines)
+    inputs = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    splits = prepare.prepare(inputs, tmp_path / "out", held_out_fraction=0.1)
+    assert load(tmp_path / "out", "held_out").read(0, 10**6).tolist() == expected([texts[9], texts[19]])
+    assert load(tmp_path / "out").read(0, 10**6).tolist() == expected(texts[:9] + texts[10:19])
+    assert (splits["train"]["documents"], splits["held_out"]["documents"]) == (18, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("a.txt", None, "No such file"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "line 2 is not a JSON object with a string field 'text'"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1"),
+        ("a.jsonl", b"[1]\n", "line 1"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "not UTF-8"),
+        ("a.pdf", b"%PDF", "use .txt or .jsonl"),
+    ],
+)
+def test_prepare_names_the_file_that_it_cannot_read(tmp_path, name, content, fault):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(configs.ConfigError) as caught:
+        prepare.prepare([tmp_path / name], tmp_path / "out", held_out_fraction=0.5)
+    assert str(tmp_path / name) in str(caught.value) and fault in str(caught.value)
+
+
+def test_prepare_wants_documents_for_both_splits(tmp_path):
+    (tmp_path / "a.txt").write_text("alone")
+    with pytest.raises(configs.ConfigError, match="no documents for split 'held_out'"):
+        prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", held_out_fraction=0.5)
+    with pytest.raises(configs.ConfigError, match="held_out_fraction: 1.0 is not between 0 and 1"):
+        prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", held_out_fraction=1.0)

@@ -1,0 +1,129 @@
+"""Tokenizers: round trips, byte counts, and what is refused."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp8jax import config as configs
+from fp8jax.data import sources, tokenizer
+
+
+def train_bpe(path, special=("<|endoftext|>",), **changes):
+    """A byte-level BPE of 400 ids in a tokenizer.json; `changes` replace top-level entries of the file."""
+    hf = pytest.importorskip("tokenizers")
+    bpe = hf.Tokenizer(hf.models.BPE())
+    bpe.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = hf.decoders.ByteLevel()
+    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([sources.embedded_documents("held_out")[0][:50_000].decode()], trainer)
+    path.write_text(json.dumps(json.loads(bpe.to_str()) | changes))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    return tokenizer.load(train_bpe(tmp_path_factory.mktemp("bpe") / "tokenizer.json"))
+
+
+@given(st.text())
+def test_byte_round_trip(text):
+    byte = tokenizer.load("byte")
+    ids = byte.encode(text)
+    assert ids.tolist() == list(text.encode("utf-8"))
+    assert byte.decode(ids) == text
+    assert byte.token_bytes[ids].sum() == len(text.encode("utf-8"))
+
+
+@given(st.binary())
+def test_any_bytes_encode_as_themselves(raw):
+    ids = tokenizer.load("byte").encode(raw)
+    assert ids.dtype == np.uint16 and bytes(ids.tolist()) == raw
+
+
+def test_end_of_document_decodes_to_nothing_and_stands_for_no_bytes():
+    byte = tokenizer.load("byte")
+    assert byte.decode([72, 256, 105]) == "Hi"
+    assert byte.token_bytes[256] == 0 and byte.token_bytes.shape == (byte.vocab_size,)
+
+
+@pytest.mark.parametrize("ids", [[400], [-1], [65, 4000]])
+def test_decoding_ids_outside_the_vocabulary_is_an_error(ids, bpe):
+    with pytest.raises(ValueError, match="the tokenizer's are 0 to 256"):
+        tokenizer.load("byte").decode(ids)
+    with pytest.raises(ValueError, match="the tokenizer's are 0 to 399"):
+        bpe.decode(ids)
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_bpe_round_trip_and_byte_count(bpe, text):
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == text
+    assert bpe.token_bytes[ids].sum() == len(text.encode("utf-8"))
+
+
+def test_bpe_shortens_english_and_takes_utf8_bytes(bpe):
+    text = "The Elliots of Kellynch, £20,000, naïveté."
+    ids = bpe.encode(text)
+    assert len(ids) < len(text) and ids.dtype == np.uint16
+    assert ids.tolist() == bpe.encode(text.encode()).tolist()
+
+
+def test_text_that_spells_the_end_of_document_is_ordinary_text(bpe):
+    ids = bpe.encode("a<|endoftext|>b")
+    assert bpe.end_of_document not in ids
+    assert bpe.decode(ids) == "a<|endoftext|>b"
+    assert bpe.token_bytes[bpe.end_of_document] == 0
+
+
+def test_truncation_in_the_file_does_not_cut_documents(tmp_path):
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    loaded = tokenizer.load(train_bpe(tmp_path / "tokenizer.json", truncation=cut))
+    assert loaded.decode(loaded.encode("Captain Wentworth must be out of sight")).endswith("sight")
+
+
+def test_fingerprint_tells_tokenizers_apart(bpe, tmp_path):
+    other = tokenizer.load(train_bpe(tmp_path / "tokenizer.json", special=("<|endoftext|>", "<pad>")))
+    assert len({bpe.fingerprint, other.fingerprint, tokenizer.load("byte").fingerprint}) == 3
+
+
+def test_unusable_files_are_refused_in_one_line(tmp_path):
+    def message(path):
+        with pytest.raises(configs.ConfigError) as caught:
+            tokenizer.load(str(path))
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+        return str(caught.value)
+
+    (tmp_path / "torn.json").write_text('{"version": "1.0", "model": {')
+    assert "no such file" in message(tmp_path / "missing.json")
+    assert "is not a tokenizer.json" in message(tmp_path / "torn.json")
+    assert "end-of-document" in message(train_bpe(tmp_path / "endless.json", special=("<pad>",)))
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    assert "not byte-level" in message(train_bpe(tmp_path / "wordpiece.json", decoder=decoder))
+
+
+def test_missing_package_is_said_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(configs.ConfigError, match="pip install tokenizers"):
+        tokenizer.load(str(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(("size", "expected"), [(257, "<u2"), (65536, "<u2"), (65537, "<u4"), (131072, "<u4")])
+def test_dtype_holds_every_id(size, expected):
+    assert tokenizer.dtype(size) == np.dtype(expected) and np.iinfo(expected).max >= size - 1
+
+
+def test_vocab_size_is_rounded_up_or_checked():
+    def resolved(value):
+        return tokenizer.vocab_size(configs.from_dict({"model": {"vocab_size": value}}))
+
+    assert resolved(None) == 384 and resolved(257) == 257 and resolved(1000) == 1000
+    with pytest.raises(configs.ConfigError, match="config.model.vocab_size: 256 is below the 257 ids"):
+        resolved(256)

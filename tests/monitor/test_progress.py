@@ -1,0 +1,71 @@
+"""Progress display: plain lines away from a terminal, one bar on it, a forecast from recent steps."""
+
+import io
+import math
+
+import pytest
+import rich.console
+
+from fp8jax.monitor import progress
+
+
+def metrics(seconds=0.25, loss=1.2344):
+    return {"loss": loss, "tokens_per_second": 21234.0, "learning_rate": 1e-3, "step_seconds": seconds}
+
+
+def shown(terminal, body, total_steps=600, start_step=0):
+    file = io.StringIO()
+    console = rich.console.Console(file=file, force_terminal=terminal, width=100)
+    with progress.Progress(total_steps, start_step, console) as display:
+        body(display)
+    return file.getvalue()
+
+
+def test_plain_lines(capsys):
+    with progress.Progress(600) as display:
+        display.update(20, metrics())
+        display.update(120, metrics())
+        display.message("evaluation: [b]loss[/b] 1.300 " + "x" * 200)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "step  20/600  loss 1.234  2.1e4 tok/s  lr 1.0e-3  ETA 2m25s",
+        "step 120/600  loss 1.234  2.1e4 tok/s  lr 1.0e-3  ETA 2m00s",
+        "evaluation: [b]loss[/b] 1.300 " + "x" * 200,
+    ]
+
+
+def test_absent_and_non_finite_metrics_do_not_stop_a_run():
+    def body(display):
+        display.update(1, {"loss": math.nan, "tokens_per_second": math.inf, "step_seconds": math.nan})
+        display.update(2, {})
+
+    assert shown(False, body).splitlines() == ["step   1/600  loss nan  inf tok/s", "step   2/600"]
+
+
+def test_forecast_follows_recent_steps():
+    def body(display):
+        for step in range(10):
+            display.update(step, metrics(seconds=100.0))
+        for step in range(10, 20):
+            display.update(step, metrics(seconds=0.5))
+
+    assert shown(False, body, total_steps=119).splitlines()[-1].endswith("ETA 50s")
+
+
+def test_terminal_shows_one_bar_and_messages_above_it():
+    def body(display):
+        display.update(120, metrics())
+        display.message("evaluation: loss 1.300")
+        display.update(600, metrics())
+
+    text = shown(True, body, start_step=100)
+    assert "step 100/600" in text and "step 120/600  loss 1.234  2.1e4 tok/s  lr 1.0e-3  ETA 2m00s" in text
+    assert "evaluation: loss 1.300" in text and "━" in text
+    assert text.rstrip().endswith("\x1b[?25h") and "step 600/600" in text.split("evaluation")[1]  # cursor is back
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (45.4, "45s"), (130, "2m10s"), (3900, "1h05m"), (273600, "3d04h"), (59.9, "1m00s")]
+)
+def test_durations(seconds, text):
+    assert progress._duration(seconds) == text

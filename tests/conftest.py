@@ -1,6 +1,7 @@
-"""Eight CPU devices, no silent dtype promotion, one place."""
+"""Eight CPU devices, no silent dtype promotion, and each program compiled once in a test session."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -8,3 +9,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# A run that is stopped and continued compiles what the uninterrupted one compiled.
+_CACHE = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

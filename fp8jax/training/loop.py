@@ -12,11 +12,12 @@ import dataclasses
 import pathlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jaxlib.xla_client import Device
 
 from fp8jax.audit.gemms import fp8_share
 from fp8jax.audit.jaxpr import traced_gemms
@@ -40,14 +41,19 @@ _FIXED = {"model": None, "data": ("sequence_length", "source", "tokenizer", "doc
           "training": ("batch_size", "seed")}
 
 
-def train(config: Config, workdir: str | pathlib.Path) -> int:
+def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[Device] | None = None) -> int:
     """Trains to `config.training.steps`; returns the process's exit code, 0 (finished) or 4 (stopped, saved).
+
+    Args:
+        config: validated configuration.
+        workdir: directory of the run; made if missing, continued if it holds a run.
+        devices: what the mesh is made of; None: all.
 
     Raises:
         ConfigError: the data, mesh or directory does not fit the config.
     """
     workdir = pathlib.Path(workdir)
-    mesh = mesh_lib.make_mesh(config)
+    mesh = mesh_lib.make_mesh(config, devices)
     definition = define(config.model, tokenizer.vocab_size(config))
     program = TrainProgram(config, definition, mesh)
     recalibrate = _check_continues(config, workdir)
@@ -69,7 +75,7 @@ def describe(program: TrainProgram) -> list[str]:
     with jax.set_mesh(program.mesh):
         gemms = traced_gemms(program.jitted_step().trace(program.abstract_state, program.abstract_batch).jaxpr)
     share = fp8_share(gemms, BLOCK_ROLES)
-    how = f"emulated: {device.device_kind} has no FP8 units used here" if program.emulated else f"native on {device.device_kind}"
+    how = f"emulated: {device.device_kind} has no FP8 units" if program.emulated else f"native on {device.device_kind}"
     model = program.definition.config
     lines = [
         f"model    {model.architecture}, {program.definition.parameter_count():,} parameters, {model.layers} layers of width {model.width}",

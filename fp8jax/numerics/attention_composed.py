@@ -1,0 +1,134 @@
+"""Attention backend `composed`: plain FP8 GEMMs over chunks of queries, so that no S x S array is ever kept.
+
+    o = attention(q, k, v, recipes, softmax_scale=0.125, backend="composed")
+
+Runs wherever FP8 GEMMs run. Each chunk of CHUNK queries sees its whole key prefix at once, so its row maximum is exact and
+nothing is rescaled. Memory beside inputs and results is one chunk of scores, CHUNK x keys: linear in the sequence length.
+
+Keys after a chunk's last query are skipped. Their number is part of a GEMM's shape, and a program with a set of GEMMs for
+every chunk would grow with the sequence; so at most BANDS lengths occur. A band is a run of chunks that take the same
+prefix, in a scan if they are several: 8 bands compute 56% of the square, where 50% is the least.
+
+The cast of dS needs one scale for the whole tensor. Delayed scaling has it beforehand. `current` takes two passes over
+the chunks: one for the largest |dS| (two GEMMs of the five over again), one for the gradients.
+
+What it does not do: skip the work between documents of a packed sequence (it is masked), or keep the scores on chip: a
+chunk of them goes through memory, float32, as in any composition of GEMMs.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fp8jax.numerics import attention_rows, formats
+from fp8jax.numerics.attention_rows import Call, Operands, Residuals
+from fp8jax.numerics.formats import Quantised
+
+CHUNK = 512  # queries; a multiple of 128, the tile of a tensor core's GEMM
+BANDS = 8
+
+
+def forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
+    """O, [b, t, k, g, h], and the log-sum-exp, [b, t, k, g], as `attention_rows.output` of all rows."""
+    shape = x.q.data.shape
+
+    def chunk(carry, x, start, rows, keys):
+        mask = attention_rows.visible(start, rows, keys, x.segment_ids)
+        found = attention_rows.output(call, _rows(x.q, start, rows), _rows(x.k, 0, keys), _rows(x.v, 0, keys), mask)
+        return tuple(lax.dynamic_update_slice_in_dim(*pair, start, axis=1) for pair in zip(carry, found, strict=True))
+
+    return _over_chunks(shape[1], chunk, x, (jnp.zeros(shape, call.dtype), jnp.zeros(shape[:4], jnp.float32)))
+
+
+def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Gradients of q, k, v in the dtype of activations and the raw amax of dS (None if scores are not in FP8).
+
+    Args:
+        call: recipes and softmax scale.
+        x: operands of the forward pass.
+        residuals: of every query.
+        scale: of dS, with delayed scaling.
+    """
+    if call.scores.scaling == "current":
+        scale = call.scores.scale(_largest_ds(call, x, residuals), call.scores.format("ds"))
+
+    def chunk(carry, operands, start, rows, keys):
+        (dq, dk, dv, largest), (x, residuals, scale) = carry, operands
+        p, ds, do = _chunk_ds(call, x, residuals, start, rows, keys)
+        qds = Quantised(ds.astype(call.dtype), None)
+        if call.scores.fp8:
+            qds = formats.quantise(ds, scale, call.scores.format("ds"), emulated=call.scores.emulated)
+            largest = jnp.maximum(largest, _amax_by_head(ds))
+        dq_rows, dk_part, dv_part = attention_rows.input_gradients(call, p, qds, _rows(x.q, start, rows), _rows(x.k, 0, keys), do)
+        dq = lax.dynamic_update_slice_in_dim(dq, dq_rows.astype(call.dtype), start, axis=1)
+        return dq, _add_prefix(dk, dk_part), _add_prefix(dv, dv_part), largest
+
+    b, t, k, g, h = x.q.data.shape
+    zeros = jnp.zeros((b, k, t, h), jnp.float32)
+    init = jnp.zeros((b, t, k, g, h), call.dtype), zeros, zeros, jnp.zeros((b, k), jnp.float32)
+    dq, dk, dv, largest = _over_chunks(t, chunk, (x, residuals, scale), init)
+    dk, dv = (attention_rows.swap_heads(d).astype(call.dtype) for d in (dk, dv))
+    return dq, dk, dv, jnp.max(largest) if call.scores.fp8 else None
+
+
+def _chunk_ds(call: Call, x: Operands, residuals: Residuals, start: Any, rows: int,
+              keys: int) -> tuple[jax.Array, jax.Array, Quantised]:
+    """P, dS and dO of one chunk."""
+    do = _rows(residuals.do, start, rows)
+    lse, delta = (lax.dynamic_slice_in_dim(a, start, rows, axis=1) for a in (residuals.lse, residuals.delta))
+    mask = attention_rows.visible(start, rows, keys, x.segment_ids)
+    q, k, v = _rows(x.q, start, rows), _rows(x.k, 0, keys), _rows(x.v, 0, keys)
+    return *attention_rows.score_gradient(call, q, k, v, Residuals(do, lse, delta), mask), do
+
+
+def _largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
+    """Largest |dS| over all chunks."""
+    def chunk(largest, operands, start, rows, keys):
+        return jnp.maximum(largest, _amax_by_head(_chunk_ds(call, *operands, start, rows, keys)[1]))
+
+    b, length, k = x.q.data.shape[:3]
+    return jnp.max(_over_chunks(length, chunk, (x, residuals), jnp.zeros((b, k), jnp.float32)))
+
+
+def _amax_by_head(ds: jax.Array) -> jax.Array:
+    """Amax of each sequence and KV head, [b, k]: these two dimensions may be sharded, and one reduction at the end does."""
+    return jax.vmap(jax.vmap(formats.amax))(ds)
+
+
+def _over_chunks(length: int, body: Callable, operands: Any, carry: Any) -> Any:
+    """Folds `body(carry, operands, start, rows, keys)` over all chunks; rows and keys are static, start may be traced."""
+    for first, chunks, rows in _bands(length):
+        step = functools.partial(body, rows=rows, keys=first + chunks * rows)
+        if length > CHUNK:
+            # One band after the other, and nothing shared with another pass over the chunks: left to itself the compiler
+            # works on several at once, or sees scores that it has computed before and keeps them, all S x S.
+            operands, carry = lax.optimization_barrier((operands, carry))
+        if chunks == 1:
+            carry = step(carry, operands, first)
+        else:
+            starts = first + rows * jnp.arange(chunks)
+            carry, _ = lax.scan(lambda c, start, step=step, x=operands: (step(c, x, start), None), carry, starts)
+    return carry
+
+
+def _bands(length: int) -> Iterator[tuple[int, int, int]]:
+    """(first query, number of chunks, queries a chunk) of each band; an odd rest at the end is a band of its own."""
+    whole, rest = divmod(length, CHUNK)
+    step = max(1, -(-whole // BANDS))
+    for i in range(0, whole, step):
+        yield i * CHUNK, min(step, whole - i), CHUNK
+    if rest:
+        yield whole * CHUNK, 1, rest
+
+
+def _rows(x: Quantised, start: Any, size: int) -> Quantised:
+    return Quantised(lax.dynamic_slice_in_dim(x.data, start, size, axis=1), x.scale)
+
+
+def _add_prefix(total: jax.Array, part: jax.Array) -> jax.Array:
+    """Adds to the first keys of [b, k, s, h]."""
+    return lax.dynamic_update_slice_in_dim(total, total[:, :, : part.shape[2]] + part, 0, axis=2)

@@ -1,0 +1,132 @@
+"""FP8 attention of a block of query rows against a prefix of the keys: what every backend of `attention` computes alike.
+
+    o, lse = output(call, q, k, v, visible(0, t, s))                             # forward
+    p, ds = score_gradient(call, q, k, v, residuals, visible(0, t, s))           # backward, first half
+    dq, dk, dv = input_gradients(call, p, quantised_ds, q, k, do)                # second half
+
+The rows may be all queries or some of them; the keys must reach at least to the last row. A row's result does not depend
+on the block that it is in, up to the order of float32 sums. Letters as in `attention`: S, P, dP and dS are [b, k, t, g, s].
+
+It does not quantise inputs or dS: their scales belong to whole tensors, and so to who sees all blocks.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.numerics import formats
+from fp8jax.numerics.dot_general import gemm
+from fp8jax.numerics.formats import Quantised
+from fp8jax.numerics.recipes import GemmRecipe
+
+# P is at most 1, so 1/256 uses e4m3 up to 256 of 448: the next power of two would saturate.
+P_SCALE = 1.0 / 256
+LOG2_E = math.log2(math.e)
+
+# Dimension numbers: (contracting lhs, rhs), (batch lhs, rhs). S is [b, k, t, g, s].
+_QK = (((4,), (3,)), ((0, 2), (0, 2)))      # q_btkgh · k_bskh → S_bktgs, also dP = dO · v
+_PV = (((4,), (1,)), ((0, 1), (0, 2)))      # P_bktgs · v_bskh → O_bktgh, also dQ = dS · k
+_PTDO = (((2, 3), (1, 3)), ((0, 1), (0, 2)))  # P_bktgs · dO_btkgh → dV_bksh, also dK = dSᵀ · q
+
+
+class Call(NamedTuple):
+    """What is static about one attention: recipes of the two roles, the factor on scores, the dtype of activations."""
+
+    scores: GemmRecipe
+    values: GemmRecipe
+    softmax_scale: float
+    dtype: jnp.dtype
+
+
+class Operands(NamedTuple):
+    """Inputs as the GEMMs take them: q_btkgh, k_bskh, v_bskh, and the int32 segment_ids [b, s] or None."""
+
+    q: Quantised
+    k: Quantised
+    v: Quantised
+    segment_ids: jax.Array | None
+
+
+class Residuals(NamedTuple):
+    """What the backward pass knows of each query: do_btkgh, and float32 [b, t, k, g] log-sum-exp (base 2) and rowsum(dO * O)."""
+
+    do: Quantised
+    lse: jax.Array
+    delta: jax.Array
+
+
+def visible(start: int | jax.Array, queries: int, keys: int, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Where a query may look: keys up to its own position, within its segment.
+
+    Args:
+        start: position of the first query; may be traced.
+        queries: number of queries.
+        keys: number of keys, which start at position 0.
+        segment_ids: int32 [b, length], of the whole sequence.
+
+    Returns:
+        bool [b, queries, keys], or [1, queries, keys] without segments.
+    """
+    causal = (start + jnp.arange(queries))[:, None] >= jnp.arange(keys)
+    if segment_ids is None:
+        return causal[None]
+    of_queries = jax.lax.dynamic_slice_in_dim(segment_ids, start, queries, axis=1)
+    return causal & (of_queries[:, :, None] == segment_ids[:, None, :keys])
+
+
+def output(call: Call, q: Quantised, k: Quantised, v: Quantised, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """O, [b, t, k, g, h] in the dtype of activations, and the float32 log-sum-exp in base 2, [b, t, k, g]."""
+    logits = _logits(call, q, k, mask)
+    # A row without any visible key has a maximum of -inf; 0 in its place makes its probabilities 0, not NaN.
+    ceiling = jnp.ceil(jnp.max(logits, axis=-1, keepdims=True))
+    ceiling = jnp.where(jnp.isneginf(ceiling), 0.0, ceiling)
+    p = jnp.exp2(logits - ceiling)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    o = gemm(_quantise_p(p, call.values, v.data.dtype), v, _PV, out_dtype=jnp.float32, emulated=call.values.emulated,
+             name="attention_values.fprop")
+    o = o / jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, ceiling + jnp.log2(total), jnp.inf)
+    return swap_heads(o).astype(call.dtype), swap_heads(lse[..., 0])
+
+
+def score_gradient(call: Call, q: Quantised, k: Quantised, v: Quantised, residuals: Residuals,
+                   mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """P and dS before their casts, float32 [b, k, t, g, s]; dS is the gradient of the scores before the softmax scale."""
+    p = jnp.exp2(_logits(call, q, k, mask) - swap_heads(residuals.lse)[..., None])
+    dp = gemm(residuals.do, v, _QK, **_backward_options(call.values), name="attention_values.dgrad")
+    return p, p * (dp - swap_heads(residuals.delta)[..., None])
+
+
+def input_gradients(call: Call, p: jax.Array, ds: Quantised, q: Quantised, k: Quantised,
+                    do: Quantised) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """These rows' dQ, [b, t, k, g, h], and their part of dK and dV, [b, k, s, h]; all float32."""
+    scored = _backward_options(call.scores)
+    dv = gemm(_quantise_p(p, call.values, do.data.dtype), do, _PTDO, **_backward_options(call.values),
+              name="attention_values.wgrad")
+    dq = gemm(ds, k, _PV, **scored, name="attention_scores.dgrad") * call.softmax_scale
+    dk = gemm(ds, q, _PTDO, **scored, name="attention_scores.wgrad") * call.softmax_scale
+    return swap_heads(dq), dk, dv
+
+
+def swap_heads(x: jax.Array) -> jax.Array:
+    """[b, t, k, ...] to [b, k, t, ...] and back."""
+    return jnp.moveaxis(x, 1, 2)
+
+
+def _backward_options(recipe: GemmRecipe) -> dict:
+    return {"out_dtype": jnp.float32, "precise": True, "emulated": recipe.emulated}
+
+
+def _logits(call: Call, q: Quantised, k: Quantised, mask: jax.Array) -> jax.Array:
+    """Scores in base 2, float32, -inf where a query may not look."""
+    s = gemm(q, k, _QK, out_dtype=jnp.float32, emulated=call.scores.emulated, name="attention_scores.fprop")
+    return jnp.where(mask[:, None, :, None, :], s * (call.softmax_scale * LOG2_E), -jnp.inf)
+
+
+def _quantise_p(p: jax.Array, recipe: GemmRecipe, dtype: jnp.dtype) -> Quantised:
+    """P at its fixed scale; plain cast where the role is not FP8."""
+    if not recipe.fp8:
+        return Quantised(p.astype(dtype), None)
+    return formats.quantise(p, jnp.float32(P_SCALE), formats.E4M3, emulated=recipe.emulated)

@@ -1,0 +1,100 @@
+"""Does an attention backend compute on this device what the definition says? Asked once, before training starts.
+
+    errors = self_check("composed", {"attention_scores": recipe, "attention_values": recipe})
+
+Runs the backend with the recipes as they are, and `emulated` with the same recipes emulated, on random inputs: grouped
+queries, two documents a sequence, more than one chunk, an odd last one, and operands whose scales all differ, so that a
+scale that is left out, doubled or given to the wrong operand shows as an error of a factor of two at the least.
+
+It compares results, not speed, and says nothing about the kernels that ran: that is the audit's business.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fp8jax.numerics.attention import SCORES, VALUES, attention
+from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
+
+# Where the accumulation differs, some elements of P and dS round to the neighbour in FP8. The worst accumulation known,
+# Hopper's fast one, is accurate to 1e-3 or so at this length; a wrong scale is off by 0.5 or more.
+TOLERANCE = 0.02
+LENGTH = 640
+_MAGNITUDES = {"q": 3.0, "k": 0.05, "v": 20.0, "do": 1e-3}
+
+
+def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int = 64, tolerance: float = TOLERANCE) -> dict[str, float]:
+    """Compares a backend with `emulated` on the default device.
+
+    Args:
+        backend: one of `attention.BACKENDS`.
+        recipes: of `attention_scores` and `attention_values`, as training will use them.
+        head_dim: width of a head.
+        tolerance: largest relative error that passes.
+
+    Returns:
+        Relative errors: of `o`, `dq`, `dk`, `dv` as norm of the difference over norm; of the amaxes of `q`, `k`, `ds`, `v`,
+        `do` (keys `amax_q`, ...; only of roles in FP8).
+
+    Raises:
+        ValueError: an error is above the tolerance, or not a number; names the backend, the device and the worst error.
+    """
+    recipes = {role: recipes[role] for role in (SCORES, VALUES)}
+    emulated = {role: dataclasses.replace(recipe, emulated=True) for role, recipe in recipes.items()}
+    inputs = _inputs(head_dim)
+    scales = _scales(emulated, inputs)
+    expected, found = _run("emulated", emulated, inputs, scales), _run(backend, recipes, inputs, scales)
+    errors = {name: _relative(found[name], expected[name]) for name in expected}
+    worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+    if not errors[worst] <= tolerance:
+        raise ValueError(f"attention backend {backend!r} disagrees with 'emulated' on {jax.devices()[0].device_kind}: relative error "
+                         f"{errors[worst]:.3g} in {worst}, tolerance {tolerance:g}; use 'emulated', or another backend")
+    return errors
+
+
+def _inputs(head_dim: int) -> dict[str, jax.Array]:
+    """q, k, v, do in bfloat16 and segment_ids: one sequence, two KV heads, two query heads each."""
+    random = np.random.default_rng(0)
+    few, many = (1, LENGTH, 2, head_dim), (1, LENGTH, 2, 2, head_dim)
+    shapes = {"q": many, "k": few, "v": few, "do": many}
+    arrays = {name: jnp.asarray(random.normal(scale=_MAGNITUDES[name], size=shape), jnp.bfloat16) for name, shape in shapes.items()}
+    return arrays | {"segment_ids": jnp.asarray(np.arange(LENGTH)[None] >= LENGTH // 3, jnp.int32)}
+
+
+def _scales(recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Scales for delayed scaling: those that the definition finds with current scaling."""
+    delayed = {role: recipe for role, recipe in recipes.items() if recipe.scaling == "delayed"}
+    if not delayed:
+        return {}
+    current = {role: dataclasses.replace(recipe, scaling="current") if role in delayed else recipe for role, recipe in recipes.items()}
+    found = _run("emulated", current, inputs, {})
+    return {role: jnp.stack([recipe.scale(jnp.float32(found[f"amax_{name}"]), recipe.format(name)) for name in OPERANDS[role]])
+            for role, recipe in delayed.items()}
+
+
+def _run(backend: str, recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array],
+         scales: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Output, gradients and amaxes by name."""
+    q, k, v, do = (inputs[name] for name in ("q", "k", "v", "do"))
+    # Brings the scores to a standard deviation of about 1.
+    softmax_scale = 1 / (_MAGNITUDES["q"] * _MAGNITUDES["k"] * q.shape[-1] ** 0.5)
+    tokens = {role: jnp.zeros(len(OPERANDS[role]), jnp.float32) for role, recipe in recipes.items() if recipe.fp8}
+
+    @jax.jit
+    def both(q, k, v, do, segment_ids, scales, tokens):
+        o, backward = jax.vjp(lambda q, k, v, tokens: attention(
+            q, k, v, recipes, softmax_scale=softmax_scale, segment_ids=segment_ids, scales=scales, tokens=tokens,
+            backend=backend), q, k, v, tokens)
+        return o, *backward(do)
+
+    o, dq, dk, dv, amaxes = jax.device_get(both(q, k, v, do, inputs["segment_ids"], scales, tokens))
+    named = {f"amax_{name}": amaxes[role][i] for role in tokens for i, name in enumerate(OPERANDS[role])}
+    return {"o": o, "dq": dq, "dk": dk, "dv": dv} | named
+
+
+def _relative(found: np.ndarray, expected: np.ndarray) -> float:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

@@ -56,7 +56,8 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: pathlib.Path) -> None:
         axes.axhline(value, color="#999999", linewidth=0.8)
         axes.text(axes.get_xlim()[1], value, f"order-{order} byte model ", ha="right", va="bottom", fontsize=8, color="#555555")
     axes.set(xlabel="step (4,096 bytes each)", ylabel="held-out bits per byte")
-    axes.set_title("FOG-max tiny: FP8 with FP8 attention against BF16, 3 seeds")
+    count = len({seed for _, seed in runs})
+    axes.set_title(f"FOG-max tiny: FP8 with FP8 attention against BF16, {count} seed{'s' if count > 1 else ''}")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=140)
 

@@ -28,7 +28,7 @@ from fp8jax.numerics import attention_rows, formats
 from fp8jax.numerics.attention_rows import Call, Operands, Residuals
 from fp8jax.numerics.formats import Quantised
 
-CHUNK = 512  # queries; a multiple of 128, the tile of a tensor core's GEMM
+CHUNK = 256  # queries; a multiple of 128, the tile of a tensor core's GEMM
 BANDS = 8
 
 
@@ -103,10 +103,6 @@ def _over_chunks(length: int, body: Callable, operands: Any, carry: Any) -> Any:
     """Folds `body(carry, operands, start, rows, keys)` over all chunks; rows and keys are static, start may be traced."""
     for first, chunks, rows in _bands(length):
         step = functools.partial(body, rows=rows, keys=first + chunks * rows)
-        if length > CHUNK:
-            # One band after the other, and nothing shared with another pass over the chunks: left to itself the compiler
-            # works on several at once, or sees scores that it has computed before and keeps them, all S x S.
-            operands, carry = lax.optimization_barrier((operands, carry))
         if chunks == 1:
             carry = step(carry, operands, first)
         else:
@@ -118,7 +114,7 @@ def _over_chunks(length: int, body: Callable, operands: Any, carry: Any) -> Any:
 def _bands(length: int) -> Iterator[tuple[int, int, int]]:
     """(first query, number of chunks, queries a chunk) of each band; an odd rest at the end is a band of its own."""
     whole, rest = divmod(length, CHUNK)
-    step = max(1, -(-whole // BANDS))
+    step = max(2, -(-whole // BANDS))  # at least two: a scan of one step is no loop, and may overlap with the next
     for i in range(0, whole, step):
         yield i * CHUNK, min(step, whole - i), CHUNK
     if rest:

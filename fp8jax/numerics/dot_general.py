@@ -56,18 +56,32 @@ def gemm(lhs: Quantised, rhs: Quantised, dimension_numbers: DimensionNumbers, *,
         if emulated:
             # The barriers, here and below, keep XLA's CPU compiler from folding transposes into the bfloat16 GEMM: it
             # makes forms of it that its own runtime then refuses ("unsupported element type for DotThunk", jax 0.10.2).
-            a, b = lax.optimization_barrier((_widen(a), _widen(b)))
+            # It refuses some batch dimensions that do not lead, too: transposing them first costs nothing measurable.
+            a, b, dimension_numbers = _batch_first(_widen(a), _widen(b), dimension_numbers)
+            a, b = lax.optimization_barrier((a, b))
         exact = precise or a.dtype == jnp.float32
         out = lax.dot_general(a, b, dimension_numbers, precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
                               preferred_element_type=jnp.float32 if emulated else out_dtype)
         if emulated:
             out = lax.optimization_barrier(out)
         scale = _product(lhs.scale, rhs.scale)
-        return (out if scale is None else out * scale).astype(out_dtype)
+        return (out if scale is None else out.astype(jnp.float32) * scale).astype(out_dtype)
 
 
 def _widen(x: jax.Array) -> jax.Array:
     return x.astype(jnp.bfloat16) if x.dtype.itemsize == 1 else x
+
+
+def _batch_first(a: jax.Array, b: jax.Array, dims: DimensionNumbers) -> tuple[jax.Array, jax.Array, DimensionNumbers]:
+    """The same dot_general with batch dimensions in front of both operands."""
+    contract, batch = list(dims[0]), list(dims[1])
+    operands = [a, b]
+    for i, x in enumerate(operands):
+        order = (*batch[i], *(j for j in range(x.ndim) if j not in batch[i]))
+        if order != tuple(range(x.ndim)):
+            operands[i] = lax.transpose(x, order)
+            contract[i], batch[i] = tuple(order.index(j) for j in contract[i]), tuple(range(len(batch[i])))
+    return operands[0], operands[1], ((contract[0], contract[1]), (batch[0], batch[1]))
 
 
 def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:

@@ -225,7 +225,12 @@ def test_run_writes_what_users_rely_on(tmp_path):
 def test_the_step_compiles_once_in_a_run(tmp_path, monkeypatch):
     compiled = []
     original = TrainProgram.lower_step
-    monkeypatch.setattr(TrainProgram, "lower_step", lambda self, *, collect=False: compiled.append(collect) or original(self, collect=collect))
+
+    def counted(self, *, collect=False):
+        compiled.append(collect)
+        return original(self, collect=collect)
+
+    monkeypatch.setattr(TrainProgram, "lower_step", counted)
     assert train(micro(), tmp_path) == 0
     assert sorted(compiled) == [False, True]
 

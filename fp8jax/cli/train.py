@@ -8,7 +8,7 @@ from ml_collections import config_flags
 
 from configs import common
 from fp8jax import config as config_lib
-from fp8jax.cli.flags import run
+from fp8jax.cli.flags import complain, run
 from fp8jax.training import loop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file and size, e.g. configs/fp8_base.py:tiny")
@@ -18,7 +18,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default r
 def main(argv: Sequence[str]) -> int:
     """Runs train.py; returns the exit code."""
     flags.mark_flag_as_required("config")
-    return run(argv, lambda: _train(*_config_argument(argv)))
+    name, size = _config_argument(argv)
+    if name and not pathlib.Path(name).is_file():
+        return complain(f"--config={name}: no such file; for example --config=configs/fp8_base.py:tiny")
+    return run(argv, lambda: _train(name, size))
 
 
 def _train(name: str, size: str) -> int:
@@ -32,10 +35,10 @@ def _train(name: str, size: str) -> int:
 
 
 def _config_argument(argv: Sequence[str]) -> tuple[str, str]:
-    """Config file and size, from --config=FILE:SIZE or --config FILE:SIZE; an empty size where none is given."""
+    """Config file and size, from --config=FILE:SIZE or --config FILE:SIZE; empty where not given."""
     words = [word.removeprefix("-").removeprefix("-") for word in argv]
     value = next((word.removeprefix("config=") for word in words if word.startswith("config=")), None)
-    if value is None:
-        value = argv[words.index("config") + 1]
-    name, _, size = value.partition(":")
+    if value is None and "config" in words[:-1]:
+        value = words[words.index("config") + 1]
+    name, _, size = (value or "").partition(":")
     return name, size

@@ -60,11 +60,14 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
         O, [b, t, k, g, h], in the dtype of q.
 
     Raises:
-        ValueError: an unknown backend; delayed scaling without scales.
+        ValueError: an unknown backend, or one that cannot do a recipe's scaling; delayed scaling without scales.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention: backend {backend!r} is not one of {', '.join(BACKENDS)}")
     for role in (SCORES, VALUES):
+        if backend == "composed" and recipes[role].scaling not in attention_composed.SCALINGS:
+            raise ValueError(f"attention: backend 'composed' cannot do {recipes[role].scaling} scaling of {role}, only "
+                             f"{', '.join(attention_composed.SCALINGS)}; 'emulated' can")
         if recipes[role].scaling == "delayed" and (scales is None or role not in scales):
             raise ValueError(f"attention: delayed scaling of {role} needs scales[{role!r}]")
     scales = {role: scales[role] for role in (SCORES, VALUES) if role in scales} if scales else {}

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
-from jaxlib.xla_client import Device
 
 from fp8jax.config import MESH_AXES, Config, ConfigError
 
 
-def make_mesh(config: Config, devices: Sequence[Device] | None = None) -> Mesh:
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over the given devices (default: all).
 
     Raises:
@@ -67,7 +66,7 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
             raise ConfigError(f"config.{field}: {value} is not divisible by mesh.{axis}={size}; the nearest size that works is {smaller}")
 
 
-def emulates_fp8(config: Config, device: Device) -> bool:
+def emulates_fp8(config: Config, device: jax.Device) -> bool:
     """Whether FP8 GEMMs run emulated on a device: as `config.fp8.backend` says, `auto` by what the device has.
 
     FP8 units: NVIDIA from compute capability 8.9 (Ada, Hopper, Blackwell), TPU from v7.

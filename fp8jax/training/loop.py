@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxlib.xla_client import Device
 
 from fp8jax.audit.gemms import fp8_share
 from fp8jax.audit.jaxpr import traced_gemms
@@ -41,7 +40,7 @@ _FIXED = {"model": None, "data": ("sequence_length", "source", "tokenizer", "doc
           "training": ("batch_size", "seed")}
 
 
-def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[Device] | None = None) -> int:
+def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Device] | None = None) -> int:
     """Trains to `config.training.steps`; returns the process's exit code, 0 (finished) or 4 (stopped, saved).
 
     Args:

@@ -319,7 +319,8 @@ def stacked(dtype):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_rematerialisation_changes_nothing(policy, dtype):
     """Regression: the saved residuals went through reduce_precision, where e4m3 ends at 240; values up to 448 became NaN."""
-    policies = {"save_fp8": jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME), "nothing": jax.checkpoint_policies.nothing_saveable}
+    policies = {"save_fp8": jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME),
+                "nothing": jax.checkpoint_policies.nothing_saveable}
     x, w = stacked(dtype)
     quantised = np.asarray(quantise_weight(w[0], GemmRecipe("current"), dtype).data).astype(np.float32)
     assert np.max(np.abs(quantised)) > 240  # else this would show nothing

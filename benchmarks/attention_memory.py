@@ -4,10 +4,11 @@
     python benchmarks/attention_memory.py --target=h100.txtpb               # for one H100 that is not there
     python benchmarks/attention_memory.py --lengths=4096,32768 --scaling=current
 
-A target is XLA's text of a GPU's properties; compiling for it takes jax's CUDA plugin, and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
-in the environment of a machine without a GPU. One sequence, 8 KV heads with 4 query heads each, heads of 128 (8b's).
-Prints a table: MiB of temporaries, ratio to the row before, FP8 and other GEMMs in the program. `emulated`, which keeps
-all scores, stands beside `composed`. How fast any of it is needs a device, and another script.
+A target is XLA's text of a GPU's properties; compiling for it takes jax's CUDA plugin, and
+JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 in the environment of a machine without a GPU. One sequence, 8 KV heads with 4 query
+heads each, heads of 128 (8b's). Prints a table: MiB of temporaries, ratio to the row before, FP8 and other GEMMs in
+the program. `emulated`, which keeps all scores, stands beside `composed`. How fast any of it is needs a device, and
+another script.
 """
 
 import argparse
@@ -32,7 +33,8 @@ def target_device(path: str | None) -> jax.Device:
     if path is None:
         return jax.devices()[0]
     text = pathlib.Path(path).read_text()
-    return topologies.get_topology_desc(platform="cuda", topology_name="h100", topology="1x1x1", target_config=text).devices[0]
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="h100", topology="1x1x1", target_config=text)
+    return topology.devices[0]
 
 
 def compiled(device: jax.Device, backend: str, scaling: str, length: int) -> jax.stages.Compiled:
@@ -41,8 +43,10 @@ def compiled(device: jax.Device, backend: str, scaling: str, length: int) -> jax
     recipes = {role: GemmRecipe(scaling, emulated=device.platform == "cpu") for role in (SCORES, VALUES)}
 
     def both(q, k, v, do, scales, tokens):
-        o, backward = jax.vjp(lambda *x: attention(*x[:3], recipes, softmax_scale=WIDTH**-0.5, scales=scales, tokens=x[3],
-                                                   backend=backend), q, k, v, tokens)
+        def forward(q, k, v, tokens):
+            return attention(q, k, v, recipes, softmax_scale=WIDTH**-0.5, scales=scales, tokens=tokens, backend=backend)
+
+        o, backward = jax.vjp(forward, q, k, v, tokens)
         return o, *backward(do)
 
     def array(*shape, dtype=jnp.bfloat16):
@@ -68,7 +72,8 @@ def gemm_counts(text: str) -> tuple[int, int]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: attention_memory.py --lengths=1024,4096")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     epilog="example: python benchmarks/attention_memory.py --lengths=1024,4096")
     parser.add_argument("--target", help="text of a GPU's properties; default: the device at hand")
     parser.add_argument("--lengths", default="1024,4096,16384")
     parser.add_argument("--scaling", default="delayed", choices=("delayed", "current"))
@@ -82,7 +87,8 @@ def main() -> None:
             program = compiled(device, backend, args.scaling, length)
             size = program.memory_analysis().temp_size_in_bytes / 2**20
             fp8, others = gemm_counts(program.as_text())
-            print(f"| {backend} | {length} | {size:.0f} | {f'{size / before:.2f}' if before else ''} | {fp8} | {others} |", flush=True)
+            ratio = f"{size / before:.2f}" if before else ""
+            print(f"| {backend} | {length} | {size:.0f} | {ratio} | {fp8} | {others} |", flush=True)
             before = size
 
 

@@ -2,9 +2,9 @@
 
     o_btkgh = attention(q_btkgh, k_bskh, v_bskh, recipes, softmax_scale=0.125, scales=scales, tokens=tokens)
 
-Letters: b batch, t query time, s key time, k KV heads, g query heads a KV head, h head dim. Backend `emulated` takes all
-rows at once and is the definition of what is computed; `composed` takes them in chunks, in memory linear in the sequence
-length. Written so that blocking does not matter:
+Letters: b batch, t query time, s key time, k KV heads, g query heads a KV head, h head dim. Backend `emulated` takes
+all rows at once and is the definition of what is computed; `composed` takes them in chunks, in memory linear in the
+sequence length. Written so that blocking does not matter:
 
 forward    S = q·k                                        e4m3 x e4m3
            P~ = exp2(S·c - ceil(m)), m the row maximum in base 2, cast to e4m3 at the fixed scale 1/256
@@ -15,12 +15,13 @@ backward   S again; P = exp2(S·c - lse), cast like P~
            dS = P * (dP - rowsum(dO * O)), cast to the gradient format before the softmax scale
            dQ = dS·k, dK = dSᵀ·q                          gradient format x e4m3
 
-with c = softmax_scale * log2(e). Softmax, its sums and all accumulation are float32. Because ceil(m) is an integer, moving
-to another block's maximum multiplies P~ by an exact power of two. A probability below 2**-18 of its row's largest casts to
-zero: with n keys at most n * 2**-18 of a row's mass is lost (1.6% at 4096 keys, and only if nearly all mass is that thin).
+with c = softmax_scale * log2(e). Softmax, its sums and all accumulation are float32. Because ceil(m) is an integer,
+moving to another block's maximum multiplies P~ by an exact power of two. A probability below 2**-18 of its row's
+largest casts to zero: with n keys at most n * 2**-18 of a row's mass is lost (1.6% at 4096 keys, and only if nearly
+all mass is that thin).
 
-The residuals are q, k, v in FP8, O in the activations' dtype and the log-sum-exp. As in `dot_general`, raw amaxes come back
-as the cotangents of tokens: (q, k, dS) for role attention_scores, (v, dO) for attention_values.
+The residuals are q, k, v in FP8, O in the activations' dtype and the log-sum-exp. As in `dot_general`, raw amaxes come
+back as the cotangents of tokens: (q, k, dS) for role attention_scores, (v, dO) for attention_values.
 """
 
 import functools
@@ -48,8 +49,8 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
         q_btkgh: queries, KV heads outside, query heads of each group inside.
         k_bskh: keys, as long as the queries.
         v_bskh: values, likewise.
-        recipes: a GemmRecipe for `attention_scores` and one for `attention_values`; scaling `bf16` leaves a role's operands
-            in the dtype of the inputs.
+        recipes: a GemmRecipe for `attention_scores` and one for `attention_values`; scaling `bf16` leaves a role's
+            operands in the dtype of the inputs.
         softmax_scale: factor on the scores.
         segment_ids: int32 [b, t]; tokens attend within their own segment only. None: one segment.
         scales: role → float32 scales, in the order of `recipes.OPERANDS`; needed by delayed scaling.

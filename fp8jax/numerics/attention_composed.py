@@ -2,13 +2,14 @@
 
     o = attention(q, k, v, recipes, softmax_scale=0.125, backend="composed")
 
-Runs wherever FP8 GEMMs run. Each chunk of CHUNK queries sees its whole key prefix at once, so its row maximum is exact and
-nothing is rescaled. Memory beside inputs and results is one chunk of scores, CHUNK x keys: linear in the sequence length.
+Runs wherever FP8 GEMMs run. Each chunk of CHUNK queries sees its whole key prefix at once, so its row maximum is exact
+and nothing is rescaled. Memory beside inputs and results is one chunk of scores, CHUNK x keys: linear in the sequence
+length.
 
-Keys after a chunk's last query are skipped. The number of keys is part of a GEMM's shape, and a program with GEMMs of its
-own for every chunk would grow with the sequence; so the queries fall into at most BANDS bands, and the chunks of a band, a
-scan, all take the keys up to the band's end. That computes 75% of the square of scores at 1024 tokens, 56% from 4096 on;
-half is the least.
+Keys after a chunk's last query are skipped. The number of keys is part of a GEMM's shape, and a program with GEMMs of
+its own for every chunk would grow with the sequence; so the queries fall into at most BANDS bands, and the chunks of a
+band, a scan, all take the keys up to the band's end. That computes 75% of the square of scores at 1024 tokens, 56% at
+4096 and above; half is the least.
 
 The cast of dS needs one scale for the whole tensor. Delayed scaling has it beforehand. `current` takes two passes over
 the chunks: one for the largest |dS| (two GEMMs of the five over again), one for the gradients.
@@ -38,12 +39,12 @@ def forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
     """O, [b, t, k, g, h], and the log-sum-exp, [b, t, k, g], as `attention_rows.output` of all rows."""
     shape = x.q.data.shape
 
-    def chunk(carry, x, start, rows, keys):
+    def chunk(carry, start, rows, keys):
         mask = attention_rows.visible(start, rows, keys, x.segment_ids)
         found = attention_rows.output(call, _rows(x.q, start, rows), _rows(x.k, 0, keys), _rows(x.v, 0, keys), mask)
         return tuple(lax.dynamic_update_slice_in_dim(*pair, start, axis=1) for pair in zip(carry, found, strict=True))
 
-    return _over_chunks(shape[1], chunk, x, (jnp.zeros(shape, call.dtype), jnp.zeros(shape[:4], jnp.float32)))
+    return _over_chunks(shape[1], chunk, (jnp.zeros(shape, call.dtype), jnp.zeros(shape[:4], jnp.float32)))
 
 
 def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -58,21 +59,22 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
     if call.scores.scaling == "current":
         scale = call.scores.scale(_largest_ds(call, x, residuals), call.scores.format("ds"))
 
-    def chunk(carry, operands, start, rows, keys):
-        (dq, dk, dv, largest), (x, residuals, scale) = carry, operands
+    def chunk(carry, start, rows, keys):
+        dq, dk, dv, largest = carry
         p, ds, do = _chunk_ds(call, x, residuals, start, rows, keys)
         qds = Quantised(ds.astype(call.dtype), None)
         if call.scores.fp8:
             qds = formats.quantise(ds, scale, call.scores.format("ds"), emulated=call.scores.emulated)
             largest = jnp.maximum(largest, _amax_by_head(ds))
-        dq_rows, dk_part, dv_part = attention_rows.input_gradients(call, p, qds, _rows(x.q, start, rows), _rows(x.k, 0, keys), do)
+        q, k = _rows(x.q, start, rows), _rows(x.k, 0, keys)
+        dq_rows, dk_part, dv_part = attention_rows.input_gradients(call, p, qds, q, k, do)
         dq = lax.dynamic_update_slice_in_dim(dq, dq_rows.astype(call.dtype), start, axis=1)
         return dq, _add_prefix(dk, dk_part), _add_prefix(dv, dv_part), largest
 
     b, t, k, g, h = x.q.data.shape
     zeros = jnp.zeros((b, k, t, h), jnp.float32)
     init = jnp.zeros((b, t, k, g, h), call.dtype), zeros, zeros, jnp.zeros((b, k), jnp.float32)
-    dq, dk, dv, largest = _over_chunks(t, chunk, (x, residuals, scale), init)
+    dq, dk, dv, largest = _over_chunks(t, chunk, init)
     dk, dv = (attention_rows.swap_heads(d).astype(call.dtype) for d in (dk, dv))
     return dq, dk, dv, jnp.max(largest) if call.scores.fp8 else None
 
@@ -89,35 +91,35 @@ def _chunk_ds(call: Call, x: Operands, residuals: Residuals, start: Any, rows: i
 
 def _largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
     """Largest |dS| over all chunks."""
-    def chunk(largest, operands, start, rows, keys):
-        return jnp.maximum(largest, _amax_by_head(_chunk_ds(call, *operands, start, rows, keys)[1]))
+    def chunk(largest, start, rows, keys):
+        return jnp.maximum(largest, _amax_by_head(_chunk_ds(call, x, residuals, start, rows, keys)[1]))
 
     b, length, k = x.q.data.shape[:3]
-    return jnp.max(_over_chunks(length, chunk, (x, residuals), jnp.zeros((b, k), jnp.float32)))
+    return jnp.max(_over_chunks(length, chunk, jnp.zeros((b, k), jnp.float32)))
 
 
 def _amax_by_head(ds: jax.Array) -> jax.Array:
-    """Amax of each sequence and KV head, [b, k]: these two dimensions may be sharded, and one reduction at the end does."""
+    """Amax of each sequence and KV head, [b, k]: both may be sharded, so one reduction over devices at the end does."""
     return jax.vmap(jax.vmap(formats.amax))(ds)
 
 
-def _over_chunks(length: int, body: Callable, operands: Any, carry: Any) -> Any:
-    """Folds `body(carry, operands, start, rows, keys)` over all chunks; rows and keys are static, start may be traced."""
+def _over_chunks(length: int, body: Callable, carry: Any) -> Any:
+    """Folds `body(carry, start, rows, keys)` over all chunks; rows and keys are static, start may be traced."""
     for first, chunks, rows in _bands(length):
         step = functools.partial(body, rows=rows, keys=first + chunks * rows)
         if chunks == 1:
-            carry = step(carry, operands, first)
+            carry = step(carry, first)
         else:
             starts = first + rows * jnp.arange(chunks)
-            carry, _ = lax.scan(lambda c, start, step=step, x=operands: (step(c, x, start), None), carry, starts)
+            carry, _ = lax.scan(lambda c, start, step=step: (step(c, start), None), carry, starts)
     return carry
 
 
 def _bands(length: int) -> Iterator[tuple[int, int, int]]:
     """(first query, number of chunks, queries a chunk) of each band; an odd rest at the end is a band of its own."""
     whole, rest = divmod(length, CHUNK)
-    # At least two chunks a band: a scan of one step is no loop, and a compiler works on several at once (six times the
-    # memory, measured at 4096 tokens on a CPU and in a program for 8 H100s with 512 queries a chunk).
+    # At least two chunks a band: compilers unroll a scan of one step, then work on several bands at once. Measured at
+    # 4096 tokens, on a CPU and in a program for 8 H100s: three times the memory of one chunk.
     step = max(2, -(-whole // BANDS))
     for i in range(0, whole, step):
         yield i * CHUNK, min(step, whole - i), CHUNK

@@ -1,11 +1,13 @@
-"""FP8 attention of a block of query rows against a prefix of the keys: what every backend of `attention` computes alike.
+"""FP8 attention of a block of query rows against a prefix of the keys: what every backend of `attention` computes
+alike.
 
     o, lse = output(call, q, k, v, visible(0, t, s))                             # forward
     p, ds = score_gradient(call, q, k, v, residuals, visible(0, t, s))           # backward, first half
     dq, dk, dv = input_gradients(call, p, quantised_ds, q, k, do)                # second half
 
-The rows may be all queries or some of them; the keys must reach at least to the last row. A row's result does not depend
-on the block that it is in, up to the order of float32 sums. Letters as in `attention`: S, P, dP and dS are [b, k, t, g, s].
+The rows may be all queries or some of them; the keys must reach at least to the last row. A row's result does not
+depend on the block that it is in, up to the order of float32 sums. Letters as in `attention`: S, P, dP and dS are [b,
+k, t, g, s].
 
 It does not quantise inputs or dS: their scales belong to whole tensors, and so to who sees all blocks.
 """
@@ -50,7 +52,7 @@ class Operands(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass knows of each query: do_btkgh, and float32 [b, t, k, g] log-sum-exp (base 2) and rowsum(dO * O)."""
+    """What the backward pass knows of each query: do_btkgh; float32 [b, t, k, g], log-sum-exp (base 2), rowsum(dO * O)."""
 
     do: Quantised
     lse: jax.Array
@@ -93,7 +95,7 @@ def output(call: Call, q: Quantised, k: Quantised, v: Quantised, mask: jax.Array
 
 def score_gradient(call: Call, q: Quantised, k: Quantised, v: Quantised, residuals: Residuals,
                    mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """P and dS before their casts, float32 [b, k, t, g, s]; dS is the gradient of the scores before the softmax scale."""
+    """P and dS before their casts, float32 [b, k, t, g, s]; dS without the softmax scale."""
     p = jnp.exp2(_logits(call, q, k, mask) - swap_heads(residuals.lse)[..., None])
     dp = gemm(residuals.do, v, _QK, **_backward_options(call.values), name="attention_values.dgrad")
     return p, p * (dp - swap_heads(residuals.delta)[..., None])

@@ -26,7 +26,8 @@ LENGTH = 640
 _MAGNITUDES = {"q": 3.0, "k": 0.05, "v": 20.0, "do": 1e-3}
 
 
-def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int = 64, tolerance: float = TOLERANCE) -> dict[str, float]:
+def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int = 64,
+               tolerance: float = TOLERANCE) -> dict[str, float]:
     """Compares a backend with `emulated` on the default device.
 
     Args:
@@ -36,11 +37,11 @@ def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int
         tolerance: largest relative error that passes.
 
     Returns:
-        Relative errors: of `o`, `dq`, `dk`, `dv` as norm of the difference over norm; of the amaxes of `q`, `k`, `ds`, `v`,
-        `do` (keys `amax_q`, ...; only of roles in FP8).
+        Relative errors (norm of the difference over norm) of `o`, `dq`, `dk`, `dv`, and, for roles in FP8, of `amax_q`,
+        `amax_k`, `amax_ds`, `amax_v`, `amax_do`.
 
     Raises:
-        ValueError: an error is above the tolerance, or not a number; names the backend, the device and every such error.
+        ValueError: an error is above the tolerance or not a number; names the backend, the device, every such error.
     """
     recipes = {role: recipes[role] for role in (SCORES, VALUES)}
     emulated = {role: dataclasses.replace(recipe, emulated=True) for role, recipe in recipes.items()}
@@ -50,8 +51,8 @@ def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int
     errors = {name: _relative(found[name], expected[name]) for name in expected}
     wrong = ", ".join(f"{name} {error:.3g}" for name, error in errors.items() if not error <= tolerance)
     if wrong:
-        raise ValueError(f"attention backend {backend!r} disagrees with 'emulated' on {jax.devices()[0].device_kind}: relative errors "
-                         f"{wrong}; tolerance {tolerance:g}; use 'emulated', or another backend")
+        raise ValueError(f"attention backend {backend!r} disagrees with 'emulated' on {jax.devices()[0].device_kind}: "
+                         f"relative errors {wrong}; tolerance {tolerance:g}; use 'emulated', or another backend")
     return errors
 
 
@@ -60,7 +61,8 @@ def _inputs(head_dim: int) -> dict[str, jax.Array]:
     random = np.random.default_rng(0)
     few, many = (1, LENGTH, 2, head_dim), (1, LENGTH, 2, 2, head_dim)
     shapes = {"q": many, "k": few, "v": few, "do": many}
-    arrays = {name: jnp.asarray(random.normal(scale=_MAGNITUDES[name], size=shape), jnp.bfloat16) for name, shape in shapes.items()}
+    arrays = {name: jnp.asarray(random.normal(scale=_MAGNITUDES[name], size=shape), jnp.bfloat16)
+              for name, shape in shapes.items()}
     return arrays | {"segment_ids": jnp.asarray(np.arange(LENGTH)[None] >= LENGTH // 3, jnp.int32)}
 
 
@@ -69,10 +71,13 @@ def _scales(recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array]) 
     delayed = {role: recipe for role, recipe in recipes.items() if recipe.scaling == "delayed"}
     if not delayed:
         return {}
-    current = {role: dataclasses.replace(recipe, scaling="current") if role in delayed else recipe for role, recipe in recipes.items()}
-    found = _run("emulated", current, inputs, {})
-    return {role: jnp.stack([recipe.scale(jnp.float32(found[f"amax_{name}"]), recipe.format(name)) for name in OPERANDS[role]])
-            for role, recipe in delayed.items()}
+    current = {role: dataclasses.replace(recipe, scaling="current") for role, recipe in delayed.items()}
+    found = _run("emulated", {**recipes, **current}, inputs, {})
+
+    def scale(recipe: GemmRecipe, name: str) -> jax.Array:
+        return recipe.scale(jnp.float32(found[f"amax_{name}"]), recipe.format(name))
+
+    return {role: jnp.stack([scale(recipe, name) for name in OPERANDS[role]]) for role, recipe in delayed.items()}
 
 
 def _run(backend: str, recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array],
@@ -85,9 +90,11 @@ def _run(backend: str, recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, j
 
     @jax.jit
     def both(q, k, v, do, segment_ids, scales, tokens):
-        o, backward = jax.vjp(lambda q, k, v, tokens: attention(
-            q, k, v, recipes, softmax_scale=softmax_scale, segment_ids=segment_ids, scales=scales, tokens=tokens,
-            backend=backend), q, k, v, tokens)
+        def forward(q, k, v, tokens):
+            return attention(q, k, v, recipes, softmax_scale=softmax_scale, segment_ids=segment_ids, scales=scales,
+                             tokens=tokens, backend=backend)
+
+        o, backward = jax.vjp(forward, q, k, v, tokens)
         return o, *backward(do)
 
     o, dq, dk, dv, amaxes = jax.device_get(both(q, k, v, do, inputs["segment_ids"], scales, tokens))

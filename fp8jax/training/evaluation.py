@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fp8jax.config import Config
+from fp8jax.config import Config, MeshConfig
 from fp8jax.data import pipeline, tokenizer
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, Params, define
@@ -71,7 +71,8 @@ def evaluate_run(workdir: pathlib.Path, step: int | None = None) -> dict[str, An
     if not (workdir / "config.json").exists():
         raise CheckpointError(f"{workdir}: no config.json there; give the --workdir of a run")
     config = load_config(workdir)
-    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, batches=0))
+    # Whatever devices are here: those that trained may be others.
+    config = dataclasses.replace(config, mesh=MeshConfig(), evaluation=dataclasses.replace(config.evaluation, batches=0))
     mesh = make_mesh(config)
     definition = define(config.model, tokenizer.vocab_size(config))
     with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:

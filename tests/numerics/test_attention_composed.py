@@ -1,8 +1,8 @@
 """Backend `composed` of FP8 attention against `emulated`: outputs, gradients, amaxes, memory; and the self-check.
 
-Measured on a CPU: outputs, dQ and all amaxes are equal to the bit in these cases. In dK and dV the order of float32 sums
-moves some elements to the neighbour in FP8 or bfloat16: 4e-6 of the norm in FP8, 7e-5 where a role is in bfloat16. With
-dots on float8 arrays: 8e-7 at the most.
+Measured on a CPU: outputs, dQ and all amaxes are equal to the bit in these cases. In dK and dV the order of float32
+sums moves some elements to the neighbour in FP8 or bfloat16: 4e-6 of the norm in FP8, 7e-5 where a role is in
+bfloat16. With dots on float8 arrays: 8e-7 at the most.
 """
 
 import functools
@@ -43,8 +43,11 @@ def run(backend, recipes, arrays, segment_ids=None):
     """O, dq, dk, dv and the amaxes by role."""
     @jax.jit
     def both(q, k, v, do, tokens):
-        o, backward = jax.vjp(lambda *x: attention(*x[:3], recipes, softmax_scale=0.8, segment_ids=segment_ids, scales=SCALES,
-                                                   tokens=x[3], backend=backend), q, k, v, tokens)
+        def forward(q, k, v, tokens):
+            return attention(q, k, v, recipes, softmax_scale=0.8, segment_ids=segment_ids, scales=SCALES, tokens=tokens,
+                             backend=backend)
+
+        o, backward = jax.vjp(forward, q, k, v, tokens)
         return o, *backward(do)
 
     return jax.device_get(both(*arrays, zero_tokens(recipes)))
@@ -148,8 +151,10 @@ def test_memory_is_linear_in_the_sequence_length():
         q, k = shape((1, length, 1, 2, 16)), shape((1, length, 1, 16))
 
         def both(q, k, v, do, tokens):
-            o, backward = jax.vjp(lambda *x: attention(*x[:3], recipes, softmax_scale=0.8, scales=SCALES, tokens=x[3],
-                                                       backend="composed"), q, k, v, tokens)
+            def forward(q, k, v, tokens):
+                return attention(q, k, v, recipes, softmax_scale=0.8, scales=SCALES, tokens=tokens, backend="composed")
+
+            o, backward = jax.vjp(forward, q, k, v, tokens)
             return o, *backward(do)
 
         return jax.jit(both).lower(q, k, k, q, zero_tokens(recipes)).compile().memory_analysis().temp_size_in_bytes

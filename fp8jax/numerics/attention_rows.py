@@ -1,13 +1,12 @@
-"""FP8 attention of a block of query rows against a prefix of the keys: what every backend of `attention` computes
-alike.
+"""FP8 attention of a block of query rows against a prefix of the keys: what all backends of `attention` share.
 
     o, lse = output(call, q, k, v, visible(0, t, s))                             # forward
     p, ds = score_gradient(call, q, k, v, residuals, visible(0, t, s))           # backward, first half
     dq, dk, dv = input_gradients(call, p, quantised_ds, q, k, do)                # second half
 
 The rows may be all queries or some of them; the keys must reach at least to the last row. A row's result does not
-depend on the block that it is in, up to the order of float32 sums. Letters as in `attention`: S, P, dP and dS are [b,
-k, t, g, s].
+depend on the block that it is in, up to the order of float32 sums. Letters as in `attention`: S, P, dP and dS are
+[b, k, t, g, s].
 
 It does not quantise inputs or dS: their scales belong to whole tensors, and so to who sees all blocks.
 """
@@ -52,7 +51,7 @@ class Operands(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass knows of each query: do_btkgh; float32 [b, t, k, g], log-sum-exp (base 2), rowsum(dO * O)."""
+    """Of each query, for the backward pass: do_btkgh; float32 [b, t, k, g] log-sum-exp (base 2) and rowsum(dO * O)."""
 
     do: Quantised
     lse: jax.Array

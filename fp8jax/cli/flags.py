@@ -1,14 +1,12 @@
 """Command lines of train.py and eval.py: absl flags, with every mistake told in one line and exit code 2."""
 
-import sys
 from collections.abc import Callable, Sequence
 
 from absl import flags, logging
 
+from fp8jax.cli.errors import complain
 from fp8jax.config import ConfigError
 from fp8jax.training.checkpoint import CheckpointError
-
-BAD_USAGE = 2
 
 
 def run(argv: Sequence[str], work: Callable[[], int]) -> int:
@@ -29,10 +27,3 @@ def run(argv: Sequence[str], work: Callable[[], int]) -> int:
         return work()
     except (ConfigError, CheckpointError) as error:
         return complain(str(error))
-
-
-def complain(message: str) -> int:
-    """Prints the first line of a message to standard error and returns 2."""
-    lines = [line.strip() for line in message.strip().strip("\"'").splitlines() if line.strip()]
-    print(f"error: {' '.join(lines)}", file=sys.stderr)
-    return BAD_USAGE

@@ -8,7 +8,8 @@ from ml_collections import config_flags
 
 from configs import common
 from fp8jax import config as config_lib
-from fp8jax.cli.flags import complain, run
+from fp8jax.cli.errors import complain
+from fp8jax.cli.flags import run
 from fp8jax.training import loop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file and size, e.g. configs/fp8_base.py:tiny")

@@ -45,8 +45,9 @@ class Attention:
     """
 
     def __init__(self, q, k, v, do, recipes, softmax_scale=0.25, segment_ids=None, scales=None):
-        self.recipes, self.scales, self.tokens = recipes, scales, {}
+        self.recipes, self.scales, self.tokens, self.largest_logit = recipes, scales, {}, 0.0
         shape = q.shape
+        dtype = q.dtype
         q, k, v, do = (np.asarray(a).astype(np.float64) for a in (q, k, v, do))
         q, k, v, do = self._cast(q, 0, 0), self._cast(k, 0, 1), self._cast(v, 1, 0), self._cast(do, 1, 1) + (do,)
         (q, self.tokens["q"]), (k, self.tokens["k"]), (v, self.tokens["v"]), (qdo, self.tokens["do"], do) = q, k, v, do
@@ -56,7 +57,8 @@ class Attention:
             seen = [s for s in range(t + 1) if segment_ids is None or segment_ids[b, s] == segment_ids[b, t]]
             logits = k[b, seen, n] @ q[b, t, n, g] * c
             unnormalised = np.exp2(logits - np.ceil(logits.max()))
-            o[b, t, n, g] = self._probability(unnormalised) @ v[b, seen, n] / unnormalised.sum()
+            self.largest_logit = max(self.largest_logit, np.abs(logits).max())
+            o[b, t, n, g] = (self._probability(unnormalised) @ v[b, seen, n] / unnormalised.sum()).astype(dtype)
             exact = unnormalised / unnormalised.sum()
             p[b, t, n, g, seen] = self._probability(exact)
             ds[b, t, n, g, seen] = exact * (v[b, seen, n] @ qdo[b, t, n, g] - do[b, t, n, g] @ o[b, t, n, g])
@@ -85,7 +87,7 @@ def close(found, expected, what, wide=False):
     """Equal to float32 accumulation, but for the few elements that a cast, falling on a tie, takes the other way.
 
     Such a flip moves an element of P, dS by a 16th or an 8th of itself, in one row: so at most 2% of elements may be off at
-    all, and the norm of the difference stays below 1e-3. `wide`: O was rounded to bfloat16 and enters dS.
+    all, and the norm of the difference stays below 1e-3. `wide`: results, and O in dS, are rounded to bfloat16.
     """
     found = np.asarray(found).astype(np.float64)
     assert found.shape == expected.shape
@@ -109,8 +111,10 @@ def check(arrays, recipes, *, wide=False, **options):
         close(array, getattr(expected, name), name, wide)
     for role in tokens:
         for name, amax in zip(OPERANDS[role], np.asarray(tokens[role]), strict=True):
-            # The amaxes of inputs are exact; that of dS, which is computed, to accumulation error.
-            np.testing.assert_allclose(amax, expected.tokens[name], rtol=0 if name != "ds" else 1e-2 if wide else 1e-4, err_msg=name)
+            # The amaxes of inputs are exact; that of dS, which is computed, to accumulation error and to float32's spacing at
+            # the largest logit, which three roundings (S, the factor, the log-sum-exp) bring into P.
+            accumulation = 1e-2 if wide else max(1e-4, 3 * 2.0**-23 * expected.largest_logit)
+            np.testing.assert_allclose(amax, expected.tokens[name], rtol=accumulation if name == "ds" else 0, err_msg=name)
     return expected
 
 
@@ -206,8 +210,9 @@ def test_bad_numbers_are_seen(which, bad):
     if which == 3:
         assert np.all(np.isfinite(o)) and np.any(np.isnan(dv))
     else:
-        assert np.any(np.isnan(o[1, 4:]))
-        assert np.all(np.isfinite(o[1, :4])) and np.all(np.isfinite(o[0]))
+        assert np.any(np.isnan(o[1, 4:])) and np.all(np.isfinite(o[0]))
+        # A GEMM multiplies a value that no earlier query may see by its P of 0; and 0 times NaN is NaN.
+        assert which == 2 or np.all(np.isfinite(o[1, :4]))
 
 
 def test_residuals_are_fp8():

@@ -3,3 +3,22 @@
 Letters in array names: b batch, t time, s key time, d model width, n heads, k KV heads, g query heads a KV head, h head
 dim, f FFN width, v vocabulary, l layers.
 """
+
+import importlib.metadata
+import sys
+
+# Tested: from the first of these to below the second, as requirements.txt says.
+JAX_VERSIONS = (0, 10, 2), (0, 13)
+
+
+def untested_jax(version: str) -> str | None:
+    """One line about a version of JAX that fp8jax was not tested with; None for one that it was."""
+    numbers = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")[:3])
+    if JAX_VERSIONS[0] <= numbers < JAX_VERSIONS[1]:
+        return None
+    least, below = (".".join(map(str, numbers)) for numbers in JAX_VERSIONS)
+    return f"warning: jax {version} is not tested with fp8jax, which needs >={least},<{below}: pip install -r requirements.txt"
+
+
+if line := untested_jax(importlib.metadata.version("jax")):
+    print(line, file=sys.stderr)

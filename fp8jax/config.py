@@ -34,8 +34,9 @@ class ConfigError(ValueError):
     """A configuration that cannot run. The message is one line: field, value, what is allowed."""
 
 
-def _field(default: Any, doc: str, *, choices: tuple = (), at_least: float | None = None, below: float | None = None):
-    metadata = {"doc": doc, "choices": choices, "at_least": at_least, "below": below}
+def _field(default: Any, doc: str, *, choices: tuple = (), at_least: float | None = None, above: float | None = None,
+           below: float | None = None):
+    metadata = {"doc": doc, "choices": choices, "at_least": at_least, "above": above, "below": below}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -78,10 +79,15 @@ class Fp8Config:
     margin: int = _field(0, "scales are 2**margin times larger than needed: headroom against saturation", at_least=0)
     power_of_two: bool = _field(True, "round scales up to powers of two: exact on every device")
     gradient_format: str = _field("e5m2", "format of output gradients (HYBRID: e5m2)", choices=("e4m3", "e5m2"))
+    static_weight_scale: float | None = _field(None, "static: scale of weights; None: model.init_std. Activations: 1", above=0.0)
+    static_gradient_scale: float | None = _field(None, "static: scale of output gradients; None: 1 / tokens a step", above=0.0)
+    fast_accumulation: str = _field("fprop", "passes that accumulate fast and less exactly on Hopper",
+                                    choices=recipes.FAST_ACCUMULATION)
     head: bool = _field(False, "the language-model head in FP8 as well; needs untied embeddings")
     backend: str = _field("auto", "native: FP8 GEMMs; emulated: exact FP8 values in BF16 GEMMs; auto: what the device has",
                           choices=("auto", "native", "emulated"))
-    attention_backend: str = _field("auto", "implementation of FP8 attention", choices=("auto", "emulated", "composed"))
+    attention_backend: str = _field("auto", "implementation of attention; auto: composed, else emulated, as the scalings allow",
+                                    choices=("auto", "emulated", "composed"))
     overrides: str = _field("", "role=scaling pairs, e.g. 'mlp_down=bf16,qkv@0-3=current' (layers 0 to 3)")
 
 
@@ -248,11 +254,13 @@ def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
         raise ConfigError(f"{path}: {value!r} is not {kind.__name__}{' or None' if optional else ''}: {field.metadata['doc']}")
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{path}: {value!r} is not a finite number")
-    choices, least, below = (field.metadata[key] for key in ("choices", "at_least", "below"))
+    choices, least, above, below = (field.metadata[key] for key in ("choices", "at_least", "above", "below"))
     if choices and value not in choices:
         raise ConfigError(f"{path}: {value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}")
     if least is not None and value < least:
         raise ConfigError(f"{path}: {value!r} is below {least}: {field.metadata['doc']}")
+    if above is not None and value <= above:
+        raise ConfigError(f"{path}: {value!r} is not above {above}: {field.metadata['doc']}")
     if below is not None and value >= below:
         raise ConfigError(f"{path}: {value!r} is not below {below}: {field.metadata['doc']}")
     return value

@@ -4,7 +4,9 @@ import jax
 from flax import nnx
 
 from fp8jax.config import ModelConfig
+from fp8jax.models import kv_cache
 from fp8jax.models.gemms import Gemms
+from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.layers import Dense, RMSNorm, Tanh, apply_rope
 from fp8jax.models.taps import tap, tap_cast
 from fp8jax.numerics.attention import SCORES, VALUES, attention
@@ -26,8 +28,9 @@ class Attention(nnx.Module):
                          std=config.init_std, inputs=3)
         self.q_norm, self.k_norm = _regularisers(config, k, g, h)
 
-    def __call__(self, x_btd: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, gemms: Gemms) -> jax.Array:
-        """[b, t, d] to [b, t, d]."""
+    def __call__(self, x_btd: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, gemms: Gemms,
+                 cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
+        """[b, t, d] to [b, t, d]; and this layer's cache with the t tokens added, where there is one."""
         tap("qkv_input", x_btd)
         qkv = self.qkv(x_btd, gemms)
         tap("qkv", qkv.reshape(*qkv.shape[:2], -1))
@@ -41,9 +44,15 @@ class Attention(nnx.Module):
         for name, array, role, index in (("q", q, SCORES, 0), ("k", k, SCORES, 1), ("v", v, VALUES, 0)):
             scale = given.scales[role][index] if role in given.scales else None
             tap_cast(f"{role}.{name}", array, scale, gemms.recipes[role], name)
-        o = attention(q, k, v, gemms.recipes, softmax_scale=self.softmax_scale, segment_ids=segment_ids,
-                      scales=given.scales, tokens=given.tokens)
-        return self.out(o, gemms)
+        if cache is not None:
+            cache = kv_cache.append(cache, k, v)
+        # More than one token: a prompt into an empty cache, so there are no older keys to look at.
+        if cache is not None and x_btd.shape[1] == 1:
+            o = kv_cache.attend(q, cache, gemms.recipes, self.softmax_scale)
+        else:
+            o = attention(q, k, v, gemms.recipes, softmax_scale=self.softmax_scale, segment_ids=segment_ids,
+                          scales=given.scales, tokens=given.tokens, backend=gemms.attention_backend)
+        return self.out(o, gemms), cache
 
 
 def _regularisers(config: ModelConfig, k: int, g: int, h: int) -> tuple[nnx.Module | None, nnx.Module | None]:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fp8jax.config import Config
+from fp8jax.config import Config, ConfigError
+from fp8jax.numerics import attention as attention_lib
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics import scaling as scaling_lib
 from fp8jax.numerics.dot_general import quantise_weight
@@ -34,18 +35,20 @@ class GemmInputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Gemms:
-    """One layer's GEMMs: static recipes and this layer's slices of GemmInputs."""
+    """One layer's GEMMs: static recipes, this layer's slices of GemmInputs, and the backend of attention."""
 
     recipes: Mapping[str, GemmRecipe]
     inputs: GemmInputs
+    attention_backend: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelRecipes:
-    """Recipes of the blocks, layer by layer, and of the head."""
+    """Recipes of the blocks, layer by layer, and of the head; and which backend computes attention."""
 
     blocks: tuple[Recipes, ...]
     head: GemmRecipe
+    attention_backend: str = "emulated"
 
     def segments(self) -> list[tuple[int, int, Recipes]]:
         """Runs of equal layers: (first, one past the last, recipes)."""
@@ -66,11 +69,12 @@ class ModelRecipes:
         return {**out, HEAD: (1, self.head)}
 
     def scaled_by(self, scaling: str) -> "ModelRecipes":
-        """The same roles in FP8, with another scaling."""
+        """The same roles in FP8, with another scaling in place of `delayed`: no other needs scales from before."""
         def change(recipe: GemmRecipe) -> GemmRecipe:
-            return dataclasses.replace(recipe, scaling=scaling) if recipe.fp8 else recipe
+            return dataclasses.replace(recipe, scaling=scaling) if recipe.scaling == "delayed" else recipe
 
-        return ModelRecipes(tuple({role: change(r) for role, r in layer.items()} for layer in self.blocks), change(self.head))
+        blocks = tuple({role: change(r) for role, r in layer.items()} for layer in self.blocks)
+        return ModelRecipes(blocks, change(self.head), self.attention_backend)
 
 
 def model_recipes(config: Config, *, gated: bool, emulated: bool, recipe: str | None = None) -> ModelRecipes:
@@ -81,11 +85,19 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, recipe: str | 
         gated: whether the FFN has a gate GEMM.
         emulated: no FP8 units on the device.
         recipe: instead of config.fp8.recipe; evaluation runs in `bf16`.
+
+    Raises:
+        ConfigError: the attention backend cannot do what is asked of it.
     """
     fp8 = config.fp8
     recipe = recipe or fp8.recipe
+    tokens = config.training.batch_size * config.data.sequence_length
+    weight_scale = config.model.init_std if fp8.static_weight_scale is None else fp8.static_weight_scale
+    gradient_scale = 1 / tokens if fp8.static_gradient_scale is None else fp8.static_gradient_scale
     base = GemmRecipe(scaling=fp8.scaling, history_length=fp8.history_length, history_reduction=fp8.history_reduction,
-                      margin=fp8.margin, power_of_two=fp8.power_of_two, gradient_format=fp8.gradient_format, emulated=emulated)
+                      margin=fp8.margin, power_of_two=fp8.power_of_two, gradient_format=fp8.gradient_format, emulated=emulated,
+                      fast_accumulation=fp8.fast_accumulation, static_weight_scale=weight_scale,
+                      static_gradient_scale=gradient_scale)
     plain = dataclasses.replace(base, scaling="bf16")
     linear = [role for role in recipes_lib.LINEAR_ROLES if role != HEAD and (gated or role != "mlp_gate")]
     default = {role: plain if recipe == "bf16" else base for role in linear}
@@ -97,7 +109,20 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, recipe: str | 
             for layer in range(override.first, override.last + 1):
                 if override.role in layers[layer]:
                     layers[layer][override.role] = dataclasses.replace(base, scaling=override.scaling)
-    return ModelRecipes(tuple(layers), head)
+    return ModelRecipes(tuple(layers), head, _attention_backend("auto" if recipe == "bf16" else fp8.attention_backend, layers))
+
+
+def _attention_backend(asked: str, layers: list[Recipes]) -> str:
+    """The backend asked for; `auto`: the first that can do every layer's recipes, in the order of what memory it takes."""
+    problems = {}
+    for backend in ("composed", "emulated") if asked == "auto" else (asked,):
+        try:
+            for layer in layers:
+                attention_lib.check_backend(backend, layer)
+            return backend
+        except ValueError as error:
+            problems[backend] = str(error)
+    raise ConfigError(f"config.fp8.attention_backend: {'; '.join(problems.values())}")
 
 
 def init_scaling(recipes: ModelRecipes) -> scaling_lib.Scaling:

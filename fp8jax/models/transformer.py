@@ -22,6 +22,7 @@ from fp8jax.models import taps as taps_lib
 from fp8jax.models.attention import Attention
 from fp8jax.models.feed_forward import FeedForward
 from fp8jax.models.gemms import GemmInputs, Gemms, ModelRecipes
+from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.layers import Embedding, LayerScale, RMSNorm, matrix, rope_table
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME, dot_general
 from fp8jax.parallel.sharding import constrain
@@ -54,17 +55,18 @@ class Block(nnx.Module):
         self.pre_attention, self.pre_ffn = (norm(), norm()) if config.pre_norm else (None, None)
         self.post_attention, self.post_ffn = _branch_output(config), _branch_output(config)
 
-    def __call__(self, x_btd: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, gemms: Gemms) -> jax.Array:
-        """[b, t, d] to [b, t, d]."""
+    def __call__(self, x_btd: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, gemms: Gemms,
+                 cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
+        """[b, t, d] to [b, t, d]; and this layer's cache, where there is one."""
         with jax.named_scope("attention"):
-            branch = self.attention(_apply(self.pre_attention, x_btd), rope, segment_ids, gemms)
+            branch, cache = self.attention(_apply(self.pre_attention, x_btd), rope, segment_ids, gemms, cache)
             x_btd = x_btd + _apply(self.post_attention, branch)
         with jax.named_scope("feed_forward"):
             branch = self.feed_forward(_apply(self.pre_ffn, x_btd), gemms)
             x_btd = x_btd + _apply(self.post_ffn, branch)
         x_btd = constrain(x_btd, "batch", "sequence", None)
         taps_lib.tap("activation", x_btd)
-        return x_btd
+        return x_btd, cache
 
     def gemm_weights(self) -> dict[str, jax.Array]:
         """Role → weight of every linear GEMM."""
@@ -118,35 +120,62 @@ class Transformer(nnx.Module):
         Returns:
             float32 logits [b, t, v]; taps, each statistic stacked over layers (empty unless options.collect).
         """
+        x_btd, taps, _ = self._hidden(batch, recipes, prepared, options)
+        return self._logits(x_btd, recipes, prepared), taps
+
+    def extend(self, inputs_bt: jax.Array, cache: KVCache, recipes: ModelRecipes, prepared: PreparedGemms) -> tuple[jax.Array, KVCache]:
+        """Logits of the tokens that follow those in a cache (models/kv_cache.py): an empty one takes any t, else t is 1.
+
+        Args:
+            inputs_bt: int32; `cache.filled + t` must not exceed the capacity.
+            cache: not changed.
+            recipes: `bf16`.
+            prepared: from `prepare`.
+
+        Returns:
+            float32 logits [b, t, v], as of the uncached forward pass; the cache with t more tokens a row.
+        """
+        length = inputs_bt.shape[1]
+        batch = {"inputs": inputs_bt, "positions": cache.filled[:, None] + jnp.arange(length)}
+        x_btd, _, cache = self._hidden(batch, recipes, prepared, ForwardOptions(), cache)
+        return self._logits(x_btd, recipes, prepared), cache._replace(filled=cache.filled + length)
+
+    def _hidden(self, batch: dict[str, jax.Array], recipes: ModelRecipes, prepared: PreparedGemms, options: ForwardOptions,
+                cache: KVCache | None = None) -> tuple[jax.Array, taps_lib.Taps, Any]:
+        """What the head reads, [b, t, d]."""
         inputs = batch["inputs"]
         positions = batch["positions"] if "positions" in batch else jnp.arange(inputs.shape[1])[None]
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         x_btd = self.embedding(inputs, self.config.input_scale, self.dtype)
         x_btd = constrain(x_btd, "batch", "sequence", None)
-        x_btd, taps = self._run_blocks(x_btd, rope, batch.get("segment_ids"), recipes, prepared, options)
-        x_btd = _apply(self.final_norm, x_btd)
-        return self._logits(x_btd, recipes, prepared), taps
+        x_btd, taps, cache = self._run_blocks(x_btd, rope, batch.get("segment_ids"), recipes, prepared, options, cache)
+        return _apply(self.final_norm, x_btd), taps, cache
 
-    def _run_blocks(self, x, rope, segment_ids, recipes, prepared, options):
+    def _run_blocks(self, x, rope, segment_ids, recipes, prepared, options, cache):
         graph, params = nnx.split(self.blocks)
-        found = []
+        found, caches = [], []
         for (first, last, roles), weights in zip(recipes.segments(), prepared.weights, strict=True):
             def layer(x, stacked, roles=roles):
-                params, weights, scales, tokens = stacked
+                params, cached, weights, scales, tokens = stacked
                 with taps_lib.collecting(options.collect, pooled=options.pooled_kurtosis) as taps:
                     block = nnx.merge(graph, params)
-                    y = block(x, rope, segment_ids, Gemms(roles, GemmInputs(weights, scales, tokens)))
-                return y, taps
+                    given = Gemms(roles, GemmInputs(weights, scales, tokens), recipes.attention_backend)
+                    y, cached = block(x, rope, segment_ids, given, cached and KVCache(*cached, cache.filled))
+                return y, (taps, cached and cached[:2])
 
             # A token or scale of a role that is not in FP8 in these layers is not touched, and stays at zero.
             mine = {role for role, recipe in roles.items() if recipe.fp8}
             scales = {role: value for role, value in prepared.scales.items() if role in mine}
             tokens = {role: value for role, value in prepared.tokens.items() if role in mine}
-            stacked = *gemms_lib.layers_of((params,), first, last), weights, *gemms_lib.layers_of((scales, tokens), first, last)
-            x, taps = jax.lax.scan(_rematerialised(layer, options.remat), x, stacked,
-                                   unroll=1 if self.config.scan_layers else last - first)
+            kv = None if cache is None else cache[:2]
+            stacked = *gemms_lib.layers_of((params, kv), first, last), weights, *gemms_lib.layers_of((scales, tokens), first, last)
+            x, (taps, kv) = jax.lax.scan(_rematerialised(layer, options.remat), x, stacked,
+                                         unroll=1 if self.config.scan_layers else last - first)
             found.append(taps)
-        return x, _join(found)
+            caches.append(kv)
+        if cache is not None:
+            cache = cache._replace(k=jnp.concatenate([k for k, _ in caches]), v=jnp.concatenate([v for _, v in caches]))
+        return x, _join(found), cache
 
     def _logits(self, x_btd: jax.Array, recipes: ModelRecipes, prepared: PreparedGemms) -> jax.Array:
         role = gemms_lib.HEAD

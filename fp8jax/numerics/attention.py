@@ -63,18 +63,24 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
     Raises:
         ValueError: an unknown backend, or one that cannot do a recipe's scaling; delayed scaling without scales.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"attention: backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    check_backend(backend, recipes)
     for role in (SCORES, VALUES):
-        if backend == "composed" and recipes[role].scaling not in attention_composed.SCALINGS:
-            raise ValueError(f"attention: backend 'composed' cannot do {recipes[role].scaling} scaling of {role}, only "
-                             f"{', '.join(attention_composed.SCALINGS)}; 'emulated' can")
         if recipes[role].scaling == "delayed" and (scales is None or role not in scales):
             raise ValueError(f"attention: delayed scaling of {role} needs scales[{role!r}]")
     scales = {role: scales[role] for role in (SCORES, VALUES) if role in scales} if scales else {}
     tokens = {role: tokens[role] for role in (SCORES, VALUES) if role in tokens} if tokens else {}
     call = Call(recipes[SCORES], recipes[VALUES], softmax_scale, q_btkgh.dtype)
     return _attention(backend, call, q_btkgh, k_bskh, v_bskh, segment_ids, scales, tokens)
+
+
+def check_backend(backend: str, recipes: Mapping[str, GemmRecipe]) -> None:
+    """Raises ValueError, which says what can, if a backend is unknown or cannot do what the two roles' recipes ask for."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend!r} is not one of {', '.join(BACKENDS)}")
+    for role in (SCORES, VALUES):
+        if backend == "composed" and recipes[role].scaling not in attention_composed.SCALINGS:
+            raise ValueError(f"'composed' cannot do {recipes[role].scaling} scaling of {role}, only "
+                             f"{', '.join(attention_composed.SCALINGS)}; 'emulated' can")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -100,9 +106,11 @@ def _backward(backend, call, saved, do):
     qdo, amax_do = call.values.quantise(do, _scale(scales, VALUES, 1), "do")
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
     run = attention_composed.backward if backend == "composed" else _all_backward
-    dq, dk, dv, amax_ds = run(call, operands, Residuals(qdo, lse, delta), _scale(scales, SCORES, 2))
+    scale = call.scores.static_scale("ds") if call.scores.scaling == "static" else _scale(scales, SCORES, 2)
+    dq, dk, dv, amax_ds = run(call, operands, Residuals(qdo, lse, delta), scale)
     found = {SCORES: (*amaxes[SCORES], amax_ds), VALUES: (*amaxes[VALUES], amax_do)}
-    d_tokens = {role: jnp.stack(found[role]) for role in tokens}
+    measured = {SCORES: call.scores.measured, VALUES: call.values.measured}
+    d_tokens = {role: jnp.stack(found[role]) if measured[role] else jnp.zeros_like(token) for role, token in tokens.items()}
     return dq, dk, dv, None, None, d_tokens
 
 
@@ -116,7 +124,7 @@ def _all_forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
 
 
 def _all_backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v in the dtype of activations, and the raw amax of dS (None if scores are not in FP8)."""
+    """Gradients of q, k, v in the dtype of activations, and the raw amax of dS (None if it is not measured)."""
     length = x.q.data.shape[1]
     mask = attention_rows.visible(0, length, length, x.segment_ids)
     p, ds = attention_rows.score_gradient(call, x.q, x.k, x.v, residuals, mask)

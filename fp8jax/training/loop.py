@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fp8jax import config as config_lib
 from fp8jax.audit.gemms import fp8_share
 from fp8jax.audit.jaxpr import traced_gemms
 from fp8jax.config import Config, ConfigError
@@ -27,6 +28,8 @@ from fp8jax.monitor import outliers
 from fp8jax.monitor.progress import Progress
 from fp8jax.monitor.writers import MetricsWriter
 from fp8jax.numerics import recipes as recipes_lib
+from fp8jax.numerics.attention import SCORES, VALUES
+from fp8jax.numerics.self_check import self_check
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.checkpoint import Checkpoints, load_config, save_config
 from fp8jax.training.evaluation import Evaluator, write_json
@@ -62,7 +65,7 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
         save_config(workdir, config)
         with MetricsWriter(workdir, start_step=start) as writer, Progress(config.training.steps, start) as progress:
             run = _Run(config, workdir, program, checkpoints, writer, progress, stop)
-            for line in describe(program):
+            for line in [*describe(program), *check_attention(program)]:
                 progress.message(line)
             return run(state, start, calibrate=fresh)
 
@@ -85,6 +88,27 @@ def describe(program: TrainProgram) -> list[str]:
     if config.data.source == "embedded":
         lines.append("data     the embedded corpus, five novels by Jane Austen; set config.data.source to train on your own")
     return lines
+
+
+def check_attention(program: TrainProgram) -> list[str]:
+    """Compares the attention backend with `emulated` on the device at hand, before any step relies on it.
+
+    Returns:
+        What to tell: the backend and its largest error; nothing where attention is not in FP8.
+
+    Raises:
+        ConfigError: the backend computes something else here.
+    """
+    backend, head_dim = program.recipes.attention_backend, config_lib.head_dim(program.config.model)
+    pairs = dict.fromkeys((layer[SCORES], layer[VALUES]) for layer in program.recipes.blocks)
+    fp8 = [pair for pair in pairs if any(recipe.fp8 for recipe in pair)]
+    if not fp8 or backend == "emulated":
+        return [f"         attention in FP8 by backend {backend}"] if fp8 else []
+    try:
+        errors = [max(self_check(backend, dict(zip((SCORES, VALUES), pair, strict=True)), head_dim=head_dim).values()) for pair in fp8]
+    except ValueError as error:
+        raise ConfigError(f"config.fp8.attention_backend: {error}") from None
+    return [f"         attention in FP8 by backend {backend}, within {max(errors):.1g} of the definition on this device"]
 
 
 class _Run:

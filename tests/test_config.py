@@ -1,0 +1,76 @@
+"""What a configuration refuses, and that it says field, value and what is allowed in one line."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs import bf16_base, common, fog_flash, fog_opt, fp8_base, llama3, llama3_smooth, olmo2, op
+from fp8jax import config as config_lib
+from fp8jax.config import ConfigError
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"model": {"kv_heads": 3}}, ["config.model.kv_heads", "3", "heads=2"]),
+    ({"model": {"heads": 3}}, ["config.model.heads", "3", "width=256"]),
+    ({"model": {"head_dim": 33}}, ["config.model.head_dim", "33", "odd"]),
+    ({"model": {"layers": 0}}, ["config.model.layers", "0", "below 1"]),
+    ({"model": {"layers": "4"}}, ["config.model.layers", "'4'", "int"]),
+    ({"model": {"layers": True}}, ["config.model.layers", "True", "int"]),
+    ({"model": {"widht": 3}}, ["config.model.widht", "did you mean 'width'"]),
+    ({"modle": {"width": 3}}, ["config.modle", "did you mean 'model'"]),
+    ({"model": 3}, ["config.model", "3", "section"]),
+    ({"model": {"architecture": "fog_maxi"}}, ["config.model.architecture", "did you mean 'fog_max'"]),
+    ({"model": {"init_std": float("nan")}}, ["config.model.init_std", "finite"]),
+    ({"fp8": {"history_length": 2000}}, ["config.fp8.history_length", "2000", "1025"]),
+    ({"fp8": {"head": True}}, ["config.fp8.head", "tied_embeddings=False"]),
+    ({"fp8": {"overrides": "mlp=bf16"}}, ["config.fp8.overrides", "mlp_up"]),
+    ({"fp8": {"overrides": "qkv@3-9=bf16"}}, ["config.fp8.overrides", "0-3"]),
+    ({"fp8": {"attention_backend": "flash"}}, ["config.fp8.attention_backend", "flash", "composed"]),
+    ({"training": {"batch_size": 16, "microbatches": 3}}, ["config.training.microbatches", "3", "16"]),
+    ({"optimizer": {"warmup_steps": 700}}, ["config.optimizer.warmup_steps", "700", "600"]),
+    ({"optimizer": {"b1": 1.0}}, ["config.optimizer.b1", "below 1.0"]),
+    ({"mesh": {"data": -1, "fsdp": -1}}, ["config.mesh", "-1"]),
+    ({"mesh": {"tensor": 0}}, ["config.mesh.tensor", "0"]),
+])
+def test_mistakes(changes, words):
+    with pytest.raises(ConfigError) as caught:
+        config_lib.from_dict(changes)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_every_field_is_documented_and_of_a_plain_type():
+    for section in dataclasses.fields(config_lib.Config):
+        for field in dataclasses.fields(section.type):
+            assert field.metadata["doc"], f"{section.name}.{field.name}"
+            kind, _ = config_lib._kind(field.type)
+            assert kind in (bool, int, float, str), f"{section.name}.{field.name}"
+
+
+def test_defaults_build_and_survive_json():
+    built = config_lib.from_dict(config_lib.defaults())
+    assert built == config_lib.Config()
+    assert config_lib.from_dict(json.loads(json.dumps(config_lib.to_dict(built)))) == built
+
+
+def test_whole_numbers_are_taken_as_floats():
+    built = config_lib.from_dict({"optimizer": {"learning_rate": 1}})
+    assert built.optimizer.learning_rate == 1.0 and type(built.optimizer.learning_rate) is float
+
+
+@pytest.mark.parametrize("module", [bf16_base, fog_flash, fog_opt, fp8_base, llama3, llama3_smooth, olmo2, op])
+@pytest.mark.parametrize("size", list(common.SIZES))
+def test_every_config_file_at_every_size(module, size):
+    built = config_lib.from_dict(module.get_config(size))
+    assert built.fp8.recipe in ("bf16", "fp8_dpa") and built.model.width == common.SIZES[size]["width"]
+
+
+def test_tiny_fits_every_attention_backend():
+    built = config_lib.from_dict(fp8_base.get_config("tiny"))
+    assert config_lib.head_dim(built.model) == 128 and built.data.sequence_length % 128 == 0
+
+
+def test_a_wrong_size_is_named():
+    with pytest.raises(ValueError, match="'7b' is not one of tiny, 390m"):
+        fp8_base.get_config("7b")

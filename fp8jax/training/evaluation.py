@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fp8jax.config import Config, MeshConfig
 from fp8jax.data import pipeline, tokenizer
 from fp8jax.models import gemms
-from fp8jax.models.definition import Definition, Params, define
+from fp8jax.models.definition import Definition, LoadedModel, Params, define
 from fp8jax.parallel.mesh import emulates_fp8, make_mesh
 from fp8jax.parallel.sharding import RULES
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
@@ -68,12 +69,30 @@ def evaluate_run(workdir: pathlib.Path, step: int | None = None) -> dict[str, An
     Raises:
         CheckpointError: no run there, or no such checkpoint.
     """
+    model, step = load_run(workdir, step)
+    config = dataclasses.replace(model.config, evaluation=dataclasses.replace(model.config.evaluation, batches=0))
+    found = {"step": step, **Evaluator(config, model.definition, model.mesh)(model.params)}
+    write_json(workdir / "eval.json", found)
+    return found
+
+
+def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequence[jax.Device] | None = None) -> tuple[LoadedModel, int]:
+    """The model of a run as a checkpoint has it, and the checkpoint's step.
+
+    Args:
+        workdir: directory of the run.
+        step: of the checkpoint; None: the newest.
+        devices: to hold the parameters, sharded over all of them; None: all there are. Those that trained may be others.
+
+    Raises:
+        CheckpointError: no run there, or no such checkpoint.
+        ConfigError: devices that do not divide the model or a microbatch.
+    """
+    workdir = pathlib.Path(workdir)
     if not (workdir / "config.json").exists():
         raise CheckpointError(f"{workdir}: no config.json there; give the --workdir of a run")
-    config = load_config(workdir)
-    # Whatever devices are here: those that trained may be others.
-    config = dataclasses.replace(config, mesh=MeshConfig(), evaluation=dataclasses.replace(config.evaluation, batches=0))
-    mesh = make_mesh(config)
+    config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
+    mesh = make_mesh(config, devices)
     definition = define(config.model, tokenizer.vocab_size(config))
     with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
         step = checkpoints.latest_step() if step is None else step
@@ -81,9 +100,7 @@ def evaluate_run(workdir: pathlib.Path, step: int | None = None) -> dict[str, An
             raise CheckpointError(f"{workdir}: no complete checkpoint there yet")
         params = TrainProgram(config, definition, mesh).abstract_state.params
         state, _ = checkpoints.restore(step, {"params": params}, partial=True)
-    found = {"step": step, **Evaluator(config, definition, mesh)(state["params"])}
-    write_json(workdir / "eval.json", found)
-    return found
+    return LoadedModel(config, definition, state["params"], mesh), step
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

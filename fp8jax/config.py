@@ -173,7 +173,7 @@ class LogConfig:
 class ProfileConfig:
     """A JAX profiler window, written to the workdir."""
 
-    start: int = _field(0, "first step to trace", at_least=0)
+    start: int = _field(0, "first step to trace; 0: the first that runs", at_least=0)
     steps: int = _field(0, "how many steps to trace; 0: none", at_least=0)
 
 

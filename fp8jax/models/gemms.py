@@ -92,8 +92,8 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, recipe: str | 
     fp8 = config.fp8
     recipe = recipe or fp8.recipe
     tokens = config.training.batch_size * config.data.sequence_length
-    weight_scale = config.model.init_std if fp8.static_weight_scale is None else fp8.static_weight_scale
-    gradient_scale = 1 / tokens if fp8.static_gradient_scale is None else fp8.static_gradient_scale
+    weight_scale = fp8.static_weight_scale or config.model.init_std or 1.0
+    gradient_scale = fp8.static_gradient_scale or 1 / tokens
     base = GemmRecipe(scaling=fp8.scaling, history_length=fp8.history_length, history_reduction=fp8.history_reduction,
                       margin=fp8.margin, power_of_two=fp8.power_of_two, gradient_format=fp8.gradient_format, emulated=emulated,
                       fast_accumulation=fp8.fast_accumulation, static_weight_scale=weight_scale,

@@ -11,7 +11,7 @@ its own for every chunk would grow with the sequence; so the queries fall into a
 band, a scan, all take the keys up to the band's end. That computes 75% of the square of scores at 1024 tokens, 56% at
 4096 and above; half is the least.
 
-The cast of dS needs one scale for the whole tensor. Delayed scaling has it beforehand. `current` takes two passes over
+The cast of dS needs one scale for the whole tensor. Delayed and static scaling have it beforehand. `current` takes two passes over
 the chunks: one for the largest |dS| (two GEMMs of the five over again), one for the gradients.
 
 What it does not do: skip the work between documents of a packed sequence (it is masked), or keep the scores on chip: a
@@ -32,7 +32,7 @@ from fp8jax.numerics.formats import Quantised
 
 CHUNK = 256  # queries; a multiple of 128, the tile of a tensor core's GEMM
 BANDS = 8
-SCALINGS = ("delayed", "current", "bf16")  # those with one scale a tensor, the same for every chunk
+SCALINGS = ("delayed", "current", "static", "bf16")  # those with one scale a tensor, the same for every chunk
 
 
 def forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
@@ -48,13 +48,13 @@ def forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
 
 
 def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v in the dtype of activations and the raw amax of dS (None if scores are not in FP8).
+    """Gradients of q, k, v in the dtype of activations and the raw amax of dS (None if it is not measured).
 
     Args:
         call: recipes and softmax scale.
         x: operands of the forward pass.
         residuals: of every query.
-        scale: of dS, with delayed scaling.
+        scale: of dS, with delayed and static scaling.
     """
     if call.scores.scaling == "current":
         scale = call.scores.scale(_largest_ds(call, x, residuals), call.scores.format("ds"))
@@ -65,6 +65,7 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
         qds = Quantised(ds.astype(call.dtype), None)
         if call.scores.fp8:
             qds = formats.quantise(ds, scale, call.scores.format("ds"), emulated=call.scores.emulated)
+        if call.scores.measured:
             largest = jnp.maximum(largest, _amax_by_head(ds))
         q, k = _rows(x.q, start, rows), _rows(x.k, 0, keys)
         dq_rows, dk_part, dv_part = attention_rows.input_gradients(call, p, qds, q, k, do)
@@ -76,7 +77,7 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
     init = jnp.zeros((b, t, k, g, h), call.dtype), zeros, zeros, jnp.zeros((b, k), jnp.float32)
     dq, dk, dv, largest = _over_chunks(t, chunk, init)
     dk, dv = (attention_rows.swap_heads(d).astype(call.dtype) for d in (dk, dv))
-    return dq, dk, dv, jnp.max(largest) if call.scores.fp8 else None
+    return dq, dk, dv, jnp.max(largest) if call.scores.measured else None
 
 
 def _chunk_ds(call: Call, x: Operands, residuals: Residuals, start: Any, rows: int,

@@ -85,8 +85,7 @@ def output(call: Call, q: Quantised, k: Quantised, v: Quantised, mask: jax.Array
     ceiling = jnp.where(jnp.isneginf(ceiling), 0.0, ceiling)
     p = jnp.exp2(logits - ceiling)
     total = jnp.sum(p, axis=-1, keepdims=True)
-    o = gemm(_quantise_p(p, call.values, v.data.dtype), v, _PV, out_dtype=jnp.float32, emulated=call.values.emulated,
-             name="attention_values.fprop")
+    o = gemm(_quantise_p(p, call.values, v.data.dtype), v, _PV, **_options(call.values, "fprop"), name="attention_values.fprop")
     o = o / jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, ceiling + jnp.log2(total), jnp.inf)
     return swap_heads(o).astype(call.dtype), swap_heads(lse[..., 0])
@@ -96,18 +95,16 @@ def score_gradient(call: Call, q: Quantised, k: Quantised, v: Quantised, residua
                    mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """P and dS before their casts, float32 [b, k, t, g, s]; dS without the softmax scale."""
     p = jnp.exp2(_logits(call, q, k, mask) - swap_heads(residuals.lse)[..., None])
-    dp = gemm(residuals.do, v, _QK, **_backward_options(call.values), name="attention_values.dgrad")
+    dp = gemm(residuals.do, v, _QK, **_options(call.values, "dgrad"), name="attention_values.dgrad")
     return p, p * (dp - swap_heads(residuals.delta)[..., None])
 
 
 def input_gradients(call: Call, p: jax.Array, ds: Quantised, q: Quantised, k: Quantised,
                     do: Quantised) -> tuple[jax.Array, jax.Array, jax.Array]:
     """These rows' dQ, [b, t, k, g, h], and their part of dK and dV, [b, k, s, h]; all float32."""
-    scored = _backward_options(call.scores)
-    dv = gemm(_quantise_p(p, call.values, do.data.dtype), do, _PTDO, **_backward_options(call.values),
-              name="attention_values.wgrad")
-    dq = gemm(ds, k, _PV, **scored, name="attention_scores.dgrad") * call.softmax_scale
-    dk = gemm(ds, q, _PTDO, **scored, name="attention_scores.wgrad") * call.softmax_scale
+    dv = gemm(_quantise_p(p, call.values, do.data.dtype), do, _PTDO, **_options(call.values, "wgrad"), name="attention_values.wgrad")
+    dq = gemm(ds, k, _PV, **_options(call.scores, "dgrad"), name="attention_scores.dgrad") * call.softmax_scale
+    dk = gemm(ds, q, _PTDO, **_options(call.scores, "wgrad"), name="attention_scores.wgrad") * call.softmax_scale
     return swap_heads(dq), dk, dv
 
 
@@ -116,13 +113,13 @@ def swap_heads(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 1, 2)
 
 
-def _backward_options(recipe: GemmRecipe) -> dict:
-    return {"out_dtype": jnp.float32, "precise": True, "emulated": recipe.emulated}
+def _options(recipe: GemmRecipe, gemm_pass: str) -> dict:
+    return {"out_dtype": jnp.float32, "precise": recipe.precise(gemm_pass), "emulated": recipe.emulated}
 
 
 def _logits(call: Call, q: Quantised, k: Quantised, mask: jax.Array) -> jax.Array:
     """Scores in base 2, float32, -inf where a query may not look."""
-    s = gemm(q, k, _QK, out_dtype=jnp.float32, emulated=call.scores.emulated, name="attention_scores.fprop")
+    s = gemm(q, k, _QK, **_options(call.scores, "fprop"), name="attention_scores.fprop")
     return jnp.where(mask[:, None, :, None, :], s * (call.softmax_scale * LOG2_E), -jnp.inf)
 
 

@@ -11,8 +11,8 @@ into `lax.dot_general` as float8 arrays, never through quantise-dequantise patte
 With an emulating recipe the float8 values, exact in bfloat16, are widened just before a bfloat16 GEMM with float32 output.
 
 State goes in and out without side effects. Scales of delayed scaling are an argument; the raw amaxes of x and of the
-output gradient come back as the *cotangent of `token`*, a float32 array of zeros. Give each call its own token: cotangents
-of a token used twice are summed. The weight may come already quantised (once a step, `quantise_weight`); then `w` only
+output gradient come back as the *cotangent of `token`*, a float32 array of zeros (zeros again with `static` scaling, which
+takes none). Give each call its own token: cotangents of a token used twice are summed. The weight may come already quantised (once a step, `quantise_weight`); then `w` only
 receives the gradient.
 """
 
@@ -143,8 +143,9 @@ def _dot_general(call, x, w, qw, scales, token):
 def _forward(call, x, w, qw, scales, token):
     recipe = call.recipe
     qx, amax_x = recipe.quantise(x, None if scales is None else scales[0], "x")
-    qx, amax_x = (named(qx), checkpoint_name(amax_x, CHECKPOINT_NAME)) if recipe.fp8 else (qx, None)
-    y = gemm(qx, qw, call.dims, out_dtype=call.out_dtype, emulated=recipe.emulated, name=f"{call.role}.fprop")
+    qx = named(qx) if recipe.fp8 else qx
+    amax_x = checkpoint_name(amax_x, CHECKPOINT_NAME)
+    y = gemm(qx, qw, call.dims, out_dtype=call.out_dtype, name=f"{call.role}.fprop", **_options(recipe, "fprop"))
     return y, (qx, qw, scales, token, amax_x)
 
 
@@ -153,14 +154,17 @@ def _backward(call, residuals, g):
     recipe, dims = call.recipe, call.dims
     g = g if recipe.fp8 else g.astype(call.x_dtype)
     qg, amax_g = recipe.quantise(g, None if scales is None else scales[1], "g")
-    options = {"emulated": recipe.emulated, "precise": recipe.fp8}
-    dx = _transposed_lhs(qg, qw, dims, qx.data.ndim, out_dtype=call.x_dtype, name=f"{call.role}.dgrad", **options)
-    dw = _transposed_rhs(qg, qx, dims, qw.data.ndim, out_dtype=call.w_dtype, name=f"{call.role}.wgrad", **options)
-    d_token = None if token is None or amax_x is None else jnp.stack([amax_x, amax_g])
+    dx = _transposed_lhs(qg, qw, dims, qx.data.ndim, out_dtype=call.x_dtype, name=f"{call.role}.dgrad", **_options(recipe, "dgrad"))
+    dw = _transposed_rhs(qg, qx, dims, qw.data.ndim, out_dtype=call.w_dtype, name=f"{call.role}.wgrad", **_options(recipe, "wgrad"))
+    d_token = None if token is None or not recipe.measured else jnp.stack([amax_x, amax_g])
     return dx, dw, None, None, d_token
 
 
 _dot_general.defvjp(_forward, _backward)
+
+
+def _options(recipe: GemmRecipe, gemm_pass: str) -> dict[str, Any]:
+    return {"emulated": recipe.emulated, "precise": recipe.fp8 and recipe.precise(gemm_pass)}
 
 
 def named(q: Quantised) -> Quantised:

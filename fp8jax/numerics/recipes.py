@@ -3,9 +3,15 @@
 Every GEMM of a block has a role (`qkv`, `mlp_up`, ...) and three passes (`fprop`, `dgrad`, `wgrad`); attention has two
 roles and seven passes. A `GemmRecipe` says how one role is computed; `parse_overrides` reads the user's exceptions by
 role and layer. Scaling `bf16` means: this role is not in FP8.
+
+`static` scaling follows Unit Scaling (Blake et al. 2023, arXiv 2303.11257) and its successor for FP8 training, µnit
+Scaling (Narayan et al. 2025, arXiv 2502.05967): where tensors have about unit variance, they are cast as they are, and
+nothing is measured. Both make weights and gradients unit-sized by fixed factors on the GEMMs' results; here the same
+factors are the operands' fixed scales, so that the model stays as it is. Activations have scale 1.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +19,8 @@ import jax.numpy as jnp
 from fp8jax.numerics import formats
 
 RECIPES = ("bf16", "fp8", "fp8_dpa")
-SCALINGS = ("delayed", "current")
+SCALINGS = ("delayed", "current", "static")
+FAST_ACCUMULATION = ("fprop", "all", "none")
 
 LINEAR_ROLES = ("qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_down", "lm_head")
 ATTENTION_ROLES = ("attention_scores", "attention_values")
@@ -27,7 +34,11 @@ _GRADIENTS = ("g", "ds", "do")
 
 @dataclasses.dataclass(frozen=True)
 class GemmRecipe:
-    """How one role's GEMMs are computed. Hashable, so it can be a static argument."""
+    """How one role's GEMMs are computed. Hashable, so it can be a static argument.
+
+    Raises:
+        ValueError: a scaling or a choice of fast accumulation that is unknown.
+    """
 
     scaling: str = "delayed"
     history_length: int = 1024
@@ -35,12 +46,29 @@ class GemmRecipe:
     margin: int = 0
     power_of_two: bool = True
     gradient_format: str = "e5m2"
+    fast_accumulation: str = "fprop"
+    static_weight_scale: float = 1.0
+    static_gradient_scale: float = 1.0
     emulated: bool = True
+
+    def __post_init__(self):
+        for field, choices in (("scaling", (*SCALINGS, "bf16")), ("fast_accumulation", FAST_ACCUMULATION)):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"GemmRecipe.{field}: {getattr(self, field)!r} is not one of {', '.join(choices)}")
 
     @property
     def fp8(self) -> bool:
         """Whether operands are cast at all."""
         return self.scaling != "bf16"
+
+    @property
+    def measured(self) -> bool:
+        """Whether the amax of operands is taken: of all that are cast, unless their scales are fixed."""
+        return self.scaling not in ("bf16", "static")
+
+    def precise(self, gemm_pass: str) -> bool:
+        """Whether a pass (`fprop`, `dgrad`, `wgrad`) does without Hopper's fast accumulation, which keeps 14 bits of a sum."""
+        return self.fast_accumulation == "none" or (self.fast_accumulation == "fprop" and gemm_pass != "fprop")
 
     def format(self, operand: str) -> jnp.dtype:
         """FP8 format of an operand: e4m3, or the gradient format for output gradients."""
@@ -50,19 +78,33 @@ class GemmRecipe:
         """Scale for an amax, with this recipe's margin and rounding."""
         return formats.scale_of(amax, dtype, margin=self.margin, power_of_two=self.power_of_two)
 
+    def static_scale(self, operand: str) -> jax.Array:
+        """Scale of an operand under `static`, with this recipe's margin and rounding: a constant of the program."""
+        unit = 1.0
+        if operand == "w" or operand in _GRADIENTS:
+            unit = self.static_weight_scale if operand == "w" else self.static_gradient_scale
+        mantissa, exponent = math.frexp(math.ldexp(unit, self.margin))
+        if self.power_of_two:
+            mantissa, exponent = 0.5, exponent + (mantissa > 0.5)
+        return jnp.float32(math.ldexp(mantissa, exponent))
+
     def quantise(self, x: jax.Array, scale: jax.Array | None, operand: str) -> tuple[formats.Quantised, jax.Array | None]:
         """Casts one operand.
 
         Args:
             x: the operand, any shape.
-            scale: the scale to use with delayed scaling; ignored by `current`, which takes the amax of x itself.
+            scale: the scale to use with delayed scaling; ignored by `current`, which takes the amax of x itself, and by
+                `static`.
             operand: its name in OPERANDS, or "w".
 
         Returns:
-            The quantised operand and its raw amax (float32 scalar); with scaling `bf16`, x itself, unscaled, and None.
+            The quantised operand and its raw amax (float32 scalar; None with `static`, which does not look at it); with
+            scaling `bf16`, x itself, unscaled, and None.
         """
         if not self.fp8:
             return formats.Quantised(x, None), None
+        if self.scaling == "static":
+            return formats.quantise(x, self.static_scale(operand), self.format(operand), emulated=self.emulated), None
         largest = formats.amax(x)
         if self.scaling == "current" or operand == "w":
             scale = self.scale(largest, self.format(operand))

@@ -79,13 +79,15 @@ def products(a, b, subscripts):
 class Linear:
     """One FP8 linear layer: y, dx, dw, tokens, each GEMM as (value, error bound).
 
-    `scales` (of x and of g) are given for delayed scaling; otherwise they come from the tensors, by `scale_for(amax, dtype)`.
+    `scales` (of x and of g) are given for delayed scaling, with `weight_scale` for static; otherwise they come from the tensors,
+    by `scale_for(amax, dtype)`.
     """
 
-    def __init__(self, x, w, g, dims, scale_for, gradient_format=E5M2, scales=None):
+    def __init__(self, x, w, g, dims, scale_for, gradient_format=E5M2, scales=None, weight_scale=None):
         x_s, w_s, y_s = letters(dims, x.ndim, w.ndim)
         self.tokens = np.float32([amax(x), amax(g)])
-        self.scales = {"x": scales[0] if scales else scale_for(amax(x), E4M3), "w": scale_for(amax(w), E4M3),
+        self.scales = {"x": scales[0] if scales else scale_for(amax(x), E4M3),
+                       "w": scale_for(amax(w), E4M3) if weight_scale is None else weight_scale,
                        "g": scales[1] if scales else scale_for(amax(g), gradient_format)}
         q = {"x": quantise(x, E4M3, self.scales["x"]), "w": quantise(w, E4M3, self.scales["w"]),
              "g": quantise(g, gradient_format, self.scales["g"])}

@@ -33,6 +33,7 @@ from fp8jax.numerics.self_check import self_check
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.checkpoint import Checkpoints, load_config, save_config
 from fp8jax.training.evaluation import Evaluator, write_json
+from fp8jax.training.profiling import ProfileWindow
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
 
@@ -119,6 +120,7 @@ class _Run:
         self.config, self.workdir, self.program, self.checkpoints = config, workdir, program, checkpoints
         self.writer, self.progress, self.stop = writer, progress, stop
         self.evaluator = Evaluator(config, program.definition, program.mesh)
+        self.profile = ProfileWindow(config.profile, workdir / "profile")
         self.clock, self.timed = time.perf_counter(), 0
 
     def __call__(self, state: TrainState, start: int, *, calibrate: bool) -> int:
@@ -134,18 +136,21 @@ class _Run:
             collect = _due(step + 1, config.monitor.every)
             if collect:
                 jax.block_until_ready(state.step)
+            self.profile.before(step + 1)
             with self._untimed(collect):
                 batch = program.put(next(iterator))
                 state, metrics, taps = program.step(state, batch, collect=collect)
                 step += 1
                 if collect:
                     jax.block_until_ready(metrics)
+            self._tell(self.profile.after(step, metrics))
             last = step == config.training.steps
             evaluate = _due(step, config.evaluation.every) or last
             if _due(step, config.log.every) or collect or evaluate:
                 self._log(step, metrics, taps, self._evaluate(step, state) if evaluate else {})
             if _due(step, config.checkpoint.every) and not last:
                 self._save(step, state, iterator)
+        self._tell(self.profile.close())
         self._save(step, state, iterator)
         self.checkpoints.wait()
         return self._finish(step)
@@ -184,6 +189,10 @@ class _Run:
     def _save(self, step: int, state: TrainState, iterator: Any) -> None:
         self.checkpoints.save(step, state.items(), {"step": step, "iterator": iterator.get_state()})
         self._restart_clock()
+
+    def _tell(self, line: str | None) -> None:
+        if line:
+            self.progress.message(line)
 
     def _restart_clock(self) -> None:
         self.clock, self.timed = time.perf_counter(), 0

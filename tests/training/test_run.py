@@ -34,7 +34,8 @@ ONE, EIGHT = {"fsdp": 1}, {"data": 2, "fsdp": 4}
 
 
 def micro(**changes) -> config_lib.Config:
-    return config_lib.from_dict({name: values | changes.get(name, {}) for name, values in ({"fp8": {}, "mesh": ONE} | MICRO).items()})
+    sections = {"mesh": ONE} | MICRO
+    return config_lib.from_dict({name: sections.get(name, {}) | changes.get(name, {}) for name in sections | changes})
 
 
 def devices_of(config):

@@ -1,0 +1,22 @@
+"""A traced window: the steps asked for, with the names of roles and passes in it."""
+
+from tests.training.test_run import micro, train
+
+
+def test_window(tmp_path, capfd):
+    train(micro(profile={"start": 3, "steps": 2}, training={"steps": 5}), tmp_path)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    content = trace.read_bytes()
+    for name in (b"attention_scores.dgrad", b"mlp_down.wgrad", b"qkv.fprop", b"feed_forward"):
+        assert name in content, name
+    assert "profile of 2 steps" in capfd.readouterr().out
+
+
+def test_a_run_shorter_than_the_window_still_writes_it(tmp_path):
+    train(micro(profile={"start": 5, "steps": 9}, training={"steps": 5}), tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_none_is_written_unasked(tmp_path):
+    train(micro(training={"steps": 3}), tmp_path)
+    assert not (tmp_path / "profile").exists()

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from fp8jax.cli.errors import complain
 
 # Command → what it does. Each is the module fp8jax.cli.COMMAND, whose main(argv) returns the exit code.
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {
+    "sample": "continue a prompt with the model of a run",
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,0 +1,57 @@
+"""`python -m fp8jax sample`: continues a prompt with the model of a run."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from fp8jax.cli.errors import complain
+from fp8jax.interop.generation import stream
+from fp8jax.interop.inference import Inference
+from fp8jax.training.evaluation import load_run
+
+STOPPED = 4
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        # One device: generation reads all weights for every token, and sharded ones would travel each time.
+        model, _ = load_run(options.workdir, options.step, jax.devices()[:1])
+        pieces = stream(Inference(model), options.prompt, tokens=options.tokens, temperature=options.temperature,
+                        top_p=options.top_p, seed=options.seed)
+        shown = options.prompt
+        for piece in pieces:
+            print(_shown(shown + piece), end="", flush=True)
+            shown = ""
+    except ValueError as error:  # ConfigError and CheckpointError are
+        return complain(str(error))
+    except KeyboardInterrupt:
+        print()
+        return STOPPED
+    print()
+    return 0
+
+
+def _shown(text: str) -> str:
+    """The text; on a terminal, without control characters, which would act on it."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fp8jax sample", description="Continues a prompt with the model of a run, in BF16.",
+        epilog="example: python -m fp8jax sample --workdir=runs/fp8_base-tiny --prompt='Anne Elliot' --temperature=0.8")
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="directory of the run")
+    parser.add_argument("--prompt", required=True, help="text to continue; '' begins a document")
+    parser.add_argument("--tokens", type=int, default=200, help="at most so many more (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default); 1: as the model has it")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this total probability (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (default: 0)")
+    parser.add_argument("--step", type=int, default=None, help="checkpoint to use (default: the newest)")
+    return parser

@@ -1,0 +1,247 @@
+"""Text from a model: greedy or sampled, with a KV cache, in BF16.
+
+    inference = Inference(load_run("runs/fp8_base-tiny")[0])
+    generate(inference, ["Anne Elliot", "It was"], tokens=100)                     # greedy; a list of texts
+    generate(inference, ["It was"] * 4, tokens=100, temperature=0.8, top_p=0.95)   # four different ones
+    for piece in stream(inference, "It was", tokens=100): print(piece, end="", flush=True)
+
+A prompt follows an end-of-document token, as every document did in training, and a text ends where the model ends the
+document. A row's tokens depend on its prompt, the seed and its place in the batch, never on other rows (up to rounding).
+
+The model looks back over its context, config.data.sequence_length tokens. A longer prompt is an error. A text that outgrows
+it goes on from its newest half context: those tokens are read anew as a prompt, and what came before them is forgotten.
+
+Tokens come in chunks of CHUNK, one jitted loop each; shapes are powers of two, so few programs are compiled.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fp8jax.interop.inference import Bound, Inference
+from fp8jax.models import kv_cache
+from fp8jax.models.kv_cache import KVCache
+from fp8jax.parallel.sharding import constrain
+
+CHUNK = 16
+Ids = list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: draws from the likeliest tokens that together have at least this probability.
+        seed: equal seeds give equal texts.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: {self.temperature} is not a number of at least 0; 0 is greedy")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p} is not above 0 and at most 1; 1 draws from all tokens")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed: {self.seed} is not from 0 to {(1 << 32) - 1}")
+
+
+def generate(inference: Inference, prompts: Sequence[str], *, tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+             seed: int = 0) -> list[str]:
+    """Continues prompts, all in one batch.
+
+    Args:
+        inference: the model.
+        prompts: may be empty strings: a new document.
+        tokens: at most so many each.
+        temperature: see Sampling.
+        top_p: see Sampling.
+        seed: see Sampling.
+
+    Returns:
+        The continuation of each prompt, without the prompt.
+
+    Raises:
+        ValueError: an option out of range, or a prompt longer than the context.
+    """
+    rows = [document(inference, prompt) for prompt in prompts]
+    *_, found = generate_ids(inference, rows, tokens, Sampling(temperature, top_p, seed))
+    return [inference.tokenizer.decode(ids) for ids in found]
+
+
+def stream(inference: Inference, prompt: str, *, tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+           seed: int = 0) -> Iterator[str]:
+    """As `generate` of one prompt, piece by piece; a character whose bytes are not all there yet waits for the next piece."""
+    given, text = 0, ""
+    for (ids,) in generate_ids(inference, [document(inference, prompt)], tokens, Sampling(temperature, top_p, seed)):
+        text = inference.tokenizer.decode(ids)
+        # A truncated character decodes to exactly one U+FFFD, at the end.
+        whole = text.removesuffix("\ufffd")
+        yield whole[given:]
+        given = max(given, len(whole))
+    yield text[given:]
+
+
+def document(inference: Inference, text: str) -> Ids:
+    """Token ids of a document's beginning: the end of the one before, then the text."""
+    return [inference.tokenizer.end_of_document, *inference.tokenizer.encode(text).tolist()]
+
+
+def generate_ids(inference: Inference, prompts: Sequence[Ids], tokens: int, sampling: Sampling,
+                 stop: Callable[[Ids], bool] = lambda ids: False) -> Iterator[list[Ids]]:
+    """Continues prompts of token ids.
+
+    Args:
+        inference: the model.
+        prompts: none of them empty.
+        tokens: at most so many each.
+        sampling: how they are chosen.
+        stop: asked after each chunk whether a row, given its new ids, has enough.
+
+    Yields:
+        After each chunk, all new ids of every row so far; a row that ended its document is without the end.
+
+    Raises:
+        ValueError: no tokens asked for, or a prompt longer than the context.
+    """
+    _check(inference.context, prompts, tokens)
+    rows, starts = [list(prompt) for prompt in prompts], [len(prompt) for prompt in prompts]
+    held = list(starts)  # how many of its newest tokens a row's context has
+    done = np.zeros(len(rows), bool)
+    capacity = bucket(max(starts) + tokens, inference.context)
+    state, count = None, 0
+    while count < tokens and not done.all():
+        steps = min(CHUNK, max(1, inference.context // 2), tokens - count)
+        full = [not ended and length - 1 + steps > capacity for ended, length in zip(done, held, strict=True)]
+        if state is None or any(full):
+            held = [inference.context // 2 if f else length for f, length in zip(full, held, strict=True)]
+            state = _read(inference, [row[-length:] for row, length in zip(rows, held, strict=True)], capacity)
+        ended = inference.put(np.append(done, np.ones(len(state.token) - len(rows), bool)))
+        state, new, taken = inference.call(_decode, state, ended, np.int32(count), np.int32(steps),
+                                           np.float32(sampling.temperature), np.float32(sampling.top_p), np.uint32(sampling.seed))
+        new, taken = np.asarray(new), int(taken)
+        for i in np.flatnonzero(~done):
+            ids = new[i, :taken].tolist()
+            done[i] = inference.tokenizer.end_of_document in ids
+            ids = ids[: ids.index(inference.tokenizer.end_of_document)] if done[i] else ids
+            rows[i] += ids
+            held[i] += len(ids)
+            done[i] |= stop(rows[i][starts[i]:])
+        count += taken
+        yield [row[start:] for row, start in zip(rows, starts, strict=True)]
+
+
+def bucket(length: int, most: int) -> int:
+    """The next power of two, from CHUNK up to `most`: so that few shapes are compiled."""
+    return min(most, max(CHUNK, 1 << (length - 1).bit_length()))
+
+
+def next_token(logits_bv: jax.Array, keys_b: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Chooses a token a row, int32 [b].
+
+    Args:
+        logits_bv: float32; -inf where a token is not allowed.
+        keys_b: a PRNG key a row; not used at temperature 0.
+        temperature: float32 scalar.
+        top_p: float32 scalar, above 0.
+    """
+    def draw(logits):
+        logits = logits / temperature
+        logits = jax.lax.cond(top_p < 1, lambda x: _nucleus(x, top_p), lambda x: x, logits)
+        return jax.vmap(jax.random.categorical)(keys_b, logits).astype(jnp.int32)
+
+    return jax.lax.cond(temperature > 0, draw, lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32), logits_bv)
+
+
+def _nucleus(logits_bv: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The logits of the smallest set of likeliest tokens with probability top_p at least, and of their equals; -inf elsewhere."""
+    descending = -jnp.sort(-logits_bv, axis=-1)
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    count = jnp.sum(before < top_p, axis=-1, keepdims=True)
+    return jnp.where(logits_bv >= jnp.take_along_axis(descending, count - 1, axis=-1), logits_bv, -jnp.inf)
+
+
+class _State(NamedTuple):
+    """Between chunks: the cache, and each row's newest token, int32 [b], which is not in it yet."""
+
+    cache: KVCache
+    token: jax.Array
+
+
+def _check(context: int, prompts: Sequence[Ids], tokens: int) -> None:
+    if tokens < 1:
+        raise ValueError(f"tokens: {tokens} is below 1")
+    if not prompts:
+        raise ValueError("prompts: none given")
+    longest = max(map(len, prompts))
+    if longest > context:
+        raise ValueError(f"prompt: {longest:,} tokens, with the one that begins a document, exceed the model's context of "
+                         f"{context:,}; shorten it")
+
+
+def _read(inference: Inference, rows: list[Ids], capacity: int) -> _State:
+    """Runs prompts into a fresh cache."""
+    padded = -(-len(rows) // inference.replicas) * inference.replicas
+    longest = max(map(len, rows))
+    ids = np.zeros((padded, bucket(longest, capacity)), np.int32)
+    lengths = np.ones(padded, np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], lengths[i] = row, len(row)
+    return inference.call(_reader(capacity), inference.put(ids), inference.put(lengths))
+
+
+@functools.cache
+def _reader(capacity: int) -> Callable:
+    def read(bound: Bound, ids_bt: jax.Array, lengths_b: jax.Array) -> _State:
+        cache = kv_cache.empty(bound.model.config, ids_bt.shape[0], capacity)
+        _, cache = bound.model.extend(ids_bt, cache, bound.recipes, bound.prepared)
+        # The newest token goes in again with the first decoding step, which is what yields its logits.
+        token = jnp.take_along_axis(ids_bt, lengths_b[:, None] - 1, axis=1)[:, 0]
+        return _pinned(_State(cache._replace(filled=lengths_b - 1), token))
+
+    return read
+
+
+def _decode(bound: Bound, state: _State, done_b: jax.Array, count: jax.Array, steps: jax.Array, temperature: jax.Array,
+            top_p: jax.Array, seed: jax.Array) -> tuple[_State, jax.Array, jax.Array]:
+    """At most `steps` more tokens a row, after `count` so far; rows that are done stay as they are.
+
+    Returns:
+        New state; int32 [b, CHUNK] tokens, the first n of them new; n, an int32 scalar.
+    """
+    end = bound.tokenizer.end_of_document
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(done_b)))
+
+    def one(carry):
+        n, state, done, tokens = carry
+        logits, cache = bound.model.extend(state.token[:, None], state.cache, bound.recipes, bound.prepared)
+        allowed = jnp.arange(logits.shape[-1]) < bound.tokenizer.vocab_size  # the rest only fills the table up
+        of_step = jax.vmap(jax.random.fold_in, (0, None))(keys, count + n)
+        token = next_token(jnp.where(allowed, logits[:, 0], -jnp.inf), of_step, temperature, top_p)
+        token = jnp.where(done, end, token)
+        cache = cache._replace(filled=jnp.where(done, state.cache.filled, cache.filled))
+        return n + 1, _pinned(_State(cache, token)), done | (token == end), tokens.at[:, n].set(token)
+
+    start = jnp.int32(0), state, done_b, jnp.zeros((len(done_b), CHUNK), jnp.int32)
+    n, state, _, tokens = jax.lax.while_loop(lambda carry: (carry[0] < steps) & ~carry[2].all(), one, start)
+    return state, tokens, n
+
+
+def _pinned(state: _State) -> _State:
+    """With the same shardings wherever it comes from, so that `_decode` is compiled once."""
+    k, v = (constrain(x, None, "batch", None, "kv_heads", None) for x in state.cache[:2])
+    return _State(KVCache(k, v, constrain(state.cache.filled, "batch")), constrain(state.token, "batch"))

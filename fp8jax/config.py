@@ -48,6 +48,7 @@ class ModelConfig:
     layers: int = _field(4, "number of blocks", at_least=1)
     width: int = _field(256, "model width d", at_least=1)
     ffn_width: int = _field(512, "width of a gated FFN; a two-layer FFN takes 1.5 times this", at_least=1)
+    ffn_hidden: int | None = _field(None, "hidden features of the FFN, whatever its kind; None: by ffn_width", at_least=1)
     heads: int = _field(2, "query heads", at_least=1)
     kv_heads: int = _field(1, "key and value heads", at_least=1)
     head_dim: int | None = _field(None, "features a head; None: width / heads", at_least=1)
@@ -56,6 +57,10 @@ class ModelConfig:
     init_std: float = _field(0.02, "sigma0: standard deviation of every matrix at the start", at_least=0.0)
     norm_eps: float = _field(1e-5, "epsilon of RMSNorm", at_least=0.0)
     rope_theta: float = _field(500000.0, "base of the rotary frequencies", at_least=1.0)
+    rope_scaling_factor: float = _field(1.0, "Llama-3 RoPE scaling: low rotary frequencies are divided by this; 1: off", at_least=1.0)
+    rope_low_freq_factor: float = _field(1.0, "frequencies that turn less often in the original context are low", at_least=1e-6)
+    rope_high_freq_factor: float = _field(4.0, "frequencies that turn more often in the original context stay as they are", at_least=1e-6)
+    rope_original_context: int = _field(8192, "tokens of context before RoPE scaling", at_least=1)
     dtype: str = _field("bfloat16", "dtype of activations between GEMMs", choices=("bfloat16", "float32"))
     scan_layers: bool = _field(True, "compile one block and scan over layers; False unrolls, for debugging")
     pre_norm: bool | None = _field(None, "RMSNorm before each branch")
@@ -115,6 +120,7 @@ class OptimizerConfig:
     eps: float = _field(1e-8, "added to the root of the second moment", at_least=0.0)
     weight_decay: float = _field(0.1, "decoupled weight decay of matrices; norms and scalars have none", at_least=0.0)
     clip_norm: float = _field(1.0, "global norm to which gradients are clipped; 0: no clipping", at_least=0.0)
+    z_loss: float = _field(0.0, "weight of the mean squared log-partition of the logits in the training loss; 0: none", at_least=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +131,11 @@ class TrainingConfig:
     batch_size: int = _field(16, "sequences a step, over all devices and microbatches", at_least=1)
     microbatches: int = _field(1, "parts into which a step's batch is split, one after another", at_least=1)
     seed: int = _field(0, "seed of initial weights and of the data order", at_least=0)
+    hang_limit: int = _field(1800, "seconds a step, a compilation or a save may take before the process ends; 0: any", at_least=0)
+    bad_steps: int = _field(20, "bad steps in a row after which the run goes back to its newest checkpoint", at_least=1)
+    rollbacks: int = _field(2, "times a run may go back, passing over the batches it could not digest, before it stops", at_least=0)
+    skip_spikes: float = _field(0.0, "skip a step whose loss or gradient norm lies this many robust standard deviations above the "
+                                "median of the last 128; 0: never", at_least=0.0)
     remat: str = _field("none", "what the backward pass recomputes: nothing, each block, or all but FP8 tensors", choices=REMAT_POLICIES)
 
 
@@ -143,7 +154,9 @@ class CheckpointConfig:
     """Saving."""
 
     every: int = _field(1000, "steps between checkpoints; one is always saved at the end and on a stop; 0: only those", at_least=0)
+    minutes: int = _field(60, "minutes after the last checkpoint at which another is saved; 0: only by steps", at_least=0)
     keep: int = _field(2, "newest checkpoints kept", at_least=1)
+    keep_every: int = _field(0, "checkpoints of steps that this divides are kept for good; 0: none", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +303,9 @@ def check(config: Config) -> None:
                           "or set model.head_dim")
     if head_dim(model) % 2:
         raise ConfigError(f"config.model.head_dim: {head_dim(model)} is odd; RoPE rotates pairs")
+    if model.rope_scaling_factor > 1 and model.rope_high_freq_factor <= model.rope_low_freq_factor:
+        raise ConfigError(f"config.model.rope_high_freq_factor: {model.rope_high_freq_factor} is not above "
+                          f"model.rope_low_freq_factor={model.rope_low_freq_factor}")
     if fp8.head and model.tied_embeddings:
         raise ConfigError("config.fp8.head: True needs config.model.tied_embeddings=False: an FP8 head cannot share the embedding")
     if training.batch_size % training.microbatches:

@@ -46,4 +46,4 @@ def gated(model: ModelConfig) -> bool:
 
 def ffn_hidden(model: ModelConfig) -> int:
     """Hidden width of a resolved model's FFN: as listed if gated, else 1.5 times, so that parameters match."""
-    return model.ffn_width if gated(model) else model.ffn_width * 3 // 2
+    return model.ffn_hidden or (model.ffn_width if gated(model) else model.ffn_width * 3 // 2)

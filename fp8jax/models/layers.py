@@ -8,8 +8,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from fp8jax.config import ModelConfig
 from fp8jax.models.gemms import Gemms
 from fp8jax.models.taps import tap_cast
 from fp8jax.numerics.dot_general import dot_general
@@ -108,9 +110,23 @@ class Tanh(nnx.Module):
         return jnp.tanh(self.alpha[...] * x.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_table(positions_bt: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Angle a position of every rotated pair, float32 [head_dim / 2]; with Llama-3 scaling, if config asks for it.
+
+    Scaling (Llama 3.1): what turns less than `low` times in the original context is slowed by the factor, what turns more
+    than `high` times stays, and between them the slowing is interpolated.
+    """
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    if config.rope_scaling_factor != 1.0:
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        turns = config.rope_original_context * frequencies / (2 * np.pi)
+        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / config.rope_scaling_factor
+    return frequencies.astype(np.float32)
+
+
+def rope_table(positions_bt: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Cos and sin of the rotary angles, float32 [b, t, head_dim / 2]."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions_bt.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -23,7 +23,7 @@ from fp8jax.models.attention import Attention
 from fp8jax.models.feed_forward import FeedForward
 from fp8jax.models.gemms import GemmInputs, Gemms, ModelRecipes
 from fp8jax.models.kv_cache import KVCache
-from fp8jax.models.layers import Embedding, LayerScale, RMSNorm, matrix, rope_table
+from fp8jax.models.layers import Embedding, LayerScale, RMSNorm, matrix, rope_frequencies, rope_table
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME, dot_general
 from fp8jax.parallel.sharding import constrain
 
@@ -145,7 +145,7 @@ class Transformer(nnx.Module):
         """What the head reads, [b, t, d]."""
         inputs = batch["inputs"]
         positions = batch["positions"] if "positions" in batch else jnp.arange(inputs.shape[1])[None]
-        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_table(positions, rope_frequencies(self.config))
         x_btd = self.embedding(inputs, self.config.input_scale, self.dtype)
         x_btd = constrain(x_btd, "batch", "sequence", None)
         x_btd, taps, cache = self._run_blocks(x_btd, rope, batch.get("segment_ids"), recipes, prepared, options, cache)

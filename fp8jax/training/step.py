@@ -138,7 +138,7 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
     """Loss, gradients, raw amaxes and statistics of a batch, over all its microbatches.
 
     Returns:
-        Mean loss in nats a token, float32; gradients like the parameters (float32, or the activations' dtype for the
+        Mean loss in nats a token, float32, without the z-loss; gradients like the parameters (float32, or the activations' dtype for the
         blocks' matrices if there is one microbatch); role → amaxes; taps.
     """
     scales = {role: entry["scale"] for role, entry in state.scaling.items()}
@@ -148,13 +148,17 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
     total = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
     options = ForwardOptions(config.training.remat, collect, config.monitor.kurtosis == "pooled")
 
-    def loss_of(params: Params, tokens: dict[str, jax.Array], part: Batch) -> tuple[jax.Array, Taps]:
+    def loss_of(params: Params, tokens: dict[str, jax.Array], part: Batch) -> tuple[jax.Array, tuple[jax.Array, Taps]]:
         logits, taps = definition.bind(params)(part, recipes, prepared._replace(tokens=tokens), options)
         with jax.named_scope("loss"):
-            return jnp.sum(token_losses(logits, part["targets"]) * part["mask"]) / total, taps
+            loss = jnp.sum(token_losses(logits, part["targets"]) * part["mask"]) / total
+            if not config.optimizer.z_loss:
+                return loss, (loss, taps)
+            squares = jax.nn.logsumexp(logits, axis=-1) ** 2
+            return loss + config.optimizer.z_loss * jnp.sum(squares * part["mask"]) / total, (loss, taps)
 
     def one(part: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
-        (loss, taps), (grads, amaxes) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(view, gemms.zero_tokens(recipes), part)
+        (_, (loss, taps)), (grads, amaxes) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(view, gemms.zero_tokens(recipes), part)
         return loss, grads, amaxes, taps
 
     if config.training.microbatches == 1:

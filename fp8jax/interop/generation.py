@@ -238,7 +238,7 @@ def _decode(bound: Bound, state: _State, done_b: jax.Array, count: jax.Array, st
 
     start = jnp.int32(0), state, done_b, jnp.zeros((len(done_b), CHUNK), jnp.int32)
     n, state, _, tokens = jax.lax.while_loop(lambda carry: (carry[0] < steps) & ~carry[2].all(), one, start)
-    return state, tokens, n
+    return state, constrain(tokens, None, None), n
 
 
 def _pinned(state: _State) -> _State:

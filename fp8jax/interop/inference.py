@@ -55,7 +55,7 @@ class Inference:
     def call(self, function: Callable, *arrays: Any) -> Any:
         """function(Bound, *arrays), jitted: compiled once for every function and shapes.
 
-        Arrays on the host are the same on all processes; results that are not constrained otherwise are replicated.
+        Arrays on the host must be the same on all processes, and results that go there replicated.
         """
         if function not in self._compiled:
             def run(params, prepared, *arrays):

@@ -1,0 +1,175 @@
+r"""Log-likelihoods of texts, and texts up to a stop string: the three questions of lm-evaluation-harness, without it.
+
+    log_likelihoods(inference, [("The capital of France is", " Paris")])      # [(log probability in nats, greedy?)]
+    rolling_log_likelihoods(inference, ["A whole document."])                 # [log probability in nats]
+    generate_until(inference, [("Q: 1 + 1?\nA:", {"until": ["\n"], "max_gen_toks": 8})])
+
+Requests of like length share a batch: lengths are rounded up to powers of two, so that few shapes are compiled. A context
+follows an end-of-document token, as every document did in training; where it does not fit, its oldest tokens are dropped.
+Splitting a text into context and continuation, and a long document into windows, is done as lm-evaluation-harness does it,
+so that figures compare.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from fp8jax.interop.generation import Ids, Sampling, bucket, document, generate_ids
+from fp8jax.interop.inference import Bound, Inference
+from fp8jax.parallel.sharding import constrain
+
+DEFAULT_TOKENS = 256  # of generate_until, as in the harness
+# Of a batch, for each replica: enough to keep a device busy, and float32 logits of at most 4 GiB.
+BATCH_TOKENS, LOGITS_BYTES = 16384, 4 << 30
+
+
+class Window(NamedTuple):
+    """Token ids of which the last `scored` are predicted, each from all before it."""
+
+    ids: Ids
+    scored: int
+
+
+def log_likelihoods(inference: Inference, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+    """For each (context, continuation): log probability of the continuation, and whether greedy decoding would write it.
+
+    Trailing white space of a context is taken for the continuation's.
+    """
+    return score(inference, [encode_pair(inference, *request) for request in requests])
+
+
+def rolling_log_likelihoods(inference: Inference, texts: Sequence[str]) -> list[float]:
+    """Log probability of each text, every token of it scored once; long ones in windows of the model's context."""
+    requests = [(document(inference, ""), inference.tokenizer.encode(text).tolist()) for text in texts]
+    return [found for found, _ in score(inference, requests)]
+
+
+def encode_pair(inference: Inference, context: str, continuation: str) -> tuple[Ids, Ids]:
+    """Token ids of a context, with the end of document before it, and of its continuation."""
+    stripped = context.rstrip()
+    whole = inference.tokenizer.encode(context + continuation).tolist()
+    before = document(inference, stripped)
+    return before, whole[len(before) - 1:]
+
+
+def windows(context: Ids, continuation: Ids, length: int) -> Iterator[Window]:
+    """Cuts a request into windows of at most `length` inputs that score each token of the continuation once.
+
+    Usually one. A longer continuation takes several, each but the last without context beyond the token before it.
+    """
+    whole, done = context + continuation, len(context)
+    while done < len(whole):
+        end = min(done + length, len(whole))
+        yield Window(whole[max(0, end - length - 1): end], end - done)
+        done = end
+
+
+def score(inference: Inference, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
+    """Log probability in nats of each continuation, and whether each of its tokens is the likeliest.
+
+    Args:
+        inference: the model.
+        requests: (context, continuation) token ids; no context is empty.
+    """
+    pieces = [(i, window) for i, request in enumerate(requests) for window in windows(*request, inference.context)]
+    totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
+    for batch, length, rows in _batches(inference, pieces, lambda piece: len(piece[1].ids) - 1, "scoring"):
+        ids, mask = np.zeros((rows, length + 1), np.int32), np.zeros((rows, length), bool)
+        for row, (_, window) in enumerate(batch):
+            end = len(window.ids)
+            ids[row, :end] = window.ids
+            mask[row, end - 1 - window.scored: end - 1] = True
+        found = inference.call(_score, *(inference.put(x) for x in (ids[:, :-1], ids[:, 1:], mask)))
+        for (i, _), value, likeliest in zip(batch, *(np.asarray(x) for x in found), strict=False):
+            totals[i] += value
+            greedy[i] &= likeliest
+    return [(float(total), bool(g)) for total, g in zip(totals, greedy, strict=True)]
+
+
+def _score(bound: Bound, inputs_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 [b] sums of log probabilities under the mask; bool [b]."""
+    logits, _ = bound.model({"inputs": inputs_bt}, bound.recipes, bound.prepared)
+    chosen = jnp.take_along_axis(logits, targets_bt[..., None], axis=-1)[..., 0]
+    total = jnp.sum(jnp.where(mask_bt, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0), axis=-1)
+    likeliest = jnp.all((chosen == jnp.max(logits[..., : bound.tokenizer.vocab_size], axis=-1)) | ~mask_bt, axis=-1)
+    return constrain(total, None), constrain(likeliest, None)
+
+
+def generate_until(inference: Inference, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Continues each context up to its first stop string, which is left out, or the end of the document.
+
+    Args:
+        inference: the model.
+        requests: (context, options); options are the harness's `until` (a string or several), `max_gen_toks` (256), `do_sample`,
+            `temperature` and `top_p`. A context that would leave no room loses its oldest tokens, down to half the model's context.
+
+    Raises:
+        ValueError: an option that is not understood.
+    """
+    out, alike = [""] * len(requests), defaultdict(list)
+    for i, (context, options) in enumerate(requests):
+        alike[_Options.read(options)].append((i, document(inference, context)))
+    for options, rows in alike.items():
+        for i, text in _generate_alike(inference, options, rows):
+            out[i] = text
+    return out
+
+
+def _generate_alike(inference: Inference, options: "_Options", rows: list[tuple[int, Ids]]) -> Iterator[tuple[int, str]]:
+    """Each row's number and its text."""
+    room = max(inference.context - options.tokens, inference.context // 2)
+    rows = [(i, row[-room:]) for i, row in rows]
+
+    def stopped(ids: Ids) -> bool:
+        text = inference.tokenizer.decode(ids)
+        return any(stop in text for stop in options.until)
+
+    for batch, _, count in _batches(inference, rows, lambda row: len(row[1]) + options.tokens, "generating"):
+        prompts = [row for _, row in batch] + [batch[0][1]] * (count - len(batch))
+        *_, found = generate_ids(inference, prompts, options.tokens, options.sampling, stopped)
+        for (i, _), ids in zip(batch, found, strict=False):
+            yield i, _before(inference.tokenizer.decode(ids), options.until)
+
+
+class _Options(NamedTuple):
+    until: tuple[str, ...]
+    tokens: int
+    sampling: Sampling
+
+    @staticmethod
+    def read(options: Mapping[str, Any]) -> "_Options":
+        """From the harness's."""
+        known = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise ValueError(f"generation option {unknown[0]!r} is not one of {', '.join(known)}; change generation_kwargs of the task")
+        until, temperature = options.get("until") or (), float(options.get("temperature", 0.0))
+        until = (until,) if isinstance(until, str) else tuple(until)
+        if not options.get("do_sample", temperature > 0):
+            temperature = 0.0
+        sampling = Sampling(temperature, float(options.get("top_p", 1.0)))
+        return _Options(tuple(filter(None, until)), int(options.get("max_gen_toks", DEFAULT_TOKENS)), sampling)
+
+
+def _before(text: str, stops: Iterable[str]) -> str:
+    """The text up to the first of any stop string."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _batches(inference: Inference, pieces: list, length: Any, what: str) -> Iterator[tuple[list, int, int]]:
+    """(pieces, their bucket of length, rows of the batch), the longest first: what does not fit in memory fails at once."""
+    buckets = defaultdict(list)
+    for piece in sorted(pieces, key=length, reverse=True):
+        buckets[bucket(length(piece), inference.context)].append(piece)
+    batches, tokens = [], min(BATCH_TOKENS, LOGITS_BYTES // (4 * inference.tokenizer.vocab_size))
+    for size, found in buckets.items():
+        rows = min(max(1, tokens // size), 1 << (-(-len(found) // inference.replicas) - 1).bit_length()) * inference.replicas
+        batches += [(found[first: first + rows], size, rows) for first in range(0, len(found), rows)]
+    return track(batches, what, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)

@@ -1,0 +1,103 @@
+"""Log-likelihoods against a plain forward computation, one request at a time."""
+
+import numpy as np
+import pytest
+
+from fp8jax.interop.generation import Sampling, generate, generate_ids
+from fp8jax.interop.inference import Inference
+from fp8jax.interop.scoring import Window, generate_until, log_likelihoods, rolling_log_likelihoods, score, windows
+
+from .micro_model import load, uncached
+
+END = 256
+REQUESTS = [("It is a truth universally", " acknowledged"), ("", "Anne"), ("a" * 40 + " ", "b"), ("Anne  ", "Elliot"), ("x", "")]
+
+
+@pytest.fixture(scope="module")
+def by_hand(model):
+    """(ids, how many of the last are scored) → (log probability, greedy?) by one forward pass."""
+    forward = uncached(model)
+
+    def by_hand(ids, scored):
+        if not scored:
+            return 0.0, True
+        logits, targets = forward(ids[:-1])[-scored:].astype(np.float64), np.array(ids[-scored:])
+        chosen = logits[np.arange(scored), targets]
+        return np.sum(chosen - np.log(np.sum(np.exp(logits), axis=-1))), bool((logits[:, :257].argmax(-1) == targets).all())
+
+    return by_hand
+
+
+def test_log_likelihoods_equal_a_plain_forward_pass(by_hand, inference):
+    found = log_likelihoods(inference, REQUESTS)
+    for (context, continuation), (total, greedy) in zip(REQUESTS, found, strict=True):
+        ids = [END, *(context + continuation).encode()]
+        scored = len(ids) - 1 - len(context.rstrip().encode())
+        wanted, is_greedy = by_hand(ids, scored)
+        assert total == pytest.approx(wanted, abs=1e-4) and greedy == is_greedy
+
+
+def test_greedy_continuations_are_called_greedy(inference):
+    prompt = [END, *b"Anne"]
+    *_, (ids,) = generate_ids(inference, [prompt], 6, Sampling())
+    right, wrong = score(inference, [(prompt, ids), (prompt, [*ids[:-1], ids[-1] ^ 1])])
+    assert right[1] and not wrong[1] and right[0] > wrong[0]
+
+
+def test_eight_devices_agree_with_one(inference):
+    sharded = Inference(load(mesh={"data": 2, "fsdp": 2, "tensor": 2}))
+    for one, eight in zip(log_likelihoods(inference, REQUESTS), log_likelihoods(sharded, REQUESTS), strict=True):
+        assert one[0] == pytest.approx(eight[0], abs=1e-4) and one[1] == eight[1]
+
+
+def test_requests_of_many_lengths_come_back_in_order(by_hand, inference):
+    random = np.random.default_rng(0)
+    requests = [("a" * int(n), "bc") for n in random.integers(1, 80, 40)]
+    found = log_likelihoods(inference, requests)
+    for (context, _), (total, _) in list(zip(requests, found, strict=True))[::7]:
+        ids = [END, *context.encode(), *b"bc"][-65:]  # the context is cut to what fits
+        assert total == pytest.approx(by_hand(ids, 2)[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 150])
+def test_windows_score_every_token_once(count):
+    context, tokens = [END], list(range(count))
+    found = list(windows(context, tokens, 64))
+    assert [token for window in found for token in window.ids[-window.scored:]] == tokens
+    assert all(len(window.ids) <= 65 and window.scored < len(window.ids) for window in found)
+    assert list(windows([1, 2, 3], [4], 2)) == [Window([2, 3, 4], 1)] and not list(windows([1], [], 8))
+
+
+def test_rolling_log_likelihood_of_a_long_text(by_hand, inference):
+    text = "The Elliots lived in Kellynch Hall. " * 4
+    ids = list(text.encode())
+    first, second = by_hand([END, *ids[:64]], 64)[0], by_hand(ids[63:128], 64)[0]
+    rest = by_hand(ids[-65:], len(ids) - 128)[0]
+    short, long = rolling_log_likelihoods(inference, ["Anne", text])
+    assert long == pytest.approx(first + second + rest, abs=1e-3)
+    assert short == pytest.approx(by_hand([END, *b"Anne"], 4)[0], abs=1e-4)
+
+
+def test_generate_until_stops_before_the_stop_string(inference):
+    contexts = ["Anne", "Elliot", "It is"]
+    whole = generate_until(inference, [(context, {"max_gen_toks": 20}) for context in contexts])
+    assert whole == generate(inference, contexts, tokens=20)
+    stop = whole[0][5:7]
+    found = generate_until(inference, [(context, {"until": [stop, ""], "max_gen_toks": 20, "do_sample": False, "temperature": 1.0})
+                                       for context in contexts])
+    assert found == [text[: text.index(stop)] if stop in text else text for text in whole]
+    assert len(found[0]) < 20
+
+
+def test_generate_until_cuts_long_contexts_and_samples_where_asked(inference):
+    context, options = "It is a truth universally acknowledged. " * 4, {"max_gen_toks": 8}
+    (found,) = generate_until(inference, [(context, options)])
+    *_, (ids,) = generate_ids(inference, [list(context.encode())[-56:]], 8, Sampling())
+    assert found == inference.tokenizer.decode(ids)
+    first, second = generate_until(inference, [(context, options | {"temperature": 1.0})] * 2)
+    assert first != second
+
+
+def test_unknown_options_are_named(inference):
+    with pytest.raises(ValueError, match="'top_k'.*top_p"):
+        generate_until(inference, [("Anne", {"top_k": 5})])

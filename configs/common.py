@@ -30,8 +30,9 @@ def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_colle
     config.model.update(architecture=architecture, **SIZES[size])
     config.fp8.recipe = recipe
     if size == "tiny":
-        config.optimizer.update(learning_rate=3e-3, warmup_steps=30)
-        config.training.update(steps=300, batch_size=16)
+        # Small steps and a long decay: two seeds of 300 steps of 16 sequences differ by 4%, which hides what FP8 does.
+        config.optimizer.update(learning_rate=2e-3, warmup_steps=30, decay_fraction=0.4)
+        config.training.update(steps=600, batch_size=8)
         config.data.sequence_length = 256
         return config
     batch_size, rate, tokens = _PAPER[size]

@@ -1,8 +1,11 @@
 """Command lines of train.py and eval.py: absl flags, with every mistake told in one line and exit code 2."""
 
+import pathlib
 from collections.abc import Callable, Sequence
 
+import ml_collections
 from absl import flags, logging
+from ml_collections import config_flags
 
 from fp8jax.cli.errors import complain
 from fp8jax.config import ConfigError
@@ -27,3 +30,25 @@ def run(argv: Sequence[str], work: Callable[[], int]) -> int:
         return work()
     except (ConfigError, CheckpointError) as error:
         return complain(str(error))
+
+
+def read_config(name: str, file: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """A config file read outside of absl's global flags.
+
+    Args:
+        name: of the flag, e.g. `config`.
+        file: the file and size, `configs/fp8_base.py:8b`.
+        overrides: `--NAME.section.field=value`.
+
+    Raises:
+        ConfigError: no such file, size or field, or a value of another type.
+    """
+    if not pathlib.Path(file.partition(":")[0]).is_file():
+        raise ConfigError(f"--{name}={file}: no such file; for example --{name}=configs/fp8_base.py:8b")
+    values = flags.FlagValues()
+    found = config_flags.DEFINE_config_file(name, flag_values=values)
+    try:
+        values([name, f"--{name}={file}", *overrides])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(" ".join(str(error).strip("\"'").split())) from error
+    return found.value

@@ -1,0 +1,263 @@
+"""Parses the text of an optimized XLA program (`compiled.as_text()`) and walks what it executes.
+
+    module = hlo.parse(text)
+    for run in hlo.executed(module):                 # entry, loop bodies, branches; fusions are one instruction
+        run.instruction.opcode, run.count, ...
+
+Only what the audit reads is kept: names, shapes, operands, and the rest of a line as text. It interprets nothing; an
+instruction that it does not know is kept like any other.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# HLO's names of dtypes → NumPy's, as the rest of fp8jax writes them; bits of an element.
+_DTYPES = {"pred": "bool", "bf16": "bfloat16", "f8e4m3fn": "float8_e4m3fn", "f8e5m2": "float8_e5m2"}
+_LETTERS = {"f": "float", "s": "int", "u": "uint", "c": "complex"}
+
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_CALLED = {key: re.compile(rf"\b{key}=%?([\w.\-]+)") for key in ("calls", "body", "condition", "to_apply")}
+_NESTED = re.compile(r"\b(?:calls=%?([\w.\-]+)|called_computations=\{([^}]*)\})")
+_BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_TRIPS = re.compile(r'known_trip_count[":{\s]*n[":\s]*(\d+)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Shape of one array. `layout` lists dimensions from the fastest-varying one; empty: unknown."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes, without padding by the layout's tiles."""
+        digits = re.findall(r"(?:int|float|complex)(\d+)", self.dtype)
+        bits = {"bool": 8, "bfloat16": 16}.get(self.dtype, int(digits[0]) if digits else 0)
+        return self.size * bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation. `shapes` are the leaves of its result; `attributes`: all after the operands."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Array, ...]
+    operands: tuple[str, ...]
+    arguments: str
+    attributes: str
+    root: bool
+
+    @property
+    def bytes(self) -> int:
+        """Of the result, all leaves."""
+        return sum(shape.bytes for shape in self.shapes)
+
+    @property
+    def scope(self) -> str:
+        """The name stack of the JAX operation that it came from."""
+        found = _OP_NAME.search(self.attributes)
+        return found.group(1) if found else ""
+
+    @property
+    def target(self) -> str:
+        """Of a custom call; else empty."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return found.group(1) if found else ""
+
+    def called(self, key: str) -> str | None:
+        """Name of the computation called as `calls`, `body`, `condition` or `to_apply`."""
+        found = _CALLED[key].search(self.attributes)
+        return found.group(1) if found else None
+
+    def branches(self) -> list[str]:
+        """Computations of a conditional."""
+        found = [a or b for a, b in _BRANCHES.findall(self.attributes)]
+        return [name.strip().lstrip("%") for part in found for name in part.split(",") if name.strip()]
+
+    def dimensions(self, key: str) -> tuple[int, ...]:
+        """An attribute such as `dimensions={0,1}`; empty if there is none."""
+        found = re.search(rf"\b{key}=\{{([\d,]*)\}}", self.attributes)
+        return tuple(int(n) for n in found.group(1).split(",") if n) if found else ()
+
+    def backend_config(self) -> dict[str, Any]:
+        """Backend's JSON; empty where it is none."""
+        start = self.attributes.find("backend_config={")
+        if start < 0:
+            return {}
+        try:
+            return json.JSONDecoder().raw_decode(self.attributes, start + len("backend_config="))[0]
+        except ValueError:
+            return {}
+
+
+Computation = dict[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """Computations by name, and the name of the entry."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """An instruction, its computation, how often it runs, and whether that number is certain."""
+
+    instruction: Instruction
+    computation: Computation
+    count: int = 1
+    known: bool = True
+
+    def operands(self) -> list[Instruction]:
+        """Where the operands come from."""
+        return [self.computation[name] for name in self.instruction.operands if name in self.computation]
+
+
+def root(computation: Computation) -> Instruction:
+    """The instruction whose result is the computation's."""
+    return next((i for i in computation.values() if i.root), list(computation.values())[-1])
+
+
+def parse(text: str) -> Module:
+    """Reads a module's text.
+
+    Raises:
+        ValueError: there is no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    current: Computation | None = None
+    entry = ""
+    for line in text.splitlines():
+        if current is None:
+            header = _COMPUTATION.match(line)
+            if header:
+                current = computations.setdefault(header.group(2), {})
+                entry = header.group(2) if header.group(1) else entry
+        elif line.startswith("}"):
+            current = None
+        else:
+            instruction = _instruction(line)
+            if instruction:
+                current[instruction.name] = instruction
+    if not entry:
+        raise ValueError("not the text of an XLA program: it has no ENTRY computation")
+    return Module(computations, entry)
+
+
+def executed(module: Module) -> Iterator[Executed]:
+    """Every instruction that runs, loops multiplied out; of a conditional, every branch. A fusion is one instruction."""
+    yield from _executed(module, module.entry, 1, True)
+
+
+def nested(module: Module, run: Executed) -> Iterator[Executed]:
+    """What an instruction has inside: of a fusion, an asynchronous start or a kernel that XLA wrote, at all depths."""
+    if run.instruction.opcode in ("async-update", "async-done"):
+        return
+    for single, several in _NESTED.findall(run.instruction.attributes):
+        for name in [single] if single else _NAME.findall(several):
+            computation = module.computations.get(name, {})
+            for instruction in computation.values():
+                inner = Executed(instruction, computation, run.count, run.known)
+                yield inner
+                yield from nested(module, inner)
+
+
+def _executed(module: Module, name: str, count: int, known: bool) -> Iterator[Executed]:
+    computation = module.computations.get(name, {})
+    for instruction in computation.values():
+        yield Executed(instruction, computation, count, known)
+        inner, times, sure = [], count, known
+        if instruction.opcode == "while":
+            trips = _trips(module, instruction)
+            inner, times, sure = [instruction.called("body")], count * (trips or 1), known and trips is not None
+        elif instruction.opcode == "conditional":
+            inner, sure = instruction.branches(), False
+        elif instruction.opcode == "call":
+            inner = [instruction.called("to_apply")]
+        for callee in inner:
+            if callee:
+                yield from _executed(module, callee, times, sure)
+
+
+def _trips(module: Module, loop: Instruction) -> int | None:
+    """How often a loop runs: as the compiler noted it, else the one constant that its condition compares with."""
+    noted = _TRIPS.search(loop.attributes)
+    if noted:
+        return int(noted.group(1))
+    condition = module.computations.get(loop.called("condition") or "", {})
+    runs = [Executed(instruction, condition) for instruction in condition.values()]
+    runs += [inner for run in runs for inner in nested(module, run)]
+    compared = [run for run in runs if run.instruction.opcode == "compare" and "direction=LT" in run.instruction.attributes]
+    constants = {run.instruction.arguments for run in runs if run.instruction.opcode == "constant"}
+    only = constants.pop() if len(compared) == 1 and len(constants) == 1 else ""
+    return int(only) if only.isdigit() else None
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = _INSTRUCTION.match(line)
+    if not head:
+        return None
+    start = head.end()
+    end = _closing(line, start) if line[start] == "(" else line.find(" ", start)
+    opcode = _OPCODE.match(line, end)
+    if not opcode:
+        return None
+    close = _closing(line, opcode.end() - 1)
+    arguments = line[opcode.end():close - 1]
+    return Instruction(head.group(2), opcode.group(1), _shapes(line[start:end]), tuple(_NAME.findall(arguments)), arguments,
+                       line[close:], head.group(1) is not None)
+
+
+def _closing(line: str, start: int) -> int:
+    """Position after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(line)):
+        depth += (line[i] == "(") - (line[i] == ")")
+        if depth == 0:
+            return i + 1
+    return len(line)
+
+
+def _shapes(text: str) -> tuple[Array, ...]:
+    return tuple(Array(_dtype(kind), *(tuple(int(n) for n in part.split(",") if n) for part in (dims.replace("<=", ""), layout)))
+                 for kind, dims, layout in _ARRAY.findall(text))
+
+
+def _dtype(kind: str) -> str:
+    if kind in _DTYPES:
+        return _DTYPES[kind]
+    if kind.startswith("f8"):
+        return f"float8_{kind[2:]}"
+    found = re.fullmatch(r"([fsuc])(\d+)", kind)
+    return _LETTERS[found.group(1)] + found.group(2) if found else kind
+
+
+def window(attributes: str) -> dict[str, str]:
+    """Fields of a convolution's `window={...}`."""
+    found = re.search(r"\bwindow=\{([^}]*)\}", attributes)
+    return dict(part.split("=") for part in found.group(1).split()) if found else {}
+
+
+def number(attributes: str, key: str, default: int = 1) -> int:
+    """A numeric attribute, as `key=3` or in JSON."""
+    found = re.search(rf'\b{key}"?[=:]\s*"?(\d+)', attributes)
+    return int(found.group(1)) if found else default

@@ -1,0 +1,102 @@
+"""How long a step could take at best, from a compiled program and a device's peak rates. An estimate, not a measurement.
+
+    found = estimate(reading, DEVICES["h100"], mesh, per_node=8, model_flops=flops_of_one_device)
+    found.step_seconds, found.mfu_bf16, found.mfu_fp8
+
+Each GEMM takes the longer of its FLOPs at the peak of its dtype and its bytes at the memory's bandwidth; everything else its
+bytes; a collective its bytes at the slowest link that it uses. Kernels are taken to run one after another, at peak rates,
+collectives hidden behind them as far as they go. Real kernels reach 60 to 80% of these rates, so a real step is slower.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from jax.sharding import Mesh
+
+from fp8jax.audit.collectives import Collective
+from fp8jax.audit.gemms import Gemm
+from fp8jax.audit.hlo import Array
+from fp8jax.audit.program import Reading
+from fp8jax.audit.traffic import total
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Peak rates of one device, dense (without structured sparsity). `fp8` is `bf16` where there are no FP8 units.
+
+    bf16, fp8: FLOP/s. memory: bytes/s. link: bytes/s that a device can send to others nearby. network: bytes/s to other
+    nodes. capacity: bytes of memory.
+    """
+
+    name: str
+    bf16: float
+    fp8: float
+    memory: float
+    link: float
+    network: float
+    capacity: float
+    source: str
+
+
+_NODE = "; network: one 400 Gbit/s port a GPU, assumed"
+DEVICES = {
+    "h100": Device("NVIDIA H100 SXM", 989e12, 1979e12, 3.35e12, 450e9, 50e9, 80e9, "NVIDIA H100 datasheet" + _NODE),
+    "h200": Device("NVIDIA H200 SXM", 989e12, 1979e12, 4.8e12, 450e9, 50e9, 141e9, "NVIDIA H200 datasheet" + _NODE),
+    "b200": Device("NVIDIA B200", 2250e12, 4500e12, 7.7e12, 900e9, 50e9, 180e9, "NVIDIA HGX B200 datasheet, an eighth of it" + _NODE),
+    "tpu-v5p": Device("TPU v5p", 459e12, 459e12, 2.765e12, 600e9, 600e9, 95e9, "Google Cloud TPU v5p documentation"),
+    "tpu-v6e": Device("TPU v6e", 918e12, 918e12, 1.64e12, 448e9, 448e9, 32e9, "Google Cloud TPU v6e documentation"),
+    "tpu7x": Device("TPU7x, one of a chip's two cores", 1153.5e12, 2307e12, 3.69e12, 600e9, 600e9, 96e9,
+                    "Google Cloud TPU7x documentation, half a chip"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds on one device at peak rates, and the utilisation that they would mean."""
+
+    gemm_seconds: float
+    memory_seconds: float
+    collective_seconds: float
+    step_seconds: float
+    step_seconds_no_overlap: float
+    mfu_bf16: float
+    mfu_fp8: float
+
+
+def estimate(reading: Reading, device: Device, mesh: Mesh, *, per_node: int, model_flops: float) -> Estimate:
+    """Roofline of one step.
+
+    Args:
+        reading: the compiled step.
+        device: peak rates.
+        mesh: of the step.
+        per_node: devices, in mesh order, that share fast links.
+        model_flops: what one device's share of the step must compute.
+    """
+    gemm = sum(_gemm_seconds(g, device) for g in reading.gemms)
+    memory = total(reading.traffic) / device.memory
+    network = _collective_seconds(reading.collectives, device, mesh, per_node)
+    step = max(gemm + memory, network)
+    return Estimate(gemm, memory, network, step, gemm + memory + network, model_flops / (step * device.bf16), model_flops / (step * device.fp8))
+
+
+def _gemm_seconds(gemm: Gemm, device: Device) -> float:
+    batch, m, n, k = gemm.shape
+    moved = sum(Array(dtype, (batch, *dims)).bytes for dtype, dims in ((gemm.lhs_dtype, (m, k)), (gemm.rhs_dtype, (k, n)),
+                                                                        (gemm.out_dtype, (m, n))))
+    peak = device.fp8 if gemm.fp8 else device.bf16
+    return gemm.count * max(gemm.flops / peak, moved / device.memory)
+
+
+def _collective_seconds(found: Iterable[Collective], device: Device, mesh: Mesh, per_node: int) -> float:
+    return sum(c.sent * c.count / (device.network if _leaves_node(c.axes, mesh, per_node) else device.link) for c in found)
+
+
+def _leaves_node(axes: tuple[str, ...], mesh: Mesh, per_node: int) -> bool:
+    """Whether groups along these mesh axes reach beyond one node's devices."""
+    sizes, reach, stride = list(mesh.shape.items()), 1, 1
+    for axis, size in reversed(sizes):
+        if axis in axes or "?" in axes:
+            reach += (size - 1) * stride
+        stride *= size
+    return reach > per_node

@@ -1,0 +1,137 @@
+"""Prints audits as tables, one audit or two side by side."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Audit = dict[str, Any]
+
+
+def show(audits: Sequence[Audit], console: Console | None = None) -> None:
+    """Prints one audit in full, or the main figures of two beside each other, each followed by its details."""
+    console = console or Console(width=150, highlight=False)
+    if len(audits) > 1:
+        console.print(_side_by_side(audits))
+    for audit in audits:
+        if len(audits) > 1:
+            console.rule(audit["config"]["file"])
+        for table in (_gemms(audit), _memory(audit), _collectives(audit), _traffic(audit)):
+            console.print(table)
+        for line in _verdict(audit):
+            console.print(line)
+
+
+def _gemms(audit: Audit) -> Table:
+    table = _table("GEMMs of one device, a step", ("role", "pass", "operands", "result", "kernel"), ("largest (b, m, n, k)", "executions", "TFLOP"))
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in audit["gemms"]:
+        name = row["pass"] + (" again" if row["repeated"] else "")
+        groups.setdefault((row["role"], name, f"{_short(row['lhs_dtype'])} x {_short(row['rhs_dtype'])}", _short(row["out_dtype"]),
+                           row["kernel"]), []).append(row)
+    for key in sorted(groups, key=lambda key: (key[0], key[1])):
+        rows = groups[key]
+        largest = max(rows, key=lambda row: row["flops"] / max(row["executions"], 1))
+        known = "" if all(row["executions_known"] for row in rows) else "at least "
+        table.add_row(*key, ", ".join(map(str, largest["shape_bmnk"])), known + str(sum(row["executions"] for row in rows)),
+                      f"{sum(row['flops'] for row in rows) / 1e12:,.2f}")
+    return table
+
+
+def _memory(audit: Audit) -> Table:
+    memory = audit["memory"]
+    table = _table("Memory of one device", ("",), ("GB",))
+    parts = {f"argument: {name}": size for name, size in memory["arguments"].items() if name != "total"}
+    parts |= {"temporaries: activations, gradients, workspaces": memory["temporaries"], "results": memory["outputs"],
+              "peak": memory["peak_bytes_per_device"]}
+    for name, size in parts.items():
+        table.add_row(name, _gb(size))
+    return table
+
+
+def _collectives(audit: Audit) -> Table:
+    table = _table("Collectives of one device, a step", ("kind", "dtype", "mesh axes"), ("executions", "GB of whole arrays", "GB sent"))
+    for row in audit["collectives"]:
+        table.add_row(row["kind"], _short(row["dtype"]), " x ".join(row["axes"]), str(row["executions"]), _gb(row["bytes"]), _gb(row["sent"]))
+    return table
+
+
+def _traffic(audit: Audit) -> Table:
+    table = _table("Memory traffic beside the GEMMs, one device, a step", ("kind", "where"), ("GB read", "GB written", "executions"))
+    for row in audit["non_gemm_bytes"]["rows"]:
+        if row["read"] + row["written"] > 1e-3 * audit["non_gemm_bytes"]["total"]:
+            table.add_row(row["kind"], row["where"] or "elsewhere", _gb(row["read"]), _gb(row["written"]), str(row["executions"]))
+    total = audit["non_gemm_bytes"]
+    table.add_row("total", "", _gb(total["read"]), _gb(total["written"]), "")
+    return table
+
+
+def _verdict(audit: Audit) -> list[str]:
+    target, memory, flops = audit["target"], audit["memory"], audit["estimate"]["model_flops"]
+    lines = [f"FP8 share    {audit['fp8_share']:.1%} of the block's GEMM FLOPs, as compiled for {target['device']}"]
+    if not target["fp8_units"]:
+        lines[0] += f"; {target['fp8_share_asked']:.0%} asked for: no FP8 units there, FP8 values are multiplied in BF16"
+    lines += [f"fell back    {line}" for line in target["fallbacks"]]
+    lines += [f"float64      {name}" for name in target["float64"][:5]]
+    fits = {None: "", True: f", of {_gb(memory['device_bytes'] or 0)} GB", False: f", does NOT fit in {_gb(memory['device_bytes'] or 0)} GB"}
+    lines.append(f"memory       {_gb(memory['peak_bytes_per_device'])} GB a device at the peak{fits[memory['fits']]}")
+    extra = "  ".join(f"{name.replace('_', ' ')} {flops[name] / 1e12:+,.1f}" for name in ("repeated", "masked_attention", "other"))
+    lines.append(f"TFLOP        model {flops['closed_formula'] / 1e12:,.1f} (closed formula, causal attention)  {extra}  "
+                 f"= compiled {flops['counted'] / 1e12:,.1f}, all devices")
+    return [*lines, *_speed(audit), f"compiled in  {audit['compile_seconds']:.0f} s"]
+
+
+def _speed(audit: Audit) -> list[str]:
+    found = audit["estimate"]
+    if "step_seconds" not in found:
+        return ["estimate     none: the device's peak rates are not known here"]
+    device = found["device"]
+    return [f"estimate     {found['step_seconds'] * 1e3:,.1f} ms a step at peak rates (GEMMs {found['gemm_seconds'] * 1e3:,.1f}, other memory "
+            f"traffic {found['memory_seconds'] * 1e3:,.1f}, collectives {found['collective_seconds'] * 1e3:,.1f} if hidden; "
+            f"{found['step_seconds_no_overlap'] * 1e3:,.1f} if not)",
+            f"             MFU {found['mfu_bf16']:.0%} of the BF16 peak ({device['bf16'] / 1e12:,.0f} TFLOP/s), {found['mfu_fp8']:.0%} of the FP8 "
+            f"peak ({device['fp8'] / 1e12:,.0f}); {found['tokens_per_second_per_device']:,.0f} tokens/s a device",
+            "             an upper bound, not a measurement: real kernels reach 60 to 80% of peak rates"]
+
+
+def _side_by_side(audits: Sequence[Audit]) -> Table:
+    table = _table("Side by side", ("",), [audit["config"]["file"] for audit in audits])
+    rows = {
+        "FP8 share of block GEMM FLOPs": lambda a: f"{a['fp8_share']:.1%}",
+        "model TFLOP, all devices": lambda a: f"{a['estimate']['model_flops']['closed_formula'] / 1e12:,.1f}",
+        "GEMM TFLOP as compiled": lambda a: f"{a['estimate']['model_flops']['counted'] / 1e12:,.1f}",
+        "peak GB a device": lambda a: _gb(a["memory"]["peak_bytes_per_device"]),
+        "  arguments": lambda a: _gb(a["memory"]["arguments"]["total"]),
+        "  temporaries": lambda a: _gb(a["memory"]["temporaries"]),
+        "GB moved beside GEMMs": lambda a: _gb(a["non_gemm_bytes"]["total"]),
+        "  FP8 transposed copies": lambda a: _gb(a["non_gemm_bytes"]["fp8_transposed_copies"]),
+        "GB sent in collectives": lambda a: _gb(sum(row["sent"] for row in a["collectives"])),
+        "estimated ms a step": lambda a: f"{a['estimate'].get('step_seconds', float('nan')) * 1e3:,.1f}",
+        "estimated MFU, BF16 peak": lambda a: f"{a['estimate'].get('mfu_bf16', float('nan')):.0%}",
+        "estimated MFU, FP8 peak": lambda a: f"{a['estimate'].get('mfu_fp8', float('nan')):.0%}",
+        "compile seconds": lambda a: f"{a['compile_seconds']:.0f}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, *(value(audit) for audit in audits))
+    return table
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _short(dtype: str) -> str:
+    for long, short in (("float8_", ""), ("bfloat", "bf"), ("float", "f"), ("uint", "u"), ("int", "s")):
+        if dtype.startswith(long):
+            return short + dtype.removeprefix(long)
+    return dtype
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f}"

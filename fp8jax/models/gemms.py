@@ -87,14 +87,18 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, recipe: str | 
         recipe: instead of config.fp8.recipe; evaluation runs in `bf16`.
 
     Raises:
-        ConfigError: the attention backend cannot do what is asked of it.
+        ConfigError: the attention backend, or a device with FP8 units, cannot do what is asked of it.
     """
     fp8 = config.fp8
     recipe = recipe or fp8.recipe
+    if "blockwise" in fp8.scaling + fp8.overrides and recipe != "bf16" and not emulated:
+        raise ConfigError("config.fp8.scaling: blockwise has no FP8 kernel on this device; use current or delayed, or "
+                          "config.fp8.backend=emulated to study it in BF16 GEMMs")
     tokens = config.training.batch_size * config.data.sequence_length
     weight_scale = fp8.static_weight_scale or config.model.init_std or 1.0
     gradient_scale = fp8.static_gradient_scale or 1 / tokens
-    base = GemmRecipe(scaling=fp8.scaling, history_length=fp8.history_length, history_reduction=fp8.history_reduction,
+    scaling = "bf16" if recipe == "bf16" else fp8.scaling
+    base = GemmRecipe(scaling=scaling, history_length=fp8.history_length, history_reduction=fp8.history_reduction,
                       margin=fp8.margin, power_of_two=fp8.power_of_two, gradient_format=fp8.gradient_format, emulated=emulated,
                       fast_accumulation=fp8.fast_accumulation, static_weight_scale=weight_scale,
                       static_gradient_scale=gradient_scale)
@@ -109,7 +113,15 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, recipe: str | 
             for layer in range(override.first, override.last + 1):
                 if override.role in layers[layer]:
                     layers[layer][override.role] = dataclasses.replace(base, scaling=override.scaling)
+        _check_blockwise(layers)
     return ModelRecipes(tuple(layers), head, _attention_backend("auto" if recipe == "bf16" else fp8.attention_backend, layers))
+
+
+def _check_blockwise(layers: list[Recipes]) -> None:
+    for role in recipes_lib.ATTENTION_ROLES:
+        if any(layer[role].scaling == "blockwise" for layer in layers):
+            raise ConfigError(f"config.fp8.scaling: {role} has no blockwise scaling, only {', '.join(attention_lib.SCALINGS)}; set "
+                              "config.fp8.overrides='attention_scores=current,attention_values=current', or config.fp8.recipe=fp8")
 
 
 def _attention_backend(asked: str, layers: list[Recipes]) -> str:
@@ -150,15 +162,20 @@ def quantise_weights(weights: Mapping[str, jax.Array], recipes: ModelRecipes, dt
     """Quantises every GEMM weight once, one dictionary a segment of equal layers.
 
     Args:
-        weights: role → weight stacked over layers.
+        weights: role → weight stacked over layers. The quantised ones are matrices, as `Dense` takes them.
         recipes: of the model.
         dtype: of activations, for roles that are not in FP8.
     """
     def one(role: str, first: int, last: int, recipe: GemmRecipe) -> Quantised:
         with jax.named_scope(f"quantise_weight.{role}"):
-            return jax.vmap(lambda w: quantise_weight(w, recipe, dtype))(weights[role][first:last])
+            return jax.vmap(lambda w: quantise_weight(_matrix(role, w), recipe, dtype))(weights[role][first:last])
 
     return [{role: one(role, first, last, segment[role]) for role in weights} for first, last, segment in recipes.segments()]
+
+
+def _matrix(role: str, w: jax.Array) -> jax.Array:
+    """[inputs, outputs]: all but the last dimension of attention_out are inputs, else only the first is."""
+    return w.reshape(-1, w.shape[-1]) if role == "attention_out" else w.reshape(w.shape[0], -1)
 
 
 def layers_of(tree: Any, first: int, last: int) -> Any:

@@ -38,6 +38,8 @@ from fp8jax.numerics.recipes import GemmRecipe
 
 SCORES, VALUES = "attention_scores", "attention_values"
 BACKENDS = ("emulated", "composed")
+# Blocks of P and dS would make results depend on how rows are chunked; no backend has them.
+SCALINGS = ("delayed", "current", "static", "bf16")
 
 
 def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes: Mapping[str, GemmRecipe], *,
@@ -78,6 +80,8 @@ def check_backend(backend: str, recipes: Mapping[str, GemmRecipe]) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"{backend!r} is not one of {', '.join(BACKENDS)}")
     for role in (SCORES, VALUES):
+        if recipes[role].scaling not in SCALINGS:
+            raise ValueError(f"{role}: attention has no {recipes[role].scaling} scaling, only {', '.join(SCALINGS)}")
         if backend == "composed" and recipes[role].scaling not in attention_composed.SCALINGS:
             raise ValueError(f"'composed' cannot do {recipes[role].scaling} scaling of {role}, only "
                              f"{', '.join(attention_composed.SCALINGS)}; 'emulated' can")

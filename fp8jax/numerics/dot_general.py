@@ -10,13 +10,17 @@ The quantised operands of the forward pass are the residuals: one byte an elemen
 into `lax.dot_general` as float8 arrays, never through quantise-dequantise patterns that a compiler may fail to match.
 With an emulating recipe the float8 values, exact in bfloat16, are widened just before a bfloat16 GEMM with float32 output.
 
+With `blockwise` scaling x and g are cut into runs of 128 along the dimension that a GEMM contracts, w into tiles. wgrad
+contracts tokens: there g is quantised a second time, and x again from its FP8 residual, as in DeepSeek-V3.
+
 State goes in and out without side effects. Scales of delayed scaling are an argument; the raw amaxes of x and of the
 output gradient come back as the *cotangent of `token`*, a float32 array of zeros (zeros again with `static` scaling, which
-takes none). Give each call its own token: cotangents of a token used twice are summed. The weight may come already quantised (once a step, `quantise_weight`); then `w` only
-receives the gradient.
+takes none). Give each call its own token: cotangents of a token used twice are summed. The weight may come already
+quantised (once a step, `quantise_weight`); then `w` only receives the gradient.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from fp8jax.numerics import blockwise
 from fp8jax.numerics.formats import E5M2, Quantised
 from fp8jax.numerics.recipes import GemmRecipe
 
@@ -38,7 +43,7 @@ def gemm(lhs: Quantised, rhs: Quantised, dimension_numbers: DimensionNumbers, *,
     """One GEMM of quantised (or plain) operands, dequantised by a scalar.
 
     Args:
-        lhs: left operand; a scale of None stands for 1.
+        lhs: left operand; its scale is a scalar, or None for 1.
         rhs: right operand.
         dimension_numbers: as in `lax.dot_general`.
         out_dtype: dtype of the result, rounded once.
@@ -91,8 +96,14 @@ def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
 
 
 def quantise_weight(w: jax.Array, recipe: GemmRecipe, dtype: Any) -> Quantised:
-    """A weight as GEMM operand, quantised with its own amax; cast to `dtype` where the recipe is not FP8."""
-    return recipe.quantise(w if recipe.fp8 else w.astype(dtype), None, "w")[0]
+    """A weight as GEMM operand, quantised by its recipe; cast to `dtype` where the recipe is not FP8.
+
+    Raises:
+        ValueError: blockwise scaling of something else than a matrix.
+    """
+    if recipe.scaling == "blockwise" and w.ndim != 2:
+        raise ValueError(f"blockwise scaling takes weights with two dimensions, not {w.shape}; merge dimensions before")
+    return recipe.quantise(w if recipe.fp8 else w.astype(dtype), None, "w", axes=(0, 1))[0]
 
 
 def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers, recipe: GemmRecipe, *,
@@ -112,13 +123,16 @@ def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers,
         role: name of the GEMM in profiles and programs.
 
     Raises:
-        ValueError: delayed scaling without scales.
+        ValueError: delayed scaling without scales; blockwise scaling of anything but x times a matrix.
     """
     if recipe.scaling == "delayed" and scales is None:
         raise ValueError(f"GEMM {role}: delayed scaling needs `scales`, a float32 array [2] for x and the output gradient")
+    (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
+    if recipe.scaling == "blockwise" and (w.ndim, len(x_contract), len(x_batch)) != (2, 1, 0):
+        raise ValueError(f"GEMM {role}: blockwise scaling contracts one dimension of x with one of a matrix, without batch dimensions; "
+                         f"w has shape {w.shape}, dimension_numbers are {dimension_numbers}")
     if quantised_w is None:
         quantised_w = quantise_weight(lax.stop_gradient(w), recipe, x.dtype)
-    (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
     dims = (tuple(x_contract), tuple(w_contract)), (tuple(x_batch), tuple(w_batch))  # hashable, whatever was given
     call = _Call(dims, recipe, role, jnp.dtype(out_dtype or x.dtype), x.dtype, w.dtype)
     return _dot_general(call, x, w, quantised_w, scales, token)
@@ -142,10 +156,10 @@ def _dot_general(call, x, w, qw, scales, token):
 
 def _forward(call, x, w, qw, scales, token):
     recipe = call.recipe
-    qx, amax_x = recipe.quantise(x, None if scales is None else scales[0], "x")
+    qx, amax_x = recipe.quantise(x, None if scales is None else scales[0], "x", axes=call.dims[0][0])
     qx = named(qx) if recipe.fp8 else qx
     amax_x = checkpoint_name(amax_x, CHECKPOINT_NAME)
-    y = gemm(qx, qw, call.dims, out_dtype=call.out_dtype, name=f"{call.role}.fprop", **_options(recipe, "fprop"))
+    y = gemm(*_operands(recipe, qx, qw), call.dims, out_dtype=call.out_dtype, name=f"{call.role}.fprop", **_options(recipe, "fprop"))
     return y, (qx, qw, scales, token, amax_x)
 
 
@@ -153,14 +167,36 @@ def _backward(call, residuals, g):
     qx, qw, scales, token, amax_x = residuals
     recipe, dims = call.recipe, call.dims
     g = g if recipe.fp8 else g.astype(call.x_dtype)
-    qg, amax_g = recipe.quantise(g, None if scales is None else scales[1], "g")
-    dx = _transposed_lhs(qg, qw, dims, qx.data.ndim, out_dtype=call.x_dtype, name=f"{call.role}.dgrad", **_options(recipe, "dgrad"))
-    dw = _transposed_rhs(qg, qx, dims, qw.data.ndim, out_dtype=call.w_dtype, name=f"{call.role}.wgrad", **_options(recipe, "wgrad"))
+    qg, amax_g = recipe.quantise(g, None if scales is None else scales[1], "g", axes=(g.ndim - 1,))
+    dx = _transposed_lhs(*_operands(recipe, qg, qw), dims, qx.data.ndim, out_dtype=call.x_dtype, name=f"{call.role}.dgrad",
+                         **_options(recipe, "dgrad"))
+    if recipe.scaling == "blockwise":
+        qx, qg, dims = _along_tokens(call, qx, g)
+    dw = _transposed_rhs(*_operands(recipe, qg, qx), dims, qw.data.ndim, out_dtype=call.w_dtype, name=f"{call.role}.wgrad",
+                         **_options(recipe, "wgrad"))
     d_token = None if token is None or not recipe.measured else jnp.stack([amax_x, amax_g])
     return dx, dw, None, None, d_token
 
 
 _dot_general.defvjp(_forward, _backward)
+
+
+def _operands(recipe: GemmRecipe, *quantised: Quantised) -> list[Quantised]:
+    """As `gemm` takes them: blockwise scales go into the values, exact in bfloat16 if they are powers of two."""
+    if recipe.scaling != "blockwise":
+        return list(quantised)
+    return [blockwise.widen(q, jnp.bfloat16 if recipe.power_of_two else jnp.float32) for q in quantised]
+
+
+def _along_tokens(call: _Call, qx: Quantised, g: jax.Array) -> tuple[Quantised, Quantised, DimensionNumbers]:
+    """X and g quantised anew as matrices, in runs along the tokens that wgrad contracts; and the layer's dimension numbers."""
+    (x_contract, w_contract), none = call.dims
+    features = qx.data.shape[x_contract[0]]
+    x = jnp.moveaxis(blockwise.widen(qx, jnp.float32).data, x_contract[0], -1)
+    tokens = math.prod(x.shape[:-1])
+    again, _ = call.recipe.quantise(x.reshape(tokens, features), None, "x", axes=(0,))
+    qg, _ = call.recipe.quantise(g.reshape(tokens, g.shape[-1]), None, "g", axes=(0,))
+    return again, qg, (((1,), w_contract), none)
 
 
 def _options(recipe: GemmRecipe, gemm_pass: str) -> dict[str, Any]:
@@ -174,7 +210,8 @@ def named(q: Quantised) -> Quantised:
     with e4m3's field widths, which in IEEE arithmetic end at 240, and so turns values of e4m3fn up to 448 into NaN.
     """
     bits = checkpoint_name(lax.bitcast_convert_type(q.data, jnp.uint8), CHECKPOINT_NAME)
-    return Quantised(lax.bitcast_convert_type(bits, q.data.dtype), q.scale)
+    scale = checkpoint_name(q.scale, CHECKPOINT_NAME) if jnp.ndim(q.scale) else q.scale  # a scalar follows from the amax
+    return Quantised(lax.bitcast_convert_type(bits, q.data.dtype), scale)
 
 
 def _remaining(ndim: int, *used: tuple[int, ...]) -> tuple[int, ...]:

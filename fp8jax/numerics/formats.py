@@ -26,7 +26,10 @@ _SMALLEST_EXPONENT, _LARGEST_EXPONENT = -126, 126  # both 2**k and 2**-k are nor
 
 
 class Quantised(NamedTuple):
-    """An FP8 array and the float32 factor that gives its values back; scale None: data is not quantised at all."""
+    """An FP8 array and the float32 factor that gives its values back, or one factor a block (numerics/blockwise.py).
+
+    scale None: data is not quantised at all.
+    """
 
     data: jax.Array
     scale: jax.Array | None

@@ -16,10 +16,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fp8jax.numerics import formats
+from fp8jax.numerics import blockwise, formats
 
 RECIPES = ("bf16", "fp8", "fp8_dpa")
-SCALINGS = ("delayed", "current", "static")
+SCALINGS = ("delayed", "current", "static", "blockwise")
 FAST_ACCUMULATION = ("fprop", "all", "none")
 
 LINEAR_ROLES = ("qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_down", "lm_head")
@@ -29,7 +29,7 @@ ROLES = LINEAR_ROLES + ATTENTION_ROLES
 # Operands with an amax of their own, in the order in which tokens, histories and scales hold them. Weights have none:
 # they are quantised once a step with the amax of that moment; nor has P, which is at most 1 and has a fixed scale.
 OPERANDS = {role: ("x", "g") for role in LINEAR_ROLES} | {"attention_scores": ("q", "k", "ds"), "attention_values": ("v", "do")}
-_GRADIENTS = ("g", "ds", "do")
+GRADIENTS = ("g", "ds", "do")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class GemmRecipe:
     """How one role's GEMMs are computed. Hashable, so it can be a static argument.
 
     Raises:
-        ValueError: a scaling or a choice of fast accumulation that is unknown.
+        ValueError: a scaling or a choice of fast accumulation that is unknown; blockwise scaling that is not emulated.
     """
 
     scaling: str = "delayed"
@@ -55,6 +55,8 @@ class GemmRecipe:
         for field, choices in (("scaling", (*SCALINGS, "bf16")), ("fast_accumulation", FAST_ACCUMULATION)):
             if getattr(self, field) not in choices:
                 raise ValueError(f"GemmRecipe.{field}: {getattr(self, field)!r} is not one of {', '.join(choices)}")
+        if self.scaling == "blockwise" and not self.emulated:
+            raise ValueError("blockwise scaling has no FP8 kernel: it runs emulated only")
 
     @property
     def fp8(self) -> bool:
@@ -72,7 +74,7 @@ class GemmRecipe:
 
     def format(self, operand: str) -> jnp.dtype:
         """FP8 format of an operand: e4m3, or the gradient format for output gradients."""
-        return formats.FORMATS[self.gradient_format] if operand in _GRADIENTS else formats.E4M3
+        return formats.FORMATS[self.gradient_format] if operand in GRADIENTS else formats.E4M3
 
     def scale(self, amax: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Scale for an amax, with this recipe's margin and rounding."""
@@ -81,14 +83,15 @@ class GemmRecipe:
     def static_scale(self, operand: str) -> jax.Array:
         """Scale of an operand under `static`, with this recipe's margin and rounding: a constant of the program."""
         unit = 1.0
-        if operand == "w" or operand in _GRADIENTS:
+        if operand == "w" or operand in GRADIENTS:
             unit = self.static_weight_scale if operand == "w" else self.static_gradient_scale
         mantissa, exponent = math.frexp(math.ldexp(unit, self.margin))
         if self.power_of_two:
             mantissa, exponent = 0.5, exponent + (mantissa > 0.5)
         return jnp.float32(math.ldexp(mantissa, exponent))
 
-    def quantise(self, x: jax.Array, scale: jax.Array | None, operand: str) -> tuple[formats.Quantised, jax.Array | None]:
+    def quantise(self, x: jax.Array, scale: jax.Array | None, operand: str,
+                 axes: tuple[int, ...] = ()) -> tuple[formats.Quantised, jax.Array | None]:
         """Casts one operand.
 
         Args:
@@ -96,6 +99,7 @@ class GemmRecipe:
             scale: the scale to use with delayed scaling; ignored by `current`, which takes the amax of x itself, and by
                 `static`.
             operand: its name in OPERANDS, or "w".
+            axes: with `blockwise`, the dimensions cut into blocks: the one that the GEMM contracts, or both of a weight.
 
         Returns:
             The quantised operand and its raw amax (float32 scalar; None with `static`, which does not look at it); with
@@ -103,12 +107,15 @@ class GemmRecipe:
         """
         if not self.fp8:
             return formats.Quantised(x, None), None
+        dtype = self.format(operand)
+        if self.scaling == "blockwise":
+            return blockwise.quantise(x, axes, lambda amax: self.scale(amax, dtype), dtype, emulated=self.emulated)
         if self.scaling == "static":
-            return formats.quantise(x, self.static_scale(operand), self.format(operand), emulated=self.emulated), None
+            return formats.quantise(x, self.static_scale(operand), dtype, emulated=self.emulated), None
         largest = formats.amax(x)
         if self.scaling == "current" or operand == "w":
-            scale = self.scale(largest, self.format(operand))
-        return formats.quantise(x, scale, self.format(operand), emulated=self.emulated), largest
+            scale = self.scale(largest, dtype)
+        return formats.quantise(x, scale, dtype, emulated=self.emulated), largest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,3 +120,47 @@ def agrees(found, expected, bound, what=""):
     wrong = ~(error <= bound) & ~(overflows & (np.abs(found.astype(np.float64)) >= 1e38))
     worst = error[wrong].max() if wrong.any() else 0.0
     assert not wrong.any(), f"{what}: {wrong.sum()} of {found.size} beyond the bound, by up to {worst:.3g}"
+
+
+def quantise_blocks(x, axes, dtype, scale_for):
+    """The float64 values, scales included, of a cast with one scale a block of 128 along each of `axes`, 1 along the others.
+
+    Numbers below float32's normal range are zero, before and after.
+    """
+    x = flush(np.asarray(x).astype(np.float64))
+    out = np.zeros(x.shape)
+    steps = [128 if axis in axes else 1 for axis in range(x.ndim)]
+    for index in np.ndindex(*(-(-n // step) for n, step in zip(x.shape, steps, strict=True))):
+        block = tuple(slice(i * step, (i + 1) * step) for i, step in zip(index, steps, strict=True))
+        scale = scale_for(amax(x[block]), dtype)
+        out[block] = quantise(x[block], dtype, scale) * scale
+    return flush(out)
+
+
+def flush(x):
+    return np.where(np.abs(x) < TINY, 0.0, x)
+
+
+class BlockwiseLinear:
+    """One linear layer x[..., k, ...] · w with blockwise scaling: y, dx, dw, tokens, each GEMM as (value, error bound).
+
+    x and g in runs of 128 along what fprop and dgrad contract, again along the tokens for wgrad, where x starts from its cast.
+    """
+
+    def __init__(self, x, w, g, dims, scale_for, gradient_format=E5M2):
+        ((x_contract,), (w_contract,)), _ = dims
+        self.tokens = np.float32([amax(x), amax(g)])
+        qw = quantise_blocks(w, (0, 1), E4M3, scale_for)
+        qw = qw if w_contract == 0 else qw.T  # [k, n]
+        qx = np.moveaxis(quantise_blocks(x, (x_contract,), E4M3, scale_for), x_contract, -1)
+        qg = quantise_blocks(g, (g.ndim - 1,), gradient_format, scale_for)
+        tokens = math.prod(qx.shape[:-1])
+        again = quantise_blocks(qx.reshape(tokens, qx.shape[-1]), (0,), E4M3, scale_for)
+        turned = quantise_blocks(g.reshape(tokens, g.shape[-1]), (0,), gradient_format, scale_for)
+        self.y = self._gemm(qx, qw, "...k,kn->...n")
+        self.dx = tuple(np.moveaxis(a, -1, x_contract) for a in self._gemm(qg, qw.T, "...n,nk->...k"))
+        self.dw = tuple(a if w_contract == 0 else a.T for a in self._gemm(again.T, turned, "kt,tn->kn"))
+
+    def _gemm(self, a, b, subscripts):
+        terms = b.shape[0]
+        return np.einsum(subscripts, a, b), (terms + 4) * (EPS32 * np.einsum(subscripts, np.abs(a), np.abs(b)) + TINY)

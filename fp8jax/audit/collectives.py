@@ -20,7 +20,8 @@ from fp8jax.audit.hlo import Executed, Module
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
 # Part of the whole array that each device sends in a ring of n.
 _SENT = {"all-reduce": lambda n: 2 * (n - 1) / n, "collective-permute": lambda n: 1.0, "collective-broadcast": lambda n: 1.0}
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*(?:,?\s*device_ids=\(?(\[[^)]*)\)?\s*)?\{([^}]*)\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}")
+_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,{}\s]*)\}\}")
 
@@ -82,22 +83,23 @@ def replica_groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
     if mesh:
         sizes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))]
         split = [i for i, (name, _) in enumerate(sizes) if name in re.findall(r"'([^']+)'", mesh.group(3))]
-        order = [i for i in range(len(sizes)) if i not in split] + split
-        ids = _iota(re.sub(r"[\[\]]", " ", mesh.group(2) or "")) if mesh.group(2) else np.arange(math.prod(s for _, s in sizes))
-        ids = ids.reshape([size for _, size in sizes]).transpose(order)
+        order = _ORDER.search(mesh.group(2) or "")
+        ids = _iota(*order.groups()) if order else np.arange(math.prod(size for _, size in sizes))
+        ids = ids.reshape([size for _, size in sizes]).transpose([i for i in range(len(sizes)) if i not in split] + split)
         return [tuple(row) for row in ids.reshape(-1, math.prod(sizes[i][1] for i in split)).tolist()]
     if iota:
-        shape, dims = (tuple(int(n) for n in part.split(",")) for part in iota.groups()[:2])
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        ids = ids.transpose([int(n) for n in iota.group(3).split(",")]) if iota.group(3) else ids
-        return [tuple(row) for row in ids.reshape(shape).tolist()]
+        shape = [int(n) for n in iota.group(1).split(",")]
+        return [tuple(row) for row in _iota(iota.group(2), iota.group(3)).reshape(shape).tolist()]
     if listed:
         return [tuple(int(n) for n in part.split(",") if n.strip()) for part in re.split(r"\}\s*,\s*\{", listed.group(1))]
     return [tuple(range(devices))]
 
 
-def _iota(text: str) -> np.ndarray:
-    return np.asarray([int(n) for n in re.findall(r"\d+", text)])
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """All device numbers, laid out in `dims` and transposed."""
+    sizes = [int(n) for n in dims.split(",")]
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose([int(n) for n in order.split(",")]) if order else ids
 
 
 def _joined(pairs: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -4,13 +4,15 @@
     found.step_seconds, found.mfu_bf16, found.mfu_fp8
 
 Each GEMM takes the longer of its FLOPs at the peak of its dtype and its bytes at the memory's bandwidth; everything else its
-bytes; a collective its bytes at the slowest link that it uses. Kernels are taken to run one after another, at peak rates,
-collectives hidden behind them as far as they go. Real kernels reach 60 to 80% of these rates, so a real step is slower.
+bytes; a collective the bytes that a ring sends at the rate of the links, between nodes at that of all their ports. Kernels
+are taken to run one after another, at peak rates, collectives hidden behind them as far as they go. Real kernels reach 60
+to 80% of these rates, so a real step is slower.
 """
 
 import dataclasses
 from collections.abc import Iterable
 
+import numpy as np
 from jax.sharding import Mesh
 
 from fp8jax.audit.collectives import Collective
@@ -89,14 +91,12 @@ def _gemm_seconds(gemm: Gemm, device: Device) -> float:
 
 
 def _collective_seconds(found: Iterable[Collective], device: Device, mesh: Mesh, per_node: int) -> float:
-    return sum(c.sent * c.count / (device.network if _leaves_node(c.axes, mesh, per_node) else device.link) for c in found)
+    return sum(c.sent * c.count / _rate(c.axes, device, mesh, per_node) for c in found)
 
 
-def _leaves_node(axes: tuple[str, ...], mesh: Mesh, per_node: int) -> bool:
-    """Whether groups along these mesh axes reach beyond one node's devices."""
-    sizes, reach, stride = list(mesh.shape.items()), 1, 1
-    for axis, size in reversed(sizes):
-        if axis in axes or "?" in axes:
-            reach += (size - 1) * stride
-        stride *= size
-    return reach > per_node
+def _rate(axes: tuple[str, ...], device: Device, mesh: Mesh, per_node: int) -> float:
+    """Bytes/s of a collective along these mesh axes: of the links inside a node, or of all network ports of its members there."""
+    ids = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
+    group = ids[tuple(slice(None) if axis in axes or "?" in axes else 0 for axis in mesh.shape)].ravel()
+    near = int((group < per_node).sum())
+    return device.link if near == group.size else min(device.link, device.network * near)

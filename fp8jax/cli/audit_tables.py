@@ -1,5 +1,6 @@
 """Prints audits as tables, one audit or two side by side."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ def show(audits: Sequence[Audit], console: Console | None = None) -> None:
 
 
 def _gemms(audit: Audit) -> Table:
-    table = _table("GEMMs of one device, a step", ("role", "pass", "operands", "result", "kernel"), ("largest (b, m, n, k)", "executions", "TFLOP"))
+    table = _table("GEMMs of one device, a step", ("role", "pass", "operands", "result", "kernel"),
+                   ("largest (b, m, n, k)", "executions", "FLOPs"))
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in audit["gemms"]:
         name = row["pass"] + (" again" if row["repeated"] else "")
@@ -35,35 +37,36 @@ def _gemms(audit: Audit) -> Table:
         largest = max(rows, key=lambda row: row["flops"] / max(row["executions"], 1))
         known = "" if all(row["executions_known"] for row in rows) else "at least "
         table.add_row(*key, ", ".join(map(str, largest["shape_bmnk"])), known + str(sum(row["executions"] for row in rows)),
-                      f"{sum(row['flops'] for row in rows) / 1e12:,.2f}")
+                      _si(sum(row["flops"] for row in rows), "FLOP"))
     return table
 
 
 def _memory(audit: Audit) -> Table:
     memory = audit["memory"]
-    table = _table("Memory of one device", ("",), ("GB",))
+    table = _table("Memory of one device", ("",), ("bytes",))
     parts = {f"argument: {name}": size for name, size in memory["arguments"].items() if name != "total"}
     parts |= {"temporaries: activations, gradients, workspaces": memory["temporaries"], "results": memory["outputs"],
               "peak": memory["peak_bytes_per_device"]}
     for name, size in parts.items():
-        table.add_row(name, _gb(size))
+        table.add_row(name, _bytes(size))
     return table
 
 
 def _collectives(audit: Audit) -> Table:
-    table = _table("Collectives of one device, a step", ("kind", "dtype", "mesh axes"), ("executions", "GB of whole arrays", "GB sent"))
+    table = _table("Collectives of one device, a step", ("kind", "dtype", "mesh axes"), ("executions", "whole arrays", "sent"))
     for row in audit["collectives"]:
-        table.add_row(row["kind"], _short(row["dtype"]), " x ".join(row["axes"]), str(row["executions"]), _gb(row["bytes"]), _gb(row["sent"]))
+        table.add_row(row["kind"], _short(row["dtype"]), " x ".join(row["axes"]), str(row["executions"]), _bytes(row["bytes"]),
+                      _bytes(row["sent"]))
     return table
 
 
 def _traffic(audit: Audit) -> Table:
-    table = _table("Memory traffic beside the GEMMs, one device, a step", ("kind", "where"), ("GB read", "GB written", "executions"))
+    table = _table("Memory traffic beside the GEMMs, one device, a step", ("kind", "where"), ("read", "written", "executions"))
     for row in audit["non_gemm_bytes"]["rows"]:
         if row["read"] + row["written"] > 1e-3 * audit["non_gemm_bytes"]["total"]:
-            table.add_row(row["kind"], row["where"] or "elsewhere", _gb(row["read"]), _gb(row["written"]), str(row["executions"]))
+            table.add_row(row["kind"], row["where"] or "elsewhere", _bytes(row["read"]), _bytes(row["written"]), str(row["executions"]))
     total = audit["non_gemm_bytes"]
-    table.add_row("total", "", _gb(total["read"]), _gb(total["written"]), "")
+    table.add_row("total", "", _bytes(total["read"]), _bytes(total["written"]), "")
     return table
 
 
@@ -74,11 +77,11 @@ def _verdict(audit: Audit) -> list[str]:
         lines[0] += f"; {target['fp8_share_asked']:.0%} asked for: no FP8 units there, FP8 values are multiplied in BF16"
     lines += [f"fell back    {line}" for line in target["fallbacks"]]
     lines += [f"float64      {name}" for name in target["float64"][:5]]
-    fits = {None: "", True: f", of {_gb(memory['device_bytes'] or 0)} GB", False: f", does NOT fit in {_gb(memory['device_bytes'] or 0)} GB"}
-    lines.append(f"memory       {_gb(memory['peak_bytes_per_device'])} GB a device at the peak{fits[memory['fits']]}")
-    extra = "  ".join(f"{name.replace('_', ' ')} {flops[name] / 1e12:+,.1f}" for name in ("repeated", "masked_attention", "other"))
-    lines.append(f"TFLOP        model {flops['closed_formula'] / 1e12:,.1f} (closed formula, causal attention)  {extra}  "
-                 f"= compiled {flops['counted'] / 1e12:,.1f}, all devices")
+    fits = {None: "", True: f", of {_bytes(memory['device_bytes'] or 0)}", False: f", does NOT fit in {_bytes(memory['device_bytes'] or 0)}"}
+    lines.append(f"memory       {_bytes(memory['peak_bytes_per_device'])} a device at the peak{fits[memory['fits']]}")
+    extra = "".join(f", {name.replace('_', ' ')} {_si(flops[name], 'FLOP')}" for name in ("repeated", "masked_attention", "other"))
+    lines.append(f"GEMM FLOPs   the model's own {_si(flops['closed_formula'], 'FLOP')} by closed formula, causal attention{extra}: "
+                 f"compiled {_si(flops['counted'], 'FLOP')}, all devices")
     return [*lines, *_speed(audit), f"compiled in  {audit['compile_seconds']:.0f} s"]
 
 
@@ -90,8 +93,8 @@ def _speed(audit: Audit) -> list[str]:
     return [f"estimate     {found['step_seconds'] * 1e3:,.1f} ms a step at peak rates (GEMMs {found['gemm_seconds'] * 1e3:,.1f}, other memory "
             f"traffic {found['memory_seconds'] * 1e3:,.1f}, collectives {found['collective_seconds'] * 1e3:,.1f} if hidden; "
             f"{found['step_seconds_no_overlap'] * 1e3:,.1f} if not)",
-            f"             MFU {found['mfu_bf16']:.0%} of the BF16 peak ({device['bf16'] / 1e12:,.0f} TFLOP/s), {found['mfu_fp8']:.0%} of the FP8 "
-            f"peak ({device['fp8'] / 1e12:,.0f}); {found['tokens_per_second_per_device']:,.0f} tokens/s a device",
+            f"             MFU {found['mfu_bf16']:.0%} of the BF16 peak ({device['bf16'] / 1e12:,.0f} TFLOP/s), {found['mfu_fp8']:.0%} of the "
+            f"FP8 peak ({device['fp8'] / 1e12:,.0f}); {found['tokens_per_second_per_device']:,.0f} tokens/s a device",
             "             an upper bound, not a measurement: real kernels reach 60 to 80% of peak rates"]
 
 
@@ -99,14 +102,14 @@ def _side_by_side(audits: Sequence[Audit]) -> Table:
     table = _table("Side by side", ("",), [audit["config"]["file"] for audit in audits])
     rows = {
         "FP8 share of block GEMM FLOPs": lambda a: f"{a['fp8_share']:.1%}",
-        "model TFLOP, all devices": lambda a: f"{a['estimate']['model_flops']['closed_formula'] / 1e12:,.1f}",
-        "GEMM TFLOP as compiled": lambda a: f"{a['estimate']['model_flops']['counted'] / 1e12:,.1f}",
-        "peak GB a device": lambda a: _gb(a["memory"]["peak_bytes_per_device"]),
-        "  arguments": lambda a: _gb(a["memory"]["arguments"]["total"]),
-        "  temporaries": lambda a: _gb(a["memory"]["temporaries"]),
-        "GB moved beside GEMMs": lambda a: _gb(a["non_gemm_bytes"]["total"]),
-        "  FP8 transposed copies": lambda a: _gb(a["non_gemm_bytes"]["fp8_transposed_copies"]),
-        "GB sent in collectives": lambda a: _gb(sum(row["sent"] for row in a["collectives"])),
+        "model FLOPs, all devices": lambda a: _si(a["estimate"]["model_flops"]["closed_formula"], "FLOP"),
+        "GEMM FLOPs as compiled": lambda a: _si(a["estimate"]["model_flops"]["counted"], "FLOP"),
+        "peak memory of a device": lambda a: _bytes(a["memory"]["peak_bytes_per_device"]),
+        "  arguments": lambda a: _bytes(a["memory"]["arguments"]["total"]),
+        "  temporaries": lambda a: _bytes(a["memory"]["temporaries"]),
+        "moved beside GEMMs": lambda a: _bytes(a["non_gemm_bytes"]["total"]),
+        "  FP8 transposed copies": lambda a: _bytes(a["non_gemm_bytes"]["fp8_transposed_copies"]),
+        "sent in collectives": lambda a: _bytes(sum(row["sent"] for row in a["collectives"])),
         "estimated ms a step": lambda a: f"{a['estimate'].get('step_seconds', float('nan')) * 1e3:,.1f}",
         "estimated MFU, BF16 peak": lambda a: f"{a['estimate'].get('mfu_bf16', float('nan')):.0%}",
         "estimated MFU, FP8 peak": lambda a: f"{a['estimate'].get('mfu_fp8', float('nan')):.0%}",
@@ -133,5 +136,13 @@ def _short(dtype: str) -> str:
     return dtype
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f}"
+def _si(value: float, unit: str) -> str:
+    """Like '1.44 TFLOP' or '268 MB'."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E"]
+    power = min(int(math.log10(value)) // 3, len(prefixes) - 1) if value >= 1 else 0
+    scaled = value / 1000**power
+    return f"{scaled:,.{0 if scaled >= 100 or not power else 1 if scaled >= 10 else 2}f} {prefixes[power]}{unit}"
+
+
+def _bytes(size: float) -> str:
+    return _si(size, "B")

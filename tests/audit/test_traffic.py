@@ -1,0 +1,75 @@
+"""Bytes that move beside the GEMMs, against counts by hand."""
+
+import pytest
+
+from fp8jax.audit import hlo
+from fp8jax.audit.traffic import TRANSPOSED_FP8, Traffic, traffic
+
+FUSIONS = """HloModule m
+
+%slice_of_layers (p: f32[8,100], i: s32[]) -> bf16[100] {
+  %p = f32[8,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %d = f32[1,100]{1,0} dynamic-slice(%p, %i, %z), dynamic_slice_sizes={1,100}
+  %r = f32[100]{0} bitcast(%d)
+  ROOT %c = bf16[100]{0} convert(%r)
+}
+
+%update_in_place (p: f32[8,100], u: bf16[100], i: s32[]) -> f32[8,100] {
+  %p = f32[8,100]{1,0} parameter(0)
+  %u = bf16[100]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %c = f32[100]{0} convert(%u)
+  %b = f32[1,100]{1,0} bitcast(%c)
+  ROOT %w = f32[8,100]{1,0} dynamic-update-slice(%p, %b, %i, %z)
+}
+
+%cast_and_transpose (p: bf16[40,50]) -> (f8e4m3fn[40,50], f8e4m3fn[50,40]) {
+  %p = bf16[40,50]{1,0} parameter(0)
+  %c = f8e4m3fn[40,50]{1,0} convert(%p)
+  %t = f8e4m3fn[50,40]{1,0} transpose(%c), dimensions={1,0}
+  ROOT %r = (f8e4m3fn[40,50], f8e4m3fn[50,40]) tuple(%c, %t)
+}
+
+%only_transpose (p: u8[40,50]) -> f8e4m3fn[50,40] {
+  %p = u8[40,50]{1,0} parameter(0)
+  %c = f8e4m3fn[40,50]{1,0} bitcast-convert(%p)
+  ROOT %t = f8e4m3fn[50,40]{1,0} transpose(%c), dimensions={1,0}
+}
+
+ENTRY %main (a: f32[]) -> f32[] {
+  %layers = f32[8,100]{1,0} parameter(0)
+  %one = s32[] parameter(1)
+  %x = bf16[40,50]{1,0} parameter(2)
+  %u = u8[40,50]{1,0} parameter(3)
+  %q = f8e4m3fn[40,50]{1,0} parameter(4)
+  %v = bf16[100]{0} parameter(5)
+LINE
+}
+"""
+
+
+def rows(line):
+    return traffic(hlo.parse(FUSIONS.replace("LINE", f"  ROOT {line}")))
+
+
+def fusion(shape, arguments, body, scope="jit(step)/attention/mul"):
+    return f'%f = {shape} fusion({arguments}), kind=kLoop, calls=%{body}, metadata={{op_name="{scope}"}}'
+
+
+@pytest.mark.parametrize(("line", "expected"), [
+    (fusion("bf16[100]{0}", "%layers, %one", "slice_of_layers"), [Traffic("fusion", "attention", 404, 200, 1)]),
+    (fusion("f32[8,100]{1,0}", "%layers, %v, %one", "update_in_place"), [Traffic("fusion", "attention", 204, 400, 1)]),
+    (fusion("(f8e4m3fn[40,50], f8e4m3fn[50,40])", "%x", "cast_and_transpose", "jit(step)/quantise_weight.qkv/mul"),
+     [Traffic("fusion", "quantise_weight", 4000, 2000, 1), Traffic(TRANSPOSED_FP8, "quantise_weight", 0, 2000, 1)]),
+    (fusion("f8e4m3fn[50,40]{1,0}", "%u", "only_transpose"), [Traffic(TRANSPOSED_FP8, "attention", 2000, 2000, 1)]),
+    ("%c = f8e4m3fn[40,50]{0,1} copy(%q)", [Traffic(TRANSPOSED_FP8, "", 2000, 2000, 1)]),
+    ("%c = f8e4m3fn[40,50]{1,0} copy(%q)", [Traffic("copy", "", 2000, 2000, 1)]),
+    ("%t = bf16[50,40]{1,0} transpose(%x), dimensions={1,0}", [Traffic("transpose", "", 4000, 4000, 1)]),
+    ("%g = bf16[40,50]{1,0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add", []),
+    ("%b = bf16[2000]{0} bitcast(%x)", [])])
+def test_bytes_by_kind_and_place(line, expected):
+    found = [row for row in rows(line) if row.read + row.written]
+    assert sorted(found, key=str) == sorted(expected, key=str)

@@ -1,0 +1,168 @@
+"""Model directories of Hugging Face transformers, in and out: `llama`, `olmo2`, `apertus`, and FOG's own `fog`.
+
+    found = load(directory)                            # found.model, found.params (float32 numpy), found.model_type
+    save(out, model, vocab_size, params, "llama", np.dtype("float32"), max_shard_bytes=5 * 10**9)
+
+Weights are moved, never computed with: float32 in gives the same bits out, and so does bfloat16 through the float32
+parameters. Tensors are read and written one at a time; besides the parameters themselves there is never more than one in
+memory. What is not understood (a key of config.json, a tensor's name or shape) is an error that names it.
+docs/convert.md lists the keys and tensors.
+"""
+
+import difflib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fp8jax.config import ModelConfig
+from fp8jax.interop import hf_config, hf_tensors
+from fp8jax.interop.hf_safetensors import DTYPES, HuggingFaceError, TensorFiles, read_json, write_files
+from fp8jax.models import architectures
+from fp8jax.models.definition import Params, define
+
+CONFIG, HEAD, EMBEDDING = "config.json", "lm_head.weight", "model.embed_tokens.weight"
+# Carried along as they are: no weights, no code.
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+           "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json")
+# A key with one of these defaults (transformers' own) means nothing; others are carried from directory to directory.
+_OURS = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "initializer_range", "auto_map", "_name_or_path")
+
+
+class Loaded(NamedTuple):
+    """What a directory holds: resolved model config, vocabulary, float32 numpy parameters, model_type."""
+
+    model: ModelConfig
+    vocab_size: int
+    params: Params
+    model_type: str
+
+
+def is_model_directory(directory: pathlib.Path) -> bool:
+    """Whether a directory's config.json is one of transformers' (a run's has no model_type)."""
+    path = directory / CONFIG
+    return path.exists() and "model_type" in read_json(path)
+
+
+def load(directory: pathlib.Path, allocate: Callable[[tuple[int, ...]], np.ndarray] | None = None) -> Loaded:
+    """Reads a directory.
+
+    Args:
+        directory: with config.json and safetensors files.
+        allocate: makes an uninitialised float32 array of a shape; None: in memory.
+
+    Raises:
+        HuggingFaceError: anything that is not understood, missing, misshapen or damaged.
+    """
+    model, model_type = hf_config.from_config(read_json(directory / CONFIG))
+    vocab_size = model.vocab_size
+    assert vocab_size is not None
+    files, definition = TensorFiles(directory), define(model, vocab_size)
+    slots = list(hf_tensors.slots(definition.config, vocab_size, model_type))
+    constants = list(hf_tensors.constants(definition.config, model_type))
+    _check_names(files, slots, constants, tied=model.tied_embeddings)
+    allocate = allocate or (lambda shape: np.empty(shape, np.float32))
+    params = jax.tree.map(lambda leaf: allocate(leaf.shape), definition.shapes)
+    for slot in slots:
+        view = slot.view(params)
+        view[...] = files.read(slot.name).reshape(view.shape)
+    for constant in constants:
+        _check_constant(files, constant)
+    if model.tied_embeddings and HEAD in files.entries and (files.read(HEAD) != files.read(EMBEDDING)).any():
+        raise HuggingFaceError(f"{HEAD}: differs from {EMBEDDING}, but tie_word_embeddings is true")
+    return Loaded(definition.config, vocab_size, params, model_type)
+
+
+def save(directory: pathlib.Path, model: ModelConfig, vocab_size: int, params: Params, model_type: str, dtype: np.dtype,
+         max_shard_bytes: int, carried: pathlib.Path | None = None) -> None:
+    """Writes a directory that transformers loads; config.json comes last, so that a directory with one is whole.
+
+    Args:
+        directory: made if missing; must be empty.
+        model: any model config that the format can hold.
+        vocab_size: rows of the embedding.
+        params: numpy arrays, or jax arrays that are addressable here.
+        model_type: one of hf_config.FORMATS.
+        dtype: of the tensors, one of hf_safetensors.DTYPES' values.
+        max_shard_bytes: largest file.
+        carried: a directory with tokenizer files, and the config.json whose keys without influence are kept.
+
+    Raises:
+        HuggingFaceError: the format cannot hold the model; the directory is not empty; a weight overflows the dtype.
+    """
+    model = architectures.resolve(model)
+    values = hf_config.to_config(model, vocab_size, model_type)
+    if directory.exists() and any(directory.iterdir()):
+        raise HuggingFaceError(f"{directory}: is not empty; choose another --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    params = jax.tree.map(np.asarray, params)
+
+    def produce(slot: hf_tensors.Slot) -> np.ndarray:
+        tensor = slot.view(params)
+        with np.errstate(over="ignore"):
+            cast = np.ascontiguousarray(tensor).reshape(slot.shape).astype(dtype)
+        if not np.isfinite(cast.astype(np.float32)).all():
+            raise HuggingFaceError(f"{slot.name}: holds values that are not finite in {dtype}")
+        return cast
+
+    tensors: dict[str, Any] = {slot.name: (slot.shape, lambda slot=slot: produce(slot))
+                               for slot in hf_tensors.slots(model, vocab_size, model_type)}
+    tensors |= {c.name: (c.shape, lambda c=c: np.full(c.shape, c.value, dtype)) for c in hf_tensors.constants(model, model_type)}
+    write_files(directory, tensors, dtype, max_shard_bytes)
+    if carried is not None:
+        carry(carried, directory)
+        if is_model_directory(carried):
+            kept = read_json(carried / CONFIG)
+            values = {k: v for k, v in kept.items() if k in hf_config.NO_INFLUENCE and k not in _OURS} | values
+    values["torch_dtype"] = dtype.name
+    (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def carry(source: pathlib.Path, target: pathlib.Path) -> list[str]:
+    """Copies tokenizer and generation files; returns their names."""
+    found = [name for name in CARRIED if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    return found
+
+
+def by_name(params: Params, model: ModelConfig, vocab_size: int, model_type: str) -> dict[str, np.ndarray]:
+    """Arrays like the parameters (gradients, say) by tensor name, in Hugging Face's shapes; frozen tensors are left out."""
+    params = jax.tree.map(np.asarray, params)
+    return {slot.name: slot.view(params).reshape(slot.shape) for slot in hf_tensors.slots(model, vocab_size, model_type)}
+
+
+def _check_names(files: TensorFiles, slots: list[hf_tensors.Slot], constants: list[hf_tensors.Constant], *, tied: bool) -> None:
+    """Every needed tensor is there in its shape and nothing else is."""
+    needed = {slot.name: slot.shape for slot in slots}
+    expected = needed | {constant.name: constant.shape for constant in constants}
+    if tied:
+        expected[HEAD] = expected[EMBEDDING]
+    for name, entry in files.entries.items():
+        if name in expected and entry.shape != expected[name]:
+            raise HuggingFaceError(f"{entry.path}: {name} has shape {list(entry.shape)}; config.json makes it {list(expected[name])}")
+        if name in expected and entry.dtype not in DTYPES:
+            raise HuggingFaceError(f"{entry.path}: {name} has dtype {entry.dtype}; only {', '.join(DTYPES)} are read")
+    known = files.entries.keys()
+    _raise_first((name for name in known if name not in expected and not name.endswith(hf_tensors.DERIVED_SUFFIXES)),
+                 "is not a tensor of this model", expected)
+    _raise_first((name for name in needed if name not in known), "missing from the safetensors files", known)
+
+
+def _raise_first(names: Iterable[str], what: str, known: Iterable[str]) -> None:
+    name = next(iter(names), None)
+    if name is not None:
+        close = difflib.get_close_matches(name, list(known), n=1)
+        raise HuggingFaceError(f"{name}: {what}{f'; nearest: {close[0]}' if close else ''}")
+
+
+def _check_constant(files: TensorFiles, constant: hf_tensors.Constant) -> None:
+    if constant.name not in files.entries:
+        return
+    tensor = files.read(constant.name)
+    if (tensor != np.full(constant.shape, constant.value, tensor.dtype)).any():
+        raise HuggingFaceError(f"{constant.name}: is not {constant.value} throughout, as config.json makes it")

@@ -1,0 +1,250 @@
+"""A Hugging Face config.json as a model config, and back: `llama`, `olmo2`, `apertus` and `fog`.
+
+    model, model_type = from_config(json_values)      # ModelConfig with every switch set, "llama"
+    values = to_config(model, vocab_size, "llama")    # what config.json holds
+
+Every key is either understood, fixed to the one value that the models here have, or listed in NO_INFLUENCE; any other is
+an error that names it. Keys that are left out have the defaults of transformers.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from fp8jax import config as config_lib
+from fp8jax.config import ModelConfig
+from fp8jax.interop.hf_safetensors import HuggingFaceError
+from fp8jax.models import architectures
+
+# Keys without influence on logits, loss or gradients.
+NO_INFLUENCE = frozenset((
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id",
+    "max_position_embeddings", "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
+    "return_dict", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache"))
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_OPTIONAL = ("num_key_value_heads", "head_dim")
+_LLAMA3_ROPE = {"factor": "rope_scaling_factor", "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor",
+                "original_max_position_embeddings": "rope_original_context"}
+_APERTUS_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                 "original_max_position_embeddings": 8192}
+_FOG_ACTIVATIONS = {"xielu": "xielu", "gelu": "gelu", "relu2": "relu2", "silu": "swiglu", "smoothswiglu": "smooth_swiglu"}
+
+
+class Format(NamedTuple):
+    """What tells one model_type from another.
+
+    class_name: in transformers. theta, rope_scaling: where config.json is silent. defaults: of all other optional keys, as
+    transformers has them; fixed: keys that must have this value. switches: of the model (empty: read from the keys).
+    """
+
+    class_name: str
+    theta: float
+    rope_scaling: dict[str, Any] | None
+    defaults: dict[str, Any]
+    fixed: dict[str, Any]
+    switches: dict[str, Any]
+
+
+_SILU = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0}
+_LLAMA = dict(pre_norm=True, qk_regulariser="none", activation="swiglu", branch_output="none", input_scale=1.0, final_norm=True)
+_FOG_DEFAULTS = {"hidden_act": "xielu", "qk_norm": True, "qk_type": "rms", "freeze_qk": True, "pre_norm": False, "post_norm": True,
+                 "input_upscale": 1.0, "softmax_scale": None, "layerscale": True, "final_layernorm": True}
+
+FORMATS: dict[str, Format] = {
+    "llama": Format("LlamaForCausalLM", 10000.0, None, {"rms_norm_eps": 1e-6}, _SILU | {"mlp_bias": False}, _LLAMA),
+    "olmo2": Format("Olmo2ForCausalLM", 10000.0, None, {"rms_norm_eps": 1e-5}, _SILU,
+                    _LLAMA | dict(pre_norm=False, qk_regulariser="rmsnorm_full", branch_output="rmsnorm")),
+    "apertus": Format("ApertusForCausalLM", 12000000.0, _APERTUS_ROPE, {"rms_norm_eps": 1e-5},
+                      _SILU | {"hidden_act": "xielu", "mlp_bias": False, "hidden_dropout": 0, "qk_norm": True, "post_norm": False},
+                      _LLAMA | dict(qk_regulariser="rmsnorm", activation="xielu")),
+    "fog": Format("FOGForCausalLM", 500000.0, None, {"rms_norm_eps": 1e-5} | _FOG_DEFAULTS,
+                  {"attention_bias": False, "attention_dropout": 0, "mlp_bias": False}, {}),
+}
+# Written by Apertus's and Llama's own transformers releases; the others' configs do not know them.
+_NOT_WRITTEN = ("hidden_dropout", "qk_norm", "post_norm", "mlp_bias")
+
+
+def from_config(values: Mapping[str, Any]) -> tuple[ModelConfig, str]:
+    """The model config of a config.json, and its model_type.
+
+    Raises:
+        HuggingFaceError: an unknown model_type or key, a missing key, a value that the models here do not have.
+    """
+    model_type = values.get("model_type")
+    if model_type not in FORMATS:
+        raise HuggingFaceError(f"config.json: model_type: {model_type!r} is not one of {', '.join(FORMATS)}")
+    form = FORMATS[model_type]
+    _check_keys(values, form)
+    given = {"tie_word_embeddings": False} | form.defaults | {key: value for key, value in values.items() if value is not None}
+    size = {key: _number(given, key, int) for key in (*_REQUIRED, *_OPTIONAL) if key in _REQUIRED or key in given}
+    head_dim = size.get("head_dim") or size["hidden_size"] // size["num_attention_heads"]
+    switches = form.switches or _fog_switches(given)
+    hidden, gated = size["intermediate_size"], switches["activation"] in architectures.GATED
+    fields = dict(
+        layers=size["num_hidden_layers"], width=size["hidden_size"], heads=size["num_attention_heads"],
+        kv_heads=size.get("num_key_value_heads") or size["num_attention_heads"], head_dim=head_dim, vocab_size=size["vocab_size"],
+        tied_embeddings=_boolean(given, "tie_word_embeddings"), norm_eps=_number(given, "rms_norm_eps"),
+        **_ffn(hidden, gated), **_rope(values, form), branch_gain_init=1.0, softmax_scale=1 / math.sqrt(head_dim))
+    if "initializer_range" in given:
+        fields["init_std"] = _number(given, "initializer_range")
+    fields |= switches
+    fields["architecture"] = _nearest_architecture(fields)
+    try:
+        return config_lib.from_dict({"model": fields}).model, model_type
+    except config_lib.ConfigError as error:
+        raise HuggingFaceError(f"config.json: {error}") from None
+
+
+def to_config(model: ModelConfig, vocab_size: int, model_type: str) -> dict[str, Any]:
+    """The config.json of a resolved model config.
+
+    Raises:
+        HuggingFaceError: this model_type cannot hold the model; the message names the field.
+    """
+    form = FORMATS[model_type]
+    switches = form.switches or _fog_keys(model)[1]
+    for field, value in switches.items():
+        if getattr(model, field) != value:
+            raise HuggingFaceError(f"model.{field}: {model_type} has {value!r}, this model {getattr(model, field)!r}")
+    default_scale = math.isclose(model.softmax_scale, 1 / math.sqrt(model.head_dim), rel_tol=1e-9)
+    if not default_scale and model_type != "fog":
+        raise HuggingFaceError(f"model.softmax_scale: {model_type} has 1/sqrt(head_dim), this model {model.softmax_scale!r}")
+    values = {
+        "architectures": [form.class_name], "model_type": model_type, "vocab_size": vocab_size, "hidden_size": model.width,
+        "intermediate_size": architectures.ffn_hidden(model), "num_hidden_layers": model.layers, "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads, "rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied_embeddings,
+        "initializer_range": model.init_std, "rope_theta": model.rope_theta, "rope_scaling": _rope_scaling(model, form),
+        **{key: value for key, value in form.fixed.items() if key not in _NOT_WRITTEN}}
+    if model.head_dim * model.heads != model.width:
+        values["head_dim"] = model.head_dim
+    if model_type == "fog":
+        values |= _fog_keys(model)[0] | {"softmax_scale": None if default_scale else model.softmax_scale}
+    return values
+
+
+def fitting_type(model: ModelConfig) -> str:
+    """The first model_type that can hold a resolved model config.
+
+    Raises:
+        HuggingFaceError: none can; the message has each one's reason.
+    """
+    reasons = []
+    for model_type in FORMATS:
+        try:
+            to_config(model, 1, model_type)
+            return model_type
+        except HuggingFaceError as error:
+            reasons.append(str(error))
+    raise HuggingFaceError(f"no Hugging Face model_type holds this model: {'; '.join(reasons)}")
+
+
+def _check_keys(values: Mapping[str, Any], form: Format) -> None:
+    known = {*_REQUIRED, *_OPTIONAL, *_ROPE, "tie_word_embeddings", *form.defaults, *form.fixed, *NO_INFLUENCE}
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise HuggingFaceError(f"config.json: {key}: {str(value)[:60]!r} is not understood{hint}")
+        if key in form.fixed and value is not None and value != form.fixed[key]:
+            raise HuggingFaceError(f"config.json: {key}: {value!r} is not supported, only {form.fixed[key]!r}")
+    missing = next((key for key in _REQUIRED if values.get(key) is None), None)
+    if missing:
+        raise HuggingFaceError(f"config.json: {missing}: missing")
+
+
+def _number(values: Mapping[str, Any], key: str, kind: type = float) -> Any:
+    value = values[key]
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise HuggingFaceError(f"config.json: {key}: {value!r} is not {kind.__name__}")
+    return kind(value)
+
+
+def _boolean(values: Mapping[str, Any], key: str) -> bool:
+    if type(values[key]) is not bool:
+        raise HuggingFaceError(f"config.json: {key}: {values[key]!r} is not true or false")
+    return values[key]
+
+
+def _ffn(hidden: int, gated: bool) -> dict[str, int]:
+    """ffn_width, and ffn_hidden where 1.5 times no ffn_width makes it."""
+    width = hidden if gated else -(-hidden * 2 // 3)
+    return {"ffn_width": width} if gated or width * 3 // 2 == hidden else {"ffn_width": hidden, "ffn_hidden": hidden}
+
+
+def _rope(values: Mapping[str, Any], form: Format) -> dict[str, Any]:
+    """rope_theta and the fields of Llama-3 scaling, from the keys of either generation of transformers."""
+    old, new = values.get("rope_scaling"), values.get("rope_parameters")
+    if old is not None and new is not None and old != new:
+        raise HuggingFaceError("config.json: rope_scaling and rope_parameters differ; keep one")
+    key, scaling = ("rope_parameters", new) if new is not None else ("rope_scaling", old)
+    if scaling is None and form.rope_scaling and key in values:
+        raise HuggingFaceError(f"config.json: {key}: null is Llama-3 scaling to some releases of transformers and none to others; "
+                               'write {"rope_type": "default"} for none, or leave the key out')
+    scaling = form.rope_scaling if scaling is None else scaling
+    scaling = dict(scaling or {}) if isinstance(scaling, dict | None) else {"rope_type": scaling}
+    theta = scaling.pop("rope_theta", values.get("rope_theta"))
+    theta = form.theta if theta is None else theta
+    if values.get("rope_theta") not in (None, theta):
+        raise HuggingFaceError(f"config.json: rope_theta: {values['rope_theta']!r}, but {theta!r} in rope_parameters")
+    kind, other = scaling.pop("rope_type", None), scaling.pop("type", None)
+    kind = kind or other or "default"
+    fields = {"rope_theta": _number({"rope_theta": theta}, "rope_theta")}
+    if kind not in ("default", "llama3"):
+        raise HuggingFaceError(f"config.json: {key}: type {kind!r} is not supported, only 'default' and 'llama3'")
+    wanted = _LLAMA3_ROPE if kind == "llama3" else {}
+    wrong = next((name for name in (*scaling, *wanted) if name not in wanted or name not in scaling), None)
+    if wrong:
+        raise HuggingFaceError(f"config.json: {key}: {wrong} is {'missing' if wrong in wanted else 'not understood'} for type {kind!r}")
+    return fields | {field: _number(scaling, name, int if field == "rope_original_context" else float) for name, field in wanted.items()}
+
+
+def _rope_scaling(model: ModelConfig, form: Format) -> dict[str, Any] | None:
+    if model.rope_scaling_factor == 1.0:
+        return {"rope_type": "default"} if form.rope_scaling else None
+    return {"rope_type": "llama3"} | {name: getattr(model, field) for name, field in _LLAMA3_ROPE.items()}
+
+
+def _fog_switches(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Switches of a `fog` config."""
+    pre, post, layerscale = (_boolean(given, key) for key in ("pre_norm", "post_norm", "layerscale"))
+    if pre == post:
+        raise HuggingFaceError(f"config.json: post_norm: {post}, like pre_norm; one must be true, the other false")
+    if layerscale and pre:
+        raise HuggingFaceError("config.json: layerscale: true with pre_norm; it is known only as the post-norm's initial gain")
+    if given["hidden_act"] not in _FOG_ACTIVATIONS:
+        raise HuggingFaceError(f"config.json: hidden_act: {given['hidden_act']!r} is not one of {', '.join(_FOG_ACTIVATIONS)}")
+    if given["qk_type"] not in ("rms", "dyt"):
+        raise HuggingFaceError(f"config.json: qk_type: {given['qk_type']!r} is not one of rms, dyt")
+    frozen = "rmsnorm_frozen" if _boolean(given, "freeze_qk") else "rmsnorm"
+    qk = {"rms": frozen, "dyt": "tanh"}[given["qk_type"]] if _boolean(given, "qk_norm") else "none"
+    switches = dict(pre_norm=pre, qk_regulariser=qk, activation=_FOG_ACTIVATIONS[given["hidden_act"]],
+                    branch_output="rmsnorm" if post else "none", input_scale=_number(given, "input_upscale"),
+                    final_norm=_boolean(given, "final_layernorm"))
+    if given["softmax_scale"]:
+        switches["softmax_scale"] = _number(given, "softmax_scale")
+    if layerscale:
+        switches["branch_gain_init"] = 1 / math.sqrt(_number(given, "num_hidden_layers", int))
+    return switches
+
+
+def _fog_keys(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys of a `fog` config, and the switches that such a config cannot tell otherwise."""
+    activation = next((name for name, ours in _FOG_ACTIVATIONS.items() if ours == model.activation), None)
+    keys = {"hidden_act": activation, "qk_norm": model.qk_regulariser != "none",
+            "qk_type": "dyt" if model.qk_regulariser == "tanh" else "rms",
+            "freeze_qk": model.qk_regulariser in ("rmsnorm_frozen", "tanh"), "pre_norm": model.pre_norm, "post_norm": not model.pre_norm,
+            "input_upscale": model.input_scale, "layerscale": not model.pre_norm, "final_layernorm": model.final_norm}
+    needs: dict[str, Any] = {"branch_output": "none" if model.pre_norm else "rmsnorm"}
+    if model.qk_regulariser == "rmsnorm_full":
+        needs["qk_regulariser"] = "rmsnorm"
+    return keys, needs
+
+
+def _nearest_architecture(fields: Mapping[str, Any]) -> str:
+    """The row of the architecture table with the most switches in common; all switches are set, so this is but a name."""
+    def agreeing(row: Mapping[str, Any]) -> int:
+        return sum(fields.get(switch) == value for switch, value in row.items())
+
+    return max(architectures.TABLE, key=lambda name: agreeing(architectures.TABLE[name]))

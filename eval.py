@@ -1,9 +1,10 @@
-"""Evaluates a run's checkpoint on the held-out split: loss, perplexity and bits per byte, in BF16.
+"""Evaluates a run's checkpoint in BF16: held-out loss, perplexity and bits per byte, or tasks of lm-evaluation-harness.
 
     python eval.py --workdir=runs/fp8_base-tiny
     python eval.py --workdir=runs/fp8_base-tiny --step=200
+    python eval.py --workdir=runs/fp8_base-tiny --tasks=lambada_openai,piqa      # docs/evaluation.md
 
-Exit codes: 0 finished, 2 bad usage, config or checkpoint.
+Exit codes: 0 finished, 2 bad usage, config, checkpoint or task.
 """
 
 import sys

@@ -1,25 +1,71 @@
 """The command line of eval.py."""
 
+import importlib.util
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import jax
 from absl import flags
 
 from fp8jax.cli.flags import run
+from fp8jax.config import ConfigError
+from fp8jax.interop.inference import Inference
 from fp8jax.training import evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
 _STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest", lower_bound=0)
+_TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-evaluation-harness, separated by commas; 'fog': those of the FOG paper")
+_TASK_DIR = flags.DEFINE_string("task_dir", None, "directory with task files of your own, for --tasks")
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs eval.py; returns the exit code."""
     flags.mark_flag_as_required("workdir")
-    return run(argv, _evaluate)
+    return run(argv, lambda: _evaluate_tasks() if _TASKS.value else _evaluate())
 
 
 def _evaluate() -> int:
+    if _TASK_DIR.value is not None:
+        raise ConfigError(f"--task_dir={_TASK_DIR.value}: needs --tasks, the names of tasks there")
     found = evaluation.evaluate_run(pathlib.Path(_WORKDIR.value), _STEP.value)
     print(f"step {found['step']}: loss {found['loss']:.4f}  perplexity {found['perplexity']:.4f}  "
           f"bits per byte {found['bits_per_byte']:.4f}  ({found['tokens']:,} tokens, {found['bytes']:,} bytes)")
     return 0
+
+
+def _evaluate_tasks() -> int:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("--tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt")
+    from fp8jax.interop import lm_eval
+
+    # Before the model: what is wrong with tasks should be known at once.
+    tasks = lm_eval.load_tasks(_TASKS.value, _TASK_DIR.value and pathlib.Path(_TASK_DIR.value))
+    workdir = pathlib.Path(_WORKDIR.value)
+    model, step = evaluation.load_run(workdir, _STEP.value)
+    found = lm_eval.evaluate(Inference(model), tasks)
+    if jax.process_index() == 0:
+        evaluation.write_json(workdir / "eval_tasks.json", {"step": step, **_plain(found)})
+        print("\n".join(f"step {step}: {line}" for line in _lines(found)))
+    return 0
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    """One a metric, whose names in the harness are like 'acc,none' and 'acc_stderr,none': metric, then the filter of answers."""
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            name = metric if chosen == "none" else f"{metric} ({chosen})"
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+            yield f"{task:<24} {found['n-shot'].get(task, 0)}-shot  {name:<18} {value:.4f}{spread}"
+
+
+def _plain(value: Any) -> Any:
+    """The same as strict JSON, which has no infinity: a task that a model fails may well have that perplexity."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

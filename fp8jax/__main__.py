@@ -9,6 +9,7 @@ from fp8jax.cli.errors import complain
 # Command → what it does. Each is the module fp8jax.cli.COMMAND, whose main(argv) returns the exit code.
 COMMANDS: dict[str, str] = {
     "audit": "what a run will execute on devices that you need not have: FP8 share, memory, collectives",
+    "convert": "Hugging Face model directories in and out, and logits to check a conversion with",
     "sample": "continue a prompt with the model of a run",
 }
 

@@ -47,7 +47,7 @@ class Format(NamedTuple):
     switches: dict[str, Any]
 
 
-_SILU = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0}
+_SILU = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
 _LLAMA = dict(pre_norm=True, qk_regulariser="none", activation="swiglu", branch_output="none", input_scale=1.0, final_norm=True)
 _FOG_DEFAULTS = {"hidden_act": "xielu", "qk_norm": True, "qk_type": "rms", "freeze_qk": True, "pre_norm": False, "post_norm": True,
                  "input_upscale": 1.0, "softmax_scale": None, "layerscale": True, "final_layernorm": True}
@@ -57,10 +57,10 @@ FORMATS: dict[str, Format] = {
     "olmo2": Format("Olmo2ForCausalLM", 10000.0, None, {"rms_norm_eps": 1e-5}, _SILU,
                     _LLAMA | dict(pre_norm=False, qk_regulariser="rmsnorm_full", branch_output="rmsnorm")),
     "apertus": Format("ApertusForCausalLM", 12000000.0, _APERTUS_ROPE, {"rms_norm_eps": 1e-5},
-                      _SILU | {"hidden_act": "xielu", "mlp_bias": False, "hidden_dropout": 0, "qk_norm": True, "post_norm": False},
+                      _SILU | {"hidden_act": "xielu", "mlp_bias": False, "hidden_dropout": 0.0, "qk_norm": True, "post_norm": False},
                       _LLAMA | dict(qk_regulariser="rmsnorm", activation="xielu")),
     "fog": Format("FOGForCausalLM", 500000.0, None, {"rms_norm_eps": 1e-5} | _FOG_DEFAULTS,
-                  {"attention_bias": False, "attention_dropout": 0, "mlp_bias": False}, {}),
+                  {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False}, {}),
 }
 # Written by Apertus's and Llama's own transformers releases; the others' configs do not know them.
 _NOT_WRITTEN = ("hidden_dropout", "qk_norm", "post_norm", "mlp_bias")

@@ -1,0 +1,190 @@
+"""`python -m fp8jax convert`: Hugging Face directories in and out, and logits to check a conversion with."""
+
+import argparse
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from fp8jax.cli.errors import complain
+from fp8jax.config import Config, ConfigError, DataConfig, ModelConfig
+from fp8jax.data import tokenizer
+from fp8jax.interop import hf, hf_config, hf_logits
+from fp8jax.interop.hf_safetensors import DTYPES, HuggingFaceError, read_json
+from fp8jax.models.definition import Definition, Params, define
+from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config, save_config
+
+KEPT = "hf"  # in a converted run's directory: the source's config.json and tokenizer
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:  # HuggingFaceError, ConfigError and CheckpointError are ValueErrors
+        return complain(str(error))
+    return 0
+
+
+def _from_hf(options: argparse.Namespace) -> None:
+    """A run that has taken no step yet: config.json, a checkpoint of step 0 with weights alone, the tokenizer."""
+    workdir = options.out.absolute()
+    _check_empty(workdir)
+    if not options.directory.is_dir():
+        raise HuggingFaceError(f"{options.directory}: no such directory; nothing is downloaded")
+    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        # Orbax copies what it saves: with the weights in mapped files, its copy is the only one in memory.
+        with tempfile.TemporaryDirectory(prefix=".weights-", dir=workdir) as scratch:
+            found = hf.load(options.directory, _Mapped(pathlib.Path(scratch)))
+            with Checkpoints(workdir, keep=1) as checkpoints:
+                checkpoints.save(0, {"params": jax.device_put(found.params, _cpu())}, {"step": 0})
+    except BaseException:
+        shutil.rmtree(workdir)
+        raise
+    kept = workdir / KEPT
+    kept.mkdir()
+    shutil.copyfile(options.directory / hf.CONFIG, kept / hf.CONFIG)
+    hf.carry(options.directory, kept)
+    name, note = _tokenizer(kept)
+    config = Config(model=found.model, data=DataConfig(tokenizer=name))
+    save_config(workdir, config)
+    print(f"{found.model_type}, {sum(leaf.size for leaf in jax.tree.leaves(found.params)):,} parameters, to {options.out}; {note}")
+
+
+def _to_hf(options: argparse.Namespace) -> None:
+    config, definition, params, step = _load_run(options.workdir, options.step)
+    kept = options.workdir / KEPT
+    model_type = _model_type(options.workdir, definition.config)
+    hf.save(options.out, definition.config, definition.vocab_size, params, model_type, DTYPES[_CODES[options.dtype]],
+            options.max_shard_size, kept if kept.is_dir() else None)
+    source = pathlib.Path(config.data.tokenizer)
+    if not kept.is_dir() and source.is_file():
+        shutil.copyfile(source, options.out / "tokenizer.json")
+    print(f"step {step} as {model_type} in {options.dtype}, to {options.out}")
+
+
+def _logits(options: argparse.Namespace) -> None:
+    try:
+        tokens = np.load(options.tokens, allow_pickle=False)
+    except (ValueError, EOFError):
+        raise HuggingFaceError(f"{options.tokens}: is not a .npy file of integers [batch, length]") from None
+    if not isinstance(tokens, np.ndarray):
+        raise HuggingFaceError(f"{options.tokens}: is not one .npy array of integers [batch, length]")
+    if hf.is_model_directory(options.directory):
+        found = hf.load(options.directory)
+    else:
+        _, definition, params, _ = _load_run(options.directory, None)
+        model_type = _model_type(options.directory, definition.config) if options.gradients else ""
+        found = hf.Loaded(definition.config, definition.vocab_size, params, model_type)
+    model, vocab_size, params, model_type = found
+    with jax.default_device(_cpu()):
+        computed = hf_logits.compute(model, vocab_size, params, tokens, gradients=options.gradients)
+    arrays = {"logits": computed["logits"], "loss": computed["loss"]}
+    if options.gradients:
+        arrays |= hf.by_name(computed["gradients"], model, vocab_size, model_type)
+    with options.out.open("wb") as file:
+        np.savez(file, **arrays)
+    print(f"loss {computed['loss']:.6f} over {tokens.shape[0] * (tokens.shape[1] - 1):,} tokens, to {options.out}")
+
+
+def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definition, Params, int]:
+    """A run's parameters on the host. Unlike training and evaluation, needs no tokenizer where the config has a vocab_size."""
+    config = load_config(workdir)
+    definition = define(config.model, config.model.vocab_size or tokenizer.vocab_size(config))
+    on_host = jax.sharding.SingleDeviceSharding(_cpu())
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host), definition.shapes)
+    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+        step = checkpoints.latest_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{workdir}: no complete checkpoint there yet")
+        found, _ = checkpoints.restore(step, {"params": wanted}, partial=True)
+    return config, definition, found["params"], step
+
+
+class _Mapped:
+    """Makes float32 arrays that live in files of a directory."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory, self.count = directory, 0
+
+    def __call__(self, shape: tuple[int, ...]) -> np.ndarray:
+        self.count += 1
+        return np.memmap(self.directory / f"{self.count}.bin", np.float32, "w+", shape=shape or (1,)).reshape(shape)
+
+
+def _cpu() -> jax.Device:
+    """Where weights are held: the host, whatever accelerators there are."""
+    return jax.local_devices(backend="cpu")[0]
+
+
+def _check_empty(workdir: pathlib.Path) -> None:
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise HuggingFaceError(f"{workdir}: is there already and not an empty directory; choose another --out")
+
+
+def _tokenizer(kept: pathlib.Path) -> tuple[str, str]:
+    """What config.data.tokenizer becomes, and a note on it."""
+    path = kept / "tokenizer.json"
+    if not path.is_file():
+        return "byte", "it has no tokenizer.json, so config.data.tokenizer is 'byte': change that in config.json before training"
+    try:
+        tokenizer.load(str(path))
+    except ConfigError as error:
+        return "byte", f"{error}; so config.data.tokenizer is 'byte': change that in config.json before training"
+    return str(path), "with its tokenizer"
+
+
+def _model_type(workdir: pathlib.Path, model: ModelConfig) -> str:
+    """The model_type that a run came from, or else one that can hold its model."""
+    kept = workdir / KEPT
+    return read_json(kept / hf.CONFIG)["model_type"] if hf.is_model_directory(kept) else hf_config.fitting_type(model)
+
+
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([1-9]\d*)\s*([A-Za-z]*)", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 5GB, 500MB or 2GiB")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fp8jax convert",
+        description="Hugging Face model directories (llama, olmo2, apertus, fog; safetensors only) in and out.",
+        epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama && python eval.py --workdir=runs/llama")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser("from-hf", help="make a run's directory, to continue with train.py, of a model directory",
+                                  epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama")
+    command.add_argument("directory", type=pathlib.Path, help="with config.json and *.safetensors")
+    command.add_argument("--out", type=pathlib.Path, required=True, help="directory of the new run; must not exist, or be empty")
+    command.set_defaults(run=_from_hf)
+
+    command = commands.add_parser("to-hf", help="make a model directory that transformers loads, of a run's checkpoint",
+                                  epilog="example: python -m fp8jax convert to-hf --workdir runs/llama --out exported --dtype bfloat16")
+    command.add_argument("--workdir", type=pathlib.Path, required=True, help="directory of the run")
+    command.add_argument("--out", type=pathlib.Path, required=True, help="model directory; must not exist, or be empty")
+    command.add_argument("--step", type=int, default=None, help="checkpoint to convert (default: the newest)")
+    command.add_argument("--dtype", choices=_CODES, default="float32", help="of the tensors (default: float32, as the run has them)")
+    command.add_argument("--max_shard_size", type=_bytes, default="5GB", help="largest safetensors file (default: 5GB)")
+    command.set_defaults(run=_to_hf)
+
+    command = commands.add_parser(
+        "logits", help="float32 logits, loss and gradients of a model directory or a run, to compare with another implementation's",
+        epilog="example: python -m fp8jax convert logits runs/llama --tokens ids.npy --out found.npz --gradients")
+    command.add_argument("directory", type=pathlib.Path, help="model directory, or directory of a run (its newest checkpoint)")
+    command.add_argument("--tokens", type=pathlib.Path, required=True, help=".npy file: token ids, integers [batch, length]")
+    command.add_argument("--out", type=pathlib.Path, required=True, help=".npz file: logits [batch, length, vocab], loss, gradients")
+    command.add_argument("--gradients", action="store_true", help="also d loss / d tensor, under each tensor's Hugging Face name")
+    command.set_defaults(run=_logits)
+    return parser

@@ -1,0 +1,22 @@
+"""The configuration of a run, or of a converted model, with whatever fields the command line changes.
+
+    python train.py --config=configs/from_run.py:runs/llama --config.training.steps=1000 --workdir=runs/llama
+"""
+
+import json
+import pathlib
+
+import ml_collections
+
+from fp8jax import config as config_lib
+
+
+def get_config(workdir: str | None = None) -> ml_collections.ConfigDict:
+    """workdir: directory of the run, whose config.json is read."""
+    path = pathlib.Path(workdir or "", "config.json")
+    if not workdir or not path.is_file():
+        raise ValueError(f"{path}: no such file; write --config=configs/from_run.py:WORKDIR")
+    config = config_lib.defaults()
+    for section, fields in config_lib.to_dict(config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))).items():
+        config[section].update(fields)
+    return config

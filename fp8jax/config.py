@@ -12,6 +12,8 @@ ConfigDict that `configs/common.py` starts from, so a field is never declared tw
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import types
 import typing
@@ -32,6 +34,9 @@ MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 class ConfigError(ValueError):
     """A configuration that cannot run. The message is one line: field, value, what is allowed."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
 
 
 def _field(default: Any, doc: str, *, choices: tuple = (), at_least: float | None = None, above: float | None = None,
@@ -101,8 +106,11 @@ class DataConfig:
     """Where tokens come from."""
 
     sequence_length: int = _field(256, "tokens a sequence", at_least=1)
-    source: str = _field("embedded", "'embedded': the novels shipped with fp8jax; else a directory of prepared token shards")
-    tokenizer: str = _field("byte", "'byte' or the path of a tokenizer.json")
+    source: str = _field("embedded", "'embedded' (the novels shipped with fp8jax), a directory of prepared token shards, a Megatron "
+                         "prefix, or a mixture of them: 'dirA=0.7,dirB=0.3'")
+    tokenizer: str = _field("auto", "auto: the source's own; 'byte', 'tekken' or the path of a tokenizer.json")
+    packing: str = _field("concat", "concat: documents run on from window to window; best_fit: whole documents, padded",
+                          choices=("concat", "best_fit"))
     document_masks: bool = _field(False, "packed documents do not attend to each other")
     read_threads: int = _field(1, "background reading threads; 0 reads in the loop", at_least=0)
 
@@ -224,6 +232,11 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(config)
 
 
+def digest(config: Config) -> str:
+    """Short hash of every field, to recognise a configuration by."""
+    return hashlib.blake2b(json.dumps(to_dict(config), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
 def from_dict(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     """Frozen, validated configuration.
 
@@ -318,10 +331,32 @@ def check(config: Config) -> None:
             raise ConfigError(f"config.mesh.{axis}: 0 devices; allowed: 1 or more, or -1 to take what is left")
     if config.optimizer.warmup_steps > training.steps:
         raise ConfigError(f"config.optimizer.warmup_steps: {config.optimizer.warmup_steps} exceeds training.steps={training.steps}")
+    parse_sources(config.data.source)
     try:
         recipes.parse_overrides(fp8.overrides, layers=model.layers)
     except ValueError as error:
         raise ConfigError(f"config.fp8.overrides: {error}") from None
+
+
+def parse_sources(text: str) -> tuple[tuple[str, float], ...]:
+    """Names and weights, which add up to 1, of `config.data.source`: 'name' or 'name=weight,name=weight'.
+
+    Raises:
+        ConfigError: a weight is missing or not above 0, or a name is missing or there twice.
+    """
+    if "=" not in text and "," not in text:
+        return ((text, 1.0),)
+    found: dict[str, float] = {}
+    for pair in text.split(","):
+        name, _, weight = (part.strip() for part in pair.rpartition("="))
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not name or name in found or not 0.0 < value < math.inf:
+            raise ConfigError(f"config.data.source: {pair!r} in {text!r} is not a new source with a weight above 0, as in 'dirA=0.7,dirB=0.3'")
+        found[name] = value
+    return tuple((name, value / math.fsum(found.values())) for name, value in found.items())
 
 
 def head_dim(model: ModelConfig) -> int:

@@ -64,9 +64,9 @@ def _to_hf(options: argparse.Namespace) -> None:
     model_type = _model_type(options.workdir, definition.config)
     hf.save(options.out, definition.config, definition.vocab_size, params, model_type, DTYPES[_CODES[options.dtype]],
             options.max_shard_size, kept if kept.is_dir() else None)
-    source = pathlib.Path(config.data.tokenizer)
-    if not kept.is_dir() and source.is_file():
-        shutil.copyfile(source, options.out / "tokenizer.json")
+    used = tokenizer.of(config.data)
+    if not kept.is_dir() and isinstance(used, tokenizer.HuggingFaceTokenizer):
+        shutil.copyfile(used.file, options.out / "tokenizer.json")
     print(f"step {step} as {model_type} in {options.dtype}, to {options.out}")
 
 

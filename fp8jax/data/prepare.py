@@ -1,23 +1,54 @@
-"""Text files in, a directory of token shards out, for `config.data.source`.
+"""Raw text in, a directory of token shards out, for `config.data.source`.
 
-    prepare(["books/a.txt", "articles.jsonl"], "tokens", tokenizer="byte", held_out_fraction=0.01)
+    prepare(["crawl/*.jsonl.zst", "books/"], "tokens", tokenizer="tokenizer.json", workers=8)
 
-A `.txt` file is one document; a `.jsonl` file has one a line, in the field `text`. Text is UTF-8. Documents are read
-one at a time, so the corpus need not fit in memory, and keep their order: training shuffles windows, not documents.
-Nothing is cleaned, filtered or deduplicated.
+The inputs are cut into parts, a shard each, by their sizes alone; processes take parts as they become free. So the same
+inputs give the same bytes whatever the number of workers. A part that is done is recorded: run again after an interruption,
+only the others are made. Documents keep the order of the inputs: training shuffles windows, not documents.
+
+A document is held out by a hash of its text, so copies of it are never on both sides; where by that nothing would be, the
+document of the lowest hash is. A single text file is held out from its last lines. Documents above LONG characters are
+tokenised in pieces, cut before a space between two letters where there is one, so that memory is bounded; what they decode to
+stays the same.
 """
 
+import concurrent.futures
+import dataclasses
+import fcntl
+import hashlib
 import json
+import multiprocessing
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from fp8jax.config import ConfigError
-from fp8jax.data import shards
+from fp8jax.data import documents, shards
 from fp8jax.data import tokenizer as tokenizers
+
+LONG = 1 << 18
+BATCH = 1 << 18
+_PART_BYTES = (1 << 24, 1 << 30)
+_SAMPLE = 1 << 26
+_UNFINISHED = "unfinished"
+_HASHES = 1 << 64
+
+Tell = Callable[[int, int], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What is the same for all parts."""
+
+    directory: pathlib.Path
+    tokenizer: str
+    text_field: str
+    threshold: int  # documents whose hash is below are held out
 
 
 def prepare(
@@ -25,66 +56,330 @@ def prepare(
     directory: str | os.PathLike,
     *,
     tokenizer: str = "byte",
-    held_out_fraction: float = 0.01,
+    text_field: str = "text",
+    validation_fraction: float = 0.01,
+    workers: int = 1,
+    tell: Tell = lambda done, total: None,
 ) -> dict[str, dict[str, Any]]:
-    """Tokenises the documents of `inputs` into shards; the same inputs always give the same shards.
+    """Tokenises the documents of `inputs` into shards; continues where an earlier call was interrupted.
 
     Args:
-        inputs: `.txt` and `.jsonl` files, in order.
-        directory: where the shards go; must not hold an index.json yet.
-        tokenizer: 'byte' or the path of a tokenizer.json.
-        held_out_fraction: of the documents, evenly spread over them, that go to the held-out split.
+        inputs: files, directories and patterns, in order (see `documents`).
+        directory: where the shards go; empty, or that of an earlier call with the same inputs and options.
+        tokenizer: 'byte', 'tekken' or the path of a tokenizer.json, which is copied into the directory.
+        text_field: the field or column with the text.
+        validation_fraction: of the documents that are held out; 0: none, and the directory has no held-out split.
+        workers: processes; 1 works in the present one. More need a `__main__` guard in a script.
+        tell: called now and then with the bytes of input that are done, and those that there are.
 
     Returns:
-        For either split: `documents`, `text_bytes` and `shards`.
+        For either split, as in the index: `documents`, `tokens`, `text_bytes` and `shards`.
 
     Raises:
-        ConfigError: a file that cannot be read, an unknown kind of file, or a split left without documents.
+        ConfigError: a file that cannot be read, other inputs than those of the directory, or too few documents.
     """
-    if not 0.0 < held_out_fraction < 1.0:
-        raise ConfigError(f"held_out_fraction: {held_out_fraction!r} is not between 0 and 1")
-    loaded, paths = tokenizers.load(tokenizer), [pathlib.Path(path) for path in inputs]
+    if not 0.0 <= validation_fraction < 1.0:
+        raise ConfigError(f"--validation_fraction: {validation_fraction!r} is not at least 0 and below 1")
+    if workers < 1:
+        raise ConfigError(f"--workers: {workers} is below 1")
+    loaded, directory = tokenizers.load(tokenizer), pathlib.Path(directory)
+    parts = _parts(documents.find(inputs), validation_fraction)
+    plan = _plan(parts, loaded, text_field, validation_fraction)
+    if (directory / shards.INDEX).exists():
+        return _finished(directory, plan)
+    job = _Job(directory, str(tokenizer), text_field, int(validation_fraction * _HASHES))
+    with _begin(directory, plan, parts):
+        _run(job, parts, workers, tell)
+        _hold_one_out(job, parts, validation_fraction)
+        index = _index(job, parts, loaded, plan, validation_fraction)
+        _copy_tokenizer(loaded, directory)
+        shards.write_index(directory, index)
+        shutil.rmtree(directory / _UNFINISHED)
+    return index["splits"]
 
-    def encoded(held_out: bool) -> Iterator[np.ndarray]:
-        for number, text in enumerate(_documents(paths)):
-            if _is_held_out(number, held_out_fraction) == held_out:
-                yield loaded.encode(text)
 
-    # The text is read twice: cheap beside tokenising, and neither split has to wait in memory.
-    return shards.write_shards(directory, loaded, {"train": encoded(False), "held_out": encoded(True)})
+def train_tokenizer(inputs: Sequence[str | os.PathLike], directory: str | os.PathLike, vocab_size: int, text_field: str = "text") -> str:
+    """Trains a byte-level BPE on a sample of the inputs, spread over them, unless the directory already holds one.
+
+    Returns:
+        The path of the tokenizer.json, which lies in the directory.
+
+    Raises:
+        ConfigError: an input that cannot be read, or a tokenizer.json of a larger vocabulary.
+    """
+    path = pathlib.Path(directory) / shards.TOKENIZER
+    if path.exists():
+        if (found := tokenizers.load(str(path)).vocab_size) > vocab_size:
+            raise ConfigError(f"--train_tokenizer: {vocab_size}, but {path} has {found} ids; remove it, or choose another --out")
+        return str(path)
+    parts = _parts(documents.find(inputs), 0.0)
+    trained = tokenizers.train(_sample(parts, text_field), vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(trained, encoding="utf-8")
+    os.replace(partial, path)
+    return str(path)
 
 
-def _is_held_out(number: int, fraction: float) -> bool:
-    """Whether the count of held-out documents, floor(documents * fraction), grows with this document."""
-    return int((number + 1) * fraction) > int(number * fraction)
+def _sample(parts: list[list[documents.Piece]], text_field: str) -> Iterator[str]:
+    """The first documents of every part, _SAMPLE characters in all."""
+    for part in parts:
+        left = _SAMPLE // len(parts)
+        for blocks in (blocks for piece in part for blocks in documents.read(piece, text_field, lambda more: None)):
+            for block in blocks:
+                yield block
+                left -= len(block)
+            if left <= 0:
+                break
 
 
-def _documents(paths: Sequence[pathlib.Path]) -> Iterator[str]:
+def _parts(paths: list[str], fraction: float) -> list[list[documents.Piece]]:
+    """The pieces of all files, neighbours together until they make a part."""
+    total = sum(os.stat(path).st_size for path in paths)
+    part_bytes = min(max(total // 1024, _PART_BYTES[0]), _PART_BYTES[1])
+    if len(paths) == 1 and fraction and documents.is_plain_text(paths[0]):
+        return [documents.cut_text(paths[0], fraction)]
+    parts, size = [[]], 0
     for path in paths:
-        try:
-            yield from _read(path)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"{path}: is not UTF-8; convert it first") from None
+        for piece in documents.pieces(path, part_bytes):
+            if parts[-1] and size + piece.size > part_bytes:
+                parts, size = [*parts, []], 0
+            parts[-1].append(piece)
+            size += piece.size
+    return [part for part in parts if part]
 
 
-def _read(path: pathlib.Path) -> Iterator[str]:
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ConfigError(f"{path}: {path.suffix!r} is not a kind of text file that is read; use .txt or .jsonl")
-    if path.suffix == ".txt":
-        yield path.read_bytes().decode("utf-8")
-        return
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            yield _text(path, number, line)
+def _plan(parts: list, tokenizer: tokenizers.Tokenizer, text_field: str, fraction: float) -> str:
+    """Identifies what is to be made: equal plans give equal bytes, as long as no file changes its content alone."""
+    return hashlib.sha256(json.dumps([shards.header(tokenizer), text_field, fraction, parts]).encode()).hexdigest()
 
 
-def _text(path: pathlib.Path, number: int, line: str) -> str:
+def _finished(directory: pathlib.Path, plan: str) -> dict[str, Any]:
+    index = shards.read_index(directory)
+    if index.get("plan") != plan:
+        raise ConfigError(f"{directory}: already holds {shards.INDEX} of other inputs or options; choose an empty directory")
+    return index["splits"]
+
+
+def _begin(directory: pathlib.Path, plan: str, parts: list) -> Any:
+    """Opens a new or interrupted preparation, locked against a second one until the returned file is closed."""
+    unfinished = directory / _UNFINISHED
+    unfinished.mkdir(parents=True, exist_ok=True)
+    lock = open(unfinished / "plan", "a+", encoding="utf-8")
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise ConfigError(f"{path}: line {number} is not a JSON object with a string field 'text'")
-    return text
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError(f"{directory}: another process is preparing it") from None
+    changed = {piece.path: os.stat(piece.path).st_mtime_ns for part in parts for piece in part}
+    expected = plan + " " + hashlib.sha256(json.dumps(changed).encode()).hexdigest()
+    lock.seek(0)
+    found = lock.read()
+    if found and found != expected:
+        raise ConfigError(f"{directory}: holds an unfinished preparation of other inputs or options, or of files that have changed "
+                          "since; remove it, or choose an empty directory")
+    lock.truncate(0)
+    lock.write(expected)
+    lock.flush()
+    for left in directory.glob("*.partial"):
+        left.unlink()
+    return lock
+
+
+def _run(job: _Job, parts: list, workers: int, tell: Tell) -> None:
+    total = sum(piece.size for part in parts for piece in part)
+    missing = [number for number in range(len(parts)) if _record(job, number) is None]
+    done = total - sum(piece.size for number in missing for piece in parts[number])
+    tell(done, total)
+    if workers == 1 or len(missing) < 2:
+        for number in missing:
+            progress = _Counter(lambda count, before=done: tell(before + count, total))
+            _make(job, number, parts[number], progress)
+            done += sum(piece.size for piece in parts[number])
+    elif missing:
+        _run_processes(job, parts, missing, min(workers, len(missing)), lambda count: tell(done + count, total))
+    tell(total, total)
+
+
+class _Counter:
+    """Adds up progress within one process."""
+
+    def __init__(self, tell: Callable[[int], Any]):
+        self._tell, self._count = tell, 0
+
+    def __call__(self, more: int) -> None:
+        self._count += more
+        self._tell(self._count)
+
+
+def _run_processes(job: _Job, parts: list, missing: list[int], workers: int, tell: Callable[[int], Any]) -> None:
+    context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
+    count, stop = context.Value("q", 0), context.Event()
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (count, stop)) as executor:
+        waiting = {executor.submit(_work, job, number, parts[number]) for number in missing}
+        try:
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                tell(count.value)
+        except concurrent.futures.process.BrokenProcessPool:
+            raise ConfigError("a worker was killed, perhaps for want of memory; run again with fewer --workers") from None
+        finally:
+            stop.set()
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(count: Any, stop: Any) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker.update(count=count, stop=stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
+
+
+def _work(job: _Job, number: int, part: list[documents.Piece]) -> None:
+    def progress(more: int) -> None:
+        with _worker["count"].get_lock():
+            _worker["count"].value += more
+        if _worker["stop"].is_set():
+            raise ConfigError("stopped")
+
+    _make(job, number, part, progress)
+
+
+def _make(job: _Job, number: int, part: list[documents.Piece], progress: documents.Progress) -> None:
+    """Makes the shards of a part, and at last its record."""
+    tokenizer = tokenizers.load(job.tokenizer)
+    writers = {split: shards.ShardWriter(job.directory / shards.shard_name(split, number), tokenizer) for split in shards.SPLITS}
+    lowest, counts = _HASHES, []
+    for piece in part:
+        before = sum(writer.documents for writer in writers.values())
+        for split, low, ids, last in _encoded(_chunks(piece, job, progress), tokenizer):
+            lowest = min(lowest, low)
+            writers[split].write(ids)
+            if last:
+                writers[split].end_document()
+        counts.append((piece.path, sum(writer.documents for writer in writers.values()) - before))
+    entries = {split: writer.close() for split, writer in writers.items()}
+    for split in shards.SPLITS:
+        if not entries[split]["documents"]:
+            for suffix in (".bin", ".ends"):
+                (job.directory / shards.shard_name(split, number)).with_suffix(suffix).unlink()
+            entries[split] = None
+    record = job.directory / _UNFINISHED / f"{number:05d}.json"
+    partial = record.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({"shards": entries, "lowest": lowest, "documents": counts}))
+    os.replace(partial, record)
+
+
+def _chunks(piece: documents.Piece, job: _Job, progress: documents.Progress) -> Iterator[tuple[str, int, str, bool]]:
+    """Split, hash of the document, text and whether the document ends with it."""
+    for blocks in documents.read(piece, job.text_field, progress):
+        split = None
+        for text, last in _cut(blocks):
+            if split is None:
+                digest = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+                split = piece.split or shards.SPLITS[digest < job.threshold]
+            yield split, digest, text, last
+
+
+def _cut(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Joins the strings of a document and cuts it into pieces of at most LONG characters."""
+    text = ""
+    for block in blocks:
+        text += block
+        while len(text) > LONG:
+            end = _boundary(text)
+            yield text[:end], False
+            text = text[end:]
+    yield text, True
+
+
+def _boundary(text: str) -> int:
+    """Before the last space between two letters up to LONG: byte-level pre-tokenizers cut there as well."""
+    end = text.rfind(" ", LONG // 2, LONG)
+    while end > 0:
+        if text[end - 1].isalpha() and text[end + 1].isalpha():
+            return end
+        end = text.rfind(" ", LONG // 2, end)
+    return text.rfind("\n", LONG // 2, LONG) + 1 or LONG
+
+
+def _encoded(chunks: Iterator[tuple], tokenizer: tokenizers.Tokenizer) -> Iterator[tuple[str, int, np.ndarray, bool]]:
+    """The chunks with token ids in place of text, encoded in batches of about BATCH characters."""
+    batch, size = [], 0
+    for chunk in chunks:
+        batch.append(chunk)
+        size += len(chunk[2]) + 64
+        if size >= BATCH:
+            yield from _encoded_batch(batch, tokenizer)
+            batch, size = [], 0
+    yield from _encoded_batch(batch, tokenizer)
+
+
+def _encoded_batch(batch: list[tuple], tokenizer: tokenizers.Tokenizer) -> Iterator[tuple[str, int, np.ndarray, bool]]:
+    found = tokenizer.encode_batch([text for _, _, text, _ in batch])
+    for (split, digest, _, last), ids in zip(batch, found, strict=True):
+        yield split, digest, ids, last
+
+
+def _record(job: _Job, number: int) -> dict[str, Any] | None:
+    """What is known of a part that is done and whose shards are there."""
+    try:
+        record = json.loads((job.directory / _UNFINISHED / f"{number:05d}.json").read_text())
+        kind = tokenizers.dtype(tokenizers.load(job.tokenizer).vocab_size)
+        for entry in filter(None, record["shards"].values()):
+            path = job.directory / entry["file"]
+            shards.map_file(path, kind, entry["tokens"], "tokens")
+            shards.map_file(path.with_suffix(".ends"), shards.ENDS, entry["documents"], "documents")
+    except (OSError, ValueError):  # ConfigError is one
+        return None
+    return record
+
+
+def _records(job: _Job, parts: list) -> list[dict[str, Any]]:
+    return [record for number in range(len(parts)) if (record := _record(job, number))]
+
+
+def _hold_one_out(job: _Job, parts: list, fraction: float) -> None:
+    """Where no document is held out though some should be, makes the part of the lowest hash again, that document held out."""
+    records = _records(job, parts)
+    if not fraction or any(record["shards"]["held_out"] for record in records):
+        return
+    if sum(count for record in records for _, count in record["documents"]) < 2:
+        raise ConfigError("one document alone cannot be held out from itself; give more, or --validation_fraction=0")
+    number = min(range(len(records)), key=lambda index: records[index]["lowest"])
+    again = dataclasses.replace(job, threshold=records[number]["lowest"] + 1)
+    _make(again, number, parts[number], lambda more: None)
+
+
+def _index(job: _Job, parts: list, tokenizer: tokenizers.Tokenizer, plan: str, fraction: float) -> dict[str, Any]:
+    records = _records(job, parts)
+    splits = {split: shards.summary([record["shards"][split] for record in records if record["shards"][split]])
+              for split in shards.SPLITS}
+    if not splits["train"]["documents"]:
+        raise ConfigError(f"{job.directory}: no documents left to train on; give more, or a lower --validation_fraction")
+    sources: dict[str, dict[str, Any]] = {}
+    for path, count in (pair for record in records for pair in record["documents"]):
+        source = sources.setdefault(path, {"file": path, "bytes": os.stat(path).st_size, "documents": 0})
+        source["documents"] += count
+    return shards.header(tokenizer) | {"plan": plan, "text_field": job.text_field, "validation_fraction": fraction,
+                                       "splits": splits, "sources": list(sources.values())}
+
+
+def _copy_tokenizer(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> None:
+    if tokenizer.file is not None and not (directory / shards.TOKENIZER).exists():
+        partial = directory / f"{shards.TOKENIZER}.partial"
+        shutil.copyfile(tokenizer.file, partial)
+        os.replace(partial, directory / shards.TOKENIZER)

@@ -3,21 +3,22 @@
     write_shards("tokens", tokenizer, {"train": documents, "held_out": documents})
     arrays, paths = open_shards("tokens", tokenizer, "train")
 
-The directory holds `index.json` and the files that it lists, `train_00000.bin`, `held_out_00000.bin` and so on: bare
-little-endian uint16 token ids (uint32 for vocabularies above 65536), documents one after another, each ended by the
-end-of-document id, none split between files. `fp8jax.data.prepare` makes such a directory from text.
+The directory holds `index.json` and the files that it lists: shards `train_00000.bin`, `held_out_00000.bin` and so on,
+bare little-endian uint16 token ids (uint32 for vocabularies above 65536), documents one after another, each ended by the
+end-of-document id, none split between shards; beside each, `train_00000.ends`: little-endian uint64, where in the shard
+every document ends. `fp8jax.data.prepare` makes such a directory from text, with a copy of the tokenizer's file.
 
 Opening checks the index, the tokenizer and every file's size, and maps the files into memory, so a large directory
-opens at once; the ids themselves are checked where they are read (`sources.TokenStream`). Nothing is unpickled, and no
-file outside the directory is named. Other formats are not read here.
+opens at once; the ids themselves are checked where they are read (`sources.TokenStream`), checksums by
+`python -m fp8jax prepare inspect DIR --verify`. Nothing is unpickled, and no file outside the directory is named.
 """
 
-import itertools
+import hashlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,66 @@ from fp8jax.config import ConfigError
 from fp8jax.data.tokenizer import Tokenizer, dtype
 
 SPLITS = ("train", "held_out")
-FORMAT = "fp8jax-tokens-1"
+FORMAT = "fp8jax-tokens-2"
+INDEX = "index.json"
+TOKENIZER = "tokenizer.json"
+ENDS = np.dtype("<u8")
+
+
+class ShardWriter:
+    """One shard, written under another name until `close`; documents may come in pieces.
+
+    Args:
+        path: of the `.bin` file; the `.ends` file lies beside it.
+        tokenizer: whose ids are written.
+    """
+
+    def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
+        self.path, self.tokenizer = path, tokenizer
+        self.tokens = self.documents = self.text_bytes = 0
+        self._end = np.array([tokenizer.end_of_document], dtype(tokenizer.vocab_size)).tobytes()
+        self._files = [_HashedFile(path), _HashedFile(path.with_suffix(".ends"))]
+
+    def write(self, ids: np.ndarray) -> None:
+        """Token ids [any] that continue the present document, without the end-of-document id.
+
+        Raises:
+            ValueError: ids that are not the tokenizer's, or an end-of-document id.
+        """
+        _check_document(ids, self.tokenizer)
+        self._files[0].write(ids.astype(dtype(self.tokenizer.vocab_size)).tobytes())
+        self.tokens += len(ids)
+        self.text_bytes += int(self.tokenizer.token_bytes[ids].sum())
+
+    def end_document(self) -> None:
+        """Ends the present document."""
+        self._files[0].write(self._end)
+        self.tokens += 1
+        self.documents += 1
+        self._files[1].write(np.array([self.tokens], ENDS).tobytes())
+
+    def close(self) -> dict[str, Any]:
+        """Gives the files their names; what the index says of the shard."""
+        digests = [file.close() for file in self._files]
+        return {"file": self.path.name, "tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes,
+                "sha256": digests[0], "ends_sha256": digests[1]}
+
+
+class _HashedFile:
+    """A file under a temporary name, and the hash of what was written."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._file, self._digest = open(self._partial, "wb", buffering=1 << 20), hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+
+    def close(self) -> str:
+        self._file.close()
+        os.replace(self._partial, self._path)
+        return self._digest.hexdigest()
 
 
 def write_shards(
@@ -45,7 +105,7 @@ def write_shards(
         shard_tokens: a shard ends with the document with which it reaches this many tokens.
 
     Returns:
-        For either split: `documents`, `text_bytes` and `shards` (`file`, `tokens`), as in the index.
+        For either split, as in the index: `documents`, `tokens`, `text_bytes` and `shards`.
 
     Raises:
         ConfigError: the directory already holds an index.json, or a split has no documents.
@@ -53,16 +113,41 @@ def write_shards(
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if (directory / "index.json").exists():
-        raise ConfigError(f"{directory}: already holds index.json; choose an empty directory")
-    splits = {split: _write_split(directory, split, tokenizer, documents[split], shard_tokens) for split in SPLITS}
-    partial = directory / "index.json.partial"
-    partial.write_text(json.dumps(_header(tokenizer) | {"splits": splits}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, directory / "index.json")
+    if (directory / INDEX).exists():
+        raise ConfigError(f"{directory}: already holds {INDEX}; choose an empty directory")
+    splits = {name: summary(_write_split(directory, name, tokenizer, documents[name], shard_tokens)) for name in SPLITS}
+    for name in SPLITS:
+        if not splits[name]["documents"]:
+            raise ConfigError(f"{directory}: no documents for split {name!r}; give more documents or another fraction")
+    write_index(directory, header(tokenizer) | {"splits": splits})
     return splits
 
 
-def _header(tokenizer: Tokenizer) -> dict[str, Any]:
+def _write_split(directory: pathlib.Path, split: str, tokenizer: Tokenizer, documents, shard_tokens: int) -> list[dict]:
+    entries, writer = [], None
+    for document in documents:
+        writer = writer or ShardWriter(directory / shard_name(split, len(entries)), tokenizer)
+        writer.write(document)
+        writer.end_document()
+        if writer.tokens >= shard_tokens:
+            entries.append(writer.close())
+            writer = None
+    return [*entries, writer.close()] if writer else entries
+
+
+def summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the index says of a split made of these shards."""
+    totals = {name: sum(entry[name] for entry in entries) for name in ("documents", "tokens", "text_bytes")}
+    return totals | {"shards": entries}
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a shard."""
+    return f"{split}_{number:05d}.bin"
+
+
+def header(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The part of the index that must be as expected for the shards to be read at all."""
     return {
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,
@@ -71,33 +156,11 @@ def _header(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _write_split(directory: pathlib.Path, split: str, tokenizer: Tokenizer, documents, shard_tokens: int) -> dict:
-    entry = {"documents": 0, "text_bytes": 0, "shards": []}
-    documents = iter(documents)
-    for first in documents:
-        path = directory / f"{split}_{len(entry['shards']):05d}.bin"
-        counts = _write_shard(path, tokenizer, itertools.chain([first], documents), shard_tokens)
-        entry["shards"].append({"file": path.name, "tokens": counts[0]})
-        entry["documents"] += counts[1]
-        entry["text_bytes"] += counts[2]
-    if not entry["shards"]:
-        raise ConfigError(f"{directory}: no documents for split {split!r}; give more documents or another fraction")
-    return entry
-
-
-def _write_shard(path: pathlib.Path, tokenizer: Tokenizer, documents: Iterator, shard_tokens: int) -> tuple:
-    """Takes documents until the shard is full: (tokens, documents, bytes of text)."""
-    tokens, count, text_bytes = 0, 0, 0
-    with open(path, "wb") as file:
-        for document in documents:
-            _check_document(document, tokenizer)
-            file.write(ended(document, tokenizer).tobytes())
-            tokens += len(document) + 1
-            count += 1
-            text_bytes += int(tokenizer.token_bytes[document].sum())
-            if tokens >= shard_tokens:
-                break
-    return tokens, count, text_bytes
+def write_index(directory: pathlib.Path, index: dict[str, Any]) -> None:
+    """Writes index.json, all or nothing."""
+    partial = directory / f"{INDEX}.partial"
+    partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, directory / INDEX)
 
 
 def ended(document: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -118,26 +181,38 @@ def open_shards(
     """The memory-mapped shards of a split, in order, and their paths.
 
     Args:
-        directory: made by `write_shards`.
+        directory: made by `write_shards` or `prepare`.
         tokenizer: the one it was prepared with.
         split: 'train' or 'held_out'.
 
     Raises:
-        ConfigError: a missing or damaged file, or another tokenizer; the message names the file.
+        ConfigError: a missing or damaged file, another tokenizer, or no such split; the message names the file.
     """
     directory = pathlib.Path(directory)
-    index = _read_index(directory / "index.json", tokenizer)
-    try:
-        listed = [(shard["file"], shard["tokens"]) for shard in index["splits"][split]["shards"]]
-    except (KeyError, TypeError):
-        listed = []
-    if not listed:
-        raise _error(directory / "index.json", f"lists no shards of split {split!r}; prepare it again")
-    arrays = tuple(_open_shard(directory, split, file, tokens, tokenizer) for file, tokens in listed)
-    return arrays, tuple(str(directory / file) for file, _ in listed)
+    listed = _listed(directory, read_index(directory, tokenizer), split)
+    arrays = tuple(_open_shard(directory, split, shard, tokenizer) for shard in listed)
+    return arrays, tuple(str(directory / shard["file"]) for shard in listed)
 
 
-def _read_index(path: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
+def open_ends(directory: str | os.PathLike, tokenizer: Tokenizer, split: str) -> tuple[np.ndarray, ...]:
+    """For every shard of a split, memory-mapped: uint64 [documents], where in the shard each document ends.
+
+    Raises:
+        ConfigError: as `open_shards`; the values themselves are checked too.
+    """
+    directory = pathlib.Path(directory)
+    arrays, _ = open_shards(directory, tokenizer, split)
+    listed = _listed(directory, read_index(directory, tokenizer), split)
+    return tuple(_open_ends(directory, split, shard, len(array)) for shard, array in zip(listed, arrays, strict=True))
+
+
+def read_index(directory: pathlib.Path, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+    """The index; with a tokenizer, of shards of that tokenizer.
+
+    Raises:
+        ConfigError: no index, one that cannot be read, or shards of another tokenizer.
+    """
+    path = pathlib.Path(directory) / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -146,29 +221,87 @@ def _read_index(path: pathlib.Path, tokenizer: Tokenizer) -> dict[str, Any]:
         raise _error(path, f"cannot be read: {error}") from None
     if not isinstance(index, dict):
         raise _error(path, "is not an index of token shards")
-    for key, value in _header(tokenizer).items():
+    expected = header(tokenizer) if tokenizer else {"format": FORMAT}
+    for key, value in expected.items():
         if index.get(key) != value:
             fix = "set config.data.tokenizer to the one used then" if key == "tokenizer" else "prepare it again"
             raise _error(path, f"{key} is {index.get(key)!r}, not {value!r}; {fix}")
     return index
 
 
-def _open_shard(directory: pathlib.Path, split: str, file: Any, tokens: Any, tokenizer: Tokenizer) -> np.ndarray:
-    if not isinstance(file, str) or not re.fullmatch(rf"{split}_[0-9]{{5}}\.bin", file):
-        raise _error(directory / "index.json", f"{file!r} is not a shard's name, such as {split}_00000.bin")
-    if type(tokens) is not int or tokens < 1:
-        raise _error(directory / "index.json", f"{file}: {tokens!r} is not a number of tokens")
-    path, kind = directory / file, dtype(tokenizer.vocab_size)
+def _listed(directory: pathlib.Path, index: dict[str, Any], split: str) -> list[dict[str, Any]]:
+    """The shards of a split, each with a safe name and a sound number of tokens."""
+    try:
+        listed = [{"file": shard["file"], "tokens": shard["tokens"]} | shard for shard in index["splits"][split]["shards"]]
+    except (KeyError, TypeError):
+        listed = []
+    if not listed:
+        raise _error(directory / INDEX, f"lists no shards of split {split!r}; prepare it again")
+    for shard in listed:
+        file, tokens = shard["file"], shard["tokens"]
+        if not isinstance(file, str) or not re.fullmatch(rf"{split}_[0-9]{{5}}\.bin", file):
+            raise _error(directory / INDEX, f"{file!r} is not a shard's name, such as {shard_name(split, 0)}")
+        if type(tokens) is not int or tokens < 1:
+            raise _error(directory / INDEX, f"{file}: {tokens!r} is not a number of tokens")
+    return listed
+
+
+def _open_shard(directory: pathlib.Path, split: str, shard: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
+    array = map_file(directory / shard["file"], dtype(tokenizer.vocab_size), shard["tokens"], "tokens")
+    if array[-1] != tokenizer.end_of_document:
+        fault = f"does not end with the end-of-document id {tokenizer.end_of_document}; prepare it again"
+        raise _error(directory / shard["file"], fault)
+    return array
+
+
+def _open_ends(directory: pathlib.Path, split: str, shard: dict[str, Any], tokens: int) -> np.ndarray:
+    documents, path = shard.get("documents"), (directory / shard["file"]).with_suffix(".ends")
+    if type(documents) is not int or documents < 1:
+        raise _error(directory / INDEX, f"{shard['file']}: {documents!r} is not a number of documents")
+    ends = map_file(path, ENDS, documents, "documents")
+    if ends[-1] != tokens or (np.diff(ends.astype(np.int64), prepend=0) < 1).any():
+        raise _error(path, f"is not a rising list of document ends up to {tokens}; prepare it again")
+    return ends
+
+
+def map_file(path: pathlib.Path, kind: np.dtype, count: int, what: str) -> np.ndarray:
+    """Maps a file of `count` values (at least 1) into memory, read-only.
+
+    Raises:
+        ConfigError: the file is missing or of another size; the message names it and where it ends.
+    """
     try:
         size = path.stat().st_size
     except OSError as error:
         raise _error(path, f"cannot be read: {error.strerror}") from None
-    if size != (expected := tokens * kind.itemsize):
-        raise _error(path, f"has {size} bytes, not the {expected} of its {tokens} tokens; prepare it again")
-    shard = np.memmap(path, kind, mode="r")
-    if shard[-1] != tokenizer.end_of_document:
-        raise _error(path, f"does not end with the end-of-document id {tokenizer.end_of_document}; prepare it again")
-    return shard
+    if size != (expected := count * kind.itemsize):
+        where = f"; it is cut off at byte {size}" if size < expected else ""
+        raise _error(path, f"has {size} bytes, not the {expected} of its {count} {what}{where}; prepare it again")
+    return np.memmap(path, kind, mode="r")
+
+
+def verify(directory: str | os.PathLike) -> str | None:
+    """Reads every shard and compares it with its checksum; what is wrong, None if nothing is.
+
+    Raises:
+        ConfigError: an index that cannot be read.
+    """
+    directory = pathlib.Path(directory)
+    index = read_index(directory)
+    for split in SPLITS:
+        if not index["splits"][split]["shards"]:
+            continue
+        for shard in _listed(directory, index, split):
+            path = directory / shard["file"]
+            for file, expected in ((path, shard["sha256"]), (path.with_suffix(".ends"), shard["ends_sha256"])):
+                try:
+                    with open(file, "rb") as content:
+                        found = hashlib.file_digest(content, "sha256").hexdigest()
+                except OSError as error:
+                    return f"{file}: cannot be read: {error.strerror}"
+                if found != expected:
+                    return f"{file}: its checksum is {found[:12]}…, not {expected[:12]}…; prepare it again"
+    return None
 
 
 def _error(path: pathlib.Path, fault: str) -> ConfigError:

@@ -87,9 +87,9 @@ def load(data: DataConfig, split: str) -> TokenStream:
     """
     if split not in shards.SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(shards.SPLITS)}")
+    tokenizer = tokenizers.of(data)
     if data.source == "embedded":
-        return _embedded(data.tokenizer, split)
-    tokenizer = tokenizers.load(data.tokenizer)
+        return _embedded(tokenizer, split)
     return TokenStream(*shards.open_shards(data.source, tokenizer, split), tokenizer)
 
 
@@ -100,8 +100,7 @@ def embedded_documents(split: str) -> list[bytes]:
 
 
 @functools.lru_cache(maxsize=4)
-def _embedded(name: str, split: str) -> TokenStream:
-    tokenizer = tokenizers.load(name)
+def _embedded(tokenizer: tokenizers.Tokenizer, split: str) -> TokenStream:
     tokens = np.concatenate([shards.ended(tokenizer.encode(text), tokenizer) for text in embedded_documents(split)])
     tokens.setflags(write=False)  # every caller shares it
     return TokenStream((tokens,), (f"embedded {split} text",), tokenizer)

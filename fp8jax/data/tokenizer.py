@@ -2,27 +2,32 @@
 
     tokenizer = load("byte")                        # ids 0 to 255 are bytes, 256 ends a document
     tokenizer = load("path/to/tokenizer.json")      # a Hugging Face file; needs `pip install tokenizers`
+    tokenizer = load("tekken")                      # Mistral's; needs `pip install tiktoken mistral-common`
+    tokenizer = of(config.data)                     # as config.data.tokenizer says
     ids = tokenizer.encode("Anne Elliot")           # numpy array, uint16 or uint32
     tokenizer.decode(ids)                           # str
     tokenizer.token_bytes[ids].sum()                # 11: bytes of text, what bits per byte is taken over
 
-Both kinds of tokenizer have the attributes of `ByteTokenizer`. Encoding never yields the end-of-document id: that one
+All kinds of tokenizer have the attributes of `ByteTokenizer`. Encoding never yields the end-of-document id: that one
 is added between documents, and text that spells a special token is encoded as ordinary text.
 
-Only lossless, byte-level tokenizer.json files are read (those of Llama 3, OLMo 2, GPT-2, Qwen, Mistral's tekken): with
-others, bits per byte is not defined. Nothing is downloaded, and no tokenizer is trained here.
+Only lossless, byte-level tokenizers are read (tokenizer.json files of Llama 3, OLMo 2, GPT-2; Mistral's tekken.json): with
+others, bits per byte is not defined. Nothing is downloaded.
 """
 
+import base64
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import pathlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from fp8jax.config import Config, ConfigError
+from fp8jax.config import Config, ConfigError, DataConfig, parse_sources
 
 END_OF_DOCUMENT_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 
@@ -36,17 +41,23 @@ class ByteTokenizer:
         vocab_size: ids are 0 to vocab_size - 1.
         end_of_document: the id that ends every document.
         token_bytes: int32 [vocab_size], bytes of text that a token stands for; 0 for special tokens.
+        file: that the tokenizer was read from, if any.
     """
 
     fingerprint: str = "byte"
     vocab_size: int = 257
     end_of_document: int = 256
     token_bytes: np.ndarray = dataclasses.field(default_factory=lambda: np.array([1] * 256 + [0], np.int32))
+    file: pathlib.Path | None = None
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Token ids, uint16 [bytes of text]. `bytes` need not be valid UTF-8."""
         raw = text.encode("utf-8") if isinstance(text, str) else text
         return np.frombuffer(raw, np.uint8).astype(dtype(self.vocab_size))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of every text."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Any) -> str:
         """Text of the ids; what is not UTF-8 becomes U+FFFD, end-of-document ids become nothing.
@@ -71,6 +82,7 @@ class HuggingFaceTokenizer:
             ConfigError: the `tokenizers` package is missing, the file cannot be read, is not byte-level, or has no
                 special token named like one of END_OF_DOCUMENT_NAMES.
         """
+        self.file = pathlib.Path(path)
         self._tokenizer, self.fingerprint = _read(path)
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -93,7 +105,12 @@ class HuggingFaceTokenizer:
             UnicodeDecodeError: `bytes` that are not UTF-8.
         """
         text = text if isinstance(text, str) else text.decode("utf-8")
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype(self.vocab_size))
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of every text; faster than one by one."""
+        kind = dtype(self.vocab_size)
+        return [np.array(found.ids, kind) for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Any) -> str:
         """Text of the ids; special tokens become nothing.
@@ -104,20 +121,113 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(_checked(ids, self.vocab_size).tolist(), skip_special_tokens=True)
 
 
-Tokenizer = ByteTokenizer | HuggingFaceTokenizer
+class TekkenTokenizer:
+    """Mistral's tekken.json; attributes and methods as of `ByteTokenizer`. The first ids are special; 2 ends a document."""
+
+    end_of_document = 2
+
+    def __init__(self, path: str):
+        """Reads the file.
+
+        Raises:
+            ConfigError: the `tiktoken` package is missing, or the file cannot be read.
+        """
+        try:
+            import tiktoken
+        except ImportError:
+            raise _error(path, "needs the package tiktoken; pip install tiktoken, or use 'byte'") from None
+        self.file = pathlib.Path(path)
+        content = self.file.read_bytes()
+        self.fingerprint = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        try:
+            values = json.loads(content)
+            config, vocab = values["config"], values["vocab"]
+            self.vocab_size, self._special = config["default_vocab_size"], config["default_num_special_tokens"]
+            texts = [base64.b64decode(token["token_bytes"]) for token in vocab[: self.vocab_size - self._special]]
+            ranks = {text: rank for rank, text in enumerate(texts)}
+            self._encoding = tiktoken.Encoding("tekken", pat_str=config["pattern"], mergeable_ranks=ranks, special_tokens={})
+        except (ValueError, KeyError, TypeError) as error:
+            raise _error(path, f"is not a tekken.json: {error!r}") from None
+        self.token_bytes = np.array([0] * self._special + [len(text) for text in texts], np.int32)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Token ids, uint16 or uint32 [tokens]; no special tokens are added."""
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        return (self._encoding.encode_to_numpy(text, disallowed_special=()) + self._special).astype(dtype(self.vocab_size))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of every text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Any) -> str:
+        """Text of the ids; what is not UTF-8 becomes U+FFFD, special tokens become nothing.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        ids = _checked(ids, self.vocab_size)
+        return self._encoding.decode((ids[ids >= self._special] - self._special).tolist())
+
+
+Tokenizer = ByteTokenizer | HuggingFaceTokenizer | TekkenTokenizer
 
 
 @functools.lru_cache(maxsize=4)
 def load(name: str) -> Tokenizer:
-    """The tokenizer called `name`, as in `config.data.tokenizer`. Read once a process.
+    """The tokenizer called `name`. Read once a process.
 
     Args:
-        name: 'byte' or the path of a tokenizer.json.
+        name: 'byte', 'tekken' or the path of a tokenizer.json or tekken.json.
 
     Raises:
         ConfigError: no such file, or one that cannot be used.
     """
-    return ByteTokenizer() if name == "byte" else HuggingFaceTokenizer(name)
+    if name == "byte":
+        return ByteTokenizer()
+    path = _installed_tekken() if name == "tekken" else name
+    return TekkenTokenizer(path) if _is_tekken(path) else HuggingFaceTokenizer(path)
+
+
+def of(data: DataConfig) -> Tokenizer:
+    """The tokenizer of a config's data; 'auto' is that of the first source's directory, and bytes for the embedded corpus.
+
+    Raises:
+        ConfigError: as `load`, or 'auto' and no such directory.
+    """
+    source = parse_sources(data.source)[0][0]
+    if data.tokenizer != "auto":
+        return load(data.tokenizer)
+    if source == "embedded":
+        return load("byte")
+    directory = pathlib.Path(source)
+    if (directory / "tokenizer.json").is_file():
+        return load(str(directory / "tokenizer.json"))
+    if not (directory / "index.json").is_file():
+        raise ConfigError(f"config.data.source: {directory / 'index.json'}: no such file; source is 'embedded' or a directory of prepared "
+                          "token shards; for Megatron files set config.data.tokenizer")
+    return load("byte")
+
+
+def train(texts: Iterable[str], vocab_size: int) -> str:
+    """Trains a byte-level BPE, with GPT-2's way of cutting text into words; the content of a tokenizer.json.
+
+    Raises:
+        ConfigError: the `tokenizers` package is missing, or vocab_size does not hold all bytes and the end of document.
+    """
+    if vocab_size < 257:
+        raise ConfigError(f"--train_tokenizer: {vocab_size} is below 257, one id a byte and one that ends documents")
+    try:
+        import tokenizers
+    except ImportError:
+        raise ConfigError("--train_tokenizer: needs the package tokenizers; pip install tokenizers") from None
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    return bpe.to_str(pretty=True)
 
 
 def dtype(vocab_size: int) -> np.dtype:
@@ -131,7 +241,7 @@ def vocab_size(config: Config) -> int:
     Raises:
         ConfigError: `config.model.vocab_size` is too small for the tokenizer.
     """
-    needed = load(config.data.tokenizer).vocab_size
+    needed = of(config.data).vocab_size
     if config.model.vocab_size is None:
         return -(-needed // 128) * 128
     if config.model.vocab_size < needed:
@@ -161,6 +271,24 @@ def _read(path: str) -> tuple[Any, str]:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _installed_tekken() -> str:
+    """The tekken.json of the package mistral-common, which need not be importable."""
+    spec = importlib.util.find_spec("mistral_common")
+    for directory in (spec.submodule_search_locations or []) if spec else []:
+        path = pathlib.Path(directory) / "data" / "tekken_240718.json"
+        if path.is_file():
+            return str(path)
+    raise _error("tekken", "needs the package mistral-common; pip install --no-deps mistral-common, or give a tekken.json")
+
+
+def _is_tekken(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return b'"default_num_special_tokens"' in file.read(1 << 12)
+    except OSError:
+        return False
 
 
 def _error(path: str, fault: str) -> ConfigError:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8jax import config as configs
-from fp8jax.data import pipeline, prepare, shards, sources, tokenizer
+from fp8jax.data import pipeline, shards, sources, tokenizer
 
 BYTE = tokenizer.load("byte")
 TRAIN = ["Sir Walter Elliot,", "of Kellynch Hall,", "in Somersetshire,", "", "was a man £"]
@@ -62,6 +62,35 @@ def test_write_refuses_an_existing_index_and_an_empty_split(tmp_path):
     assert not (tmp_path / "b" / "index.json").exists()
 
 
+@pytest.mark.parametrize("shard_tokens", [1, 30, 1 << 28])
+def test_ends_are_those_of_the_documents(tmp_path, shard_tokens):
+    write(tmp_path, shard_tokens=shard_tokens)
+    arrays, _ = shards.open_shards(tmp_path, BYTE, "train")
+    ends = shards.open_ends(tmp_path, BYTE, "train")
+    texts = [BYTE.decode(text) for array, one in zip(arrays, ends, strict=True) for text in np.split(array, one[:-1])]
+    assert texts == TRAIN
+    assert all((np.split(array, one)[-1].size, array[one[0] - 1]) == (0, 256) for array, one in zip(arrays, ends, strict=True))
+
+
+@pytest.mark.parametrize("ends", [[19, 19], [37, 19], [19, 38], [0, 37], [19, 36]])
+def test_ends_that_cannot_be_are_refused(tmp_path, ends):
+    write(tmp_path, train=TRAIN[:2])
+    np.array(ends, "<u8").tofile(tmp_path / "train_00000.ends")
+    with pytest.raises(configs.ConfigError, match=r"train_00000\.ends: is not a rising list"):
+        shards.open_ends(tmp_path, BYTE, "train")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".ends"])
+def test_verify_finds_one_changed_byte(tmp_path, suffix):
+    write(tmp_path)
+    assert shards.verify(tmp_path) is None
+    path = (tmp_path / "train_00000.bin").with_suffix(suffix)
+    content = bytearray(path.read_bytes())
+    content[4] ^= 1
+    path.write_bytes(content)
+    assert f"{path}: its checksum is" in shards.verify(tmp_path)
+
+
 @pytest.mark.parametrize(("ids", "fault"), [([65, 257], "outside 0 to 256"), ([65, 256], "end-of-document id 256")])
 def test_write_refuses_ids_that_no_document_has(tmp_path, ids, fault):
     with pytest.raises(ValueError, match=fault):
@@ -103,7 +132,7 @@ def remove_index(directory):
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (damage_file(lambda p: p.write_bytes(p.read_bytes()[:-2])), "bytes, not the"),
+        (damage_file(lambda p: p.write_bytes(p.read_bytes()[:-2])), "it is cut off at byte 62"),
         (damage_file(lambda p: p.write_bytes(p.read_bytes() + b"\0\1")), "bytes, not the"),
         (damage_file(lambda p: p.write_bytes(b"")), "has 0 bytes"),
         (damage_file(lambda p: p.write_bytes(bytes(p.stat().st_size))), "does not end with the end-of-document"),
@@ -147,43 +176,3 @@ def test_an_id_outside_the_vocabulary_stops_the_run(tmp_path, threads):
     with pytest.raises(ValueError, match=r"train_00001\.bin: token 3 is 9999, outside the vocabulary of 257"):
         for _ in range(3):
             next(iterator)
-
-
-def test_prepare_splits_text_files_by_document(tmp_path):
-    texts = [f"Chapter {n}: naïve £{n}" for n in range(20)]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[1:])
-    (tmp_path / "a.txt").write_text(texts[0])
-    (tmp_path / "b.jsonl").write_text(lines)
-    inputs = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
-    splits = prepare.prepare(inputs, tmp_path / "out", held_out_fraction=0.1)
-    assert load(tmp_path / "out", "held_out").read(0, 10**6).tolist() == expected([texts[9], texts[19]])
-    assert load(tmp_path / "out").read(0, 10**6).tolist() == expected(texts[:9] + texts[10:19])
-    assert (splits["train"]["documents"], splits["held_out"]["documents"]) == (18, 2)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "fault"),
-    [
-        ("a.txt", None, "No such file"),
-        ("a.txt", b"\xff\xfe", "not UTF-8"),
-        ("a.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', "line 2 is not a JSON object with a string field 'text'"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1"),
-        ("a.jsonl", b"[1]\n", "line 1"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "not UTF-8"),
-        ("a.pdf", b"%PDF", "use .txt or .jsonl"),
-    ],
-)
-def test_prepare_names_the_file_that_it_cannot_read(tmp_path, name, content, fault):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(configs.ConfigError) as caught:
-        prepare.prepare([tmp_path / name], tmp_path / "out", held_out_fraction=0.5)
-    assert str(tmp_path / name) in str(caught.value) and fault in str(caught.value)
-
-
-def test_prepare_wants_documents_for_both_splits(tmp_path):
-    (tmp_path / "a.txt").write_text("alone")
-    with pytest.raises(configs.ConfigError, match="no documents for split 'held_out'"):
-        prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", held_out_fraction=0.5)
-    with pytest.raises(configs.ConfigError, match="held_out_fraction: 1.0 is not between 0 and 1"):
-        prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", held_out_fraction=1.0)

@@ -1,0 +1,277 @@
+"""Raw text to shards: what is read back is what was given, whatever the kind of file, the workers and the interruptions."""
+
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fp8jax import config as configs
+from fp8jax.cli import prepare as command
+from fp8jax.data import documents, inspection, prepare, shards, sources, tokenizer
+
+TEXTS = [f"Chapter {n}: naïve £{n} — {'Anne Elliot ' * (n % 7)}\r\n\0" for n in range(60)] + ["", " ", "\n", "\ufeff", "𝄞"]
+
+
+def lines(texts, field="text"):
+    return "".join(json.dumps({field: text}, ensure_ascii=number % 2 == 0) + "\n" for number, text in enumerate(texts)).encode()
+
+
+def decoded(directory, split):
+    """The documents of a split, in order."""
+    loaded = inspection.tokenizer_of(directory)
+    arrays, _ = shards.open_shards(directory, loaded, split)
+    ends = shards.open_ends(directory, loaded, split)
+    return [loaded.decode(ids[:-1]) for array, one in zip(arrays, ends, strict=True) for ids in np.split(array, one[:-1])]
+
+
+def files(directory):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in pathlib.Path(directory).iterdir()}
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(prepare, "_PART_BYTES", (1000, 1 << 30))
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """The path of a trained tokenizer."""
+    pytest.importorskip("tokenizers")
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    path.write_text(tokenizer.train([sources.embedded_documents("held_out")[0][:50_000].decode()], 400))
+    return str(path)
+
+
+def write_parquet(path, texts):
+    table = pytest.importorskip("pyarrow").table({"text": texts, "number": list(range(len(texts)))})
+    pytest.importorskip("pyarrow.parquet").write_table(table, path, row_group_size=7)
+
+
+def write_zst(path, content):
+    """Two frames, one after the other."""
+    pyarrow = pytest.importorskip("pyarrow")
+    half = len(content) // 2
+    path.write_bytes(b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (content[:half], content[half:])))
+
+
+WRITERS = {
+    "a.jsonl": lambda path: path.write_bytes(lines(TEXTS)),
+    "a.json.gz": lambda path: path.write_bytes(gzip.compress(lines(TEXTS[:30])) + gzip.compress(lines(TEXTS[30:]))),
+    "a.jsonl.zst": lambda path: write_zst(path, lines(TEXTS)),
+    "a.parquet": lambda path: write_parquet(path, TEXTS),
+}
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_read_back_equals_what_was_given(tmp_path, small_parts, bpe, name, kind):
+    WRITERS[name](tmp_path / name)
+    name_of = bpe if kind == "bpe" else "byte"
+    found = prepare.prepare([tmp_path / name], tmp_path / "out", tokenizer=name_of, validation_fraction=0.2)
+    train, held_out = decoded(tmp_path / "out", "train"), decoded(tmp_path / "out", "held_out")
+    assert sorted(train + held_out) == sorted(TEXTS)
+    assert train == [text for text in TEXTS if text not in held_out] and 4 < len(held_out) < 25
+    assert found["train"]["text_bytes"] == sum(len(text.encode()) for text in train)
+    assert shards.verify(tmp_path / "out") is None
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(), min_size=1, max_size=12), part=st.integers(1, 300), kind=st.sampled_from(["byte", "bpe"]))
+def test_any_text_survives(tmp_path_factory, bpe, texts, part, kind):
+    directory = tmp_path_factory.mktemp("any")
+    (directory / "a.jsonl").write_bytes(lines(texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_PART_BYTES", (part, 1 << 30))
+        patch.setattr(prepare, "LONG", 5)
+        prepare.prepare([directory / "a.jsonl"], directory / "out", tokenizer=bpe if kind == "bpe" else "byte", validation_fraction=0)
+    assert decoded(directory / "out", "train") == texts
+
+
+@settings(deadline=None, max_examples=25)
+@given(texts=st.lists(st.text(max_size=40), max_size=12), part=st.integers(1, 200), newline=st.sampled_from(["\n", "\r\n", "\n\n"]))
+def test_pieces_of_a_file_share_its_lines(tmp_path_factory, texts, part, newline):
+    path = tmp_path_factory.mktemp("pieces") / "a.jsonl"
+    path.write_bytes(lines(texts).decode().replace("\n", newline).encode())
+    progress = []
+    found = [piece for piece in documents.pieces(str(path), part)]
+    assert ["".join(text) for piece in found for text in documents.read(piece, "text", progress.append)] == texts
+    assert sum(piece.size for piece in found) == path.stat().st_size
+
+
+def test_text_files_and_directories(tmp_path):
+    for name, text in [("b/2.txt", "two\r\n"), ("b/10.md", "ten"), ("b/c/1.txt", ""), ("a.txt", "ä" * 300_000)]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / "b" / "notes.pdf").write_bytes(b"%PDF")
+    (tmp_path / "b" / "3.txt.gz").write_bytes(gzip.compress(b"three"))
+    prepare.prepare([tmp_path / "a.txt", tmp_path / "b", tmp_path / "b/*.txt"], tmp_path / "out", validation_fraction=0)
+    assert decoded(tmp_path / "out", "train") == ["ä" * 300_000, "ten", "two\r\n", "three", ""]
+    with pytest.raises(configs.ConfigError, match="lists no shards of split 'held_out'"):
+        shards.open_shards(tmp_path / "out", tokenizer.load("byte"), "held_out")
+
+
+def test_one_text_file_is_held_out_from_its_last_lines(tmp_path):
+    text = "".join(f"line {n}\n" for n in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    prepare.prepare([tmp_path / "a.txt"], tmp_path / "out", validation_fraction=0.1)
+    (train,), (held_out,) = decoded(tmp_path / "out", "train"), decoded(tmp_path / "out", "held_out")
+    assert train + held_out == text and train.endswith("\n") and 0.09 < len(held_out) / len(text) < 0.11
+
+
+def test_copies_of_a_document_are_on_one_side(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines([f"text {n % 50}" for n in range(500)]))
+    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", validation_fraction=0.3)
+    train, held_out = (set(decoded(tmp_path / "out", split)) for split in shards.SPLITS)
+    assert train and held_out and not train & held_out
+
+
+def test_few_documents_leave_one_for_the_held_out_split(tmp_path, small_parts):
+    (tmp_path / "a.jsonl").write_bytes(lines(["x" * 900, "y" * 900, "z" * 900]))
+    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", validation_fraction=1e-6)
+    assert (len(decoded(tmp_path / "out", "train")), len(decoded(tmp_path / "out", "held_out"))) == (2, 1)
+    assert shards.verify(tmp_path / "out") is None
+    (tmp_path / "b.jsonl").write_bytes(lines(["x"]))
+    with pytest.raises(configs.ConfigError, match="one document alone cannot be held out"):
+        prepare.prepare([tmp_path / "b.jsonl"], tmp_path / "b")
+
+
+def test_long_documents_are_tokenised_as_if_whole(tmp_path, bpe, monkeypatch):
+    text = sources.embedded_documents("held_out")[0][:60_000].decode()
+    monkeypatch.setattr(prepare, "LONG", 1000)
+    (tmp_path / "a.jsonl").write_bytes(lines([text]))
+    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=bpe, validation_fraction=0)
+    loaded = tokenizer.load(bpe)
+    (array,), _ = shards.open_shards(tmp_path / "out", loaded, "train")
+    np.testing.assert_array_equal(array[:-1], loaded.encode(text))
+
+
+@pytest.mark.parametrize(("name", "content", "fault"), [
+    ("a.txt", None, "no such file, directory or pattern"),
+    ("a.txt", b"fine\n" * 5 + b"\xff\xfe", "is not UTF-8 near byte 25"),
+    ("a.jsonl", lines(["fine"] * 99) + b'{"body": "x"}\n', "line 100 is not a JSON object with a string field 'text'"),
+    ("a.jsonl", lines(["fine"] * 99) + b'{"text": 3}\n', "line 100 is not a JSON object with a string field"),
+    ("a.jsonl", b"\n\n[1]\n", "line 3 is not a JSON object"),
+    ("a.jsonl", b'{"text": "fine"}\n{"text": "cut', "line 2 is not JSON"),
+    ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+    ("a.jsonl", b'{"text": "\xff"}\n', "line 1 is not UTF-8"),
+    ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1 has half of a surrogate pair"),
+    ("a.jsonl.gz", gzip.compress(lines(TEXTS))[:-9], "is damaged or cut off near byte"),
+    ("a.jsonl.gz", b"not gzip", "is damaged or cut off"),
+    ("a.jsonl.zst", b"not zstd", "is damaged or cut off"),
+    ("a.parquet", b"not parquet", "is not a parquet file"),
+    ("a.parquet", b"", "is not a parquet file"),
+    ("a.pdf", b"%PDF", "'.pdf' is not a kind of text file that is read; use one of .jsonl"),
+])
+def test_bad_input_is_one_line_that_says_where(tmp_path, small_parts, name, content, fault):
+    if name.endswith(("parquet", "zst")):
+        pytest.importorskip("pyarrow")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(configs.ConfigError) as caught:
+        prepare.prepare([tmp_path / name], tmp_path / "out", validation_fraction=0)
+    assert str(tmp_path / name) in str(caught.value) and fault in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_bad_parquet_and_cut_zst_say_where(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    write_zst(tmp_path / "a.jsonl.zst", lines(TEXTS))
+    (tmp_path / "a.jsonl.zst").write_bytes((tmp_path / "a.jsonl.zst").read_bytes()[:-5])
+    write_parquet(tmp_path / "a.parquet", [*["fine"] * 20, None])
+    write_parquet(tmp_path / "b.parquet", [pyarrow.scalar("x")])
+    for name, field, fault in [("a.jsonl.zst", "text", "is damaged or cut off"), ("a.parquet", "text", "row 21 has no text in column"),
+                               ("b.parquet", "body", "has no column 'body' of text; --text_field is one of text (string), number"),
+                               ("b.parquet", "number", "has no column 'number' of text")]:
+        with pytest.raises(configs.ConfigError) as caught:
+            prepare.prepare([tmp_path / name], tmp_path / "out", text_field=field, validation_fraction=0)
+        assert f"{tmp_path / name}: {fault}" in str(caught.value)
+        (tmp_path / "out" / "unfinished" / "plan").unlink()
+
+
+def test_workers_and_interruptions_do_not_change_a_byte(tmp_path, small_parts, bpe, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS * 3))
+    arguments = dict(tokenizer=bpe, validation_fraction=0.1)
+    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "one", **arguments)
+    # The parts' size is patched in this process alone, and this process cuts the parts.
+    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "two", workers=2, **arguments)
+    assert files(tmp_path / "one") == files(tmp_path / "two") and len(files(tmp_path / "one")) > 20
+
+    made, original = [], prepare._make
+
+    def interrupted(job, number, part, progress):
+        if len(made) == 5:
+            (job.directory / f"train_{number:05d}.bin.123.partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        made.append(number)
+        original(job, number, part, progress)
+
+    monkeypatch.setattr(prepare, "_make", interrupted)
+    for _ in range(2):
+        made.clear()
+        with pytest.raises(KeyboardInterrupt):
+            prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "three", **arguments)
+        assert not (tmp_path / "three" / "index.json").exists()
+    assert made[0] == 5
+    with pytest.raises(configs.ConfigError, match="unfinished preparation of other inputs or options"):
+        prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "three", tokenizer=bpe, validation_fraction=0.2)
+    monkeypatch.setattr(prepare, "_make", original)
+    (tmp_path / "three" / "train_00003.bin").write_bytes(b"torn")
+    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "three", **arguments)
+    assert files(tmp_path / "one") == files(tmp_path / "three")
+
+
+def test_a_finished_directory_is_left_alone(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
+    first = prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out")
+    before = files(tmp_path / "out")
+    assert prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out") == first and files(tmp_path / "out") == before
+    with pytest.raises(configs.ConfigError, match="already holds index.json of other inputs or options"):
+        prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", validation_fraction=0.5)
+
+
+def test_kill_in_the_middle_and_run_again(tmp_path):
+    rows = lines([f"{n} " + "Anne Elliot " * 500 for n in range(6000)])
+    (tmp_path / "a.jsonl").write_bytes(rows)  # 36 MB: three parts
+    arguments = [sys.executable, "-m", "fp8jax", "prepare", "--input", str(tmp_path / "a.jsonl"), "--workers", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.Popen([*arguments, "--out", str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "killed").glob("*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed" / "index.json").exists()
+    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "whole")
+    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "killed")
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_commands(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS, "body"))
+    out = str(tmp_path / "out")
+    arguments = ["--input", str(tmp_path / "*.jsonl"), "--out", out, "--text_field", "body", "--workers", "1"]
+    assert command.main([*arguments, "--train_tokenizer", "300"]) == 0
+    assert f"--config.data.source={out}" in capsys.readouterr().out
+    assert command.main(["inspect", out, "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "Chapter 0: naïve" in shown and "a.jsonl: 65 documents" in shown and "checksums as written" in shown and "\0" not in shown
+    assert inspection.tokenizer_of(out).vocab_size <= 300
+    assert command.main([*arguments, "--tokenizer", "byte"]) == 2
+    assert command.main(["inspect", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_length_histogram_counts_powers_of_two():
+    lengths = [1, 2, 3, 4, 7, 8, 1024]
+    assert inspection.length_histogram((np.cumsum(lengths).astype(np.uint64), np.array([1], np.uint64)))[:4] == [
+        (1, 1, 2), (2, 3, 2), (4, 7, 2), (8, 15, 1)]

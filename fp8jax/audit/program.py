@@ -24,14 +24,21 @@ from fp8jax.audit.gemms import Gemm, fp8_share, summary
 from fp8jax.audit.jaxpr import traced_gemms
 from fp8jax.audit.traffic import Traffic, traffic
 
-__all__ = ["Gemm", "Memory", "Reading", "fallbacks", "fp8_share", "read", "summary", "traced_gemms"]
+__all__ = ["Gemm", "Memory", "Reading", "UnreadableError", "fallbacks", "fp8_share", "read", "summary", "traced_gemms"]
+
+
+class UnreadableError(ValueError):
+    """A compiled program without a text; the message is one line."""
+
+
+_PARTS = {"params": "params", "scaling": "scaling", "opt_state": "optimizer"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes on one device, as the compiler has planned them.
 
-    arguments: part of the arguments → bytes: the fields of the state (`opt_state` as `optimizer`), and `batch`.
+    arguments: part of the arguments → bytes: `params`, `optimizer`, `scaling`, `counters`, `batch`.
     argument_bytes: of all arguments, padding included.
     temporary_bytes: activations, gradients, workspaces: the arena that the compiler lays them out in.
     output_bytes: of results that are not written over a donated argument.
@@ -69,9 +76,16 @@ def read(compiled: Any, mesh: Mesh, text: str | None = None) -> Reading:
         compiled: `jax.jit(step).lower(...).compile()`.
         mesh: the devices that it runs on.
         text: the optimized program, where `compiled.as_text()` cannot give it (see targets.compile_step).
+
+    Raises:
+        UnreadableError: the runtime cannot write the program as text (known of some TPU7x programs).
     """
-    module = hlo.parse(text or compiled.as_text())
-    wide = [run.instruction.name for run in hlo.executed(module) if any(s.dtype in ("float64", "complex128") for s in run.instruction.shapes)]
+    try:
+        module = hlo.parse(text or compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:
+        raise UnreadableError(f"the compiled program cannot be read: {str(error).splitlines()[0]}") from error
+    wide = [run.instruction.name for run in hlo.executed(module)
+            if any(shape.dtype in ("float64", "complex128") for shape in run.instruction.shapes)]
     return Reading(compiled_gemms(module), traffic(module), collectives(module, mesh.shape), _memory(compiled), wide)
 
 
@@ -100,6 +114,6 @@ def _memory(compiled: Any) -> Memory:
 
 
 def _part(path: tuple) -> str:
-    """Field of the state that an argument belongs to."""
-    name = next((key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)), "batch")
-    return {"opt_state": "optimizer", "step": "counters", "bad_steps": "counters"}.get(name, name)
+    """Field of the state that an argument belongs to; the small ones are `counters`."""
+    name = next((key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)), None)
+    return _PARTS.get(name, "counters") if name else "batch"

@@ -26,6 +26,8 @@ GPUS = ("h100", "h200", "b200")
 # Name → libtpu's name of the generation, dimensions of a topology, chips of the host-sized one.
 TPUS = {"tpu-v5p": ("v5p", 3), "tpu-v6e": ("v6e", 2), "tpu7x": ("tpu7x", 3)}
 FORMS = ("h100:8", "h100:64x8 (nodes x GPUs)", "h200:8", "b200:8", "tpu-v5p:4", "tpu-v6e:8", "tpu7x:4 (chips)", "tpu7x:2x2x1", "local")
+# Keeps libtpu from asking Google Cloud which machine this is, and from complaining that it is none; any known type will do.
+_NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
 _INSTALL = "pip install -r requirements-audit.txt"
 
 
@@ -75,10 +77,10 @@ def compile_step(traced: Any, target: Target) -> tuple[Any, str | None]:
     if target.platform == "gpu" and target.kind != "local":
         # Without a device there is nothing to tune on; the library's first choice stands for its kernels.
         return traced.lower(lowering_platforms=("cuda",)).compile(compiler_options={"xla_gpu_autotune_level": "0"}), None
-    if target.platform == "tpu" and target.kind != "local":
+    if target.platform == "tpu":
         # libtpu's text of programs with SparseCore collectives cannot be read back (jax 0.10.2); what it dumps can.
         with tempfile.TemporaryDirectory() as directory:
-            options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True, "xla_dump_hlo_pass_re": ""}
+            options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
             executable = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=options)
             dumped = sorted(pathlib.Path(directory).glob("*jit_step*.after_optimizations.txt"))
             return executable, dumped[-1].read_text() if dumped else None
@@ -106,7 +108,8 @@ def _tpus(name: str, kind: str, size: str) -> Target:
         size = _tpu_shape(name, int(size or 4), axes)
     if not re.fullmatch("x".join([r"[1-9]\d*"] * axes), size):
         raise TargetError(f"--target={name}: {size!r} is not a number of chips or a topology of {axes} sizes, such as {'x'.join('221'[:axes])}")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for variable, value in _NO_TPU.items():
+        os.environ.setdefault(variable, value)
     topology = _topology(name, f"{generation}:{size}", "tpu")
     return Target(name, kind, "tpu", topology.devices, len(topology.devices))
 

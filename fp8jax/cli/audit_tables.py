@@ -79,9 +79,9 @@ def _verdict(audit: Audit) -> list[str]:
     lines += [f"float64      {name}" for name in target["float64"][:5]]
     fits = {None: "", True: f", of {_bytes(memory['device_bytes'] or 0)}", False: f", does NOT fit in {_bytes(memory['device_bytes'] or 0)}"}
     lines.append(f"memory       {_bytes(memory['peak_bytes_per_device'])} a device at the peak{fits[memory['fits']]}")
-    extra = "".join(f", {name.replace('_', ' ')} {_si(flops[name], 'FLOP')}" for name in ("repeated", "masked_attention", "other"))
-    lines.append(f"GEMM FLOPs   the model's own {_si(flops['closed_formula'], 'FLOP')} by closed formula, causal attention{extra}: "
-                 f"compiled {_si(flops['counted'], 'FLOP')}, all devices")
+    extra = ", ".join(f"{name.replace('_', ' ')} {_si(flops[name], 'FLOP')}" for name in ("repeated", "masked_attention", "other"))
+    lines += [f"GEMM FLOPs   compiled {_si(flops['counted'], 'FLOP')} on all devices: the model's own {_si(flops['closed_formula'], 'FLOP')} "
+              "(closed formula, causal attention)", f"             and {extra}"]
     return [*lines, *_speed(audit), f"compiled in  {audit['compile_seconds']:.0f} s"]
 
 

@@ -45,10 +45,10 @@ def read_config(name: str, file: str, overrides: Sequence[str] = ()) -> ml_colle
     """
     if not pathlib.Path(file.partition(":")[0]).is_file():
         raise ConfigError(f"--{name}={file}: no such file; for example --{name}=configs/fp8_base.py:8b")
-    values = flags.FlagValues()
-    found = config_flags.DEFINE_config_file(name, flag_values=values)
+    values, argv = flags.FlagValues(), [name, f"--{name}={file}", *overrides]
+    found = config_flags.DEFINE_config_file(name, flag_values=values, sys_argv=argv)
     try:
-        values([name, f"--{name}={file}", *overrides])
+        values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(" ".join(str(error).strip("\"'").split())) from error
     return found.value

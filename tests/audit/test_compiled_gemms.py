@@ -20,7 +20,8 @@ def operands(lhs, rhs):
 def cublas(target, contract, *, batch=""):
     numbers = f'"lhs_contracting_dimensions":["{contract[0]}"],"rhs_contracting_dimensions":["{contract[1]}"],' \
               f'"lhs_batch_dimensions":[{batch}],"rhs_batch_dimensions":[{batch}]'
-    return f'custom-call(%a, %b), custom_call_target="{target}", metadata={{op_name="jit(step)/jvp()/fp8jax.gemm[mlp_up.fprop]/dot_general"}}, ' \
+    name = 'metadata={op_name="jit(step)/jvp()/fp8jax.gemm[mlp_up.fprop]/dot_general"}'
+    return f'custom-call(%a, %b), custom_call_target="{target}", {name}, ' \
            f'backend_config={{"gemm_backend_config":{{"beta":0,"dot_dimension_numbers":{{{numbers}}}}}}}'
 
 

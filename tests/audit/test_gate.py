@@ -1,0 +1,102 @@
+"""What a training step becomes on GPUs and TPUs that are not here: FOG's blocks wholly in FP8, and nothing wider by accident."""
+
+import importlib.util
+
+import pytest
+
+from fp8jax.audit import targets
+from fp8jax.cli.audit import audit
+
+pytestmark = pytest.mark.audit
+needs_gpus, needs_tpus = (
+    pytest.mark.skipif(importlib.util.find_spec(plugin) is None, reason=f"no {plugin}: pip install -r requirements-audit.txt")
+    for plugin in ("jax_cuda13_plugin", "libtpu"))
+
+# Two layers and 512 tokens: as exact for a share as 32 layers and 4096, and compiled in seconds.
+FEW = dict(model__layers=2, data__sequence_length=512, training__batch_size=8)
+ROLES = ("qkv", "attention_scores", "attention_values", "attention_out", "mlp_up", "mlp_down")
+
+
+@pytest.fixture(scope="module")
+def h100s():
+    return targets.resolve("h100:8")
+
+
+def flops_by_role(found):
+    return {role: sum(row["flops"] for row in found["gemms"] if row["role"] == role and not row["repeated"]) for role in ROLES}
+
+
+@needs_gpus
+@pytest.mark.parametrize("size", ["390m", "1p5b", "8b"])
+def test_every_block_gemm_is_fp8_on_h100s(make_config, h100s, size):
+    config = make_config(size, **FEW)
+    found = audit(config, h100s)
+    assert found["fp8_share"] == 1.0 and found["target"]["fallbacks"] == [] and found["target"]["float64"] == []
+    block = [row for row in found["gemms"] if row["role"] in ROLES]
+    assert {(row["role"], row["pass"]) for row in block} == {(role, name) for role in ROLES for name in ("fprop", "dgrad", "wgrad")}
+    assert {row["kernel"] for row in block} == {"cuBLASLt FP8"} and all(row["executions_known"] for row in found["gemms"])
+    assert {row["role"] for row in found["gemms"]} == {*ROLES, "lm_head"}
+    wide = [row for row in found["gemms"] if "float32" in (row["lhs_dtype"], row["rhs_dtype"])]
+    assert wide == []
+
+    flops, model = found["estimate"]["model_flops"], config.model
+    assert flops["other"] == 0
+    # Chunks of 256 queries in bands of two: each of the 512 takes all 512 keys.
+    assert flops["masked_attention"] == 12 * 2 * model.width * 8 * (512 * 512 - 512 * 513 // 2)
+    check_gathers(found["collectives"], config)
+
+
+def check_gathers(rows, config):
+    """Blocks' weights are gathered as bytes, for the forward and for the backward pass; nothing else of their size is gathered."""
+    gathered = {row["dtype"]: row["bytes"] for row in rows if row["kind"] == "all-gather"}
+    assert {tuple(row["axes"]) for row in rows} == {("fsdp",)}
+    model = config.model
+    d, heads, kv = model.width, model.width, model.width // model.heads * model.kv_heads
+    layer = d * (heads + 2 * kv) + heads * d + 2 * d * model.ffn_width * 3 // 2
+    assert model.layers * layer <= gathered.pop("float8_e4m3fn") <= 2 * model.layers * layer
+    head = model.vocab_size * d
+    assert gathered.pop("bfloat16", 0) <= 2 * head * 2  # the head, which is not in FP8, at most once a pass
+    assert sum(gathered.values()) < layer / 10  # token ids and gains
+
+
+@needs_gpus
+@pytest.mark.parametrize("role", ["mlp_down", pytest.param("attention_scores", marks=pytest.mark.slow)])
+def test_the_share_falls_by_exactly_the_role_that_is_not_fp8(make_config, h100s, role):
+    found = audit(make_config("390m", **FEW, fp8__overrides=f"{role}=bf16"), h100s)
+    assert {row["role"] for row in found["gemms"] if not row["fp8"]} == {role, "lm_head"}
+    block = [row for row in found["gemms"] if row["role"] in ROLES]
+    lost = sum(row["flops"] for row in block if row["role"] == role) / sum(row["flops"] for row in block)
+    assert found["fp8_share"] == pytest.approx(1 - lost, abs=1e-12) and lost > 0
+    # Which is not the program's own word only: what each role computes follows from shapes.
+    d, f, pairs = 1024, 6144, 512 * 512
+    linear = {"qkv": d * 2 * d, "attention_out": d * d, "mlp_up": d * f, "mlp_down": d * f}
+    expected = {name: 6 * 2 * 512 * weights for name, weights in linear.items()} | dict.fromkeys(
+        ("attention_scores", "attention_values"), 6 * 2 * d * pairs)
+    assert flops_by_role(found) == expected
+
+
+@pytest.mark.slow
+@needs_gpus
+def test_emulation_on_an_h100_is_seen(make_config, h100s):
+    found = audit(make_config("390m", **FEW | dict(model__layers=1), fp8__backend="emulated"), h100s)
+    assert found["fp8_share"] == 0.0
+
+
+@pytest.mark.slow
+@needs_gpus
+def test_hundreds_of_gpus_over_nodes(make_config):
+    config = make_config("390m", **FEW | dict(training__batch_size=512), mesh__data=64, mesh__fsdp=8)
+    found = audit(config, targets.resolve("h100:64x8"))
+    assert found["target"]["devices"] == 512 and found["fp8_share"] == 1.0 and found["estimate"]["model_flops"]["other"] == 0
+    gathers = {tuple(row["axes"]) for row in found["collectives"] if row["dtype"] == "float8_e4m3fn"}
+    assert gathers == {("fsdp",)}
+    assert {axis for row in found["collectives"] for axis in row["axes"]} == {"data", "fsdp"}
+
+
+@needs_tpus
+@pytest.mark.parametrize(("target", "share"), [("tpu7x:4", 1.0), pytest.param("tpu-v5p:4", 0.0, marks=pytest.mark.slow)])
+def test_tpus_keep_fp8_where_they_have_units(make_config, target, share):
+    found = audit(make_config("tiny", model__layers=2), targets.resolve(target))
+    assert found["fp8_share"] == share and found["target"]["fp8_units"] == bool(share) and found["target"]["fallbacks"] == []
+    assert found["target"]["fp8_share_asked"] == 1.0 and found["estimate"]["model_flops"]["other"] == 0
+    assert {row["kernel"] for row in found["gemms"] if row["role"] in ROLES} == {"MXU FP8" if share else "MXU BF16"}

@@ -1,0 +1,54 @@
+"""`python -m fp8jax audit` as a user runs it, on the devices at hand."""
+
+import json
+import pathlib
+
+import pytest
+
+from fp8jax.cli import audit
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MICRO = ["--{}.model.layers=2", "--{}.model.width=32", "--{}.model.heads=1", "--{}.model.kv_heads=1", "--{}.model.head_dim=32",
+         "--{}.model.ffn_width=32", "--{}.data.sequence_length=128", "--{}.training.batch_size=8"]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_two_configs_side_by_side_and_as_json(tmp_path, capsys):
+    file = tmp_path / "audit.json"
+    words = [word.format(flag) for flag in ("config", "compare") for word in MICRO]
+    given = ["--config=configs/fp8_base.py:tiny", "--compare", "configs/llama3.py:tiny", "--target=local", f"--json={file}"]
+    assert audit.main([*given, *words]) == 0
+    shown = capsys.readouterr().out
+    assert "Side by side" in shown and "configs/llama3.py:tiny" in shown and "mlp_gate" in shown and "FP8 share" in shown
+    found = json.loads(file.read_text())
+    keys = ["config", "target", "gemms", "block_gemm_flops", "fp8_share", "non_gemm_bytes", "collectives", "memory", "estimate",
+            "compile_seconds"]
+    assert list(found) == [*keys, "compare"] and list(found["compare"]) == keys
+    assert found["config"]["resolved"]["model"]["width"] == found["compare"]["config"]["resolved"]["model"]["width"] == 32
+    assert found["memory"]["peak_bytes_per_device"] > found["memory"]["arguments"]["total"] > 0
+    assert found["fp8_share"] == 1.0 and found["block_gemm_flops"] > 0
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--config=configs/fp8_base.py:tiny"], ["--target"]),
+    (["--target=local"], ["--config"]),
+    (["--config=configs/missing.py:8b", "--target=local"], ["configs/missing.py"]),
+    (["--config=configs/fp8_base.py:tiny", "--target=local", "--config.model.widht=3"], ["widht"]),
+    (["--config=configs/fp8_base.py:tiny", "--target=local", "--config.model.kv_heads=3"], ["config.model.kv_heads", "3"]),
+    (["--config=configs/fp8_base.py:tiny", "--target=local", "--wrokdir=3"], ["--wrokdir"]),
+    (["--config=configs/fp8_base.py:tiny", "--target=local", "--config.mesh.fsdp=3"], ["config.mesh", "8 devices"]),
+    (["--config=configs/fp8_base.py:tiny", "--target=z100:8"], ["z100:8", "h100:8"])])
+def test_mistakes_are_one_line(arguments, words, capsys):
+    assert audit.main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("compiling")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and all(word in lines[0] for word in words), lines
+
+
+def test_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit):
+        audit.main(["--help"])
+    assert "python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:8" in capsys.readouterr().out

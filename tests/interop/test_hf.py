@@ -1,0 +1,190 @@
+"""Hugging Face directories: numbers against transformers (kept results) and a NumPy FOG, round trips, and every error."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from fp8jax.interop import hf, hf_config, hf_logits
+from fp8jax.interop.hf_safetensors import DTYPES, HuggingFaceError, TensorFiles
+
+from . import fog_reference
+
+DATA = pathlib.Path(__file__).parent / "data" / "hf"
+KINDS = ("llama", "olmo2", "apertus")
+
+
+def bits(directory):
+    files = TensorFiles(directory)
+    return {name: (entry.dtype, entry.shape, files.read(name).tobytes()) for name, entry in files.entries.items()}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A llama directory that a test may spoil."""
+    return pathlib.Path(shutil.copytree(DATA / "llama", tmp_path / "llama"))
+
+
+def set_key(directory, **changes):
+    values = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value != "absent"}))
+
+
+def rewrite(directory, change):
+    """Writes the directory's tensors again, as `change` returns them."""
+    files = TensorFiles(directory)
+    tensors = change({name: files.read(name).astype(np.float32) for name in files.entries})
+    config = json.loads((directory / "config.json").read_text())
+    shutil.rmtree(directory)
+    fog_reference.write_directory(directory, config, tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_loss_and_gradients_are_those_of_transformers(kind):
+    found = hf.load(DATA / kind)
+    expected = dict(np.load(DATA / kind / "expected.npz"))
+    computed = hf_logits.compute(found.model, found.vocab_size, found.params, expected.pop("tokens"), gradients=True)
+    np.testing.assert_allclose(computed["logits"], expected.pop("logits"), atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(computed["loss"], expected.pop("loss"), atol=1e-5)
+    gradients = hf.by_name(computed["gradients"], found.model, found.vocab_size, kind)
+    assert set(gradients) == set(expected)
+    for name, gradient in expected.items():
+        assert gradients[name].shape == gradient.shape
+        np.testing.assert_allclose(gradients[name], gradient, atol=1e-4 * np.abs(gradient).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("variant", fog_reference.VARIANTS)
+def test_fog_is_what_the_paper_says(variant, tmp_path):
+    keys = fog_reference.BASE | fog_reference.VARIANTS[variant]
+    tensors = fog_reference.random_tensors({"qk_type": "rms"} | keys)
+    fog_reference.write_directory(tmp_path / "fog", keys, tensors)
+    found = hf.load(tmp_path / "fog")
+    tokens = np.random.default_rng(1).integers(0, fog_reference.VOCAB, (2, 9))
+    logits, loss = fog_reference.forward({"qk_type": "rms"} | keys, tensors, tokens)
+    computed = hf_logits.compute(found.model, found.vocab_size, found.params, tokens, gradients=True)
+    assert np.abs(logits).max() > 1
+    np.testing.assert_allclose(computed["logits"], logits, atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(computed["loss"], loss, atol=1e-5)
+
+    gradients, rng, step = hf.by_name(computed["gradients"], found.model, found.vocab_size, "fog"), np.random.default_rng(2), 1e-5
+    for name, gradient in gradients.items():
+        direction = rng.normal(size=gradient.shape)
+        sides = [fog_reference.forward({"qk_type": "rms"} | keys, tensors | {name: tensors[name] + sign * step * direction}, tokens)[1]
+                 for sign in (1.0, -1.0)]
+        slope, size = (sides[0] - sides[1]) / (2 * step), np.abs(gradient * direction).sum()
+        assert abs(slope - (gradient * direction).sum()) <= 2e-5 * size + 1e-7, name
+
+    hf.save(tmp_path / "again", found.model, found.vocab_size, found.params, "fog", np.dtype(np.float32), 10**9)
+    assert bits(tmp_path / "fog") == bits(tmp_path / "again")
+    again = hf.load(tmp_path / "again")
+    assert again.model == found.model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("limit", [10**9, 3000])
+def test_every_tensor_comes_back_bit_for_bit(kind, dtype, limit, tmp_path):
+    found = hf.load(DATA / kind)
+    hf.save(tmp_path / "first", found.model, found.vocab_size, found.params, kind, DTYPES[dtype], limit)
+    once = hf.load(tmp_path / "first")
+    assert once.model == found.model and once.model_type == kind
+    hf.save(tmp_path / "second", once.model, once.vocab_size, once.params, kind, DTYPES[dtype], 10**9)
+    assert bits(tmp_path / "first") == bits(tmp_path / "second")
+    assert (tmp_path / "first" / "model.safetensors.index.json").exists() == (limit == 3000)
+    if dtype == "BF16":
+        assert bits(tmp_path / "first") == bits(DATA / kind)
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"model_type": "gpt2"}, "model_type: 'gpt2'"),
+    ({"hidden_sizes": 3}, "hidden_sizes.*hidden_size"),
+    ({"sliding_window": 128}, "sliding_window"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"attention_bias": True}, "attention_bias: True"),
+    ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
+    ({"hidden_size": "16"}, "hidden_size: '16'"),
+    ({"hidden_size": 4.5}, "hidden_size: 4.5"),
+    ({"num_hidden_layers": "absent"}, "num_hidden_layers: missing"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1"),
+    ({"num_key_value_heads": 3}, "kv_heads: 3"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters: type 'yarn'"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is not understood"),
+    ({"rope_theta": 5.0}, "rope_theta: 5.0"),
+])
+def test_config_that_is_not_understood_is_an_error_naming_the_key(directory, changes, words):
+    set_key(directory, **changes)
+    with pytest.raises(HuggingFaceError, match=words) as caught:
+        hf.load(directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("keys", "words"), [
+    ({"pre_norm": True}, "post_norm"),
+    ({"pre_norm": True, "post_norm": False}, "layerscale"),
+    ({"qk_type": "layer"}, "qk_type: 'layer'"),
+    ({"hidden_act": "mish"}, "hidden_act: 'mish'"),
+])
+def test_fog_keys_without_meaning_are_errors(keys, words):
+    with pytest.raises(HuggingFaceError, match=words):
+        hf_config.from_config(fog_reference.BASE | keys)
+
+
+def test_apertus_without_a_word_on_rope_has_its_scaling_and_null_is_refused():
+    values = json.loads((DATA / "apertus" / "config.json").read_text())
+    explicit, _ = hf_config.from_config(values)
+    del values["rope_parameters"]
+    assert hf_config.from_config(values)[0] == explicit and explicit.rope_scaling_factor == 8.0
+    with pytest.raises(HuggingFaceError, match="rope_scaling: null"):
+        hf_config.from_config(values | {"rope_scaling": None})
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda t: {n: a for n, a in t.items() if n != "model.layers.1.mlp.up_proj.weight"}, "layers.1.mlp.up_proj.weight: missing"),
+    (lambda t: t | {"model.layers.2.mlp.up_proj.weight": np.zeros((24, 16), np.float32)}, "layers.2.mlp.up_proj.weight: is not a tensor"),
+    (lambda t: t | {"model.norm.weight": np.ones((17,), np.float32)}, r"model.norm.weight has shape \[17\].*\[16\]"),
+    (lambda t: t | {"model.layers.0.self_attn.q_proj.bias": np.ones((16,), np.float32)}, "q_proj.bias: is not a tensor"),
+    (lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1}, "lm_head.weight: differs"),
+])
+def test_tensors_that_do_not_fit_are_errors_naming_them(directory, change, words):
+    rewrite(directory, change)
+    with pytest.raises(HuggingFaceError, match=words) as caught:
+        hf.load(directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_copies_and_derived_tensors_of_old_files_are_accepted(directory):
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones((2,), np.float32)}
+    rewrite(directory, lambda t: t | extra | {"lm_head.weight": t["model.embed_tokens.weight"]})
+    assert hf.load(directory).model.tied_embeddings
+
+
+def test_frozen_gains_that_are_not_one_are_refused(tmp_path):
+    keys = fog_reference.BASE | fog_reference.VARIANTS["fog_max"]
+    name = "model.layers.1.self_attn.k_norm.weight"
+    tensors = fog_reference.random_tensors(keys)
+    fog_reference.write_directory(tmp_path / "fog", keys, tensors | {name: tensors[name] * 2})
+    with pytest.raises(HuggingFaceError, match=name):
+        hf.load(tmp_path / "fog")
+
+
+def test_what_no_format_holds_and_what_does_not_fit_a_dtype_are_refused(tmp_path):
+    found = hf.load(DATA / "llama")
+    op = found.model.__class__(**{**vars(found.model), "branch_output": "layerscale", "pre_norm": False})
+    with pytest.raises(HuggingFaceError, match="branch_output"):
+        hf_config.fitting_type(op)
+    assert hf_config.fitting_type(found.model) == "llama"
+    found.params["final_norm"]["gain"][0] = 1e6
+    with pytest.raises(HuggingFaceError, match="model.norm.weight.*float16"):
+        hf.save(tmp_path / "out", found.model, found.vocab_size, found.params, "llama", np.dtype(np.float16), 10**9)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("tokens", "words"), [
+    (np.zeros((2, 3)), "float64"), (np.zeros((4,), int), "integers"), (np.full((1, 4), 32), "0 to 31"), (np.zeros((1, 1), int), "at least 2")])
+def test_tokens_that_cannot_be_scored_are_refused(tokens, words):
+    found = hf.load(DATA / "llama")
+    with pytest.raises(ValueError, match=words):
+        hf_logits.compute(found.model, found.vocab_size, found.params, tokens)

@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fp8jax.interop.inference import Bound, Inference
+from fp8jax.interop.inference import Inference
 from fp8jax.models import kv_cache
 from fp8jax.models.kv_cache import KVCache
-from fp8jax.parallel.sharding import constrain
+from fp8jax.models.runner import Bound, pin_rows
 
 CHUNK = 16
 Ids = list[int]
@@ -130,17 +130,16 @@ def generate_ids(inference: Inference, prompts: Sequence[Ids], tokens: int, samp
             held = [inference.context // 2 if f else length for f, length in zip(full, held, strict=True)]
             state = _read(inference, [row[-length:] for row, length in zip(rows, held, strict=True)], capacity)
         ended = inference.put(np.append(done, np.ones(len(state.token) - len(rows), bool)))
-        state, new, taken = inference.call(_decode, state, ended, np.int32(count), np.int32(steps),
-                                           np.float32(sampling.temperature), np.float32(sampling.top_p), np.uint32(sampling.seed))
-        new, taken = np.asarray(new), int(taken)
+        state, *found = inference.call(_decode, state, ended, _ask(inference, sampling, count, steps))
+        new, taken = (inference.fetch(x) for x in found)
         for i in np.flatnonzero(~done):
-            ids = new[i, :taken].tolist()
+            ids = new[i, : int(taken)].tolist()
             done[i] = inference.tokenizer.end_of_document in ids
             ids = ids[: ids.index(inference.tokenizer.end_of_document)] if done[i] else ids
             rows[i] += ids
             held[i] += len(ids)
             done[i] |= stop(rows[i][starts[i]:])
-        count += taken
+        count += int(taken)
         yield [row[start:] for row, start in zip(rows, starts, strict=True)]
 
 
@@ -182,6 +181,24 @@ class _State(NamedTuple):
     token: jax.Array
 
 
+class _Asked(NamedTuple):
+    """Of one chunk: tokens a row so far, tokens to add, how to choose them, the id that ends a document, and how many ids there are."""
+
+    count: np.int32
+    steps: np.int32
+    temperature: np.float32
+    top_p: np.float32
+    seed: np.uint32
+    end: np.int32
+    ids: np.int32
+
+
+def _ask(inference: Inference, sampling: Sampling, count: int, steps: int) -> _Asked:
+    tokenizer = inference.tokenizer
+    return _Asked(np.int32(count), np.int32(steps), np.float32(sampling.temperature), np.float32(sampling.top_p),
+                  np.uint32(sampling.seed), np.int32(tokenizer.end_of_document), np.int32(tokenizer.vocab_size))
+
+
 def _check(context: int, prompts: Sequence[Ids], tokens: int) -> None:
     if tokens < 1:
         raise ValueError(f"tokens: {tokens} is below 1")
@@ -211,37 +228,29 @@ def _reader(capacity: int) -> Callable:
         _, cache = bound.model.extend(ids_bt, cache, bound.recipes, bound.prepared)
         # The newest token goes in again with the first decoding step, which is what yields its logits.
         token = jnp.take_along_axis(ids_bt, lengths_b[:, None] - 1, axis=1)[:, 0]
-        return _pinned(_State(cache._replace(filled=lengths_b - 1), token))
+        return _State(kv_cache.pin(cache._replace(filled=lengths_b - 1)), pin_rows(token))
 
     return read
 
 
-def _decode(bound: Bound, state: _State, done_b: jax.Array, count: jax.Array, steps: jax.Array, temperature: jax.Array,
-            top_p: jax.Array, seed: jax.Array) -> tuple[_State, jax.Array, jax.Array]:
-    """At most `steps` more tokens a row, after `count` so far; rows that are done stay as they are.
+def _decode(bound: Bound, state: _State, done_b: jax.Array, asked: _Asked) -> tuple[_State, jax.Array, jax.Array]:
+    """Adds tokens to each row; rows that are done stay as they are.
 
     Returns:
-        New state; int32 [b, CHUNK] tokens, the first n of them new; n, an int32 scalar.
+        New state; int32 [b, CHUNK] tokens, the first n of them new; n, an int32 scalar, below asked.steps if all rows are done.
     """
-    end = bound.tokenizer.end_of_document
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(done_b)))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(asked.seed), jnp.arange(len(done_b)))
 
     def one(carry):
         n, state, done, tokens = carry
         logits, cache = bound.model.extend(state.token[:, None], state.cache, bound.recipes, bound.prepared)
-        allowed = jnp.arange(logits.shape[-1]) < bound.tokenizer.vocab_size  # the rest only fills the table up
-        of_step = jax.vmap(jax.random.fold_in, (0, None))(keys, count + n)
-        token = next_token(jnp.where(allowed, logits[:, 0], -jnp.inf), of_step, temperature, top_p)
-        token = jnp.where(done, end, token)
+        allowed = jnp.arange(logits.shape[-1]) < asked.ids  # the rest only fills the table up
+        of_step = jax.vmap(jax.random.fold_in, (0, None))(keys, asked.count + n)
+        token = next_token(jnp.where(allowed, logits[:, 0], -jnp.inf), of_step, asked.temperature, asked.top_p)
+        token = jnp.where(done, asked.end, token)
         cache = cache._replace(filled=jnp.where(done, state.cache.filled, cache.filled))
-        return n + 1, _pinned(_State(cache, token)), done | (token == end), tokens.at[:, n].set(token)
+        return n + 1, _State(kv_cache.pin(cache), pin_rows(token)), done | (token == asked.end), tokens.at[:, n].set(token)
 
     start = jnp.int32(0), state, done_b, jnp.zeros((len(done_b), CHUNK), jnp.int32)
-    n, state, _, tokens = jax.lax.while_loop(lambda carry: (carry[0] < steps) & ~carry[2].all(), one, start)
-    return state, constrain(tokens, None, None), n
-
-
-def _pinned(state: _State) -> _State:
-    """With the same shardings wherever it comes from, so that `_decode` is compiled once."""
-    k, v = (constrain(x, None, "batch", None, "kv_heads", None) for x in state.cache[:2])
-    return _State(KVCache(k, v, constrain(state.cache.filled, "batch")), constrain(state.token, "batch"))
+    n, state, _, tokens = jax.lax.while_loop(lambda carry: (carry[0] < asked.steps) & ~carry[2].all(), one, start)
+    return state, tokens, n

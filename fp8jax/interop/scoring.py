@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import track
 
 from fp8jax.interop.generation import Ids, Sampling, bucket, document, generate_ids
-from fp8jax.interop.inference import Bound, Inference
-from fp8jax.parallel.sharding import constrain
+from fp8jax.interop.inference import Inference
+from fp8jax.models.runner import Bound
 
 DEFAULT_TOKENS = 256  # of generate_until, as in the harness
 # Of a batch, for each replica: enough to keep a device busy, and float32 logits of at most 4 GiB.
@@ -86,20 +86,21 @@ def score(inference: Inference, requests: Sequence[tuple[Ids, Ids]]) -> list[tup
             end = len(window.ids)
             ids[row, :end] = window.ids
             mask[row, end - 1 - window.scored: end - 1] = True
-        found = inference.call(_score, *(inference.put(x) for x in (ids[:, :-1], ids[:, 1:], mask)))
-        for (i, _), value, likeliest in zip(batch, *(np.asarray(x) for x in found), strict=False):
+        arrays = (inference.put(x) for x in (ids[:, :-1], ids[:, 1:], mask))
+        found = inference.call(_score, *arrays, np.int32(inference.tokenizer.vocab_size))
+        for (i, _), value, likeliest in zip(batch, *map(inference.fetch, found), strict=False):
             totals[i] += value
             greedy[i] &= likeliest
     return [(float(total), bool(g)) for total, g in zip(totals, greedy, strict=True)]
 
 
-def _score(bound: Bound, inputs_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 [b] sums of log probabilities under the mask; bool [b]."""
+def _score(bound: Bound, inputs_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """float32 [b] sums of log probabilities under the mask; bool [b], whether all were the likeliest of so many ids."""
     logits, _ = bound.model({"inputs": inputs_bt}, bound.recipes, bound.prepared)
     chosen = jnp.take_along_axis(logits, targets_bt[..., None], axis=-1)[..., 0]
     total = jnp.sum(jnp.where(mask_bt, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0), axis=-1)
-    likeliest = jnp.all((chosen == jnp.max(logits[..., : bound.tokenizer.vocab_size], axis=-1)) | ~mask_bt, axis=-1)
-    return constrain(total, None), constrain(likeliest, None)
+    largest = jnp.max(jnp.where(jnp.arange(logits.shape[-1]) < ids, logits, -jnp.inf), axis=-1)
+    return total, jnp.all((chosen == largest) | ~mask_bt, axis=-1)
 
 
 def generate_until(inference: Inference, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:

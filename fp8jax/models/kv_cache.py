@@ -33,9 +33,14 @@ class KVCache(NamedTuple):
 
 def empty(config: ModelConfig, batch: int, capacity: int) -> KVCache:
     """A cache for `batch` rows of at most `capacity` tokens, in the dtype of activations."""
-    shape = config.layers, batch, capacity, config.kv_heads, config.head_dim
-    zeros = constrain(jnp.zeros(shape, jnp.dtype(config.dtype)), None, "batch", None, "kv_heads", None)
-    return KVCache(zeros, zeros, jnp.zeros((batch,), jnp.int32))
+    zeros = jnp.zeros((config.layers, batch, capacity, config.kv_heads, config.head_dim), jnp.dtype(config.dtype))
+    return pin(KVCache(zeros, zeros, jnp.zeros((batch,), jnp.int32)))
+
+
+def pin(cache: KVCache) -> KVCache:
+    """The same, split by rows and heads."""
+    k, v = (constrain(x, None, "batch", None, "kv_heads", None) for x in cache[:2])
+    return KVCache(k, v, constrain(cache.filled, "batch"))
 
 
 def append(layer: KVCache, k_btkh: jax.Array, v_btkh: jax.Array) -> KVCache:

@@ -1,0 +1,69 @@
+"""A loaded model made ready to compute with, and nothing more: weights cast to BF16 once, rows spread over the mesh.
+
+runner = Runner(model)                                        # a LoadedModel (definition.py)
+logits = runner.call(function, runner.put(ids_bt))            # function(Bound, ids_bt), compiled once
+runner.fetch(logits)                                          # a numpy array, on every process
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fp8jax.models import gemms
+from fp8jax.models.definition import LoadedModel
+from fp8jax.models.gemms import ModelRecipes
+from fp8jax.models.transformer import PreparedGemms, Transformer
+from fp8jax.parallel.mesh import emulates_fp8
+from fp8jax.parallel.sharding import RULES, constrain
+
+
+class Bound(NamedTuple):
+    """The model as functions under `Runner.call` see it."""
+
+    model: Transformer
+    recipes: ModelRecipes
+    prepared: PreparedGemms
+
+
+class Runner:
+    """A loaded model and its compiled functions.
+
+    Attributes:
+        config: of the run.
+        replicas: a batch must have a multiple of so many rows.
+    """
+
+    def __init__(self, model: LoadedModel):
+        self.config, self._definition, self._params, self._mesh = model
+        self.replicas = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        emulated = emulates_fp8(self.config, self._mesh.devices.flat[0])
+        self._recipes = gemms.model_recipes(self.config, gated=self._definition.gated(), emulated=emulated, recipe="bf16")
+        self._compiled: dict[Callable, Any] = {}
+        self._prepared = jax.jit(lambda params: self._definition.bind(params).prepare(self._recipes, {}, {}))(self._params)
+
+    def call(self, function: Callable, *arrays: Any) -> Any:
+        """function(Bound, *arrays), jitted: compiled once for every function and shapes. Host arrays are equal on all processes."""
+        if function not in self._compiled:
+            def run(params, prepared, *arrays):
+                with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
+                    return function(Bound(self._definition.bind(params), self._recipes, prepared), *arrays)
+
+            self._compiled[function] = jax.jit(run)
+        return self._compiled[function](self._params, self._prepared, *arrays)
+
+    def put(self, rows: np.ndarray) -> jax.Array:
+        """[b, ...] on the devices, b split over the replicas."""
+        return jax.device_put(rows, NamedSharding(self._mesh, PartitionSpec(RULES["batch"])))
+
+    def fetch(self, array: jax.Array) -> np.ndarray:
+        """An array on the host, whole, whichever processes hold its parts."""
+        return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+
+
+def pin_rows(x: jax.Array) -> jax.Array:
+    """[b, ...] split as by `Runner.put`: for results that go in again, so that what takes them is compiled once."""
+    return constrain(x, "batch")

@@ -10,7 +10,7 @@ by 5% for the 8B model at 4096 tokens.) The embedding lookup, norms, activations
 
 import dataclasses
 
-from fp8jax.config import ModelConfig
+from fp8jax.config import ModelConfig, head_dim
 from fp8jax.models import architectures
 
 _PASSES = 3  # forward, and the gradients of both operands
@@ -39,7 +39,7 @@ def model_flops(config: ModelConfig, vocab_size: int, *, sequences: int, sequenc
         sequences: in the step's whole batch.
         sequence_length: tokens of each.
     """
-    d, n, k, h, f = config.width, config.heads, config.kv_heads, config.head_dim, architectures.ffn_hidden(config)
+    d, n, k, h, f = config.width, config.heads, config.kv_heads, head_dim(config), architectures.ffn_hidden(config)
     weights = d * (n + 2 * k) * h + n * h * d + (3 if architectures.gated(config) else 2) * d * f
     tokens = sequences * sequence_length
     pairs = sequences * sequence_length * (sequence_length + 1) // 2

@@ -18,5 +18,5 @@ class Inference(Runner):
 
     def __init__(self, model: LoadedModel):
         super().__init__(model)
-        self.tokenizer = tokenizer.load(self.config.data.tokenizer)
+        self.tokenizer = tokenizer.of(self.config.data)
         self.context = self.config.data.sequence_length

@@ -65,6 +65,7 @@ def test_text_ends_with_the_document_and_has_no_ids_beyond_the_tokenizer():
     end, tokens = inference.tokenizer.end_of_document, 60
     found = last(generate_ids(inference, [[end]] * 32, tokens, Sampling(temperature=1.0)))
     assert all(0 <= token < end for ids in found for token in ids)
+    assert all(ids[:16] != ids[16:32] for ids in found if len(ids) >= 32)  # every chunk has random numbers of its own
     ended = [len(ids) for ids in found if len(ids) < tokens]
     # A row goes on with probability (256/257)^60 = 0.79: 6.7 of 32 should end, with standard deviation 2.3.
     assert 1 <= len(ended) <= 16 and len(set(ended)) > 1

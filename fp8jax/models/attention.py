@@ -8,8 +8,8 @@ from fp8jax.models import kv_cache
 from fp8jax.models.gemms import Gemms
 from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.layers import Dense, RMSNorm, Tanh, apply_rope
-from fp8jax.models.taps import tap, tap_cast
-from fp8jax.numerics.attention import SCORES, VALUES, attention
+from fp8jax.models.taps import tap
+from fp8jax.numerics.attention import attention
 from fp8jax.parallel.sharding import constrain
 
 
@@ -41,9 +41,6 @@ class Attention(nnx.Module):
         tap("k", k)
         q, k = (constrain(a, "batch", None, "kv_heads", *([None] * (a.ndim - 3))) for a in (apply_rope(q, rope), apply_rope(k, rope)))
         given = gemms.inputs
-        for name, array, role, index in (("q", q, SCORES, 0), ("k", k, SCORES, 1), ("v", v, VALUES, 0)):
-            scale = given.scales[role][index] if role in given.scales else None
-            tap_cast(f"{role}.{name}", array, scale, gemms.recipes[role], name)
         if cache is not None:
             cache = kv_cache.append(cache, k, v)
         # More than one token: a prompt into an empty cache, so there are no older keys to look at.

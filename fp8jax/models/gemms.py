@@ -9,17 +9,20 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from fp8jax.config import Config, ConfigError
 from fp8jax.numerics import attention as attention_lib
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics import scaling as scaling_lib
+from fp8jax.numerics import statistics
 from fp8jax.numerics.dot_general import quantise_weight
 from fp8jax.numerics.formats import Quantised
 from fp8jax.numerics.recipes import GemmRecipe
 
 HEAD = "lm_head"
 Recipes = dict[str, GemmRecipe]
+Health = dict[str, dict[str, jax.Array]]
 
 
 class GemmInputs(NamedTuple):
@@ -150,12 +153,54 @@ def update_scaling(scaling: scaling_lib.Scaling, amaxes: scaling_lib.Tokens, rec
     return scaling_lib.update(scaling, amaxes, {role: recipe for role, (_, recipe) in recipes.by_role().items()})
 
 
-def zero_tokens(recipes: ModelRecipes) -> scaling_lib.Tokens:
-    """One token a GEMM call site, stacked over layers."""
+def zero_tokens(recipes: ModelRecipes, *, health: bool = False) -> scaling_lib.Tokens:
+    """One token a GEMM call site, stacked over layers; with room for what the casts did, if `health`."""
     out: scaling_lib.Tokens = {}
     for role, (layers, recipe) in recipes.by_role().items():
         out |= scaling_lib.zero_tokens({role: recipe}, layers)
+    return {role: jnp.zeros((*token.shape, len(statistics.HEALTH))) for role, token in out.items()} if health else out
+
+
+def read_tokens(found: scaling_lib.Tokens) -> tuple[scaling_lib.Tokens, Health]:
+    """Raw amaxes, and health by operand ('mlp_up.g': statistic → float32 [layers], NaN in layers that are not in FP8), if any."""
+    if all(token.ndim == 2 for token in found.values()):
+        return found, {}
+    health = {f"{role}.{operand}": _by_name(token[:, i]) for role, token in found.items()
+              for i, operand in enumerate(recipes_lib.OPERANDS[role])}
+    return {role: token[..., 0] for role, token in found.items()}, health
+
+
+def weight_health(weights: Mapping[str, jax.Array], quantised: list[dict[str, Quantised]], recipes: ModelRecipes) -> Health:
+    """Health of the weights' casts, as from `read_tokens`.
+
+    Args:
+        weights: role → weight stacked over layers.
+        quantised: from `quantise_weights`.
+        recipes: of the model.
+    """
+    def one(role: str, first: int, last: int, recipe: GemmRecipe, q: Quantised) -> jax.Array:
+        if not recipe.fp8:
+            return jnp.zeros((last - first, len(statistics.HEALTH)))
+        return jax.vmap(lambda w, q: statistics.health(_matrix(role, w), q))(weights[role][first:last], q)
+
+    out = {}
+    for role in weights:
+        rows = [one(role, first, last, segment[role], q[role])
+                for (first, last, segment), q in zip(recipes.segments(), quantised, strict=True)]
+        if any(layer[role].fp8 for layer in recipes.blocks):
+            out[f"{role}.w"] = _by_name(jnp.concatenate(rows))
     return out
+
+
+def head_health(weight: jax.Array, quantised: Quantised, recipes: ModelRecipes) -> Health:
+    """The same of the head's weight; nothing if it is not in FP8."""
+    return {f"{HEAD}.w": _by_name(statistics.health(weight, quantised)[None])} if recipes.head.fp8 else {}
+
+
+def _by_name(rows: jax.Array) -> dict[str, jax.Array]:
+    """[layers, statistics] to statistic → [layers]; a scale of 0 says that nothing was cast."""
+    known = jnp.where(rows[:, statistics.HEALTH.index("scale"), None] > 0, rows, jnp.nan)
+    return {name: known[:, i] for i, name in enumerate(statistics.HEALTH)}
 
 
 def quantise_weights(weights: Mapping[str, jax.Array], recipes: ModelRecipes, dtype: Any) -> list[dict[str, Quantised]]:

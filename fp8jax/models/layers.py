@@ -13,7 +13,6 @@ from flax import nnx
 
 from fp8jax.config import ModelConfig
 from fp8jax.models.gemms import Gemms
-from fp8jax.models.taps import tap_cast
 from fp8jax.numerics.dot_general import dot_general
 
 Axes = tuple[str | None, ...]
@@ -48,7 +47,6 @@ class Dense(nnx.Module):
         # Two-dimensional weights are what FP8 kernels are matched on; merged dimensions stay contiguous.
         flat = (math.prod(self.w.shape[: self.inputs]), math.prod(outputs))
         x = x.reshape(*x.shape[:lead], flat[0])
-        tap_cast(f"{role}.x", x, None if scales is None else scales[0], recipe, "x")
         weight = given.weights[role]
         y = dot_general(x, self.w[...].reshape(flat), (((lead,), (0,)), ((), ())), recipe,
                         quantised_w=weight._replace(data=weight.data.reshape(flat)), scales=scales,

@@ -5,7 +5,8 @@
     found["qkv"]["kurtosis"]         # float32 scalar
 
 Values found inside scan, remat or vmap are tracers of that transformation: open `collecting` inside the transformed
-function and *return* what was found (models/transformer.py does), never carry it out by side effect.
+function and *return* what was found (models/transformer.py does), never carry it out by side effect. What FP8 casts do to
+the operands of GEMMs comes back through tokens instead (models/gemms.py), for gradients are seen in the backward pass only.
 """
 
 import contextlib
@@ -15,7 +16,6 @@ from collections.abc import Iterator
 import jax
 
 from fp8jax.numerics import statistics
-from fp8jax.numerics.recipes import GemmRecipe
 
 Taps = dict[str, dict[str, jax.Array]]
 _found: contextvars.ContextVar[tuple[Taps, bool] | None] = contextvars.ContextVar("found", default=None)
@@ -44,13 +44,3 @@ def tap(name: str, x: jax.Array) -> None:
         found, pooled = current
         x = jax.lax.stop_gradient(x)
         found[name] = {"kurtosis": statistics.kurtosis(x, pooled=pooled), **statistics.moments(x)}
-
-
-def tap_cast(name: str, x: jax.Array, scale: jax.Array | None, recipe: GemmRecipe, operand: str) -> None:
-    """Records what the FP8 cast of a GEMM operand loses; `name` is like 'mlp_down.x'."""
-    current = _found.get()
-    if current is None or not recipe.fp8:
-        return
-    x = jax.lax.stop_gradient(x)
-    quantised, _ = recipe.quantise(x, scale, operand)
-    current[0][name] = statistics.cast_losses(x, quantised.scale, recipe.format(operand))

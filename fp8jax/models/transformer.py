@@ -107,6 +107,11 @@ class Transformer(nnx.Module):
         head = gemms_lib.quantise_weight(jax.lax.stop_gradient(self.head_weight()), recipes.head, self.dtype)
         return PreparedGemms(gemms_lib.quantise_weights(weights, recipes, self.dtype), head, scales, tokens)
 
+    def weight_health(self, recipes: ModelRecipes, prepared: PreparedGemms) -> gemms_lib.Health:
+        """What the casts of `prepare` did, by weight ('mlp_up.w')."""
+        out = gemms_lib.weight_health(self.blocks.gemm_weights(), prepared.weights, recipes)
+        return out | gemms_lib.head_health(self.head_weight(), prepared.head, recipes)
+
     def __call__(self, batch: dict[str, jax.Array], recipes: ModelRecipes, prepared: PreparedGemms,
                  options: ForwardOptions = ForwardOptions()) -> tuple[jax.Array, taps_lib.Taps]:
         """Logits and statistics.

@@ -3,7 +3,8 @@
     flatten({"qkv": {"kurtosis": [3.1, 3.3]}})
     # {"kurtosis/qkv_avg": 3.2, "kurtosis/qkv_layer000": 3.1, "kurtosis/qkv_layer001": 3.3}
 
-What the numbers are is said in numerics/statistics.py, where they are taken in models/taps.py.
+What the numbers are is said in numerics/statistics.py; activations' are taken by models/taps.py, those of casts ('qkv.x',
+'qkv.w', 'qkv.g', 'attention_scores.ds', ...) come back through the GEMMs' tokens.
 """
 
 from collections.abc import Mapping
@@ -19,12 +20,12 @@ def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
 
     Returns:
         `STATISTIC/TENSOR_layerNNN` and `STATISTIC/TENSOR_avg`; amax has a maximum, `amax/TENSOR_max`, instead of an
-        average; and, where anything is cast to FP8, `fp8/saturated_fraction` and `fp8/underflow_fraction`: averages over
-        all cast operands and layers.
+        average; `snr`, in decibels, in place of signal and noise, infinite for an exact cast; and, where anything is cast to
+        FP8, `fp8/saturated_fraction` and `fp8/underflow_fraction`: averages over all cast operands and layers.
     """
     out: dict[str, float] = {}
     for name, stats in taps.items():
-        for statistic, values in stats.items():
+        for statistic, values in _with_snr(stats).items():
             known = values[~np.isnan(values)]
             whole, reduce = ("max", np.max) if statistic == "amax" else ("avg", np.mean)
             if known.size:
@@ -35,3 +36,12 @@ def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
         if found:
             out[key] = float(np.nanmean(np.concatenate(found)))
     return out
+
+
+def _with_snr(stats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The signal-to-noise ratio of a cast, NaN where there is no signal."""
+    if "noise" not in stats:
+        return dict(stats)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        snr = 10 * np.log10(stats["signal"].astype(np.float64) / stats["noise"])
+    return {name: values for name, values in stats.items() if name not in ("signal", "noise")} | {"snr": snr}

@@ -21,7 +21,8 @@ largest casts to zero: with n keys at most n * 2**-18 of a row's mass is lost (1
 all mass is that thin).
 
 The residuals are q, k, v in FP8, O in the activations' dtype and the log-sum-exp. As in `dot_general`, raw amaxes come
-back as the cotangents of tokens: (q, k, dS) for role attention_scores, (v, dO) for attention_values.
+back as the cotangents of tokens: (q, k, dS) for role attention_scores, (v, dO) for attention_values; and as there, tokens
+with room for it bring back the health of these casts. dS is counted over the whole square of scores, hidden ones zero.
 """
 
 import functools
@@ -31,9 +32,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax.numerics import attention_composed, attention_rows
+from fp8jax.numerics import attention_composed, attention_rows, statistics
 from fp8jax.numerics.attention_rows import Call, Operands, Residuals
-from fp8jax.numerics.dot_general import CHECKPOINT_NAME, named
+from fp8jax.numerics.dot_general import CHECKPOINT_NAME, named, report_cast
 from fp8jax.numerics.recipes import GemmRecipe
 
 SCORES, VALUES = "attention_scores", "attention_values"
@@ -56,7 +57,7 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
         softmax_scale: factor on the scores.
         segment_ids: int32 [b, t]; tokens attend within their own segment only. None: one segment.
         scales: role → float32 scales, in the order of `recipes.OPERANDS`; needed by delayed scaling.
-        tokens: role → zeros of the same shapes, whose cotangents are raw amaxes.
+        tokens: role → zeros of the same shapes, whose cotangents are raw amaxes; or [..., len(statistics.HEALTH)].
         backend: one of BACKENDS. Whether a recipe's GEMMs are FP8 or emulated is the recipe's business, with either.
 
     Returns:
@@ -71,7 +72,8 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
             raise ValueError(f"attention: delayed scaling of {role} needs scales[{role!r}]")
     scales = {role: scales[role] for role in (SCORES, VALUES) if role in scales} if scales else {}
     tokens = {role: tokens[role] for role in (SCORES, VALUES) if role in tokens} if tokens else {}
-    call = Call(recipes[SCORES], recipes[VALUES], softmax_scale, q_btkgh.dtype)
+    health = SCORES in tokens and tokens[SCORES].ndim == 2
+    call = Call(recipes[SCORES], recipes[VALUES], softmax_scale, q_btkgh.dtype, health)
     return _attention(backend, call, q_btkgh, k_bskh, v_bskh, segment_ids, scales, tokens)
 
 
@@ -100,22 +102,27 @@ def _forward(backend, call, q, k, v, segment_ids, scales, tokens):
     qv = named(qv) if call.values.fp8 else qv
     operands = Operands(qq, qk, qv, segment_ids)
     o, lse = attention_composed.forward(call, operands) if backend == "composed" else _all_forward(call, operands)
-    amaxes = {SCORES: (amax_q, amax_k), VALUES: (amax_v,)}
-    o, lse, amaxes = checkpoint_name((o, lse, amaxes), CHECKPOINT_NAME)
-    return o, (operands, o, lse, amaxes, scales, tokens)
+    scores, values = tokens.get(SCORES), tokens.get(VALUES)
+    reports = {SCORES: (report_cast(scores, q, qq, amax_q), report_cast(scores, k, qk, amax_k)),
+               VALUES: (report_cast(values, v, qv, amax_v),)}
+    o, lse, reports = checkpoint_name((o, lse, reports), CHECKPOINT_NAME)
+    return o, (operands, o, lse, reports, scales, tokens)
 
 
 def _backward(backend, call, saved, do):
-    operands, o, lse, amaxes, scales, tokens = saved
+    operands, o, lse, reports, scales, tokens = saved
     qdo, amax_do = call.values.quantise(do, _scale(scales, VALUES, 1), "do")
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
     run = attention_composed.backward if backend == "composed" else _all_backward
     scale = call.scores.static_scale("ds") if call.scores.scaling == "static" else _scale(scales, SCORES, 2)
-    dq, dk, dv, amax_ds = run(call, operands, Residuals(qdo, lse, delta), scale)
-    found = {SCORES: (*amaxes[SCORES], amax_ds), VALUES: (*amaxes[VALUES], amax_do)}
-    measured = {SCORES: call.scores.measured, VALUES: call.values.measured}
-    d_tokens = {role: jnp.stack(found[role]) if measured[role] else jnp.zeros_like(token) for role, token in tokens.items()}
-    return dq, dk, dv, None, None, d_tokens
+    dq, dk, dv, of_ds = run(call, operands, Residuals(qdo, lse, delta), scale)
+    found = {SCORES: (*reports[SCORES], of_ds), VALUES: (*reports[VALUES], report_cast(tokens.get(VALUES), do, qdo, amax_do))}
+    return dq, dk, dv, None, None, {role: _stacked(found[role], token) for role, token in tokens.items()}
+
+
+def _stacked(reports: tuple[jax.Array | None, ...], token: jax.Array) -> jax.Array:
+    """A token's cotangent; zeros if nothing is reported, as with fixed scales."""
+    return jnp.zeros_like(token) if any(report is None for report in reports) else jnp.stack(reports)
 
 
 _attention.defvjp(_forward, _backward)
@@ -128,14 +135,14 @@ def _all_forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
 
 
 def _all_backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v in the dtype of activations, and the raw amax of dS (None if it is not measured)."""
+    """Gradients of q, k, v in the dtype of activations, and the raw amax of dS (None if it is not measured) or its health."""
     length = x.q.data.shape[1]
     mask = attention_rows.visible(0, length, length, x.segment_ids)
     p, ds = attention_rows.score_gradient(call, x.q, x.k, x.v, residuals, mask)
     qds, largest = call.scores.quantise(ds if call.scores.fp8 else ds.astype(call.dtype), scale, "ds")
     dq, dk, dv = attention_rows.input_gradients(call, p, qds, x.q, x.k, residuals.do)
     dk, dv = attention_rows.swap_heads(dk), attention_rows.swap_heads(dv)
-    return *(d.astype(call.dtype) for d in (dq, dk, dv)), largest
+    return *(d.astype(call.dtype) for d in (dq, dk, dv)), statistics.health(ds, qds) if call.health else largest
 
 
 def _scale(scales: Mapping[str, jax.Array], role: str, index: int) -> jax.Array | None:

@@ -19,6 +19,7 @@ chunk of them goes through memory, float32, as in any composition of GEMMs.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.numerics import attention_rows, formats
+from fp8jax.numerics import attention_rows, formats, statistics
 from fp8jax.numerics.attention_rows import Call, Operands, Residuals
 from fp8jax.numerics.formats import Quantised
 
@@ -48,7 +49,7 @@ def forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
 
 
 def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v in the dtype of activations and the raw amax of dS (None if it is not measured).
+    """Gradients of q, k, v in the dtype of activations and the raw amax of dS (None if it is not measured) or, if the call asks, its health.
 
     Args:
         call: recipes and softmax scale.
@@ -59,25 +60,39 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
     if call.scores.scaling == "current":
         scale = call.scores.scale(_largest_ds(call, x, residuals), call.scores.format("ds"))
 
+    elements = x.q.data.shape[1] * math.prod(x.q.data.shape[:4])
+
     def chunk(carry, start, rows, keys):
-        dq, dk, dv, largest = carry
+        dq, dk, dv, largest, health = carry
         p, ds, do = _chunk_ds(call, x, residuals, start, rows, keys)
         qds = Quantised(ds.astype(call.dtype), None)
         if call.scores.fp8:
             qds = formats.quantise(ds, scale, call.scores.format("ds"), emulated=call.scores.emulated)
-        if call.scores.measured:
+        if call.scores.measured or call.health:
             largest = jnp.maximum(largest, _amax_by_head(ds))
+        if call.health:
+            health += statistics.health(ds, qds, elements=elements)
         q, k = _rows(x.q, start, rows), _rows(x.k, 0, keys)
         dq_rows, dk_part, dv_part = attention_rows.input_gradients(call, p, qds, q, k, do)
         dq = lax.dynamic_update_slice_in_dim(dq, dq_rows.astype(call.dtype), start, axis=1)
-        return dq, _add_prefix(dk, dk_part), _add_prefix(dv, dv_part), largest
+        return dq, _add_prefix(dk, dk_part), _add_prefix(dv, dv_part), largest, health
 
     b, t, k, g, h = x.q.data.shape
     zeros = jnp.zeros((b, k, t, h), jnp.float32)
-    init = jnp.zeros((b, t, k, g, h), call.dtype), zeros, zeros, jnp.zeros((b, k), jnp.float32)
-    dq, dk, dv, largest = _over_chunks(t, chunk, init)
+    init = jnp.zeros((b, t, k, g, h), call.dtype), zeros, zeros, jnp.zeros((b, k), jnp.float32), jnp.zeros(len(statistics.HEALTH))
+    dq, dk, dv, largest, health = _over_chunks(t, chunk, init)
     dk, dv = (attention_rows.swap_heads(d).astype(call.dtype) for d in (dk, dv))
+    if call.health:
+        return dq, dk, dv, _whole(health, jnp.max(largest), scale, t)
     return dq, dk, dv, jnp.max(largest) if call.scores.measured else None
+
+
+def _whole(health: jax.Array, amax: jax.Array, scale: jax.Array, length: int) -> jax.Array:
+    """Health of dS from the sum over chunks: what was skipped is zero; amax and scale do not add up."""
+    computed = sum(chunks * rows * (first + chunks * rows) for first, chunks, rows in _bands(length)) / max(length, 1) ** 2
+    found = dict(zip(statistics.HEALTH, health, strict=True))
+    found |= {"amax": amax, "scale": scale, "zero": found["zero"] + (1 - computed)}
+    return jnp.stack([found[name] for name in statistics.HEALTH])
 
 
 def _chunk_ds(call: Call, x: Operands, residuals: Residuals, start: Any, rows: int,

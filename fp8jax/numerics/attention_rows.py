@@ -33,12 +33,16 @@ _PTDO = (((2, 3), (1, 3)), ((0, 1), (0, 2)))  # P_bktgs · dO_btkgh → dV_bksh,
 
 
 class Call(NamedTuple):
-    """What is static about one attention: recipes of the two roles, the factor on scores, the dtype of activations."""
+    """What is static about one attention: recipes of the two roles, the factor on scores, the dtype of activations.
+
+    health: backends report all of `statistics.HEALTH` for the cast of dS, not only its amax.
+    """
 
     scores: GemmRecipe
     values: GemmRecipe
     softmax_scale: float
     dtype: jnp.dtype
+    health: bool = False
 
 
 class Operands(NamedTuple):

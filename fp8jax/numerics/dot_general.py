@@ -15,8 +15,9 @@ contracts tokens: there g is quantised a second time, and x again from its FP8 r
 
 State goes in and out without side effects. Scales of delayed scaling are an argument; the raw amaxes of x and of the
 output gradient come back as the *cotangent of `token`*, a float32 array of zeros (zeros again with `static` scaling, which
-takes none). Give each call its own token: cotangents of a token used twice are summed. The weight may come already
-quantised (once a step, `quantise_weight`); then `w` only receives the gradient.
+takes none). A token with room for it brings back all of `statistics.HEALTH`. Give each call its own token: cotangents of a
+token used twice are summed. The weight may come already quantised (once a step, `quantise_weight`); then `w` only receives
+the gradient.
 """
 
 import functools
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax.numerics import blockwise
+from fp8jax.numerics import blockwise, statistics
 from fp8jax.numerics.formats import E5M2, Quantised
 from fp8jax.numerics.recipes import GemmRecipe
 
@@ -118,7 +119,8 @@ def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers,
         recipe: scaling, formats, backend.
         quantised_w: the weight as `quantise_weight` made it.
         scales: float32 [2], scales of x and of the output gradient; needed by delayed scaling.
-        token: float32 [2] of zeros, whose cotangent is (amax of x, amax of the output gradient).
+        token: float32 [2] of zeros, whose cotangent is (amax of x, amax of the output gradient); or [2, len(HEALTH)], which
+            brings back what the two casts did.
         out_dtype: dtype of the result; None: that of x.
         role: name of the GEMM in profiles and programs.
 
@@ -158,23 +160,24 @@ def _forward(call, x, w, qw, scales, token):
     recipe = call.recipe
     qx, amax_x = recipe.quantise(x, None if scales is None else scales[0], "x", axes=call.dims[0][0])
     qx = named(qx) if recipe.fp8 else qx
-    amax_x = checkpoint_name(amax_x, CHECKPOINT_NAME)
+    report = checkpoint_name(report_cast(token, x, qx, amax_x), CHECKPOINT_NAME)
     y = gemm(*_operands(recipe, qx, qw), call.dims, out_dtype=call.out_dtype, name=f"{call.role}.fprop", **_options(recipe, "fprop"))
-    return y, (qx, qw, scales, token, amax_x)
+    return y, (qx, qw, scales, token, report)
 
 
 def _backward(call, residuals, g):
-    qx, qw, scales, token, amax_x = residuals
+    qx, qw, scales, token, of_x = residuals
     recipe, dims = call.recipe, call.dims
     g = g if recipe.fp8 else g.astype(call.x_dtype)
     qg, amax_g = recipe.quantise(g, None if scales is None else scales[1], "g", axes=(g.ndim - 1,))
+    of_g = report_cast(token, g, qg, amax_g)
     dx = _transposed_lhs(*_operands(recipe, qg, qw), dims, qx.data.ndim, out_dtype=call.x_dtype, name=f"{call.role}.dgrad",
                          **_options(recipe, "dgrad"))
     if recipe.scaling == "blockwise":
         qx, qg, dims = _along_tokens(call, qx, g)
     dw = _transposed_rhs(*_operands(recipe, qg, qx), dims, qw.data.ndim, out_dtype=call.w_dtype, name=f"{call.role}.wgrad",
                          **_options(recipe, "wgrad"))
-    d_token = None if token is None or not recipe.measured else jnp.stack([amax_x, amax_g])
+    d_token = None if of_x is None else jnp.stack([of_x, of_g])
     return dx, dw, None, None, d_token
 
 
@@ -201,6 +204,13 @@ def _along_tokens(call: _Call, qx: Quantised, g: jax.Array) -> tuple[Quantised, 
 
 def _options(recipe: GemmRecipe, gemm_pass: str) -> dict[str, Any]:
     return {"emulated": recipe.emulated, "precise": recipe.fp8 and recipe.precise(gemm_pass)}
+
+
+def report_cast(token: jax.Array | None, x: jax.Array, q: Quantised, amax: jax.Array | None) -> jax.Array | None:
+    """What a token brings back of one operand: its amax, None if that is not taken; or its health, if the token has room."""
+    if token is None or q.scale is None:
+        return None
+    return amax if token.ndim == 1 else statistics.health(x, q)
 
 
 def named(q: Quantised) -> Quantised:

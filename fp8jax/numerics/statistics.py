@@ -5,8 +5,12 @@ All are float32 scalars, computed in float32 from any floating input, and differ
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from fp8jax.numerics import formats
+from fp8jax.numerics import blockwise, formats
+from fp8jax.numerics.formats import Quantised
+
+HEALTH = ("amax", "scale", "overflow", "underflow", "zero", "negative_zero", "signal", "noise")
 
 
 def kurtosis(x: jax.Array, *, pooled: bool = False) -> jax.Array:
@@ -35,21 +39,43 @@ def moments(x: jax.Array) -> dict[str, jax.Array]:
     return {"mean": jnp.mean(x), "rms": jnp.sqrt(jnp.mean(x**2))}
 
 
-def cast_losses(x: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> dict[str, jax.Array]:
-    """What quantising x with a scale does to it.
+def health(x: jax.Array, q: Quantised, *, elements: int | None = None) -> jax.Array:
+    """What a cast did to a tensor: a float32 vector, one entry for each name in HEALTH.
 
-    Returns:
-        `overflow`: fraction of elements that are clipped; `underflow`: fraction that are not zero but become zero;
-        `amax`: largest magnitude; `scale`: as given.
+    `amax`: largest magnitude; `scale`: the scale, the largest of them if there are several; fractions of the elements:
+    `overflow`, finite or not, beyond the format's maximum; `underflow`, not zero, but zero or -0 after the cast; `zero` and
+    `negative_zero`, so before the cast, float32's subnormal numbers among them; `signal` and `noise`: mean squares of the tensor and of the cast's error, in units
+    of `scale`, from which comes the signal-to-noise ratio.
+
+    Counts are summed as integers, so that all but signal and noise are the same to the bit on any number of devices.
+
+    Args:
+        x: the tensor, floating.
+        q: its cast.
+        elements: what fractions and means refer to, if x is a part of something larger; parts then add up.
     """
-    scaled = x.astype(jnp.float32) * (1.0 / scale)
-    info = jnp.finfo(dtype)
-    # Half of the smallest subnormal rounds to even, which is zero.
-    smallest = float(info.smallest_subnormal) / 2
-    clipped = jnp.abs(scaled) > formats.max_value(dtype)
-    vanished = (x != 0) & (jnp.abs(scaled) <= smallest)
-    return {"overflow": jnp.mean(clipped, dtype=jnp.float32), "underflow": jnp.mean(vanished, dtype=jnp.float32),
-            "amax": formats.amax(x), "scale": jnp.asarray(scale, jnp.float32)}
+    x = x.astype(jnp.float32)
+    scale, elements = jnp.max(q.scale), elements or max(x.size, 1)
+    # Some devices take subnormal numbers for zero, and the CPU's compiler makes a float comparison of (bits << 1) != 0.
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    nonzero, negative = (bits & 0x7FFFFFFF) >= 0x800000, (bits >> 31) == 1
+    vanished = (lax.bitcast_convert_type(q.data, jnp.uint8) & 0x7F) == 0
+    clipped = jnp.abs(x * (1.0 / blockwise.spread(q.scale, x.shape))) > formats.max_value(q.data.dtype)
+    fractions = (_count(mask) / elements for mask in (clipped, nonzero & vanished, ~nonzero & ~negative, ~nonzero & negative))
+    # Beyond 2**40 times the scale everything is error, and its square must stay finite.
+    scaled = jnp.clip(x * (1.0 / scale), -(2.0**40), 2.0**40)
+    error = scaled - q.data.astype(jnp.float32) * (blockwise.spread(q.scale, x.shape) / scale)
+    energies = (jnp.sum(part**2) / elements for part in (scaled, error))
+    return jnp.stack([formats.amax(x), scale, *fractions, *energies])
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    """How many are true, float32, from sums of integers that do not overflow below 2**39 elements or 2**23 rows."""
+    if mask.ndim == 0 or mask.size == 0:
+        return jnp.sum(mask, dtype=jnp.float32)
+    rows = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+    high, low = jnp.sum(rows >> 8), jnp.sum(rows & 0xFF)
+    return high.astype(jnp.float32) * 256 + low.astype(jnp.float32)
 
 
 def combine(parts: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
@@ -58,11 +84,14 @@ def combine(parts: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.A
     Args:
         parts: tensor → statistic → float32 [microbatches, ...].
     """
-    def one(statistic: str, values: jax.Array) -> jax.Array:
-        if statistic == "amax":
+    def one(stats: dict[str, jax.Array], statistic: str) -> jax.Array:
+        values = stats[statistic]
+        if statistic in ("amax", "scale"):
             return jnp.max(values, axis=0)
+        if statistic in ("signal", "noise"):  # each in units of its own microbatch's scale
+            return jnp.mean(values * (stats["scale"] / jnp.max(stats["scale"], axis=0)) ** 2, axis=0)
         if statistic == "rms":
             return jnp.sqrt(jnp.mean(values**2, axis=0))
         return jnp.mean(values, axis=0)
 
-    return {name: {key: one(key, values) for key, values in stats.items()} for name, stats in parts.items()}
+    return {name: {key: one(stats, key) for key in stats} for name, stats in parts.items()}

@@ -142,7 +142,8 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
         blocks' matrices if there is one microbatch); role → amaxes; taps.
     """
     scales = {role: entry["scale"] for role, entry in state.scaling.items()}
-    prepared = definition.bind(state.params).prepare(recipes, scales, {})
+    model = definition.bind(state.params)
+    prepared = model.prepare(recipes, scales, {})
     # The matrices of the blocks reach their GEMMs quantised; this view only sets the dtype in which wgrad writes.
     view = _narrow_matrices(state.params, jnp.dtype(config.model.dtype))
     total = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
@@ -158,11 +159,15 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
             return loss + config.optimizer.z_loss * jnp.sum(squares * part["mask"]) / total, (loss, taps)
 
     def one(part: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
-        (_, (loss, taps)), (grads, amaxes) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(view, gemms.zero_tokens(recipes), part)
-        return loss, grads, amaxes, taps
+        tokens = gemms.zero_tokens(recipes, health=collect)
+        (_, (loss, taps)), (grads, found) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(view, tokens, part)
+        amaxes, health = gemms.read_tokens(found)
+        return loss, grads, amaxes, taps | health
 
+    of_weights = model.weight_health(recipes, prepared) if collect else {}
     if config.training.microbatches == 1:
-        return one(jax.tree.map(lambda a: a[0], batch))
+        *found, taps = one(jax.tree.map(lambda a: a[0], batch))
+        return *found, taps | of_weights
 
     def accumulate(carry: Any, part: Batch) -> tuple[Any, Taps]:
         loss, grads, amaxes, taps = one(part)
@@ -171,7 +176,7 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (total, view))
     (loss, grads, amaxes), taps = jax.lax.scan(accumulate, (*zeros, gemms.zero_tokens(recipes)), batch)
-    return loss, grads, amaxes, statistics.combine(taps)
+    return loss, grads, amaxes, statistics.combine(taps) | of_weights
 
 
 def train_step(state: TrainState, batch: Batch, config: Config, definition: Definition, recipes: ModelRecipes, *,

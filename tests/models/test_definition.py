@@ -93,10 +93,8 @@ def test_unrolled_layers_equal_scanned_ones():
 
 
 def test_layer_override_takes_one_role_of_one_layer_out_of_fp8():
-    (_, taps), (_, amaxes) = run_tiny("mlp_down@1=bf16")()
+    _, (_, amaxes) = run_tiny("mlp_down@1=bf16")()
     assert np.asarray(amaxes["mlp_down"])[0].min() > 0 and np.asarray(amaxes["mlp_down"])[1].max() == 0
-    assert np.isnan(taps["mlp_down.x"]["overflow"]).tolist() == [False, True]
-    assert np.isfinite(taps["mlp_up.x"]["overflow"]).all()
 
 
 def test_float32_bf16_recipe_equals_plain_jax():

@@ -1,6 +1,7 @@
 """Recipes as the config asks for them, every scaling running in a model, and weights quantised once a step."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -10,6 +11,8 @@ from fp8jax import config as config_lib
 from fp8jax.config import ConfigError
 from fp8jax.models import gemms
 from fp8jax.models.definition import define
+from fp8jax.monitor import outliers
+from fp8jax.numerics import statistics
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.step import TrainProgram
 
@@ -72,6 +75,30 @@ def batch_for(program):
 
 def program_of(config):
     return TrainProgram(config, define(config.model, 128), mesh_lib.make_mesh(config, jax.devices()[:1]))
+
+
+def test_a_step_reports_the_health_of_every_operand():
+    """Of a model with a role that leaves FP8, over two microbatches: names, and numbers that a healthy model has."""
+    config = make({"scaling": "current", "head": True, "overrides": "mlp_up@1=bf16"}, {"microbatches": 2, "steps": 10}, tied_embeddings=False)
+    program = program_of(config)
+    _, metrics, taps = program.step(program.init(), batch_for(program), collect=True)
+    assert int(metrics["bad_step"]) == 0
+    linear = ("qkv", "attention_out", "mlp_up", "mlp_down", "lm_head")
+    operands = {f"{role}.{name}" for role in linear for name in ("x", "w", "g")} | {
+        "attention_scores.q", "attention_scores.k", "attention_scores.ds", "attention_values.v", "attention_values.do"}
+    assert {name for name in taps if "." in name} == operands
+    logged = outliers.flatten(jax.tree.map(np.asarray, taps))
+    for name in operands:
+        layers = 1 if name.startswith("lm_head") else 2
+        for layer in range(layers):
+            found = {key: logged[f"{key}/{name}_layer{layer:03d}"] for key in (*statistics.HEALTH[:6], "snr")}
+            if name.startswith("mlp_up") and layer == 1:
+                assert all(map(math.isnan, found.values()))
+                continue
+            assert found["amax"] > 0 and math.log2(found["scale"]).is_integer()
+            assert found["overflow"] == 0 and found["underflow"] < 0.1  # the scale is that of the tensor itself
+            assert (15 if name.split(".")[1] in ("g", "ds", "do") else 20) < found["snr"] < 60
+    assert logged["fp8/saturated_fraction"] == 0
 
 
 @functools.cache

@@ -4,12 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax.numerics import statistics
-from fp8jax.numerics.formats import E4M3, E5M2
+from fp8jax.numerics.attention import SCORES, VALUES, attention
+from fp8jax.numerics.dot_general import dot_general
+from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
 
 from . import reference
+from .reference import E4M3, E5M2
 
+RECIPE = GemmRecipe("current")
 SIZES = pytest.mark.parametrize("size", [1.0, 1e10, 1e-12])
 
 
@@ -67,38 +72,142 @@ def test_moments(dtype, size):
     np.testing.assert_allclose(found["rms"], np.sqrt(np.mean(exact**2)), rtol=1e-5)
 
 
+def health(x, recipe=RECIPE, operand="x", scale=None, axes=()):
+    """By name, jitted."""
+    def run(x):
+        return statistics.health(x, recipe.quantise(x, scale, operand, axes=axes)[0])
+
+    return dict(zip(statistics.HEALTH, np.asarray(jax.jit(run)(x)).tolist(), strict=True))
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("scale", [1.0, 2.0**-10, 0.013])
-def test_cast_losses_count_what_the_cast_does(dtype, scale):
-    """Against casting every element: non-zero ones that become zero; those beyond the format's maximum."""
+def test_health_counts_what_the_cast_does(dtype, scale):
+    """Against casting every element: beyond the maximum; not zero but zero after, -0 too; zeros and -0 from the start; error."""
     rng = np.random.default_rng(0)
-    edges = np.asarray([reference.TOP[dtype], 1.0001 * reference.TOP[dtype], float(jnp.finfo(dtype).smallest_subnormal) / 2,
-                        float(jnp.finfo(dtype).smallest_subnormal) * 0.501, 0.0, -0.0])
+    top, smallest = reference.TOP[dtype], float(jnp.finfo(dtype).smallest_subnormal)
+    edges = np.asarray([top, 1.0001 * top, smallest / 2, -smallest / 2, smallest * 0.501, 0.0, 0.0, 0.0, -0.0, 1e-42 / scale, -1e-42 / scale])
     values = np.concatenate([np.ldexp(rng.uniform(-1, 1, 994), rng.integers(-30, 24, 994)), edges]) * scale
     x = values.astype(np.float32)
     cast = reference.quantise(x, dtype, scale)
-    scaled = x * (np.float32(1) / np.float32(scale))
-    found = statistics.cast_losses(jnp.asarray(x), jnp.float32(scale), dtype)
-    assert float(found["underflow"]) == pytest.approx(np.mean((x != 0) & (cast == 0)))
-    assert float(found["overflow"]) == pytest.approx(np.mean(np.abs(scaled) > reference.TOP[dtype]))
-    assert 0 < float(found["underflow"]) < 0.6 and 0 < float(found["overflow"]) < 0.6
-    assert (float(found["amax"]), float(found["scale"])) == (np.abs(x).max(), np.float32(scale))
+    found = health(jnp.asarray(x), GemmRecipe("delayed"), "x" if dtype == E4M3 else "g", jnp.float32(scale))
+    normal = np.abs(x) >= reference.TINY
+    assert (found["amax"], found["scale"]) == (np.abs(x).max(), np.float32(scale))
+    assert found["underflow"] == pytest.approx(np.mean(normal & (cast == 0)))
+    assert found["overflow"] == pytest.approx(np.mean(np.abs(x * (np.float32(1) / np.float32(scale))) > top))
+    assert 0 < found["underflow"] < 0.6 and 0 < found["overflow"] < 0.6
+    assert (found["zero"] * x.size, found["negative_zero"] * x.size) == pytest.approx((4, 2))
+    exact = x.astype(np.float64) / scale
+    assert found["signal"] == pytest.approx(np.mean(exact**2), rel=1e-5)
+    assert found["noise"] == pytest.approx(np.mean((exact - cast) ** 2), rel=1e-5)
 
 
-def test_cast_losses_of_a_bad_tensor():
-    """The amax says it."""
-    assert np.isposinf(statistics.cast_losses(jnp.asarray([1.0, jnp.nan]), jnp.float32(1), E4M3)["amax"])
+def test_health_of_blocks():
+    """Each element against the scale of its block; the largest scale stands for all."""
+    x = heavy((6, 300), 1.0).at[2].mul(1e6)
+    found = health(x, GemmRecipe("blockwise"), axes=(1,))
+    cast = reference.quantise_blocks(np.asarray(x), (1,), E4M3, reference.scale_of)
+    exact = np.asarray(x).astype(np.float64)
+    assert found["scale"] == reference.scale_of(float(np.abs(exact).max()), E4M3)
+    assert (found["overflow"], found["underflow"]) == (0, pytest.approx(np.mean((exact != 0) & (cast == 0))))
+    assert found["signal"] / found["noise"] == pytest.approx(np.sum(exact**2) / np.sum((exact - cast) ** 2), rel=1e-4)
 
 
-def test_combine_equals_the_whole_batch():
-    """Statistics of four microbatches make those of the batch: means, root mean squares, maxima."""
-    x = heavy((8, 4, 32), 1.0)
+def test_health_of_bad_zero_and_empty_tensors():
+    """NaN and infinity show in the amax."""
+    assert np.isposinf(health(jnp.asarray([1.0, jnp.nan]))["amax"])
+    assert health(jnp.zeros((2, 3)))["zero"] == 1
+    assert health(-jnp.zeros((2, 3)))["negative_zero"] == 1
+    assert health(jnp.zeros((0, 3))) == dict.fromkeys(statistics.HEALTH, 0) | {"scale": 1}
+
+
+@pytest.mark.parametrize("spec", [("data",), (None, "data"), (None, None, "data")])
+@pytest.mark.parametrize("scaling", ["current", "static", "blockwise"])
+def test_health_of_a_sharded_tensor(scaling, spec):
+    """All but signal and noise to the bit."""
+    x = heavy((8, 16, 256), 1e3).at[0, 1, :7].set(0).at[3, 3, 3].set(-0.0)
+    placed = jax.device_put(x, NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), PartitionSpec(*spec)))
+    found, expected = (health(a, GemmRecipe(scaling), axes=(2,)) for a in (placed, x))
+    assert {name: found[name] for name in statistics.HEALTH[:6]} == {name: expected[name] for name in statistics.HEALTH[:6]}
+    assert (found["signal"], found["noise"]) == pytest.approx((expected["signal"], expected["noise"]), rel=1e-5)
+
+
+def test_counts_beyond_float32_are_exact():
+    """16777217 ones are one more than float32 sums hold; a third of them is still counted to the unit."""
+    assert float(jax.jit(statistics._count)(jnp.ones((2**12 + 1, 2**12), bool))) == (2**12 + 1) * 2**12
+    assert float(jax.jit(statistics._count)(jnp.arange(3 * 2**23) % 3 == 0)) == 2**23
+
+
+@pytest.mark.parametrize("scaling", ["static", "current"])
+def test_combine_equals_the_whole_batch(scaling):
+    """Statistics of four microbatches make those of the batch: means, root mean squares, maxima; energies in one unit."""
+    x = heavy((8, 4, 32), 1.0) * jnp.exp2(jnp.arange(8.0) // 2)[:, None, None]
 
     def of(x):
-        return {"qkv": statistics.moments(x) | {"kurtosis": statistics.kurtosis(x)} | statistics.cast_losses(x, jnp.float32(2.0**-8), E4M3)}
+        return {"qkv": statistics.moments(x) | {"kurtosis": statistics.kurtosis(x)} | health(x, GemmRecipe(scaling))}
 
     parts = [of(part) for part in jnp.split(x, 4)]
-    combined = statistics.combine(jax.tree.map(lambda *values: jnp.stack(values), *parts))
-    assert combined["qkv"].keys() == of(x)["qkv"].keys()
-    for name, value in of(x)["qkv"].items():
-        np.testing.assert_allclose(combined["qkv"][name], value, rtol=1e-5, err_msg=name)
+    combined = statistics.combine(jax.tree.map(lambda *values: jnp.stack([jnp.float32(v) for v in values]), *parts))
+    whole = of(x)["qkv"]
+    assert combined["qkv"].keys() == whole.keys()
+    depends_on_scale = ("noise", "underflow") if scaling == "current" else ()
+    for name, value in whole.items():
+        if name not in depends_on_scale:
+            np.testing.assert_allclose(combined["qkv"][name], value, rtol=1e-5, err_msg=name)
+
+
+LAYER = (((2,), (0,)), ((), ()))
+
+
+@pytest.mark.parametrize("scaling", ["delayed", "current", "static", "blockwise"])
+def test_tokens_with_room_bring_back_health(scaling):
+    """Of x and of g, as if taken by hand; gradients and the amaxes as with narrow tokens, to the bit."""
+    recipe = GemmRecipe(scaling, static_gradient_scale=2.0**-12)
+    x, w, g = heavy((2, 40, 300), 3.0, 1), heavy((300, 20), 0.1, 2), heavy((2, 40, 20), 1e-4, 3)
+    scales = jnp.asarray([2.0**-5, 2.0**-24], jnp.float32)
+
+    @jax.jit
+    def run(token):
+        y, vjp = jax.vjp(lambda *args: dot_general(*args[:2], LAYER, recipe, scales=scales, token=args[2]), x, w, token)
+        return y, *vjp(g)
+
+    *narrow, amaxes = run(jnp.zeros(2))
+    *wide, found = run(jnp.zeros((2, len(statistics.HEALTH))))
+    for a, b in zip(narrow, wide, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(found[:, 0], [jnp.max(jnp.abs(x)), jnp.max(jnp.abs(g))])
+    if scaling != "static":
+        np.testing.assert_array_equal(found[:, 0], amaxes)
+    for row, array, operand, scale in ((found[0], x, "x", scales[0]), (found[1], g, "g", scales[1])):
+        expected = health(array, recipe, operand, scale, axes=(2,))
+        np.testing.assert_allclose(row, [expected[name] for name in statistics.HEALTH], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scalings", [("delayed", "current"), ("current", "static"), ("static", "delayed"), ("bf16", "current")])
+def test_attention_brings_back_health(scalings):
+    """Of all five operands; chunked as whole but for which hidden scores are 0 and which -0, and for rounding in dS."""
+    recipes = {role: GemmRecipe(scaling, static_gradient_scale=2.0**-12) for role, scaling in zip((SCORES, VALUES), scalings, strict=True)}
+    q, k, v, do = (heavy(shape, size, 5) for shape, size in (((1, 600, 1, 2, 8), 3.0), ((1, 600, 1, 8), 0.1), ((1, 600, 1, 8), 20.0),
+                                                             ((1, 600, 1, 2, 8), 1e-3)))
+    scales = {SCORES: jnp.asarray([2.0**-5, 2.0**-10, 2.0**-17]), VALUES: jnp.asarray([2.0**-2, 2.0**-22])}
+    tokens = {role: jnp.zeros((len(OPERANDS[role]), len(statistics.HEALTH))) for role, recipe in recipes.items() if recipe.fp8}
+
+    def run(backend):
+        @jax.jit
+        def both(tokens):
+            return jax.vjp(lambda t: attention(q, k, v, recipes, softmax_scale=0.8, scales=scales, tokens=t, backend=backend), tokens)[1](do)[0]
+
+        return {role: np.asarray(rows) for role, rows in both(tokens).items()}
+
+    whole, chunked = run("emulated"), run("composed")
+    for role, rows in whole.items():
+        for i, (name, array) in enumerate(zip(OPERANDS[role], {SCORES: (q, k), VALUES: (v, do)}[role], strict=False)):
+            expected = health(array, recipes[role], name, scales[role][i])
+            np.testing.assert_allclose(rows[i], [expected[key] for key in statistics.HEALTH], rtol=1e-5, err_msg=name)
+            np.testing.assert_array_equal(chunked[role][i], rows[i])
+    if SCORES in whole:
+        one, other = (dict(zip(statistics.HEALTH, rows[SCORES][2], strict=True)) for rows in (whole, chunked))
+        for found in (one, other):
+            found["zero"] += found.pop("negative_zero")
+        assert one["zero"] > 0.49  # hidden
+        assert list(other.values()) == pytest.approx(list(one.values()), rel=1e-4)

@@ -4,67 +4,71 @@
     iterator = train_iterator(config, start_step=1000)
     batch = next(iterator)                      # read ahead in config.data.read_threads threads
     iterator.get_state()                        # small JSON; iterator.set_state(...) continues there
+    train_places(config, step)                  # where each sequence of that batch comes from
     for batch, text_bytes in held_out_batches(config, batch_size=16): ...
 
-A split's stream of tokens (documents, each ended by the end-of-document id) is cut into windows of
-T = sequence_length targets; a window's inputs are the tokens one place before its targets, and the first token of the
-stream follows an end-of-document id. So every token of the stream, every document's end included, is a target in
-exactly one window, and a document is always predicted from an end-of-document id onwards. Windows are shuffled anew
-every epoch (Grain's index shuffle: nothing is kept in memory); batches run on across epochs. The stream itself keeps
-the order of its documents, and a window that starts inside a document has no context from before it.
+A sequence is a window of a source (`packing`), and sources take turns by their weights (`mixing`). The windows of a source
+are shuffled anew every epoch (Grain's index shuffle: nothing is kept in memory); batches run on across epochs. Nothing
+depends on what was read before, so any step is read at once, and processes that share a batch need not know of each other.
 
-A batch is a dictionary of numpy arrays [batch, T]:
-    inputs, targets: int32. `mask`: float32, 1 where the target counts, 0 on padding (the end of the stream).
-    segment_ids, positions: int32. With `config.data.document_masks` both start anew at every document of a window;
-    else segment ids are 0 and positions 0 to T - 1.
-
-There is no mixing of sources and no worker process here.
+A batch is a dictionary of numpy arrays [batch, T], as described in `packing`. There is no worker process here.
 """
 
+import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from fp8jax.config import Config, ConfigError, DataConfig
-from fp8jax.data import sources
+from fp8jax.config import Config, ConfigError
+from fp8jax.data import mixing, packing, sources
+from fp8jax.data.packing import Batch
 
-Batch = dict[str, np.ndarray]
+_ENDLESS = sys.maxsize
 
 
-class _Windows:
-    """The windows of a stream, by index: a random-access source for Grain."""
+class Place(NamedTuple):
+    """Where a sequence comes from: name of the source, which pass over it (from 0), and which window of it."""
 
-    def __init__(self, stream: sources.TokenStream, data: DataConfig):
-        self.stream, self.data = stream, data
+    source: str
+    epoch: int
+    window: int
+
+
+class _Order:
+    """The places of all sequences of a run, by their number."""
+
+    def __init__(self, config: Config):
+        self.found = sources.load_each(config.data, "train")
+        self.windows = [_windows(config, source) for source in self.found]
+        try:
+            self.schedule = mixing.Schedule([source.weight for source in self.found]) if len(self.found) > 1 else None
+        except ValueError as error:
+            raise ConfigError(f"config.data.source: {error}; leave that source out, or raise its weight") from None
+        # Grain shuffles epoch e with seed + e: neighbouring seeds of ours must not be neighbours there.
+        seeds = np.random.SeedSequence(config.training.seed).generate_state(len(self.found)).tolist()
+        self._orders = [grain.MapDataset.range(len(windows)).shuffle(seed).repeat()
+                        for windows, seed in zip(self.windows, seeds, strict=True)]
+
+    def __getitem__(self, sequence: int) -> tuple[int, int, int]:
+        """Source, epoch and window of a sequence."""
+        source, number = self.schedule.place(sequence) if self.schedule else (0, sequence)
+        return source, number // len(self.windows[source]), int(self._orders[source][number])
+
+
+class _Batches:
+    """One process's slice of every batch, by step: a random-access source for Grain."""
+
+    def __init__(self, order: _Order, batch_size: int, rows: range):
+        self._order, self._batch_size, self._rows = order, batch_size, rows
 
     def __len__(self) -> int:
-        return -(-len(self.stream) // self.data.sequence_length)
+        return _ENDLESS
 
-    def __getitem__(self, index: int) -> Batch:
-        """Window `index`, arrays [T]; past the end of the stream all padding."""
-        length, end = self.data.sequence_length, self.stream.tokenizer.end_of_document
-        before = index * length - 1  # where the first input lies in the stream
-        found = self.stream.read(max(before, 0), before + 1 + length)
-        tokens = np.full(length + 1, end, np.int32)
-        offset = max(before, 0) - before
-        tokens[offset : offset + len(found)] = found
-        inputs, positions = tokens[:-1], np.arange(length, dtype=np.int32)
-        real = len(self.stream) - index * length
-        segment_ids = np.zeros(length, np.int32)
-        if self.data.document_masks:
-            segment_ids, positions = _segments(inputs, end)
-        mask = (np.arange(length) < real).astype(np.float32)
-        batch = {"inputs": inputs, "targets": tokens[1:], "mask": mask}
-        return batch | {"segment_ids": segment_ids, "positions": positions}
-
-
-def _segments(inputs: np.ndarray, end_of_document: int) -> tuple[np.ndarray, np.ndarray]:
-    """Segment ids and positions, int32 [T]: an end-of-document input opens the next document."""
-    opens = inputs == end_of_document
-    places = np.arange(len(inputs), dtype=np.int32)
-    segment_ids = np.cumsum(opens, dtype=np.int32)
-    return segment_ids - segment_ids[0], places - np.maximum.accumulate(np.where(opens, places, 0))
+    def __getitem__(self, step: int) -> Batch:
+        places = [self._order[step * self._batch_size + row] for row in self._rows]
+        return _stack([self._order.windows[source][window] for source, _, window in places])
 
 
 def train_batches(config: Config, process_index: int = 0, process_count: int = 1) -> grain.MapDataset:
@@ -82,12 +86,7 @@ def train_batches(config: Config, process_index: int = 0, process_count: int = 1
         ConfigError: data that cannot be read, or a batch size that the processes do not divide.
     """
     rows = _rows(config.training.batch_size, process_index, process_count)
-    windows = _Windows(sources.load(config.data, "train"), config.data)
-    # Grain shuffles epoch e with seed + e: neighbouring seeds of ours must not be neighbours there.
-    seed = int(np.random.SeedSequence(config.training.seed).generate_state(1)[0])
-    batches = grain.MapDataset.source(windows).shuffle(seed).repeat().batch(rows)
-    # Local batches follow one another in the global one, so a stride over them keeps its rows in order.
-    return batches.slice(slice(process_index, None, process_count))
+    return grain.MapDataset.source(_Batches(_Order(config), config.training.batch_size, rows))
 
 
 def train_iterator(
@@ -96,7 +95,11 @@ def train_iterator(
     """Iterator over `train_batches` from `start_step` on, read ahead in `config.data.read_threads` threads.
 
     `get_state()` is a small JSON dictionary that a checkpoint can hold, though start_step says as much.
+
+    Raises:
+        ConfigError: as `train_batches`; also where there is nothing to evaluate on, which would come out much later.
     """
+    sources.load(config.data, "held_out")
     threads = config.data.read_threads
     # Two batches a thread: Grain's own default of 500 elements would be 500 batches.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -105,10 +108,37 @@ def train_iterator(
     return iterator
 
 
+def train_places(config: Config, step: int) -> list[Place]:
+    """Where the sequences of a step's batch come from, in the order of its rows."""
+    order, first = _Order(config), step * config.training.batch_size
+    found = [order[sequence] for sequence in range(first, first + config.training.batch_size)]
+    return [Place(order.found[source].name, epoch, window) for source, epoch, window in found]
+
+
+def describe(config: Config) -> list[str]:
+    """Lines for the start of a run: every source, its share, and how often the run goes over it.
+
+    Raises:
+        ConfigError: as `train_batches`.
+    """
+    order, total = _Order(config), config.training.steps * config.training.batch_size
+    lines = []
+    for number, (source, windows) in enumerate(zip(order.found, order.windows, strict=True)):
+        drawn = order.schedule.count(number, total) if order.schedule else total
+        share = f", {source.weight:.1%} of the sequences" if order.schedule else ""
+        padding = 1 - len(source.stream) / (len(windows) * config.data.sequence_length)
+        packed = f", {padding:.2%} padding" if config.data.packing != "concat" else ""
+        name = "the embedded corpus, five novels by Jane Austen" if source.name == "embedded" else source.name
+        lines.append(f"{name}: {len(source.stream):,} tokens{share}{packed}, {drawn / len(windows):.2f} epochs")
+    return lines
+
+
 def held_out_batches(
     config: Config, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[tuple[Batch, int]]:
     """The held-out split in order, every token a target exactly once; all batches have the same shapes.
+
+    Documents run on here whatever config.data.packing is. The splits of several sources follow one another.
 
     Yields:
         A batch [batch_size / process_count, T], the last one padded with sequences of mask 0; and how many bytes of
@@ -119,11 +149,11 @@ def held_out_batches(
         ConfigError: as `train_batches`.
     """
     rows = _rows(batch_size, process_index, process_count)
-    windows = _Windows(sources.load(config.data, "held_out"), config.data)
-    return _in_order(windows, batch_size, range(process_index * rows, (process_index + 1) * rows))
+    windows = packing.ConcatWindows(sources.load(config.data, "held_out"), config.data)
+    return _in_order(windows, batch_size, rows)
 
 
-def _in_order(windows: _Windows, batch_size: int, rows: range) -> Iterator[tuple[Batch, int]]:
+def _in_order(windows: packing.ConcatWindows, batch_size: int, rows: range) -> Iterator[tuple[Batch, int]]:
     stream, span = windows.stream, batch_size * windows.data.sequence_length
     for first in range(0, len(windows), batch_size):
         batch = _stack([windows[first + row] for row in rows])
@@ -131,15 +161,27 @@ def _in_order(windows: _Windows, batch_size: int, rows: range) -> Iterator[tuple
         yield batch, int(stream.tokenizer.token_bytes[targets].sum())
 
 
+def _windows(config: Config, source: sources.Source) -> packing.ConcatWindows | packing.BestFitWindows:
+    data = config.data
+    if data.packing == "concat":
+        return packing.ConcatWindows(source.stream, data)
+    if not sources.is_directory(source.name):
+        raise ConfigError(f"config.data.packing: {data.packing!r} needs directories of prepared token shards, not {source.name!r}")
+    packed = packing.open_best_fit(source.name, data.sequence_length, len(source.stream))
+    return packing.BestFitWindows(source.stream, data, packed)
+
+
 def _stack(windows: list[Batch]) -> Batch:
     return {name: np.stack([window[name] for window in windows]) for name in windows[0]}
 
 
-def _rows(batch_size: int, process_index: int, process_count: int) -> int:
+def _rows(batch_size: int, process_index: int, process_count: int) -> range:
+    """The rows of a batch that a process loads."""
     if batch_size % process_count:
         raise ConfigError(
             f"config.training.batch_size: {batch_size} sequences are not divisible by {process_count} processes"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
-    return batch_size // process_count
+    rows = batch_size // process_count
+    return range(process_index * rows, (process_index + 1) * rows)

@@ -206,6 +206,17 @@ def open_ends(directory: str | os.PathLike, tokenizer: Tokenizer, split: str) ->
     return tuple(_open_ends(directory, split, shard, len(array)) for shard, array in zip(listed, arrays, strict=True))
 
 
+def has_split(directory: str | os.PathLike, split: str) -> bool:
+    """Whether a directory lists shards of a split.
+
+    Raises:
+        ConfigError: an index that cannot be read.
+    """
+    splits = read_index(pathlib.Path(directory)).get("splits")
+    found = splits.get(split) if isinstance(splits, dict) else None
+    return isinstance(found, dict) and bool(found.get("shards"))
+
+
 def read_index(directory: pathlib.Path, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """The index; with a tokenizer, of shards of that tokenizer.
 

@@ -1,10 +1,11 @@
-"""Where tokens come from: the embedded novels, or a directory of prepared token shards.
+"""Where tokens come from: the embedded novels, directories of prepared token shards, Megatron files, mixtures of them.
 
-    stream = load(config.data, "train")         # or "held_out"
+    stream = load(config.data, "train")         # or "held_out"; several sources one after another
     len(stream), stream.read(0, 100)            # tokens; int32 [100]
+    for name, weight, stream in load_each(config.data, "train"): ...
 
 A split is one stream of tokens in which every document ends with the tokenizer's end-of-document id, so that id is
-the boundary between documents, wherever in the stream one starts to read. Batches are made in `pipeline.py`, and
+the boundary between documents, wherever in the stream one starts to read. Batches are made in `pipeline.py`,
 directories of shards in `prepare.py`; nothing is downloaded.
 """
 
@@ -12,11 +13,13 @@ import dataclasses
 import functools
 import importlib.resources
 import lzma
+import os
+from typing import NamedTuple
 
 import numpy as np
 
-from fp8jax.config import DataConfig
-from fp8jax.data import shards
+from fp8jax.config import DataConfig, parse_sources
+from fp8jax.data import megatron, shards
 from fp8jax.data import tokenizer as tokenizers
 
 NOVELS = {
@@ -30,7 +33,7 @@ class TokenStream:
     """One split.
 
     Attributes:
-        arrays: uint16 or uint32, in memory or memory-mapped; one after another they are the stream.
+        arrays: integers, in memory or memory-mapped; one after another they are the stream.
         names: what to call each array in an error.
         tokenizer: the tokenizer whose ids these are.
     """
@@ -65,8 +68,8 @@ class TokenStream:
 
     def _piece(self, which: int, first: int, last: int) -> np.ndarray:
         tokens, size = self.arrays[which][first:last], self.tokenizer.vocab_size
-        if tokens.max() >= size:  # JAX would clamp such an id in silence
-            bad = int(np.argmax(tokens >= size))
+        if tokens.max() >= size or tokens.min() < 0:  # JAX would clamp such an id in silence
+            bad = int(np.argmax((tokens >= size) | (tokens < 0)))
             raise ValueError(
                 f"{self.names[which]}: token {first + bad} is {tokens[bad]}, outside the vocabulary of {size}; "
                 "prepare it again"
@@ -74,23 +77,59 @@ class TokenStream:
         return tokens.astype(np.int32)
 
 
+class Source(NamedTuple):
+    """One of the sources of a mixture; weights add up to 1."""
+
+    name: str
+    weight: float
+    stream: TokenStream
+
+
 def load(data: DataConfig, split: str) -> TokenStream:
-    """One split of the configured source.
+    """One split of the configured sources, one after another; those that have no held-out split are left out of it.
 
     Args:
         data: the `data` section of a config.
         split: 'train' or 'held_out'.
 
     Raises:
-        ConfigError: no such directory, a tokenizer other than the one it was prepared with, or damaged files; the
-            message names the file.
+        ConfigError: no such directory, a tokenizer other than the one it was prepared with, damaged files, or nothing
+            held out; the message names the file.
     """
+    names = [name for name, _ in parse_sources(data.source)]
+    if split == "held_out":
+        names = [name for name in names if not is_directory(name) or shards.has_split(name, split)] or names[:1]
+    streams = [_load(name, tokenizers.of(data), split) for name in names]
+    if len(streams) == 1:
+        return streams[0]
+    arrays, paths = (sum((getattr(one, field) for one in streams), ()) for field in ("arrays", "names"))
+    return TokenStream(arrays, paths, streams[0].tokenizer)
+
+
+def load_each(data: DataConfig, split: str) -> list[Source]:
+    """One split of every configured source.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    tokenizer = tokenizers.of(data)
+    return [Source(name, weight, _load(name, tokenizer, split)) for name, weight in parse_sources(data.source)]
+
+
+def is_directory(name: str) -> bool:
+    """Whether a source is a directory of token shards."""
+    return name != "embedded" and not megatron.is_dataset(name)
+
+
+def _load(name: str, tokenizer: tokenizers.Tokenizer, split: str) -> TokenStream:
     if split not in shards.SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(shards.SPLITS)}")
-    tokenizer = tokenizers.of(data)
-    if data.source == "embedded":
+    if name == "embedded":
         return _embedded(tokenizer, split)
-    return TokenStream(*shards.open_shards(data.source, tokenizer, split), tokenizer)
+    if megatron.is_dataset(name):
+        array = megatron.open_stream(name, tokenizer, split)
+        return TokenStream((array,), (f"{os.fspath(name)}.bin",), tokenizer)
+    return TokenStream(*shards.open_shards(name, tokenizer, split), tokenizer)
 
 
 def embedded_documents(split: str) -> list[bytes]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8jax import config as configs
-from fp8jax.data import pipeline, shards, sources, tokenizer
+from fp8jax.data import packing, pipeline, shards, sources, tokenizer
 
 BYTE = tokenizer.load("byte")
 KEYS = {"inputs", "targets", "mask", "segment_ids", "positions"}
@@ -51,7 +51,7 @@ def test_packing_makes_every_token_a_target_once(documents, length, document_mas
     stream_tokens = [token for document in documents for token in [*document, 256]]
     stream = sources.TokenStream((np.array(stream_tokens, np.uint16),), ("",), BYTE)
     data = configs.DataConfig(sequence_length=length, document_masks=document_masks)
-    windows = pipeline._Windows(stream, data)
+    windows = packing.ConcatWindows(stream, data)
     packed = pipeline._stack([windows[index] for index in range(len(windows))])
     real = packed["mask"] == 1
     assert set(packed["mask"].flat) <= {0.0, 1.0}
@@ -64,7 +64,7 @@ def test_packing_makes_every_token_a_target_once(documents, length, document_mas
 
 def test_document_masks_restart_at_every_document(small):
     config = make_config(length=26, source=small, document_masks=True)
-    windows = pipeline._Windows(sources.load(config.data, "train"), config.data)
+    windows = packing.ConcatWindows(sources.load(config.data, "train"), config.data)
     # The stream: 0..39 END 40 END 41..99 END. Window 1 starts inside the first document, at input 25.
     window = windows[1]
     assert window["inputs"].tolist() == [*range(25, 40), 256, 40, 256, *range(41, 49)]
@@ -75,7 +75,7 @@ def test_document_masks_restart_at_every_document(small):
 
 def test_without_document_masks_a_window_is_one_segment(small):
     config = make_config(length=26, source=small)
-    window = pipeline._Windows(sources.load(config.data, "train"), config.data)[1]
+    window = packing.ConcatWindows(sources.load(config.data, "train"), config.data)[1]
     assert window["segment_ids"].tolist() == [0] * 26 and window["positions"].tolist() == [*range(26)]
 
 

@@ -10,6 +10,7 @@ from fp8jax.cli.errors import complain
 COMMANDS: dict[str, str] = {
     "audit": "what a run will execute on devices that you need not have: FP8 share, memory, collectives",
     "convert": "Hugging Face model directories in and out, and logits to check a conversion with",
+    "data": "data show: the text that a step of a run has seen, or will see",
     "prepare": "text files to token shards, for config.data.source; prepare inspect DIR shows them",
     "sample": "continue a prompt with the model of a run",
 }

@@ -37,9 +37,11 @@ def _prepare(argv: Sequence[str]) -> int:
         print(f"trained  {tokenizer}", flush=True)
     splits = preparation.prepare(
         options.input, options.out, tokenizer=tokenizer, text_field=options.text_field, workers=options.workers,
-        validation_fraction=options.validation_fraction, tell=_Progress())
+        validation_fraction=options.validation_fraction, best_fit=options.best_fit, tell=_Progress())
     for split, found in splits.items():
         print(f"{split:<8} {found['documents']:,} documents, {found['tokens']:,} tokens, {found['text_bytes']:,} bytes of text")
+    for length, packed in shards.read_index(options.out).get("best_fit", {}).items():
+        print(f"best fit for sequences of {length}: {packed['windows']:,} windows, {packed['padding']:.3%} padding")
     print(f"written  {options.out} in {_duration(time.monotonic() - began)}; to train on it: --config.data.source={options.out}")
     return 0
 
@@ -121,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--train_tokenizer", type=int, metavar="VOCAB", help="train a byte-level BPE of so many ids on the input")
     parser.add_argument("--text_field", default="text", help="field of an object, or column of a table, with the text (default: text)")
     parser.add_argument("--validation_fraction", type=float, default=0.01, help="of the documents, held out (default: 0.01)")
+    parser.add_argument("--best_fit", type=int, nargs="+", default=(), metavar="LENGTH",
+                        help="also pack whole documents into sequences of so many tokens, for --config.data.packing=best_fit")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
     return parser
 

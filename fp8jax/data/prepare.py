@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from fp8jax.config import ConfigError
-from fp8jax.data import documents, shards
+from fp8jax.data import documents, packing, shards
 from fp8jax.data import tokenizer as tokenizers
 
 LONG = 1 << 18
@@ -58,6 +58,7 @@ def prepare(
     tokenizer: str = "byte",
     text_field: str = "text",
     validation_fraction: float = 0.01,
+    best_fit: Sequence[int] = (),
     workers: int = 1,
     tell: Tell = lambda done, total: None,
 ) -> dict[str, dict[str, Any]]:
@@ -69,6 +70,7 @@ def prepare(
         tokenizer: 'byte', 'tekken' or the path of a tokenizer.json, which is copied into the directory.
         text_field: the field or column with the text.
         validation_fraction: of the documents that are held out; 0: none, and the directory has no held-out split.
+        best_fit: sequence lengths for which the training split is packed by best fit; also for a directory that is finished.
         workers: processes; 1 works in the present one. More need a `__main__` guard in a script.
         tell: called now and then with the bytes of input that are done, and those that there are.
 
@@ -86,7 +88,7 @@ def prepare(
     parts = _parts(documents.find(inputs), validation_fraction)
     plan = _plan(parts, loaded, text_field, validation_fraction)
     if (directory / shards.INDEX).exists():
-        return _finished(directory, plan)
+        return _pack(_finished(directory, plan), directory, loaded, best_fit)
     job = _Job(directory, str(tokenizer), text_field, int(validation_fraction * _HASHES))
     with _begin(directory, plan, parts):
         _run(job, parts, workers, tell)
@@ -95,7 +97,13 @@ def prepare(
         _copy_tokenizer(loaded, directory)
         shards.write_index(directory, index)
         shutil.rmtree(directory / _UNFINISHED)
-    return index["splits"]
+    return _pack(index["splits"], directory, loaded, best_fit)
+
+
+def _pack(splits: dict, directory: pathlib.Path, tokenizer: tokenizers.Tokenizer, lengths: Sequence[int]) -> dict[str, Any]:
+    for length in lengths:
+        packing.write_best_fit(directory, tokenizer, length)
+    return splits
 
 
 def train_tokenizer(inputs: Sequence[str | os.PathLike], directory: str | os.PathLike, vocab_size: int, text_field: str = "text") -> str:

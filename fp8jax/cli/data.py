@@ -1,0 +1,104 @@
+"""`python -m fp8jax data show`: exactly what a step of a run has seen, or will see."""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fp8jax import config as config_lib
+from fp8jax.cli.errors import complain
+from fp8jax.data import pipeline, tokenizer
+
+END = "<|end of document|>"
+STOPPED = 4
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        for line in show(options.workdir, options.step):
+            print(line)
+    except ValueError as error:  # ConfigError is one
+        return complain(str(error))
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+    except KeyboardInterrupt:
+        return STOPPED
+    return 0
+
+
+def show(workdir: pathlib.Path, step: int) -> Iterator[str]:
+    """The batch of a step as text: for every sequence a line on where it is from, then its targets decoded.
+
+    Args:
+        workdir: directory of the run.
+        step: as in metrics.jsonl; the first is 1.
+
+    Raises:
+        ConfigError: no run there, or data that cannot be read.
+    """
+    config = _config(workdir)
+    if step < 1:
+        raise config_lib.ConfigError(f"--step: {step} is below 1, the first step")
+    number = step - 1 + _passed_over(workdir, step)
+    batch, places = pipeline.train_batches(config)[number], pipeline.train_places(config, number)
+    loaded, length = tokenizer.of(config.data), config.data.sequence_length
+    yield f"step {step}: {len(places)} sequences of {length} tokens" + (f", batch {number}" if number != step - 1 else "")
+    for row, place in enumerate(places):
+        segments = len(np.unique(batch["segment_ids"][row][batch["mask"][row] == 1]))
+        masked = f", {segments} documents apart" if config.data.document_masks else ""
+        padding = int((batch["mask"][row] == 0).sum())
+        yield (f"\n--- sequence {row}: window {place.window} of {place.source}, epoch {place.epoch + 1}{masked}"
+               + (f", {padding} tokens of padding" if padding else ""))
+        yield _shown(_text(batch["targets"][row][batch["mask"][row] == 1], loaded))
+
+
+def _text(ids: np.ndarray, loaded: tokenizer.Tokenizer) -> str:
+    """The ids as text, with a mark for every end of a document."""
+    documents = np.split(ids, np.flatnonzero(ids == loaded.end_of_document) + 1)
+    return "".join(loaded.decode(part) + END * bool(len(part) and part[-1] == loaded.end_of_document) for part in documents)
+
+
+def _shown(text: str) -> str:
+    """The text; on a terminal, without control characters, which would act on it."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def _config(workdir: pathlib.Path) -> config_lib.Config:
+    """The run's config; read here, so that JAX's checkpoints need not be loaded to look at data."""
+    path = workdir / "config.json"
+    try:
+        return config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise config_lib.ConfigError(f"{path}: no such file; --workdir must be the directory of a run started with train.py") from None
+    except ValueError as error:  # ConfigError is one
+        raise config_lib.ConfigError(f"{path}: {error}") from None
+
+
+def _passed_over(workdir: pathlib.Path, step: int) -> int:
+    """Batches that rollbacks had passed over when the step was taken: what the last start before it says in events.jsonl."""
+    try:
+        lines = (workdir / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    events: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+    starts = [event for event in events if event.get("kind") == "started" and event["step"] < step]
+    return int(starts[-1].get("skipped_batches", 0)) if starts else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fp8jax data", description="The data of a run.",
+                                     epilog="example: python -m fp8jax data show --workdir=runs/fp8_base-tiny --step=100")
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = commands.add_parser("show", help="the text of a step's batch", description="Decodes exactly what a step saw, or will see.",
+                                epilog="example: python -m fp8jax data show --workdir=runs/fp8_base-tiny --step=100")
+    shown.add_argument("--workdir", type=pathlib.Path, required=True, help="directory of the run")
+    shown.add_argument("--step", type=int, required=True, help="as in metrics.jsonl; the first is 1")
+    return parser

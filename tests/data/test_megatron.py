@@ -1,0 +1,105 @@
+"""Megatron datasets against a writer that knows nothing of the reader."""
+
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp8jax import config as configs
+from fp8jax.data import megatron, pipeline, sources, tokenizer
+
+BYTE = tokenizer.load("byte")
+CODES = {"B": 1, "b": 2, "h": 3, "i": 4, "q": 5, "H": 8}
+
+
+def write(prefix, documents, letter="H"):
+    """Documents are lists of sequences, lists of ids; written one value at a time, as Megatron-LM's IndexedDatasetBuilder does."""
+    sequences = [sequence for document in documents for sequence in document]
+    starts = [0]
+    for document in documents:
+        starts.append(starts[-1] + len(document))
+    with open(f"{prefix}.bin", "wb") as file:
+        offsets = []
+        for sequence in sequences:
+            offsets.append(file.tell())
+            file.write(b"".join(struct.pack("<" + letter, token) for token in sequence))
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", CODES[letter]))
+        file.write(struct.pack("<Q", len(sequences)) + struct.pack("<Q", len(starts)))
+        for values, kind in (([len(s) for s in sequences], "<i"), (offsets, "<q"), (starts, "<q")):
+            file.write(b"".join(struct.pack(kind, value) for value in values))
+    return str(prefix)
+
+
+def load(prefix, split="train"):
+    return sources.load(configs.DataConfig(source=prefix, tokenizer="byte"), split)
+
+
+@settings(deadline=None, max_examples=30)
+@given(documents=st.lists(st.lists(st.binary(max_size=9), min_size=1, max_size=3), min_size=2, max_size=10),
+       letter=st.sampled_from(["h", "i", "q", "H"]))
+def test_reads_what_was_written(tmp_path_factory, documents, letter):
+    written = [[*map(list, document[:-1]), [*document[-1], 256]] for document in documents]
+    prefix = write(tmp_path_factory.mktemp("megatron") / "corpus", written, letter)
+    tokens = [[token for sequence in document for token in sequence] for document in written]
+    assert load(prefix).read(0, 10**6).tolist() == sum(tokens[:-1], [])
+    assert load(prefix, "held_out").read(0, 10**6).tolist() == tokens[-1]
+
+
+def test_trains_from_the_files_as_they_lie(tmp_path):
+    prefix = write(tmp_path / "corpus", [[[n % 256] * 20 + [256]] for n in range(300)])
+    config = configs.from_dict({"data": {"source": prefix, "tokenizer": "byte", "sequence_length": 16}})
+    assert isinstance(load(prefix).arrays[0], np.memmap) and len(load(prefix, "held_out")) == 3 * 21
+    assert next(pipeline.train_iterator(config))["inputs"].shape == (16, 16)
+    with pytest.raises(configs.ConfigError, match="for Megatron files set config.data.tokenizer"):
+        pipeline.train_iterator(configs.from_dict({"data": {"source": prefix}}))
+
+
+def cut(suffix, count):
+    def damage(prefix):
+        path = f"{prefix}.{suffix}"
+        with open(path, "rb") as file:
+            content = file.read()
+        with open(path, "wb") as file:
+            file.write(content[:-count])
+
+    return damage
+
+
+def overwrite(at, content):
+    def damage(prefix):
+        with open(f"{prefix}.idx", "r+b") as file:
+            file.seek(at)
+            file.write(content)
+
+    return damage
+
+
+@pytest.mark.parametrize(("damage", "file", "fault"), [
+    (cut("bin", 3), "bin", "bytes, not the 84 that its index tells; it is cut off at byte 81"),
+    (cut("idx", 1), "idx", "it is cut off at byte"),
+    (cut("idx", 140), "idx", "is not the index of a Megatron dataset"),
+    (overwrite(0, b"X"), "idx", "is not the index of a Megatron dataset"),
+    (overwrite(9, b"\2"), "idx", "is of version 2"),
+    (overwrite(17, b"\6"), "idx", "dtype code 6"),
+    (overwrite(18, b"\xff" * 8), "idx", "it is cut off at byte"),
+    (overwrite(34, struct.pack("<i", -5)), "idx", "do not follow one another"),
+    (overwrite(74, struct.pack("<q", 99)), "idx", "do not follow one another"),
+    (overwrite(138, struct.pack("<q", 9)), "idx", "documents do not rise"),
+])
+def test_damage_is_one_line_naming_the_file(tmp_path, damage, file, fault):
+    prefix = write(tmp_path / "corpus", [[[65] * 10, [256]]] * 2 + [[[66] * 9, [256]]] * 2)
+    damage(prefix)
+    with pytest.raises(configs.ConfigError) as caught:
+        load(prefix)
+    assert f"{prefix}.{file}: " in str(caught.value) and fault in str(caught.value)
+
+
+def test_documents_without_their_end_and_ids_out_of_range_are_refused(tmp_path):
+    with pytest.raises(configs.ConfigError, match="document 1 does not end with the end-of-document id 256; write it with --append-eod"):
+        load(write(tmp_path / "endless", [[[65, 256]], [[65]], [[65, 256]]]))
+    with pytest.raises(ValueError, match=r"corpus\.bin: token 1 is -7, outside the vocabulary of 257"):
+        load(write(tmp_path / "corpus", [[[65, -7, 256]], [[65, 256]]], "i")).read(0, 3)
+    assert not megatron.is_dataset(tmp_path)

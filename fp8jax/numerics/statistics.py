@@ -44,8 +44,8 @@ def health(x: jax.Array, q: Quantised, *, elements: int | None = None) -> jax.Ar
 
     `amax`: largest magnitude; `scale`: the scale, the largest of them if there are several; fractions of the elements:
     `overflow`, finite or not, beyond the format's maximum; `underflow`, not zero, but zero or -0 after the cast; `zero` and
-    `negative_zero`, so before the cast, float32's subnormal numbers among them; `signal` and `noise`: mean squares of the tensor and of the cast's error, in units
-    of `scale`, from which comes the signal-to-noise ratio.
+    `negative_zero`, so before the cast, float32's subnormal numbers among them; `signal` and `noise`: mean squares of the
+    tensor and of the cast's error, in units of `scale`, from which comes the signal-to-noise ratio.
 
     Counts are summed as integers, so that all but signal and noise are the same to the bit on any number of devices.
 

@@ -7,6 +7,8 @@ dim, f FFN width, v vocabulary, l layers.
 import importlib.metadata
 import sys
 
+__version__ = "0.1.0"
+
 # Tested: from the first of these to below the second, as requirements.txt says.
 JAX_VERSIONS = (0, 10, 2), (0, 13)
 

@@ -1,8 +1,10 @@
 """The command line of train.py."""
 
+import os
 import pathlib
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -14,6 +16,7 @@ from fp8jax.training import loop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file and size, e.g. configs/fp8_base.py:tiny")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default runs/CONFIG-SIZE")
+_ALLOW = flags.DEFINE_list("allow_config_change", [], "fields, e.g. data.source, that may differ from those of the run in the directory")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,9 +33,12 @@ def _train(name: str, size: str) -> int:
     if not size:
         size = common.default_size()
         print(f"size     {size}, chosen for this machine; --config={name}:SIZE sets another", flush=True)
+    # A restart compiles nothing that an earlier run on this machine has compiled.
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/fp8jax"))
     workdir = _WORKDIR.value or f"runs/{pathlib.Path(name).stem}-{size}"
     print(f"workdir  {workdir}", flush=True)
-    return loop.train(config, workdir)
+    return loop.train(config, workdir, allow_config_change=_ALLOW.value)
 
 
 def _config_argument(argv: Sequence[str]) -> tuple[str, str]:

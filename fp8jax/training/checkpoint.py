@@ -16,13 +16,13 @@ whatever its containers were, so Orbax alone can read it too; tuples, dataclasse
 Not here: when to save, and what belongs to a state.
 """
 
-import contextlib
 import difflib
 import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+import shutil
+import threading
 from typing import Any
 
 import jax
@@ -30,7 +30,9 @@ from absl import logging as absl_logging
 from orbax.checkpoint import v1
 
 from fp8jax import config as config_lib
+from fp8jax.training import manifest
 
+_DELETING = "deleting-"
 State = dict[str, Any]  # item → pytree
 Names = tuple[str, ...]
 
@@ -44,29 +46,61 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """Saves and restores states of a run. Only `save` ever writes: readers may look on while a run is training.
+    """Saves and restores states of a run. Only `save` and `set_aside` ever write: readers may look on.
 
     Args:
         workdir: directory of the run.
         keep: newest checkpoints that stay; older ones go once a newer one is complete. At least 1.
+        keep_every: checkpoints of steps that this divides stay too; 0: none.
+        facts: what the manifest of each checkpoint says about the run.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int):
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 1, keep_every: int = 0, facts: dict[str, Any] | None = None):
         # Orbax takes absolute paths only.
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-        self._keep = keep
-        self._writer: v1.training.Checkpointer | None = None
+        self._keep, self._keep_every, self._facts = keep, keep_every, facts or {}
+        self._saving: threading.Thread | None = None
+        self._failure: str | None = None
+        self._cleaned = False
 
     def steps(self) -> list[int]:
-        """Return the steps of all complete checkpoints on disk, ascending."""
-        # Not Checkpointer.checkpoints, which counts a save that has only begun.
-        if not self.directory.exists():
+        """Return the steps of all complete checkpoints on disk, ascending. Complete is not yet undamaged: see `newest`."""
+        if not self.directory.is_dir():
             return []
-        return sorted(found.step for found in v1.path.step.standard_name_format().find_all(self.directory))
+        found = (path for path in self.directory.iterdir() if path.name.isdecimal() and (path / manifest.NAME).exists())
+        return sorted(int(path.name) for path in found)
 
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint, None where there is none."""
         return max(self.steps(), default=None)
+
+    def newest(self) -> tuple[int | None, dict[int, str]]:
+        """Return the newest step whose files are what was written, or None; and newer ones passed over, with reasons."""
+        passed: dict[int, str] = {}
+        directories = [path for path in self.directory.iterdir() if path.name.isdecimal()] if self.directory.is_dir() else []
+        for path in sorted(directories, key=lambda path: -int(path.name)):
+            if (reason := manifest.problem(path)) is None:
+                return int(path.name), passed
+            passed[int(path.name)] = reason
+        return None, passed
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Rename a damaged checkpoint, so that its step can be saved again; nothing is deleted."""
+        to = self.directory / f"damaged-{step}"
+        for attempt in range(2, 1000):
+            if not to.exists():
+                break
+            to = self.directory / f"damaged-{step}-{attempt}"
+        os.rename(self.directory / str(step), to)
+        return to
+
+    def _clean(self) -> None:
+        """Once, before the first save: removes what interrupted saves and deletions left behind."""
+        if not self._cleaned and self.directory.is_dir() and jax.process_index() == 0:
+            for path in self.directory.iterdir():
+                if path.name.startswith(_DELETING) or ".orbax-checkpoint-tmp" in path.name:
+                    shutil.rmtree(path, ignore_errors=True)
+        self._cleaned = True
 
     def save(self, step: int, state: State, data_state: dict[str, Any]) -> None:
         """Start saving; files are written in the background and get their final name when complete.
@@ -83,36 +117,74 @@ class Checkpoints:
             CheckpointError: this save cannot begin, or the earlier one failed.
         """
         self.wait()
+        self._clean()
         if step in self.steps():
             return
         items = {item: _nested(tree) for item, tree in state.items()}
         # A training loop may forbid implicit transfers to the host; copying the state there is what a save is for.
-        with self._failures(), jax.transfer_guard("allow"):
-            self._checkpointer().save_checkpointables_async(
-                step,
-                {item: tree for item, tree in items.items() if tree},  # Orbax refuses an empty item
-                force=True,  # else Orbax's own policy may skip a step
-                custom_metadata={"data_state": data_state},
-            )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with jax.transfer_guard("allow"):
+                response = v1.save_checkpointables_async(
+                    self.directory / str(step),
+                    {item: tree for item, tree in items.items() if tree},  # Orbax refuses an empty item
+                    overwrite=True,  # files complete but without a manifest are no checkpoint
+                    custom_metadata={"data_state": data_state},
+                )
+        except Exception as error:  # whatever Orbax's storage, threads and checks raise
+            raise CheckpointError(self._why(error)) from error
+        self._saving = threading.Thread(target=self._finish, args=(step, response), name="checkpoint")
+        self._saving.start()
 
-    def restore(self, step: int, abstract_state: State, partial: bool = False) -> tuple[State, dict[str, Any]]:
+    def failure(self) -> str | None:
+        """Why the last save failed, if it has come to an end and did; asked once. Never waits."""
+        failure, self._failure = (None, self._failure) if self._saving and self._saving.is_alive() else (self._failure, None)
+        return failure
+
+    def _finish(self, step: int, response: Any) -> None:
+        """In the background: waits for the files, seals them with a manifest, removes what need not be kept."""
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                manifest.write(self.directory / str(step), {"step": step, **self._facts})
+                self._prune()
+        except Exception as error:
+            self._failure = self._why(error)
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        for step in steps[: -self._keep]:
+            if not self._keep_every or step % self._keep_every:
+                # Under its own name it would, half deleted, look damaged.
+                going = self.directory / f"{_DELETING}{step}"
+                os.rename(self.directory / str(step), going)
+                shutil.rmtree(going)
+
+    def _why(self, error: Exception) -> str:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        return f"{self.directory}: saving failed: {reason}; check free space and permissions"
+
+    def restore(self, step: int, abstract_state: State, *, partial: bool = False, verify: bool = True) -> tuple[State, dict[str, Any]]:
         """Read a checkpoint.
 
         Args:
             step: one of `steps()`.
             abstract_state: item → pytree of `jax.ShapeDtypeStruct` with sharding, as the state to be returned.
             partial: ignore items of the checkpoint that `abstract_state` lacks. Within an item, all must agree.
+            verify: read every file and compare it with the manifest first; unnecessary for the step that `newest` found.
 
         Returns:
             The state, bit for bit as saved, and `data_state`.
 
         Raises:
-            CheckpointError: no such step, or the first array that differs in name, shape or dtype.
+            CheckpointError: no such step, a damaged file, or the first array that differs in name, shape or dtype.
         """
         path = self.directory / str(step)
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; complete checkpoints: {known}")
+        if verify and (reason := manifest.problem(path)):
+            raise CheckpointError(f"{path}: {reason}; the checkpoint cannot be trusted, use another step")
         metadata = v1.checkpointables_metadata(path)
         saved = {item: tree for item, tree in metadata.metadata.items() if item in abstract_state or not partial}
         _check_same(path, _specs(saved), _specs(abstract_state))
@@ -128,16 +200,15 @@ class Checkpoints:
         Raises:
             CheckpointError: it failed; nothing of it counts as a checkpoint.
         """
-        if self._writer:
-            with self._failures():
-                self._writer.wait()
+        if self._saving:
+            self._saving.join()
+            self._saving = None
+        if failure := self.failure():
+            raise CheckpointError(failure)
 
     def close(self) -> None:
-        """Complete a save under way and ends Orbax's threads."""
-        if self._writer:
-            with self._failures():
-                self._writer.close()
-            self._writer = None
+        """Complete a save under way."""
+        self.wait()
 
     def __enter__(self) -> "Checkpoints":
         """Return the checkpoints themselves."""
@@ -146,25 +217,6 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         """Complete a save under way."""
         self.close()
-
-    def _checkpointer(self) -> v1.training.Checkpointer:
-        """Orbax's writer, made at the first save: making it clears what interrupted saves left behind."""
-        if self._writer is None:
-            self._writer = v1.training.Checkpointer(
-                self.directory,
-                preservation_policy=v1.training.preservation_policies.LatestN(self._keep),
-                cleanup_tmp_directories=True,
-            )
-        return self._writer
-
-    @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Orbax passes on whatever its storage, its threads and its checks raise
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            advice = "check free space and permissions"
-            raise CheckpointError(f"{self.directory}: saving failed: {reason}; {advice}") from error
 
 
 def save_config(workdir: str | os.PathLike, config: config_lib.Config) -> None:

@@ -94,7 +94,7 @@ def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequ
     config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
     mesh = make_mesh(config, devices)
     definition = define(config.model, tokenizer.vocab_size(config))
-    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         step = checkpoints.latest_step() if step is None else step
         if step is None:
             raise CheckpointError(f"{workdir}: no complete checkpoint there yet")

@@ -14,6 +14,7 @@ from fp8jax.models import gemms
 from fp8jax.models.definition import Definition
 from fp8jax.models.gemms import ModelRecipes
 from fp8jax.parallel.sharding import named_sharding
+from fp8jax.training.bad_steps import Health
 from fp8jax.training.optimizer import adamw
 
 State = Any
@@ -22,18 +23,18 @@ State = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Steps taken, parameters, FP8 scaling state, optimizer state, and how many steps were skipped as bad."""
+    """Steps taken, parameters, FP8 scaling state, optimizer state, and what is remembered of bad steps."""
 
     step: jax.Array
     params: Any
     scaling: Any
     opt_state: Any
-    bad_steps: jax.Array
+    health: Health
 
     def items(self) -> dict[str, Any]:
         """As a checkpoint stores it: entries that can be restored one without another."""
         return {"params": self.params, "scaling": self.scaling, "opt_state": self.opt_state,
-                "counters": {"step": self.step, "bad_steps": self.bad_steps}}
+                "counters": {"step": self.step, "health": self.health}}
 
     @staticmethod
     def from_items(items: dict[str, Any]) -> "TrainState":
@@ -46,7 +47,7 @@ def initial_state(definition: Definition, recipes: ModelRecipes, config: Any) ->
     params = definition.init(config.training.seed)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes freely
         opt_state = adamw(config.optimizer).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, gemms.init_scaling(recipes), opt_state, jnp.zeros((), jnp.int32))
+    return TrainState(jnp.zeros((), jnp.int32), params, gemms.init_scaling(recipes), opt_state, Health.initial())
 
 
 def abstract_state(definition: Definition, recipes: ModelRecipes, config: Any, mesh: Mesh) -> TrainState:

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.config import Config
@@ -30,6 +29,7 @@ from fp8jax.models.transformer import ForwardOptions
 from fp8jax.numerics import statistics
 from fp8jax.parallel.mesh import emulates_fp8
 from fp8jax.parallel.sharding import RULES
+from fp8jax.training import bad_steps
 from fp8jax.training.optimizer import MATRIX, adamw, learning_rate
 from fp8jax.training.state import TrainState, abstract_state, initial_state
 
@@ -62,6 +62,7 @@ class TrainProgram:
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"]))
         self.abstract_batch = self._abstract_batch()
         self.state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        self.bad_names = bad_steps.names(jax.eval_shape(lambda: gemms.zero_tokens(self.recipes)), definition.shapes)
         self._compiled: dict[bool, Any] = {}
 
     def _abstract_batch(self) -> Batch:
@@ -104,7 +105,8 @@ class TrainProgram:
         """One update. Donates `state`.
 
         Returns:
-            New state; metrics (float32 scalars `loss`, `grad_norm`, `learning_rate`, `bad_step`); taps, empty unless
+            New state; metrics (float32 scalars `loss`, `grad_norm`, `learning_rate`; int32 `bad_step`, `bad_steps_in_a_row`
+            and `first_bad`, an index into `bad_names` that means something in a bad step only); taps, empty unless
             `collect`: name → statistic → float32 [layers].
         """
         return self.compiled_step(collect=collect)(state, batch)
@@ -185,18 +187,21 @@ def train_step(state: TrainState, batch: Batch, config: Config, definition: Defi
     loss, grads, amaxes, taps = gradients(state, batch, config, definition, recipes, collect=collect)
     with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes freely
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        grad_norm = optax.global_norm(grads)
+        squares = bad_steps.squares(grads)
+        grad_norm = jnp.sqrt(sum(jnp.sum(square) for square in squares))
         update, opt_state = adamw(config.optimizer).update(grads, state.opt_state, state.params)
         rate = learning_rate(config, state.step)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, update)
     scaling = gemms.update_scaling(state.scaling, amaxes, recipes)
-    finite = [jnp.isfinite(loss), jnp.isfinite(grad_norm), *(jnp.isfinite(a).all() for a in jax.tree.leaves(amaxes))]
-    good = jnp.stack(finite).all()
-    new = TrainState(state.step, params, scaling, opt_state, state.bad_steps)
-    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
-    bad = (~good).astype(jnp.int32)
-    kept = dataclasses.replace(kept, step=state.step + 1, bad_steps=state.bad_steps + bad)
-    metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "bad_step": bad}
+    values, threshold = jnp.stack([loss, grad_norm]), config.training.skip_spikes
+    spike = state.health.is_spike(values, threshold) if threshold else jnp.zeros((), bool)
+    flags = bad_steps.flags(loss, amaxes, squares, spike)
+    bad = flags.any()
+    new = TrainState(state.step, params, scaling, opt_state, state.health)
+    kept = jax.tree.map(lambda a, b: jnp.where(bad, b, a), new, state)
+    kept = dataclasses.replace(kept, step=state.step + 1, health=state.health.after(bad, values))
+    metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "bad_step": bad.astype(jnp.int32),
+               "bad_steps_in_a_row": kept.health.in_a_row, "first_bad": jnp.argmax(flags).astype(jnp.int32)}
     return kept, metrics, taps
 
 

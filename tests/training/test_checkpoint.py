@@ -180,6 +180,8 @@ KILLED = """
     checkpoints.save(1, {"params": {"w": jnp.ones(3)}}, {})
     checkpoints.wait()
     checkpoints.save(2, {"params": {"w": jax.random.normal(jax.random.key(0), (2**23,))}}, {})
+    while len(os.listdir(checkpoints.directory)) < 2:
+        pass
     assert checkpoints.latest_step() == 1
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -14,7 +14,7 @@ from fp8jax.data import pipeline, tokenizer
 from fp8jax.models.definition import define
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.parallel.mesh import make_mesh
-from fp8jax.training import loop, step
+from fp8jax.training import loop, start_up, step
 from fp8jax.training.checkpoint import Checkpoints
 from fp8jax.training.evaluation import evaluate_run
 from fp8jax.training.optimizer import learning_rate
@@ -187,7 +187,7 @@ def test_a_bad_step_changes_nothing_but_the_counters(where):
         batch = batch | {"mask": batch["mask"].at[0, 0, 0].set(jnp.inf)}
     before = jax.tree.map(np.array, state)
     after, metrics, _ = program.step(state, batch)
-    assert int(metrics["bad_step"]) == 1 and int(after.bad_steps) == 1 and int(after.step) == 1
+    assert int(metrics["bad_step"]) == 1 and int(after.health.bad_steps) == 1 and int(after.step) == 1
     for name in ("params", "scaling", "opt_state"):
         for a, b in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -197,7 +197,7 @@ def test_a_bad_step_changes_nothing_but_the_counters(where):
     ("fp8_dpa", "", "100%"), ("bf16", "", "0%"), ("fp8_dpa", "mlp_down=bf16", None), ("fp8", "", None)])
 def test_start_up_counts_the_fp8_share_from_the_program(recipe, overrides, share):
     program = program_of(micro(fp8={"recipe": recipe, "overrides": overrides}))
-    line = next(line for line in loop.describe(program) if line.startswith("fp8"))
+    line = next(line for line in start_up.describe(program) if line.startswith("fp8"))
     if share is None:
         # Multiply-adds a token, by hand: width 32, ffn 48, 2 heads and 1 KV head of 16, 32 positions; attention runs
         # two GEMMs forward and five backward, a linear layer one and two.

@@ -1,0 +1,35 @@
+"""One run at a time in a directory."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator
+
+from fp8jax.config import ConfigError
+
+
+@contextlib.contextmanager
+def exclusive(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds WORKDIR/lock, which names the host and process; the system frees it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # A file system without locks cannot protect the run; that is no reason not to train.
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ConfigError(f"{workdir}: {holder} is training here; stop it first, or choose another --workdir") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield

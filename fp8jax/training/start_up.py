@@ -1,0 +1,80 @@
+"""What a run tells before its first step: what will run, in what formats, and whether this device computes it rightly."""
+
+import math
+
+import jax
+
+from fp8jax import config as config_lib
+from fp8jax.audit import program as audit
+from fp8jax.config import ConfigError
+from fp8jax.numerics import recipes as recipes_lib
+from fp8jax.numerics.attention import SCORES, VALUES
+from fp8jax.numerics.self_check import self_check
+from fp8jax.parallel import mesh as mesh_lib
+from fp8jax.training.step import TrainProgram
+
+BLOCK_ROLES = [role for role in recipes_lib.ROLES if role != "lm_head"]
+
+
+def describe(program: TrainProgram) -> list[str]:
+    """What is about to run: model, FP8 share counted from the traced step, mesh, batch, data."""
+    config, device = program.config, program.mesh.devices.flat[0]
+    tokens = config.training.batch_size * config.data.sequence_length
+    share = audit.fp8_share(_traced(program), BLOCK_ROLES)
+    how = f"emulated: {device.device_kind} has no FP8 units" if program.emulated else f"native on {device.device_kind}"
+    model = program.definition.config
+    lines = [
+        f"model    {model.architecture}, {program.definition.parameter_count():,} parameters, {model.layers} layers of width {model.width}",
+        f"fp8      recipe {config.fp8.recipe}, {share:.0%} of the block's GEMM FLOPs in FP8, {how}",
+        f"mesh     {mesh_lib.describe(program.mesh)}",
+        f"batch    {tokens:,} tokens per step, {config.training.steps} steps",
+    ]
+    if config.data.source == "embedded":
+        lines.append("data     the embedded corpus, five novels by Jane Austen; set config.data.source to train on your own")
+    return lines
+
+
+def check_attention(program: TrainProgram) -> list[str]:
+    """Compares the attention backend with `emulated` on the device at hand, before any step relies on it.
+
+    Returns:
+        What to tell: the backend and its largest error; nothing where attention is not in FP8.
+
+    Raises:
+        ConfigError: the backend computes something else here.
+    """
+    backend, head_dim = program.recipes.attention_backend, config_lib.head_dim(program.config.model)
+    pairs = dict.fromkeys((layer[SCORES], layer[VALUES]) for layer in program.recipes.blocks)
+    fp8 = [pair for pair in pairs if any(recipe.fp8 for recipe in pair)]
+    if not fp8 or backend == "emulated":
+        return [f"         attention in FP8 by backend {backend}"] if fp8 else []
+    try:
+        errors = [max(self_check(backend, dict(zip((SCORES, VALUES), pair, strict=True)), head_dim=head_dim).values()) for pair in fp8]
+    except ValueError as error:
+        raise ConfigError(f"config.fp8.attention_backend: {error}") from None
+    return [f"         attention in FP8 by backend {backend}, within {max(errors):.1g} of the definition on this device"]
+
+
+def describe_compiled(program: TrainProgram) -> list[str]:
+    """What the compiler made of the step: memory of a device, and, where FP8 is native, GEMMs that lost it."""
+    try:
+        found = audit.read(program.compiled_step(), program.mesh)
+    except audit.UnreadableError as error:
+        return [f"memory   unknown: {error}"]
+    memory = found.memory
+    parts = [f"{name} {_mib(size)}" for name, size in memory.arguments.items() if size >= 2**20]
+    parts.append(f"temporaries {_mib(memory.temporary_bytes)}")
+    lines = [f"memory   {_mib(memory.peak_bytes)} a device: {', '.join(parts)}"]
+    if program.emulated:
+        return lines
+    lost = audit.fallbacks(_traced(program), found.gemms)
+    return lines + [f"warning  not compiled to an FP8 GEMM: {line}" for line in lost]
+
+
+def _traced(program: TrainProgram) -> list[audit.Gemm]:
+    with jax.set_mesh(program.mesh):
+        return audit.traced_gemms(program.jitted_step().trace(program.abstract_state, program.abstract_batch).jaxpr)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20):,} MiB"

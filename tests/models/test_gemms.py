@@ -9,10 +9,11 @@ import pytest
 
 from fp8jax import config as config_lib
 from fp8jax.config import ConfigError
-from fp8jax.models import gemms
+from fp8jax.models import gemms, layers
 from fp8jax.models.definition import define
 from fp8jax.monitor import outliers
 from fp8jax.numerics import statistics
+from fp8jax.numerics.dot_general import dot_general
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.step import TrainProgram
 
@@ -122,3 +123,43 @@ def test_every_scaling_trains(fp8):
     plain = loss_after_ten_steps(recipe="bf16")
     assert plain < 4.6  # from log(128) = 4.85
     assert abs(loss_after_ten_steps(**fp8) - plain) < 0.03 * plain
+
+
+def weight_casts(closed_jaxpr, matrices):
+    """Casts to float8 of arrays that end in a weight's shape: role → how many layers' weights are cast in one step."""
+    counts = dict.fromkeys(matrices, 0)
+
+    def walk(jaxpr, times):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name in ("convert_element_type", "bitcast_convert_type") and str(eqn.outvars[0].aval.dtype).startswith("float8"):
+                shape = eqn.outvars[0].aval.shape
+                for role, matrix in matrices.items():
+                    counts[role] += times * math.prod(shape[:-2]) * (shape[-2:] == matrix)
+            inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+            for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+                part = getattr(part, "jaxpr", part)
+                if hasattr(part, "eqns"):
+                    walk(part, inner)
+
+    walk(closed_jaxpr.jaxpr, 1)
+    return counts
+
+
+@pytest.mark.parametrize("backend", ["native", "emulated"])
+@pytest.mark.parametrize(("microbatches", "remat"), [(1, "none"), (4, "none"), (4, "full"), (4, "save_fp8")])
+def test_weights_are_quantised_once_a_step(microbatches, remat, backend):
+    """However many microbatches, and whatever the backward pass recomputes: each of two layers' weights is cast once."""
+    config = make({"backend": backend, "head": True}, {"microbatches": microbatches, "remat": remat, "steps": 1}, tied_embeddings=False)
+    program = program_of(config)
+    traced = program.jitted_step().trace(program.abstract_state, program.abstract_batch)
+    matrices = {"qkv": (48, 128), "attention_out": (64, 48), "mlp_up": (48, 120), "mlp_down": (120, 48)}
+    assert weight_casts(traced.jaxpr, matrices) == dict.fromkeys(matrices, 2)
+    assert weight_casts(traced.jaxpr, {"lm_head": (128, 48)}) == {"lm_head": 1}
+
+
+def test_a_weight_quantised_in_the_layer_would_be_counted(monkeypatch):
+    """The count above sees what it is meant to see: quantising inside of the microbatch loop gives one cast a microbatch."""
+    monkeypatch.setattr(layers, "dot_general", lambda *args, quantised_w, **options: dot_general(*args, **options))
+    program = program_of(make({}, {"microbatches": 4, "steps": 1}))
+    traced = program.jitted_step().trace(program.abstract_state, program.abstract_batch)
+    assert weight_casts(traced.jaxpr, {"mlp_up": (48, 120)})["mlp_up"] == 2 + 4 * 2

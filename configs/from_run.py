@@ -1,7 +1,4 @@
-"""The configuration of a run, or of a converted model, with whatever fields the command line changes.
-
-    python train.py --config=configs/from_run.py:runs/llama --config.training.steps=1000 --workdir=runs/llama
-"""
+"""The configuration of a run, or of a converted model, with whatever fields the command line changes."""
 
 import json
 import pathlib

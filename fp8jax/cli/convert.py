@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from orbax.checkpoint import v1
 
 from fp8jax.cli.errors import complain
 from fp8jax.config import Config, ConfigError, DataConfig, ModelConfig
@@ -100,7 +101,10 @@ def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definiti
     definition = define(config.model, config.model.vocab_size or tokenizer.vocab_size(config))
     on_host = jax.sharding.SingleDeviceSharding(_cpu())
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host), definition.shapes)
-    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+    # Orbax would read everything at once, beside what it has read.
+    context = v1.Context()
+    context.memory_options.read_concurrent_bytes = 2 * max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
+    with context, Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
         step = checkpoints.latest_step() if step is None else step
         if step is None:
             raise CheckpointError(f"{workdir}: no complete checkpoint there yet")

@@ -102,10 +102,10 @@ def save(directory: pathlib.Path, model: ModelConfig, vocab_size: int, params: P
     params = jax.tree.map(np.asarray, params)
 
     def produce(slot: hf_tensors.Slot) -> np.ndarray:
-        tensor = slot.view(params)
+        view, cast = slot.view(params), np.empty(slot.shape, dtype)
         with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(tensor).reshape(slot.shape).astype(dtype)
-        if not np.isfinite(cast.astype(np.float32)).all():
+            cast.reshape(view.shape)[...] = view
+        if not np.isfinite(cast).all():
             raise HuggingFaceError(f"{slot.name}: holds values that are not finite in {dtype}")
         return cast
 

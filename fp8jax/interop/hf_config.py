@@ -103,12 +103,12 @@ def to_config(model: ModelConfig, vocab_size: int, model_type: str) -> dict[str,
     Raises:
         HuggingFaceError: this model_type cannot hold the model; the message names the field.
     """
-    form = FORMATS[model_type]
+    form, head_dim = FORMATS[model_type], config_lib.head_dim(model)
     switches = form.switches or _fog_keys(model)[1]
     for field, value in switches.items():
         if getattr(model, field) != value:
             raise HuggingFaceError(f"model.{field}: {model_type} has {value!r}, this model {getattr(model, field)!r}")
-    default_scale = math.isclose(model.softmax_scale, 1 / math.sqrt(model.head_dim), rel_tol=1e-9)
+    default_scale = math.isclose(model.softmax_scale, 1 / math.sqrt(head_dim), rel_tol=1e-9)
     if not default_scale and model_type != "fog":
         raise HuggingFaceError(f"model.softmax_scale: {model_type} has 1/sqrt(head_dim), this model {model.softmax_scale!r}")
     values = {
@@ -117,8 +117,8 @@ def to_config(model: ModelConfig, vocab_size: int, model_type: str) -> dict[str,
         "num_key_value_heads": model.kv_heads, "rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied_embeddings,
         "initializer_range": model.init_std, "rope_theta": model.rope_theta, "rope_scaling": _rope_scaling(model, form),
         **{key: value for key, value in form.fixed.items() if key not in _NOT_WRITTEN}}
-    if model.head_dim * model.heads != model.width:
-        values["head_dim"] = model.head_dim
+    if head_dim * model.heads != model.width:
+        values["head_dim"] = head_dim
     if model_type == "fog":
         values |= _fog_keys(model)[0] | {"softmax_scale": None if default_scale else model.softmax_scale}
     return values
@@ -158,6 +158,8 @@ def _number(values: Mapping[str, Any], key: str, kind: type = float) -> Any:
     value = values[key]
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise HuggingFaceError(f"config.json: {key}: {value!r} is not {kind.__name__}")
+    if kind is int and value < 1:
+        raise HuggingFaceError(f"config.json: {key}: {value!r} is below 1")
     return kind(value)
 
 

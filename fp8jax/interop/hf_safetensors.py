@@ -135,6 +135,7 @@ def _write_file(path: pathlib.Path, tensors: Mapping[str, tuple[tuple[int, ...],
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name}: {array.shape} {array.dtype} was produced, {shape} {dtype} announced")
             file.write(np.ascontiguousarray(array).view(np.uint8).data)
+            del array  # before the next is made
 
 
 def _index(directory: pathlib.Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fp8jax.config import ModelConfig
+from fp8jax.config import ModelConfig, head_dim
 from fp8jax.models import architectures
 from fp8jax.models.activations import XIELU
 from fp8jax.models.definition import STACKED
@@ -78,8 +78,8 @@ def constants(model: ModelConfig, model_type: str) -> Iterator[Constant]:
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}."
         if model.qk_regulariser in ("rmsnorm_frozen", "tanh"):
-            yield Constant(f"{prefix}self_attn.q_norm.weight", (model.head_dim,), 1.0)
-            yield Constant(f"{prefix}self_attn.k_norm.weight", (model.head_dim,), 1.0)
+            yield Constant(f"{prefix}self_attn.q_norm.weight", (head_dim(model),), 1.0)
+            yield Constant(f"{prefix}self_attn.k_norm.weight", (head_dim(model),), 1.0)
         if model_type == "apertus":
             yield Constant(f"{prefix}mlp.act_fn.beta", (), XIELU.beta)
             yield Constant(f"{prefix}mlp.act_fn.eps", (), XIELU.eps)
@@ -88,7 +88,7 @@ def constants(model: ModelConfig, model_type: str) -> Iterator[Constant]:
 
 
 def _attention(model: ModelConfig, layer: int) -> Iterator[Slot]:
-    d, n, k, h = model.width, model.heads, model.kv_heads, model.head_dim
+    d, n, k, h = model.width, model.heads, model.kv_heads, head_dim(model)
     g = n // k
     qkv, every = ("attention", "qkv", "w"), slice(None)
     yield Slot("self_attn.q_proj.weight", (n * h, d), qkv, (layer, every, every, slice(0, g)), (1, 2, 3, 0))

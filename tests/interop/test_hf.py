@@ -106,6 +106,8 @@ def test_every_tensor_comes_back_bit_for_bit(kind, dtype, limit, tmp_path):
     ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
     ({"hidden_size": "16"}, "hidden_size: '16'"),
     ({"hidden_size": 4.5}, "hidden_size: 4.5"),
+    ({"num_attention_heads": 0}, "num_attention_heads: 0"),
+    ({"rms_norm_eps": float("nan")}, "norm_eps: nan"),
     ({"num_hidden_layers": "absent"}, "num_hidden_layers: missing"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings: 1"),
     ({"num_key_value_heads": 3}, "kv_heads: 3"),

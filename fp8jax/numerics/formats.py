@@ -128,7 +128,10 @@ def _bias(dtype: jnp.dtype) -> int:
 
 
 def quantise(x: jax.Array, scale: jax.Array, dtype: jnp.dtype, *, emulated: bool = False) -> Quantised:
-    """FP8 array of x / scale (float32 arithmetic, never through bfloat16) beside its scale."""
+    """FP8 array of x / scale (float32 arithmetic, never through bfloat16) beside its scale.
+
+    A quotient beyond float32's range, of a scale 2**100 times too small or so, is infinite: NaN, not the maximum.
+    """
     return Quantised(cast(x.astype(jnp.float32) * (1.0 / scale), dtype, emulated=emulated), scale)
 
 

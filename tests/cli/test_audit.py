@@ -8,8 +8,9 @@ import pytest
 from fp8jax.cli import audit
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-MICRO = ["--{}.model.layers=2", "--{}.model.width=32", "--{}.model.heads=1", "--{}.model.kv_heads=1", "--{}.model.head_dim=32",
-         "--{}.model.ffn_width=32", "--{}.data.sequence_length=128", "--{}.training.batch_size=8"]
+# The step of tests/audit/test_program.py, which a test session compiles once.
+SMALL = ["--{}.model.layers=3", "--{}.model.width=64", "--{}.model.heads=4", "--{}.model.kv_heads=2", "--{}.model.ffn_width=64",
+         "--{}.data.sequence_length=256", "--{}.training.batch_size=8", "--{}.training.remat=save_fp8", "--{}.mesh.fsdp=8"]
 
 
 @pytest.fixture(autouse=True)
@@ -19,16 +20,16 @@ def at_the_root(monkeypatch):
 
 def test_two_configs_side_by_side_and_as_json(tmp_path, capsys):
     file = tmp_path / "audit.json"
-    words = [word.format(flag) for flag in ("config", "compare") for word in MICRO]
-    given = ["--config=configs/fp8_base.py:tiny", "--compare", "configs/llama3.py:tiny", "--target=local", f"--json={file}"]
+    words = [word.format(flag) for flag in ("config", "compare") for word in SMALL]
+    given = ["--config=configs/fp8_base.py:tiny", "--compare", "configs/fp8_base.py:tiny", "--target=local", f"--json={file}"]
     assert audit.main([*given, *words]) == 0
     shown = capsys.readouterr().out
-    assert "Side by side" in shown and "configs/llama3.py:tiny" in shown and "mlp_gate" in shown and "FP8 share" in shown
+    assert "Side by side" in shown and shown.count("configs/fp8_base.py:tiny") >= 4 and "mlp_up" in shown and "FP8 share" in shown
     found = json.loads(file.read_text())
     keys = ["config", "target", "gemms", "block_gemm_flops", "fp8_share", "non_gemm_bytes", "collectives", "memory", "estimate",
             "compile_seconds"]
     assert list(found) == [*keys, "compare"] and list(found["compare"]) == keys
-    assert found["config"]["resolved"]["model"]["width"] == found["compare"]["config"]["resolved"]["model"]["width"] == 32
+    assert found["config"]["resolved"]["model"]["width"] == found["compare"]["config"]["resolved"]["model"]["width"] == 64
     assert found["memory"]["peak_bytes_per_device"] > found["memory"]["arguments"]["total"] > 0
     assert found["fp8_share"] == 1.0 and found["block_gemm_flops"] > 0
 

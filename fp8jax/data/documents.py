@@ -6,7 +6,8 @@
             ...
 
 `.jsonl` (and `.json`, one object a line) holds a document a line, `.parquet` one a row, `.txt` and `.md` files are a document
-each. All but parquet may be compressed, `.gz` or `.zst`. Text is UTF-8. Blank lines of a `.jsonl` file are passed over.
+each. All but parquet may be compressed, `.gz` or `.zst`. Text is UTF-8. Blank lines of a `.jsonl` file are passed over. Names that
+begin with 'hf:' are datasets of the Hugging Face hub (`hub`).
 
 Files are not trusted: sizes are bounded (a line or row by MAX_DOCUMENT), and whatever cannot be read is an error of one line
 with the file and the number of the line. Nothing is cleaned, filtered or deduplicated.
@@ -16,6 +17,7 @@ import codecs
 import glob
 import gzip
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fp8jax.config import ConfigError
+from fp8jax.data import hub
 
 LINES, TEXT, PARQUET = (".jsonl", ".json"), (".txt", ".md"), (".parquet",)
 COMPRESSED = (".gz", ".zst")
@@ -38,8 +41,8 @@ class Piece(NamedTuple):
 
     Attributes:
         path: of the file.
-        start: first byte (lines that begin from here on), or first row group of a parquet file.
-        stop: the byte or row group before which to stop; -1: at the end of the file.
+        start: first byte (lines that begin from here on), row group of a parquet file, or row of a dataset of the hub.
+        stop: the byte, row group or row before which to stop; -1: at the end of the file.
         size: bytes of input, for progress.
         split: of which split its documents are; '': their content decides.
     """
@@ -59,13 +62,13 @@ def find(inputs: Sequence[str | os.PathLike]) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in map(os.fspath, inputs):
-        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        matches = [name] if os.path.exists(name) or name.startswith(hub.PREFIX) else sorted(glob.glob(name, recursive=True))
         files = [file for match in matches for file in (_in_directory(match) if os.path.isdir(match) else [match])]
         if not files:
             raise ConfigError(f"--input={name}: no such file, directory or pattern with matches")
         found |= dict.fromkeys(files)
     for path in found:
-        if _kind(path) is None:
+        if not path.startswith(hub.PREFIX) and _kind(path) is None:
             known = ", ".join((*LINES, *TEXT, *PARQUET))
             raise ConfigError(f"{path}: {pathlib.Path(path).suffix!r} is not a kind of text file that is read; use one of {known}")
     return list(found)
@@ -87,7 +90,22 @@ def _kind(path: str) -> tuple[str, ...] | None:
 
 def is_plain_text(path: str) -> bool:
     """Whether the file is one uncompressed document."""
-    return path.lower().endswith(TEXT)
+    return path.lower().endswith(TEXT) and not path.startswith(hub.PREFIX)
+
+
+def stat(path: str) -> tuple[int, int]:
+    """Bytes of an input, and when it was last changed, in nanoseconds.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if path.startswith(hub.PREFIX):
+        return int(hub.dataset(path).data.nbytes), 0
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return found.st_size, found.st_mtime_ns
 
 
 def pieces(path: str, piece_bytes: int) -> list[Piece]:
@@ -96,19 +114,23 @@ def pieces(path: str, piece_bytes: int) -> list[Piece]:
     Raises:
         ConfigError: the file cannot be read.
     """
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    size = stat(path)[0]
+    if path.startswith(hub.PREFIX):
+        return _even_pieces(path, len(hub.dataset(path)), size, piece_bytes)
     if _kind(path) is PARQUET:
         file = _parquet(path)
         groups = [file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)]
         return [Piece(path, group, group + 1, bytes_) for group, bytes_ in enumerate(groups)]
     if path.lower().endswith(LINES):
-        count = max(1, -(-size // piece_bytes))
-        edges = [size * index // count for index in range(count + 1)]
-        return [Piece(path, start, stop, stop - start) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+        return _even_pieces(path, size, size, piece_bytes)
     return [Piece(path, 0, -1, size)]
+
+
+def _even_pieces(path: str, length: int, size: int, piece_bytes: int) -> list[Piece]:
+    """Cuts 0 to `length`, which are `size` bytes."""
+    count = max(1, -(-size // piece_bytes))
+    edges = [length * index // count for index in range(count + 1)]
+    return [Piece(path, start, stop, size * (stop - start) // max(1, length)) for start, stop in itertools.pairwise(edges)]
 
 
 def cut_text(path: str, fraction: float) -> list[Piece]:
@@ -140,7 +162,11 @@ def read(piece: Piece, field: str, progress: Progress) -> Iterator[Iterable[str]
         ConfigError: a file, line or row that cannot be read as text; the message names it.
     """
     kind = _kind(piece.path)
-    if kind is PARQUET:
+    if piece.path.startswith(hub.PREFIX):
+        for texts in hub.rows(piece.path, field, piece.start, piece.stop):
+            yield from map(_blocks, texts)
+            progress(piece.size * len(texts) // max(1, piece.stop - piece.start))
+    elif kind is PARQUET:
         yield from _read_parquet(piece, field, progress)
     elif kind is LINES:
         yield from _read_lines(piece, field, progress)

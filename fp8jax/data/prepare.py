@@ -143,7 +143,7 @@ def _sample(parts: list[list[documents.Piece]], text_field: str) -> Iterator[str
 
 def _parts(paths: list[str], fraction: float) -> list[list[documents.Piece]]:
     """The pieces of all files, neighbours together until they make a part."""
-    total = sum(os.stat(path).st_size for path in paths)
+    total = sum(documents.stat(path)[0] for path in paths)
     part_bytes = min(max(total // 1024, _PART_BYTES[0]), _PART_BYTES[1])
     if len(paths) == 1 and fraction and documents.is_plain_text(paths[0]):
         return [documents.cut_text(paths[0], fraction)]
@@ -178,7 +178,7 @@ def _begin(directory: pathlib.Path, plan: str, parts: list) -> Any:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ConfigError(f"{directory}: another process is preparing it") from None
-    changed = {piece.path: os.stat(piece.path).st_mtime_ns for part in parts for piece in part}
+    changed = {piece.path: documents.stat(piece.path) for part in parts for piece in part}
     expected = plan + " " + hashlib.sha256(json.dumps(changed).encode()).hexdigest()
     lock.seek(0)
     found = lock.read()
@@ -380,7 +380,7 @@ def _index(job: _Job, parts: list, tokenizer: tokenizers.Tokenizer, plan: str, f
         raise ConfigError(f"{job.directory}: no documents left to train on; give more, or a lower --validation_fraction")
     sources: dict[str, dict[str, Any]] = {}
     for path, count in (pair for record in records for pair in record["documents"]):
-        source = sources.setdefault(path, {"file": path, "bytes": os.stat(path).st_size, "documents": 0})
+        source = sources.setdefault(path, {"file": path, "bytes": documents.stat(path)[0], "documents": 0})
         source["documents"] += count
     return shards.header(tokenizer) | {"plan": plan, "text_field": job.text_field, "validation_fraction": fraction,
                                        "splits": splits, "sources": list(sources.values())}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -131,7 +132,17 @@ def test_state_is_small_json_and_continues_there():
     assert all(equal(next(other), batch) for batch in expected)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("data", [{}, {"document_masks": True, "sequence_length": 1024}])
+def test_a_step_far_in_is_there_at_once(data):
+    config = configs.from_dict({"data": {"sequence_length": 64} | data, "training": {"batch_size": 512}})
+    pipeline.train_batches(config)[0]
+    began = time.process_time()
+    batch = next(pipeline.train_iterator(config, start_step=10**7))
+    assert time.process_time() - began < 1.0
+    assert equal(batch, pipeline.train_batches(config)[10**7])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
 def test_slices_of_processes_concatenate_to_the_batch(processes):
     config = make_config(batch=8)
     whole = pipeline.train_iterator(config, start_step=5)

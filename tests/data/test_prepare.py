@@ -108,6 +108,45 @@ def test_pieces_of_a_file_share_its_lines(tmp_path_factory, texts, part, newline
     assert sum(piece.size for piece in found) == path.stat().st_size
 
 
+class FakeDataset:
+    """What `prepare` uses of a datasets.Dataset."""
+
+    def __init__(self, columns):
+        self.columns, self.column_names = columns, list(columns)
+        self.features = {name: type("Value", (), {"dtype": "string" if name == "text" else "int64"}) for name in columns}
+        self.data = type("Table", (), {"nbytes": 5000})
+
+    def __len__(self):
+        return len(self.columns["text"])
+
+    def __getitem__(self, rows):
+        return {name: values[rows] for name, values in self.columns.items()}
+
+    def select_columns(self, names):
+        return FakeDataset({name: self.columns[name] for name in names})
+
+
+def test_datasets_of_the_hub(tmp_path, small_parts, monkeypatch):
+    def load_dataset(path, config, split):
+        if path != "owner/name":
+            raise ConnectionError(f"Couldn't reach {path!r} on the Hub\nmore")
+        return FakeDataset({"text": TEXTS + [None] * (config == "holes"), "id": list(range(len(TEXTS)))})
+
+    monkeypatch.setitem(sys.modules, "datasets", type(sys)("datasets"))
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", load_dataset, raising=False)
+    prepare.prepare(["hf:owner/name:en"], tmp_path / "out", validation_fraction=0)
+    assert decoded(tmp_path / "out", "train") == TEXTS and len(list((tmp_path / "out").glob("train_*.bin"))) == 5
+    for name, field, fault in [("hf:owner/other", "text", "cannot be had: Couldn't reach 'owner/other' on the Hub; without network"),
+                               ("hf:owner/name:de", "id", "has no column 'id' of text; --text_field is one of text, id"),
+                               ("hf:owner/name:holes", "text", "row 66 has no text")]:
+        with pytest.raises(configs.ConfigError) as caught:
+            prepare.prepare([name], tmp_path / name.rpartition(":")[2], text_field=field, validation_fraction=0)
+        assert f"{name}: {fault}" in str(caught.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(configs.ConfigError, match="hf:a/b: needs the package datasets; pip install datasets"):
+        prepare.prepare(["hf:a/b"], tmp_path / "none")
+
+
 def test_text_files_and_directories(tmp_path):
     for name, text in [("b/2.txt", "two\r\n"), ("b/10.md", "ten"), ("b/c/1.txt", ""), ("a.txt", "ä" * 300_000)]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

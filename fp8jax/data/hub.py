@@ -1,0 +1,55 @@
+"""Datasets of the Hugging Face hub as input of `prepare`: 'hf:NAME' or 'hf:NAME:CONFIG', e.g. 'hf:allenai/c4:en'.
+
+The package `datasets` downloads the split `train` once into its cache; without network only what is there can be read, and
+directories of data files, 'hf:/path'. Rows are read by number, so work on them is shared and restarted like that on files.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from fp8jax.config import ConfigError
+
+PREFIX = "hf:"
+_BATCH = 256
+
+
+@functools.lru_cache(maxsize=4)
+def dataset(name: str) -> Any:
+    """The training split of a dataset.
+
+    Args:
+        name: 'hf:NAME' or 'hf:NAME:CONFIG'.
+
+    Raises:
+        ConfigError: the package `datasets` is missing, or the dataset cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f"{name}: needs the package datasets; pip install datasets") from None
+    path, _, config = name.removeprefix(PREFIX).partition(":")
+    try:
+        return datasets.load_dataset(path, config or None, split="train")
+    except Exception as error:  # of many kinds, the hub's and the network's among them
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{name}: cannot be had: {reason}; without network, download its files elsewhere and give their "
+                          "directory as --input") from None
+
+
+def rows(name: str, field: str, start: int, stop: int) -> Iterator[list[str]]:
+    """The texts of some rows, a few at a time.
+
+    Raises:
+        ConfigError: no such column, or one that is not text; a row without text.
+    """
+    found = dataset(name)
+    if getattr(found.features.get(field), "dtype", None) not in ("string", "large_string"):
+        raise ConfigError(f"{name}: has no column {field!r} of text; --text_field is one of {', '.join(found.column_names)}")
+    chosen = found.select_columns([field])
+    for first in range(start, stop, _BATCH):
+        texts = chosen[first : min(first + _BATCH, stop)][field]
+        for number, text in enumerate(texts):
+            if text is None:
+                raise ConfigError(f"{name}: row {first + number + 1} has no text in column {field!r}")
+        yield texts

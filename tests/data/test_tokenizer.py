@@ -1,5 +1,7 @@
 """Tokenizers: round trips, byte counts, and what is refused."""
 
+import base64
+import importlib.util
 import json
 import sys
 
@@ -92,6 +94,68 @@ def test_truncation_in_the_file_does_not_cut_documents(tmp_path):
 def test_fingerprint_tells_tokenizers_apart(bpe, tmp_path):
     other = tokenizer.load(train_bpe(tmp_path / "tokenizer.json", special=("<|endoftext|>", "<pad>")))
     assert len({bpe.fingerprint, other.fingerprint, tokenizer.load("byte").fingerprint}) == 3
+
+
+@pytest.fixture(scope="module")
+def tekken(tmp_path_factory):
+    """A tekken.json of 10 special tokens, all bytes, and a few merges, the last of which is beyond the vocabulary's size."""
+    pytest.importorskip("tiktoken")
+    texts = [bytes([byte]) for byte in range(256)] + [b"an", b"er", b"ann", b" w", b"beyond"]
+    vocab = [{"rank": rank, "token_bytes": base64.b64encode(text).decode(), "token_str": None} for rank, text in enumerate(texts)]
+    config = {"pattern": r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+", "num_vocab_tokens": len(vocab), "default_vocab_size": 270,
+              "default_num_special_tokens": 10, "version": "v3"}
+    path = tmp_path_factory.mktemp("tekken") / "tekken.json"
+    path.write_text(json.dumps({"config": config, "vocab": vocab}))
+    return tokenizer.load(str(path))
+
+
+@settings(deadline=None)
+@given(text=st.text())
+def test_tekken_round_trip_and_byte_count(tekken, text):
+    ids = tekken.encode(text)
+    assert tekken.decode(ids) == text and ids.dtype == np.uint16
+    assert tekken.token_bytes[ids].sum() == len(text.encode("utf-8"))
+    assert [part.tolist() for part in tekken.encode_batch([text, ""])] == [ids.tolist(), []]
+
+
+def test_tekken_ids_follow_its_special_tokens(tekken):
+    assert tekken.encode("anner w</s>").tolist() == [10 + 258, 10 + 257, 10 + 259, *(10 + byte for byte in b"</s>")]
+    assert tekken.vocab_size == 270 and tekken.end_of_document == 2 and tekken.decode([2, 10 + 65, 1]) == "A"
+    assert tekken.encode("x").dtype == np.uint16 and tekken.token_bytes[:10].sum() == 0
+
+
+def test_tekken_by_name_is_that_of_mistral_common():
+    pytest.importorskip("tiktoken")
+    if importlib.util.find_spec("mistral_common") is None:
+        with pytest.raises(configs.ConfigError, match="pip install --no-deps mistral-common"):
+            tokenizer.load("tekken")
+        return
+    loaded = tokenizer.load("tekken")
+    text = sources.embedded_documents("held_out")[0][:20_000].decode()
+    assert loaded.vocab_size == 131_072 and loaded.decode(loaded.encode(text)) == text and loaded.encode(text).dtype == np.uint32
+
+
+@pytest.mark.parametrize("vocab_size", [257, 300])
+def test_trained_tokenizer_is_a_usable_file(tmp_path, vocab_size):
+    pytest.importorskip("tokenizers")
+    texts = [sources.embedded_documents("held_out")[0][:20_000].decode()]
+    content = tokenizer.train(texts, vocab_size)
+    (tmp_path / "tokenizer.json").write_text(content)
+    loaded = tokenizer.load(str(tmp_path / "tokenizer.json"))
+    assert loaded.vocab_size == vocab_size and loaded.decode(loaded.encode("\0 naïve 𝄞\r\n")) == "\0 naïve 𝄞\r\n"
+    assert tokenizer.train(texts, vocab_size) == content
+    with pytest.raises(configs.ConfigError, match="--train_tokenizer: 256 is below 257"):
+        tokenizer.train(texts, 256)
+
+
+def test_auto_is_the_tokenizer_of_the_first_source(tmp_path, bpe):
+    (tmp_path / "tokenizer.json").write_bytes(bpe.file.read_bytes())
+    assert tokenizer.of(configs.DataConfig()).fingerprint == "byte"
+    assert tokenizer.of(configs.DataConfig(source=f"{tmp_path}=1,embedded=1")).fingerprint == bpe.fingerprint
+    assert tokenizer.of(configs.DataConfig(source=f"embedded=1,{tmp_path}=1")).fingerprint == "byte"
+    assert tokenizer.of(configs.DataConfig(source=str(tmp_path), tokenizer="byte")).fingerprint == "byte"
+    with pytest.raises(configs.ConfigError, match="index.json: no such file"):
+        tokenizer.of(configs.DataConfig(source=str(tmp_path / "gone")))
 
 
 def test_unusable_files_are_refused_in_one_line(tmp_path):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fp8jax.config import ModelConfig
+from fp8jax.config import ModelConfig, head_dim
 from fp8jax.models.gemms import Gemms
 from fp8jax.numerics.dot_general import dot_general
 
@@ -114,7 +114,8 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     Scaling (Llama 3.1): what turns less than `low` times in the original context is slowed by the factor, what turns more
     than `high` times stays, and between them the slowing is interpolated.
     """
-    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    features = head_dim(config)
+    frequencies = config.rope_theta ** (-np.arange(0, features, 2) / features)
     if config.rope_scaling_factor != 1.0:
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         turns = config.rope_original_context * frequencies / (2 * np.pi)

@@ -5,8 +5,8 @@
 
 Each GEMM takes the longer of its FLOPs at the peak of its dtype and its bytes at the memory's bandwidth; everything else its
 bytes; a collective the bytes that a ring sends at the rate of the links, between nodes at that of all their ports. Kernels
-are taken to run one after another, at peak rates, collectives hidden behind them as far as they go. Real kernels reach 60
-to 80% of these rates, so a real step is slower.
+are taken to run one after another, at peak rates, collectives hidden behind them as far as they go. Real kernels do not
+reach peak rates, so a real step is slower.
 """
 
 import dataclasses

@@ -95,7 +95,7 @@ def _speed(audit: Audit) -> list[str]:
             f"{found['step_seconds_no_overlap'] * 1e3:,.1f} if not)",
             f"             MFU {found['mfu_bf16']:.0%} of the BF16 peak ({device['bf16'] / 1e12:,.0f} TFLOP/s), {found['mfu_fp8']:.0%} of the "
             f"FP8 peak ({device['fp8'] / 1e12:,.0f}); {found['tokens_per_second_per_device']:,.0f} tokens/s a device",
-            "             an upper bound, not a measurement: real kernels reach 60 to 80% of peak rates"]
+            "             an upper bound, not a measurement: real kernels do not reach peak rates"]
 
 
 def _side_by_side(audits: Sequence[Audit]) -> Table:

@@ -5,7 +5,7 @@
 
 A matrix product of [m, k] by [k, n] is 2 m n k FLOPs; the backward pass is twice the forward pass. Attention is causal: a
 query sees the keys up to its own, half of the square. (Many reports count the whole square, which makes MFU look higher:
-by 5% for the 8B model at 4096 tokens.) The embedding lookup, norms, activations and softmax count nothing.
+by 7% for the 8B model at 4096 tokens.) The embedding lookup, norms, activations and softmax count nothing.
 """
 
 import dataclasses

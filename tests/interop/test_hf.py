@@ -163,6 +163,18 @@ def test_copies_and_derived_tensors_of_old_files_are_accepted(directory):
     assert hf.load(directory).model.tied_embeddings
 
 
+def test_xielu_constants_are_checked_as_whichever_dtype_they_were(tmp_path):
+    files, name = TensorFiles(DATA / "apertus"), "model.layers.1.mlp.act_fn.eps"
+    tensors = {name: files.read(name).astype(np.float32) for name in files.entries}
+    assert tensors[name] != np.float32(-1e-6)
+    config = json.loads((DATA / "apertus" / "config.json").read_text())
+    fog_reference.write_directory(tmp_path / "rounded", config, tensors)
+    assert hf.load(tmp_path / "rounded").model_type == "apertus"
+    fog_reference.write_directory(tmp_path / "other", config, tensors | {name: np.float32(-1e-5).reshape(())})
+    with pytest.raises(HuggingFaceError, match=name):
+        hf.load(tmp_path / "other")
+
+
 def test_frozen_gains_that_are_not_one_are_refused(tmp_path):
     keys = fog_reference.BASE | fog_reference.VARIANTS["fog_max"]
     name = "model.layers.1.self_attn.k_norm.weight"

@@ -1,0 +1,86 @@
+"""What the benchmarks share: interleaved timing, versions, results files, tables.
+
+    seconds = interleaved({"bf16": step_a, "fp8": step_b}, rounds=10)     # name -> median seconds of one call
+    save("train_step", rows)                                              # benchmarks/results/train_step-DEVICE.json
+
+Candidates take turns in one process, so that whatever else the machine does falls on all of them: ratios hold where times do not.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from fp8jax.audit.roofline import DEVICES, Device
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "torch", "torchao", "jax-cuda12-plugin", "jax-cuda13-plugin")
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of a call, each candidate once a round, after one call that is not counted.
+
+    Args:
+        calls: name → function that starts the work and returns its arrays.
+        rounds: calls counted of each.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def peak() -> Device | None:
+    """Peak rates of the device at hand, where they are known."""
+    kind = jax.devices()[0].device_kind.lower()
+    return next((device for name, device in DEVICES.items() if name in kind.replace(" ", "-")), None)
+
+
+def on_gpu() -> bool:
+    """Whether the default device is a GPU."""
+    return jax.default_backend() == "gpu"
+
+
+def save(name: str, rows: Sequence[Mapping[str, Any]], folder: pathlib.Path = RESULTS, **more: Any) -> pathlib.Path:
+    """Writes rows with device, versions and command as JSON, and prints them as a table; returns the file."""
+    device = jax.devices()[0].device_kind
+    record = {"device": device, "versions": versions(), "command": " ".join(["python", *sys.argv]), **more, "rows": list(rows)}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{device.replace(' ', '_').lower()}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print_table(rows)
+    print(f"\n{device}; written to {path}")
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Installed packages that matter to a result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as Markdown, columns in the order of their first appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(_text(row.get(column, "")) for column in columns) + " |")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def show(workdir: pathlib.Path, step: int) -> Iterator[str]:
-    """The batch of a step as text: for every sequence a line on where it is from, then its targets decoded.
+    """The batch of a step as text: what the run reads, then for every sequence a line on where it is from and its targets decoded.
 
     Args:
         workdir: directory of the run.
@@ -49,6 +49,7 @@ def show(workdir: pathlib.Path, step: int) -> Iterator[str]:
     batch, places = pipeline.train_batches(config)[number], pipeline.train_places(config, number)
     loaded, length = tokenizer.of(config.data), config.data.sequence_length
     yield f"step {step}: {len(places)} sequences of {length} tokens" + (f", batch {number}" if number != step - 1 else "")
+    yield from (f"data     {line}" for line in pipeline.describe(config))
     for row, place in enumerate(places):
         segments = len(np.unique(batch["segment_ids"][row][batch["mask"][row] == 1]))
         masked = f", {segments} documents apart" if config.data.document_masks else ""

@@ -91,7 +91,7 @@ def _gpus(name: str, kind: str, size: str) -> Target:
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", size or "1")
     if not found:
         raise TargetError(f"--target={name}: {size!r} is not a number of GPUs or NODESxGPUS, for example {kind}:8 or {kind}:64x8")
-    if not importlib.util.find_spec("jax_plugins.xla_cuda13") and not importlib.util.find_spec("jax_plugins.xla_cuda12"):
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise TargetError(f"--target={name} needs the CUDA plugin (no GPU): {_INSTALL}")
     nodes, per_node = int(found.group(1) or 1), int(found.group(2))
     text = importlib.resources.files("fp8jax.audit").joinpath(f"target_texts/{kind}.txtpb").read_text()

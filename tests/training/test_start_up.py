@@ -1,0 +1,55 @@
+"""What a run tells before its first step, and what it refuses."""
+
+import pytest
+
+from fp8jax.config import ConfigError
+from fp8jax.numerics import attention_composed
+from fp8jax.training import start_up
+from tests.training.test_run import micro, program_of
+
+
+@pytest.fixture(scope="module")
+def program():
+    return program_of(micro())
+
+
+def test_attention_is_checked_against_the_definition(program):
+    (line,) = start_up.check_attention(program)
+    assert program.recipes.attention_backend == "composed" and "composed, within" in line
+
+
+def test_attention_that_computes_something_else_is_refused(program, monkeypatch):
+    """One scale left out, as a miswired kernel would."""
+    original = attention_composed.forward
+
+    def wrong(call, operands):
+        return original(call, operands._replace(v=operands.v._replace(scale=2 * operands.v.scale)))
+
+    monkeypatch.setattr(attention_composed, "forward", wrong)
+    with pytest.raises(ConfigError, match="config.fp8.attention_backend: .*'composed' disagrees.* o 1[ ,.;]"):
+        start_up.check_attention(program)
+
+
+@pytest.mark.parametrize(("fp8", "lines"), [({"recipe": "bf16"}, 0), ({"recipe": "fp8"}, 0), ({"attention_backend": "emulated"}, 1)])
+def test_nothing_to_check(fp8, lines):
+    assert len(start_up.check_attention(program_of(micro(fp8=fp8)))) == lines
+
+
+def test_a_backend_that_cannot_do_the_scaling_names_one_that_can():
+    overrides = "attention_scores=blockwise"
+    for backend in ("composed", "emulated"):
+        with pytest.raises(ConfigError, match="config.fp8") as caught:
+            program_of(micro(fp8={"attention_backend": backend, "overrides": overrides}))
+        assert "\n" not in str(caught.value)
+
+
+def test_memory_is_told_by_part(program):
+    lines = start_up.describe_compiled(program)
+    assert len(lines) == 1 and lines[0].startswith("memory   ") and "temporaries" in lines[0]
+
+
+def test_a_gemm_that_lost_fp8_is_a_warning(program, monkeypatch):
+    monkeypatch.setattr(start_up.audit, "fallbacks", lambda asked, found: ["qkv.dgrad: bfloat16 x bfloat16, cuBLASLt"])
+    monkeypatch.setattr(program, "emulated", False)
+    assert start_up.describe_compiled(program)[1:] == [
+        "warning  not compiled to an FP8 GEMM: qkv.dgrad: bfloat16 x bfloat16, cuBLASLt"]

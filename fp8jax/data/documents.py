@@ -194,7 +194,7 @@ def _read_lines(piece: Piece, field: str, progress: Progress) -> Iterator[Iterab
     with _Input(piece.path, progress) as file:
         if piece.start:  # the line that began before belongs to the piece before
             file.seek(piece.start - 1)
-            _skip_line(file)
+            _skip_line(file, piece.stop)
         number = 0
         while piece.stop < 0 or file.tell() < piece.stop:
             line = file.readline(MAX_DOCUMENT + 1)
@@ -211,8 +211,8 @@ def _read_lines(piece: Piece, field: str, progress: Progress) -> Iterator[Iterab
                 raise _line_error(piece, number, str(error)) from None
 
 
-def _skip_line(file: "_Input") -> None:
-    while (found := file.readline(_BLOCK)) and not found.endswith(b"\n"):
+def _skip_line(file: "_Input", stop: int) -> None:
+    while file.tell() < stop and (found := file.readline(_BLOCK)) and not found.endswith(b"\n"):
         pass
 
 

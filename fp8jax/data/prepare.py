@@ -219,6 +219,21 @@ class _Counter:
         self._tell(self._count)
 
 
+class _Within:
+    """Progress on a piece, which reading counts roughly: a line may end in the next piece."""
+
+    def __init__(self, size: int, progress: documents.Progress):
+        self._left, self._progress = size, progress
+
+    def __call__(self, more: int) -> None:
+        more = min(more, self._left)
+        self._left -= more
+        self._progress(more)
+
+    def finish(self) -> None:
+        self(self._left)
+
+
 def _run_processes(job: _Job, parts: list, missing: list[int], workers: int, tell: Callable[[int], Any]) -> None:
     context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
     count, stop = context.Value("q", 0), context.Event()
@@ -234,7 +249,7 @@ def _run_processes(job: _Job, parts: list, missing: list[int], workers: int, tel
             raise ConfigError("a worker was killed, perhaps for want of memory; run again with fewer --workers") from None
         finally:
             stop.set()
-            executor.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(cancel_futures=True)
 
 
 _worker: dict[str, Any] = {}
@@ -273,11 +288,13 @@ def _make(job: _Job, number: int, part: list[documents.Piece], progress: documen
     lowest, counts = _HASHES, []
     for piece in part:
         before = sum(writer.documents for writer in writers.values())
-        for split, low, ids, last in _encoded(_chunks(piece, job, progress), tokenizer):
+        within = _Within(piece.size, progress)
+        for split, low, ids, last in _encoded(_chunks(piece, job, within), tokenizer):
             lowest = min(lowest, low)
             writers[split].write(ids)
             if last:
                 writers[split].end_document()
+        within.finish()
         counts.append((piece.path, sum(writer.documents for writer in writers.values()) - before))
     entries = {split: writer.close() for split, writer in writers.items()}
     for split in shards.SPLITS:

@@ -167,6 +167,17 @@ def test_one_text_file_is_held_out_from_its_last_lines(tmp_path):
     assert train + held_out == text and train.endswith("\n") and 0.09 < len(held_out) / len(text) < 0.11
 
 
+@pytest.mark.parametrize("name", [*WRITERS, "a.txt", "long"])
+def test_progress_rises_to_the_size_of_the_input(tmp_path, small_parts, name):
+    path = tmp_path / (name if name != "long" else "a.jsonl")
+    writer = WRITERS | {"a.txt": lambda path: path.write_text("some\n" * 9999), "long": lambda path: path.write_bytes(lines(["x" * 9999]))}
+    writer[name](path)
+    told = []
+    prepare.prepare([path], tmp_path / "out", validation_fraction=0, tell=lambda done, total: told.append((done, total)))
+    done = [one for one, _ in told]
+    assert done[0] == 0 and done == sorted(done) and len({total for _, total in told}) == 1 and told[-1][0] == told[-1][1] > 0
+
+
 def test_copies_of_a_document_are_on_one_side(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines([f"text {n % 50}" for n in range(500)]))
     prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", validation_fraction=0.3)
@@ -267,6 +278,12 @@ def test_workers_and_interruptions_do_not_change_a_byte(tmp_path, small_parts, b
     (tmp_path / "three" / "train_00003.bin").write_bytes(b"torn")
     prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "three", **arguments)
     assert files(tmp_path / "one") == files(tmp_path / "three")
+
+
+def test_workers_tell_bad_lines_too(tmp_path, small_parts):
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS * 2) + b"{}\n" + lines(TEXTS))
+    with pytest.raises(configs.ConfigError, match=r"a\.jsonl: line 131 is not a JSON object with a string field 'text'"):
+        prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", workers=2)
 
 
 def test_a_finished_directory_is_left_alone(tmp_path):

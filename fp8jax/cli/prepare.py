@@ -50,19 +50,22 @@ class _Progress:
     """A line that is rewritten on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self):
-        self._live, self._began, self._shown, self._first = sys.stderr.isatty(), time.monotonic(), 0.0, None
+        self._live, self._began, self._shown = sys.stderr.isatty(), time.monotonic(), 0.0
+        self._first: int | None = None
+        self._finished = False
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if self._first is None:
             self._first = done  # what an earlier, interrupted run did
-        if now - self._shown < (0.2 if self._live else 10.0) and done < total:
+        if self._finished or (now - self._shown < (0.2 if self._live else 10.0) and done < total):
             return
+        self._finished = done >= total
         self._shown, seconds, new = now, now - self._began, done - self._first
         speed = new / seconds if seconds else 0.0
         left = _duration((total - done) / speed) if speed else "?"
         text = f"prepare  {done / max(total, 1):6.1%} of {total / 1e6:,.1f} MB  {speed / 1e6:.1f} MB/s  ETA {left}"
-        end = "\n" if done >= total or not self._live else ""
+        end = "\n" if self._finished or not self._live else ""
         print(f"\r{text}\x1b[K" if self._live else text, end=end, file=sys.stderr, flush=True)
 
 

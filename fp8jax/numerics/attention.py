@@ -34,7 +34,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax.numerics import attention_composed, attention_rows, statistics
 from fp8jax.numerics.attention_rows import Call, Operands, Residuals
-from fp8jax.numerics.dot_general import CHECKPOINT_NAME, named, report_cast
+from fp8jax.numerics.dot_general import CHECKPOINT_NAME, as_bytes, from_bytes, named, report_cast
 from fp8jax.numerics.recipes import GemmRecipe
 
 SCORES, VALUES = "attention_scores", "attention_values"
@@ -106,11 +106,13 @@ def _forward(backend, call, q, k, v, segment_ids, scales, tokens):
     reports = {SCORES: (report_cast(scores, q, qq, amax_q), report_cast(scores, k, qk, amax_k)),
                VALUES: (report_cast(values, v, qv, amax_v),)}
     o, lse, reports = checkpoint_name((o, lse, reports), CHECKPOINT_NAME)
-    return o, (operands, o, lse, reports, scales, tokens)
+    kept = Operands(as_bytes(qq), as_bytes(qk), as_bytes(qv), segment_ids)
+    return o, (kept, o, lse, reports, scales, tokens)
 
 
 def _backward(backend, call, saved, do):
-    operands, o, lse, reports, scales, tokens = saved
+    kept, o, lse, reports, scales, tokens = saved
+    operands = Operands(from_bytes(kept.q), from_bytes(kept.k), from_bytes(kept.v), kept.segment_ids)
     qdo, amax_do = call.values.quantise(do, _scale(scales, VALUES, 1), "do")
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
     run = attention_composed.backward if backend == "composed" else _all_backward

@@ -12,4 +12,4 @@ import sys
 from fp8jax.cli import evaluate
 
 if __name__ == "__main__":
-    sys.exit(evaluate.main(sys.argv))
+    sys.exit(evaluate.main(sys.argv, __doc__ or ""))

@@ -232,6 +232,17 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(config)
 
 
+def reference() -> str:
+    """Every field with its default and its meaning, for --help."""
+    lines = []
+    for section in dataclasses.fields(Config):
+        lines.append(f"{section.name}: {(section.type.__doc__ or '').strip()}")
+        for field in dataclasses.fields(section.type):
+            choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+            lines.append(f"  --config.{section.name}.{field.name}={field.default}{choices}\n      {field.metadata['doc']}")
+    return "\n".join(lines)
+
+
 def digest(config: Config) -> str:
     """Short hash of every field, to recognise a configuration by."""
     return hashlib.blake2b(json.dumps(to_dict(config), sort_keys=True).encode(), digest_size=8).hexdigest()

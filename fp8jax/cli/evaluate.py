@@ -20,10 +20,10 @@ _TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-evaluation-harness, separat
 _TASK_DIR = flags.DEFINE_string("task_dir", None, "directory with task files of your own, for --tasks")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs eval.py; returns the exit code."""
+def main(argv: Sequence[str], usage: str) -> int:
+    """Runs eval.py, whose --help begins with `usage`; returns the exit code."""
     flags.mark_flag_as_required("workdir")
-    return run(argv, lambda: _evaluate_tasks() if _TASKS.value else _evaluate())
+    return run(argv, lambda: _evaluate_tasks() if _TASKS.value else _evaluate(), usage)
 
 
 def _evaluate() -> int:

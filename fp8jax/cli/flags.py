@@ -1,6 +1,7 @@
 """Command lines of train.py and eval.py: absl flags, with every mistake told in one line and exit code 2."""
 
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 
 import ml_collections
@@ -12,12 +13,16 @@ from fp8jax.config import ConfigError
 from fp8jax.training.checkpoint import CheckpointError
 
 
-def run(argv: Sequence[str], work: Callable[[], int]) -> int:
-    """Parses the flags, runs `work`, returns the exit code.
+def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
+    """Parses the flags, runs `work`, returns the exit code; --help prints `usage` and the flags, and does nothing else.
 
     Errors that are the user's to mend (flags, config, checkpoint) are printed as one line, without a traceback.
     """
     logging.set_verbosity(logging.WARNING)
+    if any(word in ("-h", "-help", "--help") for word in argv[1:]):
+        known = [flag for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[work.__module__]) if not flag.name.startswith("config.")]
+        print("\n".join([usage.strip(), "", *(f"--{flag.name}: {flag.help}" for flag in known)]))
+        return 0
     try:
         rest = flags.FLAGS(list(argv))
         if len(rest) > 1:

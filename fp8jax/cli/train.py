@@ -19,13 +19,13 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default r
 _ALLOW = flags.DEFINE_list("allow_config_change", [], "fields, e.g. data.source, that may differ from those of the run in the directory")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs train.py; returns the exit code."""
+def main(argv: Sequence[str], usage: str) -> int:
+    """Runs train.py, whose --help begins with `usage`; returns the exit code."""
     flags.mark_flag_as_required("config")
     name, size = _config_argument(argv)
     if name and not pathlib.Path(name).is_file():
         return complain(f"--config={name}: no such file; for example --config=configs/fp8_base.py:tiny")
-    return run(argv, lambda: _train(name, size))
+    return run(argv, lambda: _train(name, size), f"{usage.strip()}\n\nFields of the configuration:\n\n{config_lib.reference()}")
 
 
 def _train(name: str, size: str) -> int:

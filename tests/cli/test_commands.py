@@ -1,11 +1,14 @@
 """train.py and eval.py as a user runs them."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from fp8jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -48,3 +51,13 @@ def test_train_then_evaluate(tmp_path):
     assert "size     tiny" in result.stdout.splitlines()[0] and "100% of the block's GEMM FLOPs in FP8, emulated" in result.stdout
     result = run("eval.py", f"--workdir={tmp_path}", "--step=3")
     assert result.returncode == 0 and "bits per byte" in result.stdout
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_shows_examples_flags_and_every_field(script):
+    result = run(script, "--help")
+    assert result.returncode == 0 and f"    python {script} --" in result.stdout and "--workdir: " in result.stdout
+    if script == "train.py":
+        for section in dataclasses.fields(config_lib.Config):
+            for field in dataclasses.fields(section.type):
+                assert f"--config.{section.name}.{field.name}=" in result.stdout

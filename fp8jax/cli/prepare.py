@@ -76,6 +76,13 @@ def _duration(seconds: float) -> str:
 
 def _inspect(argv: Sequence[str]) -> int:
     options = _inspect_parser().parse_args(argv)
+    try:
+        return _show(options)
+    except (KeyError, TypeError, AttributeError):
+        return complain(f"{options.directory}/{shards.INDEX}: is damaged; prepare it again")
+
+
+def _show(options: argparse.Namespace) -> int:
     directory = options.directory
     index, tokenizer = shards.read_index(directory), inspection.tokenizer_of(directory)
     if options.verify and (fault := shards.verify(directory)):

@@ -248,7 +248,8 @@ def open_best_fit(directory: str | os.PathLike, length: int, tokens: int) -> Bes
         ConfigError: there is none of this length, or its files are damaged.
     """
     directory = pathlib.Path(directory)
-    known = shards.read_index(directory).get("best_fit", {})
+    known = shards.read_index(directory).get("best_fit")
+    known = known if isinstance(known, dict) else {}
     entry, paths = known.get(str(length)), _paths(directory, length)
     counts = [entry.get(name) for name in ("pieces", "windows")] if isinstance(entry, dict) else []
     if not counts or any(type(count) is not int or not 0 < count <= tokens for count in counts):

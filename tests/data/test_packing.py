@@ -101,6 +101,8 @@ def test_training_order_has_every_packed_window_once_an_epoch(tmp_path):
 @pytest.mark.parametrize(("damage", "fault"), [
     (lambda index, path: index["best_fit"].clear(), "is not packed by best fit for sequences of 8; prepare it again"),
     (lambda index, path: index["best_fit"].update({"9": index["best_fit"].pop("8")}), "(there is 9)"),
+    (lambda index, path: index.update(best_fit=[8]), "is not packed by best fit"),
+    (lambda index, path: index["best_fit"].update({"8": 8}), "is not packed by best fit"),
     (lambda index, path: index["best_fit"]["8"].update(pieces=-1), "is not packed"),
     (lambda index, path: index["best_fit"]["8"].update(windows=10**12), "is not packed"),
     (lambda index, path: path.write_bytes(path.read_bytes()[:-1]), "best_fit_8.pieces: has "),

@@ -324,7 +324,20 @@ def test_commands(tmp_path, capsys):
     assert inspection.tokenizer_of(out).vocab_size <= 300
     assert command.main([*arguments, "--tokenizer", "byte"]) == 2
     assert command.main(["inspect", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    for damaged in (index | {"splits": {"train": {}}}, index | {"splits": []}, index | {"best_fit": [1]}, index | {"sources": [1]}):
+        (tmp_path / "out" / "index.json").write_text(json.dumps(damaged))
+        assert command.main(["inspect", out]) == 2
+    assert capsys.readouterr().err.count("\n") == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_document_of_100_megabytes(tmp_path, bpe, name):
+    text = ("naïve " + sources.embedded_documents("held_out")[0].decode()) * 215
+    (tmp_path / name).write_bytes(lines([text]) if name == "a.jsonl" else text.encode())
+    prepare.prepare([tmp_path / name], tmp_path / "out", tokenizer=bpe, validation_fraction=0)
+    assert len(text) > 100_000_000 and decoded(tmp_path / "out", "train") == [text]
 
 
 def test_length_histogram_counts_powers_of_two():

@@ -1,6 +1,8 @@
 """Times causal FP8 attention, forward and backward, against BF16 (cuDNN's flash attention on a GPU).
 
     python benchmarks/attention.py --size=8b --length=4096
+
+`speed` is relative to BF16 in the same run.
 """
 
 import argparse
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     kinds |= {f"{backend}, {scaling}": functools.partial(fp8, scale=head**-0.5, backend=backend, scaling=scaling)
               for backend, scaling in (("composed", "delayed"), ("composed", "current"), ("emulated", "delayed"))}
     found = common.interleaved({name: functools.partial(both(forward), *arrays) for name, forward in kinds.items()}, args.rounds)
-    rows = [{"attention": name, "length": args.length, "ms": seconds * 1e3, "speed": found["bf16"] / seconds} for name, seconds in found.items()]
+    rows = [{"attention": name, "length": args.length, "ms": seconds * 1e3, "speed": found["bf16"] / seconds}
+            for name, seconds in found.items()]
     return common.save(f"attention-{args.size}", rows, args.results)
 
 

@@ -13,11 +13,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import common
 from configs import common as configs
 from fp8jax import config as config_lib
 from fp8jax.models.definition import define

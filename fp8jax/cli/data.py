@@ -47,6 +47,7 @@ def show(workdir: pathlib.Path, step: int) -> Iterator[str]:
         raise config_lib.ConfigError(f"--step: {step} is below 1, the first step")
     number = step - 1 + _passed_over(workdir, step)
     batch, places = pipeline.train_batches(config)[number], pipeline.train_places(config, number)
+    assert batch is not None, "a random-access dataset without filters has every batch"
     loaded, length = tokenizer.of(config.data), config.data.sequence_length
     yield f"step {step}: {len(places)} sequences of {length} tokens" + (f", batch {number}" if number != step - 1 else "")
     yield from (f"data     {line}" for line in pipeline.describe(config))

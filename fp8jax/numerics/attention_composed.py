@@ -45,7 +45,7 @@ def forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
         found = attention_rows.output(call, _rows(x.q, start, rows), _rows(x.k, 0, keys), _rows(x.v, 0, keys), mask)
         return tuple(lax.dynamic_update_slice_in_dim(*pair, start, axis=1) for pair in zip(carry, found, strict=True))
 
-    return _over_chunks(shape[1], chunk, (jnp.zeros(shape, call.dtype), jnp.zeros(shape[:4], jnp.float32)))
+    return _over_chunks(shape[1], chunk, x.q.data, (jnp.zeros(shape, call.dtype), jnp.zeros(shape[:4], jnp.float32)))
 
 
 def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -80,7 +80,7 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
     b, t, k, g, h = x.q.data.shape
     zeros = jnp.zeros((b, k, t, h), jnp.float32)
     init = jnp.zeros((b, t, k, g, h), call.dtype), zeros, zeros, jnp.zeros((b, k), jnp.float32), jnp.zeros(len(statistics.HEALTH))
-    dq, dk, dv, largest, health = _over_chunks(t, chunk, init)
+    dq, dk, dv, largest, health = _over_chunks(t, chunk, x.q.data, init)
     dk, dv = (attention_rows.swap_heads(d).astype(call.dtype) for d in (dk, dv))
     if call.health:
         return dq, dk, dv, _whole(health, jnp.max(largest), scale, t)
@@ -111,7 +111,7 @@ def _largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
         return jnp.maximum(largest, _amax_by_head(_chunk_ds(call, x, residuals, start, rows, keys)[1]))
 
     b, length, k = x.q.data.shape[:3]
-    return jnp.max(_over_chunks(length, chunk, jnp.zeros((b, k), jnp.float32)))
+    return jnp.max(_over_chunks(length, chunk, x.q.data, jnp.zeros((b, k), jnp.float32)))
 
 
 def _amax_by_head(ds: jax.Array) -> jax.Array:
@@ -119,14 +119,15 @@ def _amax_by_head(ds: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(formats.amax))(ds)
 
 
-def _over_chunks(length: int, body: Callable, carry: Any) -> Any:
-    """Folds `body(carry, start, rows, keys)` over all chunks; rows and keys are static, start may be traced."""
+def _over_chunks(length: int, body: Callable, like: jax.Array, carry: Any) -> Any:
+    """Folds `body(carry, start, rows, keys)` over all chunks; rows and keys are static, start may be traced; `like`: an input."""
     for first, chunks, rows in _bands(length):
         step = functools.partial(body, rows=rows, keys=first + chunks * rows)
         if chunks == 1:
             carry = step(carry, first)
         else:
-            starts = first + rows * jnp.arange(chunks)
+            # Tied to an input: masks that depend on nothing would be moved out of the loop over layers and kept, all of them.
+            starts, _ = lax.optimization_barrier((first + rows * jnp.arange(chunks), like[(0,) * like.ndim]))
             carry, _ = lax.scan(lambda c, start, step=step: (step(c, start), None), carry, starts)
     return carry
 

@@ -124,7 +124,9 @@ def _options(recipe: GemmRecipe, gemm_pass: str) -> dict:
 def _logits(call: Call, q: Quantised, k: Quantised, mask: jax.Array) -> jax.Array:
     """Scores in base 2, float32, -inf where a query may not look."""
     s = gemm(q, k, _QK, **_options(call.scores, "fprop"), name="attention_scores.fprop")
-    return jnp.where(mask[:, None, :, None, :], s * (call.softmax_scale * LOG2_E), -jnp.inf)
+    # Tied to the mask: a constant of this shape would be moved out of the loop over layers and kept.
+    low, _ = jax.lax.optimization_barrier((jnp.float32(-jnp.inf), mask[0, 0, 0]))
+    return jnp.where(mask[:, None, :, None, :], s * (call.softmax_scale * LOG2_E), low)
 
 
 def _quantise_p(p: jax.Array, recipe: GemmRecipe, dtype: jnp.dtype) -> Quantised:

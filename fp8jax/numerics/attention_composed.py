@@ -33,7 +33,6 @@ from fp8jax.numerics.formats import Quantised
 
 CHUNK = 256  # queries; a multiple of 128, the tile of a tensor core's GEMM
 BANDS = 8
-SCALINGS = ("delayed", "current", "static", "bf16")  # those with one scale a tensor, the same for every chunk
 
 
 def forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:

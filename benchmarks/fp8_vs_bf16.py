@@ -34,7 +34,7 @@ def run(variant: str, seed: int, extra: list[str]) -> pathlib.Path:
     """Trains one run, or continues it; returns its directory."""
     workdir = ROOT / "runs" / "fp8_vs_bf16" / f"{variant}-{seed}"
     command = [sys.executable, "train.py", "--config=configs/fp8_base.py:tiny", f"--workdir={workdir}",
-               *VARIANTS[variant], f"--config.training.seed={seed}", "--config.evaluation.every=100", *extra]
+               *VARIANTS[variant], f"--config.training.seed={seed}", "--config.evaluation.every=50", *extra]
     subprocess.run(command, cwd=ROOT, check=True)
     return workdir
 
@@ -62,7 +62,7 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: pathlib.Path) -> None:
     for order, value in ((2, 2.856), (3, 2.377)):
         axes.axhline(value, color="#999999", linewidth=0.8)
         axes.text(axes.get_xlim()[1], value, f"order-{order} byte model ", ha="right", va="bottom", fontsize=8, color="#555555")
-    axes.set(xlabel="step (2,048 bytes each)", ylabel="held-out bits per byte")
+    axes.set(xlabel="step (4,096 bytes each)", ylabel="held-out bits per byte")
     count = len({seed for _, seed in runs})
     axes.set_title(f"FOG-max tiny: FP8 with FP8 attention against BF16, {count} seed{'s' if count > 1 else ''}")
     axes.legend(frameon=False)

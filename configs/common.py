@@ -30,9 +30,10 @@ def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_colle
     config.model.update(architecture=architecture, **SIZES[size])
     config.fp8.recipe = recipe
     if size == "tiny":
-        # Small steps and a long decay: two seeds of 300 steps of 16 sequences differ by 4%, which hides what FP8 does.
-        config.optimizer.update(learning_rate=2e-3, warmup_steps=30, decay_fraction=0.4)
-        config.training.update(steps=600, batch_size=8)
+        # Training is chaotic, and the noise that it ends with grows with rate over batch: at 2e-3 and 8 sequences any change of
+        # rounding moves the final loss by 1-2%, which hides what FP8 does; here by a few tenths.
+        config.optimizer.update(learning_rate=1e-3, warmup_steps=40, decay_fraction=0.7)
+        config.training.update(steps=450, batch_size=16)
         config.data.sequence_length = 256
         return config
     batch_size, rate, tokens = _PAPER[size]

@@ -28,7 +28,7 @@ from fp8jax.config import ConfigError
     ({"fp8": {"overrides": "qkv@3-9=bf16"}}, ["config.fp8.overrides", "0-3"]),
     ({"fp8": {"attention_backend": "flash"}}, ["config.fp8.attention_backend", "flash", "composed"]),
     ({"training": {"batch_size": 16, "microbatches": 3}}, ["config.training.microbatches", "3", "16"]),
-    ({"optimizer": {"warmup_steps": 700}}, ["config.optimizer.warmup_steps", "700", "450"]),
+    ({"optimizer": {"warmup_steps": 700}}, ["config.optimizer.warmup_steps", "700", "600"]),
     ({"optimizer": {"b1": 1.0}}, ["config.optimizer.b1", "below 1.0"]),
     ({"mesh": {"data": -1, "fsdp": -1}}, ["config.mesh", "-1"]),
     ({"mesh": {"tensor": 0}}, ["config.mesh.tensor", "0"]),

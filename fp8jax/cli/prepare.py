@@ -126,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python -m fp8jax prepare --input 'crawl/*.jsonl.zst' --tokenizer tokenizer.json --out tokens\n"
                "         python train.py --config=configs/fp8_base.py:tiny --config.data.source=tokens")
     parser.add_argument("--input", nargs="+", action="extend", required=True, metavar="PATH",
-                        help="files, directories or quoted patterns: .jsonl, .txt, .md (also .gz, .zst), .parquet; or hf:NAME[:CONFIG], a "
-                             "dataset of the Hugging Face hub")
+                        help="files, directories or quoted patterns: .jsonl, .txt, .md (also .gz, .zst), .parquet, .array_record (token "
+                             "ids); or hf:NAME[:CONFIG], a dataset of the Hugging Face hub")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="where the shards go; an empty directory")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", default="byte", metavar="NAME", help="byte (default), tekken, or the path of a tokenizer.json")

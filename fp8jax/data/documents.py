@@ -7,7 +7,7 @@
 
 `.jsonl` (and `.json`, one object a line) holds a document a line, `.parquet` one a row, `.txt` and `.md` files are a document
 each. All but parquet may be compressed, `.gz` or `.zst`. Text is UTF-8. Blank lines of a `.jsonl` file are passed over. Names that
-begin with 'hf:' are datasets of the Hugging Face hub (`hub`).
+begin with 'hf:' are datasets of the Hugging Face hub (`hub`). Files that hold no text but token ids are read by `token_records`.
 
 Files are not trusted: sizes are bounded (a line or row by MAX_DOCUMENT), and whatever cannot be read is an error of one line
 with the file and the number of the line. Nothing is cleaned, filtered or deduplicated.
@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fp8jax.config import ConfigError
-from fp8jax.data import hub
+from fp8jax.data import hub, token_records
 
-LINES, TEXT, PARQUET = (".jsonl", ".json"), (".txt", ".md"), (".parquet",)
+LINES, TEXT, PARQUET, TOKENS = (".jsonl", ".json"), (".txt", ".md"), (".parquet",), token_records.SUFFIXES
 COMPRESSED = (".gz", ".zst")
 MAX_DOCUMENT = 1 << 29
 _BLOCK = 1 << 18
@@ -41,8 +41,8 @@ class Piece(NamedTuple):
 
     Attributes:
         path: of the file.
-        start: first byte (lines that begin from here on), row group of a parquet file, or row of a dataset of the hub.
-        stop: the byte, row group or row before which to stop; -1: at the end of the file.
+        start: first byte (lines that begin from here on), row group of a parquet file, row of a dataset of the hub, or record.
+        stop: the byte, row group, row or record before which to stop; -1: at the end of the file.
         size: bytes of input, for progress.
         split: of which split its documents are; '': their content decides.
     """
@@ -69,7 +69,7 @@ def find(inputs: Sequence[str | os.PathLike]) -> list[str]:
         found |= dict.fromkeys(files)
     for path in found:
         if not path.startswith(hub.PREFIX) and _kind(path) is None:
-            known = ", ".join((*LINES, *TEXT, *PARQUET))
+            known = ", ".join((*LINES, *TEXT, *PARQUET, *TOKENS[:1]))
             raise ConfigError(f"{path}: {pathlib.Path(path).suffix!r} is not a kind of text file that is read; use one of {known}")
     return list(found)
 
@@ -82,15 +82,20 @@ def _kind(path: str) -> tuple[str, ...] | None:
     name = path.lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
-    for kind in (LINES, TEXT, PARQUET):
+    for kind in (LINES, TEXT, PARQUET, TOKENS):
         if name.endswith(kind):
-            return None if kind is PARQUET and name != path.lower() else kind
+            return None if kind in (PARQUET, TOKENS) and name != path.lower() else kind
     return None
 
 
 def is_plain_text(path: str) -> bool:
     """Whether the file is one uncompressed document."""
     return path.lower().endswith(TEXT) and not path.startswith(hub.PREFIX)
+
+
+def is_tokens(path: str) -> bool:
+    """Whether the file holds token ids instead of text."""
+    return _kind(path) is TOKENS and not path.startswith(hub.PREFIX)
 
 
 def stat(path: str) -> tuple[int, int]:
@@ -121,6 +126,8 @@ def pieces(path: str, piece_bytes: int) -> list[Piece]:
         file = _parquet(path)
         groups = [file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)]
         return [Piece(path, group, group + 1, bytes_) for group, bytes_ in enumerate(groups)]
+    if is_tokens(path):
+        return _even_pieces(path, token_records.count(path), size, piece_bytes)
     if path.lower().endswith(LINES):
         return _even_pieces(path, size, size, piece_bytes)
     return [Piece(path, 0, -1, size)]
@@ -162,6 +169,8 @@ def read(piece: Piece, field: str, progress: Progress) -> Iterator[Iterable[str]
         ConfigError: a file, line or row that cannot be read as text; the message names it.
     """
     kind = _kind(piece.path)
+    if is_tokens(piece.path):
+        raise ConfigError(f"{piece.path}: holds token ids, not text")
     if piece.path.startswith(hub.PREFIX):
         for texts in hub.rows(piece.path, field, piece.start, piece.stop):
             yield from map(_blocks, texts)

@@ -6,10 +6,10 @@ The inputs are cut into parts, a shard each, by their sizes alone; processes tak
 inputs give the same bytes whatever the number of workers. A part that is done is recorded: run again after an interruption,
 only the others are made. Documents keep the order of the inputs: training shuffles windows, not documents.
 
-A document is held out by a hash of its text, so copies of it are never on both sides; where by that nothing would be, the
-document of the lowest hash is. A single text file is held out from its last lines. Documents above LONG characters are
-tokenised in pieces, cut before a space between two letters where there is one, so that memory is bounded; what they decode to
-stays the same.
+A document is held out by a hash of its text (of its ids, where those are the input), so copies of it are never on both sides;
+where by that nothing would be, the document of the lowest hash is. A single text file is held out from its last lines. Documents
+above LONG characters are tokenised in pieces, cut before a space between two letters where there is one, so that memory is
+bounded; what they decode to stays the same.
 """
 
 import concurrent.futures
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from fp8jax.config import ConfigError
-from fp8jax.data import documents, packing, shards
+from fp8jax.data import documents, packing, shards, token_records
 from fp8jax.data import tokenizer as tokenizers
 
 LONG = 1 << 18
@@ -289,7 +289,8 @@ def _make(job: _Job, number: int, part: list[documents.Piece], progress: documen
     for piece in part:
         before = sum(writer.documents for writer in writers.values())
         within = _Within(piece.size, progress)
-        for split, low, ids, last in _encoded(_chunks(piece, job, within), tokenizer):
+        of_piece = _recorded if documents.is_tokens(piece.path) else _encoded
+        for split, low, ids, last in of_piece(piece, job, within, tokenizer):
             lowest = min(lowest, low)
             writers[split].write(ids)
             if last:
@@ -308,15 +309,29 @@ def _make(job: _Job, number: int, part: list[documents.Piece], progress: documen
     os.replace(partial, record)
 
 
+def _recorded(piece: documents.Piece, job: _Job, progress: documents.Progress, tokenizer: tokenizers.Tokenizer) -> Iterator[tuple]:
+    """What `_encoded` yields, of documents that are token ids already."""
+    told = piece.start
+    for record, ids in token_records.documents(piece.path, piece.start, piece.stop, tokenizer):
+        digest = _hash(ids.astype("<i8").tobytes())
+        yield shards.SPLITS[digest < job.threshold], digest, ids, True
+        progress(piece.size * (record - told) // (piece.stop - piece.start))
+        told = record
+
+
 def _chunks(piece: documents.Piece, job: _Job, progress: documents.Progress) -> Iterator[tuple[str, int, str, bool]]:
     """Split, hash of the document, text and whether the document ends with it."""
     for blocks in documents.read(piece, job.text_field, progress):
         split = None
         for text, last in _cut(blocks):
             if split is None:
-                digest = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+                digest = _hash(text.encode("utf-8"))
                 split = piece.split or shards.SPLITS[digest < job.threshold]
             yield split, digest, text, last
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def _cut(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
@@ -341,10 +356,11 @@ def _boundary(text: str) -> int:
     return text.rfind("\n", LONG // 2, LONG) + 1 or LONG
 
 
-def _encoded(chunks: Iterator[tuple], tokenizer: tokenizers.Tokenizer) -> Iterator[tuple[str, int, np.ndarray, bool]]:
+def _encoded(piece: documents.Piece, job: _Job, progress: documents.Progress,
+             tokenizer: tokenizers.Tokenizer) -> Iterator[tuple[str, int, np.ndarray, bool]]:
     """The chunks with token ids in place of text, encoded in batches of about BATCH characters."""
     batch, size = [], 0
-    for chunk in chunks:
+    for chunk in _chunks(piece, job, progress):
         batch.append(chunk)
         size += len(chunk[2]) + 64
         if size >= BATCH:

@@ -1,0 +1,74 @@
+"""ArrayRecord files of token ids as input of `prepare`: what another program has tokenised goes into shards as it is.
+
+    for ids in documents("tokens.array_record", 0, count("tokens.array_record"), tokenizer): ...
+
+A record is an array of ids: the content of a .npy file of integers, or bare little-endian int32. It is a document, or
+several if it holds end-of-document ids; one at its end changes nothing. The ids must be those of the tokenizer that is named.
+"""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fp8jax.config import ConfigError
+from fp8jax.data.tokenizer import Tokenizer
+
+SUFFIXES = (".array_record", ".arrayrecord")
+_NPY = b"\x93NUMPY"
+_TOGETHER = 256
+
+
+def count(path: str) -> int:
+    """Records of a file.
+
+    Raises:
+        ConfigError: the package array_record is missing, or the file holds no records, as a damaged one seems to.
+    """
+    if not (found := _reader(path).num_records()):
+        raise ConfigError(f"{path}: holds no records; it is empty, cut off, or not an ArrayRecord file")
+    return found
+
+
+def documents(path: str, start: int, stop: int, tokenizer: Tokenizer) -> Iterator[tuple[int, np.ndarray]]:
+    """The documents of some records: the number of the record, from 0, and ids [any] without the end-of-document id.
+
+    Raises:
+        ConfigError: a record that cannot be read, is no array of ids, or has ids that are not the tokenizer's.
+    """
+    reader = _reader(path)
+    for first in range(start, stop, _TOGETHER):
+        try:
+            records = reader.read(first, min(first + _TOGETHER, stop))
+        except Exception as error:  # the library's errors are of many kinds
+            raise ConfigError(f"{path}: cannot be read after record {first}: {str(error).splitlines()[0]}") from None
+        for number, record in enumerate(records, first):
+            for ids in _split(_ids(path, number, record, tokenizer.vocab_size), tokenizer.end_of_document):
+                yield number, ids
+
+
+def _ids(path: str, number: int, record: bytes, vocab_size: int) -> np.ndarray:
+    try:
+        ids = np.load(io.BytesIO(record), allow_pickle=False) if record.startswith(_NPY) else np.frombuffer(record, "<i4")
+    except (ValueError, EOFError):
+        raise ConfigError(f"{path}: record {number} is neither a .npy array nor little-endian int32") from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ConfigError(f"{path}: record {number} is an array of {ids.dtype} {list(ids.shape)}, not a sequence of integers")
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise ConfigError(f"{path}: record {number} has ids from {ids.min()} to {ids.max()}; those of --tokenizer are 0 to {vocab_size - 1}")
+    return ids
+
+
+def _split(ids: np.ndarray, end_of_document: int) -> list[np.ndarray]:
+    """The documents of a record."""
+    *ended, rest = np.split(ids, np.flatnonzero(ids == end_of_document) + 1)
+    return [document[:-1] for document in ended] + ([rest] if len(rest) or not ended else [])
+
+
+def _reader(path: str) -> Any:
+    try:
+        from array_record.python import array_record_module
+    except ImportError:
+        raise ConfigError(f"{path}: needs the package array_record; pip install -r requirements-data.txt") from None
+    return array_record_module.ArrayRecordReader(path)

@@ -113,11 +113,23 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, recipe: str | 
     head = base if fp8.head and recipe != "bf16" else plain
     if recipe != "bf16":
         for override in recipes_lib.parse_overrides(fp8.overrides, layers=config.model.layers):
-            for layer in range(override.first, override.last + 1):
-                if override.role in layers[layer]:
-                    layers[layer][override.role] = dataclasses.replace(base, scaling=override.scaling)
+            changed = dataclasses.replace(base, scaling=override.scaling)
+            _check_applies(override, layers, head)
+            head = changed if override.role == HEAD else head
+            for layer in layers[override.first : override.last + 1]:
+                layer |= {override.role: changed} if override.role in layer else {}
         _check_blockwise(layers)
     return ModelRecipes(tuple(layers), head, _attention_backend("auto" if recipe == "bf16" else fp8.attention_backend, layers))
+
+
+def _check_applies(override: recipes_lib.Override, layers: list[Recipes], head: GemmRecipe) -> None:
+    """An override that would change nothing is a mistake, not a wish."""
+    if override.role == HEAD and not head.fp8 and override.scaling != "bf16":
+        raise ConfigError(f"config.fp8.overrides: {HEAD}={override.scaling} needs config.fp8.head=True: the head is in BF16")
+    if override.role == HEAD and (override.first, override.last) != (0, len(layers) - 1):
+        raise ConfigError(f"config.fp8.overrides: {HEAD} has no layers; write {HEAD}={override.scaling}")
+    if override.role == "mlp_gate" and "mlp_gate" not in layers[0]:
+        raise ConfigError("config.fp8.overrides: mlp_gate: the FFN has no gate; only swiglu and smooth_swiglu have one")
 
 
 def _check_blockwise(layers: list[Recipes]) -> None:

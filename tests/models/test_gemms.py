@@ -38,6 +38,23 @@ def test_scalings_by_role_and_layer():
     assert len(found.segments()) == 2
 
 
+def test_the_head_is_overridden_too():
+    found = gemms.model_recipes(make({"head": True, "overrides": "lm_head=current"}, tied_embeddings=False), gated=False, emulated=True)
+    assert found.head.scaling == "current" and {layer["qkv"].scaling for layer in found.blocks} == {"delayed"}
+    assert recipes({"overrides": "lm_head=bf16"}).head.scaling == "bf16"
+
+
+@pytest.mark.parametrize(("overrides", "fault"), [
+    ("lm_head=current", "lm_head=current needs config.fp8.head=True: the head is in BF16"),
+    ("lm_head@1=bf16", "lm_head has no layers; write lm_head=bf16"),
+    ("mlp_gate=bf16", "mlp_gate: the FFN has no gate"),
+])
+def test_overrides_that_would_change_nothing_are_refused(overrides, fault):
+    with pytest.raises(ConfigError) as caught:
+        recipes({"overrides": overrides})
+    assert f"config.fp8.overrides: {fault}" in str(caught.value)
+
+
 def test_static_scales_come_from_the_config():
     """Weights: sigma0; gradients: 1 / tokens a step; or as set."""
     recipe = recipes({"scaling": "static"}).blocks[0]["qkv"]

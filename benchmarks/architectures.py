@@ -1,10 +1,10 @@
 """Every architecture of the paper at `tiny`, in BF16 and in FP8 with FP8 attention: one table and one plot.
 
     python benchmarks/architectures.py                                  # 200 steps each; about 20 minutes on 2 cores
-    python benchmarks/architectures.py --name=hot --config.optimizer.learning_rate=2e-2 --config.training.steps=600
+    python benchmarks/architectures.py --name=architectures_hot --config.optimizer.learning_rate=1e-2 --config.training.steps=300
     python benchmarks/architectures.py --plot-only
 
-Runs land in runs/architectures/, the plot in docs/NAME.png, the table in benchmarks/results/NAME.json. Kurtosis is of the
+Runs land in runs/NAME/, the plot in docs/NAME.png, the table in benchmarks/results/NAME.json; docs/architectures.md says what they show. Kurtosis is of the
 paper's tensors (FOG paper, section 4), averaged over layers, in the last step in which it was measured.
 """
 
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             logs[architecture, recipe] = (read_metrics(workdir / "metrics.jsonl") if arguments.plot_only
                                           else run(workdir, architecture, recipe, extra))
     rows = [row(architecture, recipe, log) for (architecture, recipe), log in logs.items()]
-    record = {"command": " ".join(["python", "benchmarks/architectures.py", *extra]), "jax": jax.__version__, "rows": rows}
+    named = [] if arguments.name == parser.get_default("name") else [f"--name={arguments.name}"]
+    record = {"command": " ".join(["python", "benchmarks/architectures.py", *named, *extra]), "jax": jax.__version__, "rows": rows}
     (ROOT / "benchmarks" / "results" / f"{arguments.name}.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(logs, ROOT / "docs" / f"{arguments.name}.png")
     for found in rows:

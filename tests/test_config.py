@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from configs import bf16_base, common, fog_flash, fog_opt, fp8_base, llama3, llama3_smooth, olmo2, op
+from configs import bf16_base, common, fog_flash, fog_opt, fp8_base, llama3, llama3_smooth, olmo2, op, op_frozen_qk
 from fp8jax import config as config_lib
 from fp8jax.config import ConfigError
 
@@ -59,7 +59,7 @@ def test_whole_numbers_are_taken_as_floats():
     assert built.optimizer.learning_rate == 1.0 and type(built.optimizer.learning_rate) is float
 
 
-@pytest.mark.parametrize("module", [bf16_base, fog_flash, fog_opt, fp8_base, llama3, llama3_smooth, olmo2, op])
+@pytest.mark.parametrize("module", [bf16_base, fog_flash, fog_opt, fp8_base, llama3, llama3_smooth, olmo2, op, op_frozen_qk])
 @pytest.mark.parametrize("size", list(common.SIZES))
 def test_every_config_file_at_every_size(module, size):
     built = config_lib.from_dict(module.get_config(size))

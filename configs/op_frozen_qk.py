@@ -1,0 +1,10 @@
+"""The outlier-protected block with frozen QK gains, an ablation of the FOG paper."""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config(size: str | None = None) -> ml_collections.ConfigDict:
+    """size: tiny, 390m, 1p5b or 8b."""
+    return common.make(size, architecture="op_frozen_qk", recipe="fp8_dpa")

@@ -4,8 +4,8 @@
     python benchmarks/architectures.py --name=architectures_hot --config.optimizer.learning_rate=1e-2 --config.training.steps=300
     python benchmarks/architectures.py --plot-only
 
-Runs land in runs/NAME/, the plot in docs/NAME.png, the table in benchmarks/results/NAME.json; docs/architectures.md says what they show. Kurtosis is of the
-paper's tensors (FOG paper, section 4), averaged over layers, in the last step in which it was measured.
+Runs land in runs/NAME/, the plot in docs/NAME.png, the table in benchmarks/results/NAME.json; docs/architectures.md says what they
+show. Kurtosis is of the paper's tensors (FOG paper, section 4), averaged over layers, in the last step in which it was measured.
 """
 
 import argparse

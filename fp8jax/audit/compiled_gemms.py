@@ -3,17 +3,19 @@
     gemms = compiled_gemms(hlo.parse(compiled.as_text()))
 
 Shapes and FLOPs are those of one device. Knows cuBLASLt and cuBLAS calls, cuDNN attention, dots inside fusions (Triton,
-CPU) and the convolutions into which XLA turns dots for a TPU. A Pallas kernel is listed with the FLOPs that it declares:
-0 if it declares none.
+CPU) and the convolutions into which XLA turns dots for a TPU. A Pallas kernel is listed with the GEMMs and FLOPs that its
+named scope tells (gemms.py), or with 0 FLOPs.
 """
 
 import math
+from typing import Any
 
 from fp8jax.audit import hlo
-from fp8jax.audit.gemms import Gemm, is_fp8, read_scope
+from fp8jax.audit.gemms import Gemm, is_fp8, read_fused, read_scope
 from fp8jax.audit.hlo import Executed, Instruction, Module
 from fp8jax.audit.jaxpr import gemm_shape
 
+_KINDS = {"bfloat16": "BF16", "float32": "F32"}
 _FP8, _PALLAS = "FP8", ("__gpu$xla.gpu.triton", "tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2")
 Shape = tuple[int, int, int, int]
 
@@ -44,8 +46,8 @@ def _library_call(run: Executed) -> list[Gemm]:
         return [_cublas(run)]
     if target.startswith("__cudnn$fmha"):
         return [_fused_attention(run)]
-    if target in _PALLAS and "fp8jax.gemm" in run.instruction.scope:
-        return [_pallas(run)]
+    if target in _PALLAS and "fp8jax." in run.instruction.scope:
+        return _pallas(run)
     return []
 
 
@@ -95,14 +97,22 @@ def _fused_attention(run: Executed) -> Gemm:
     return _gemm(run, (batch, m, n, head_dim), "cuDNN", 10 if "Backward" in run.instruction.target else 4)
 
 
-def _pallas(run: Executed) -> Gemm:
-    flops = hlo.number(run.instruction.attributes, "flops", default=0)
-    return _gemm(run, (0, 0, 0, 0), "Pallas", flops=flops)
+def _pallas(run: Executed) -> list[Gemm]:
+    """Of a fused kernel the GEMMs that its scope names; its first operand is a vector of factors."""
+    dtypes = [operand.shapes[0].dtype for operand in run.operands()]
+    return ([_kernel(run, dtypes[1], dtypes[2], **given) for given in read_fused(run.instruction.scope)]
+            or [_kernel(run, dtypes[0], dtypes[1], flops=0, **read_scope(run.instruction.scope))])
 
 
-def _gemm(run: Executed, shape: Shape, library: str, factor: int = 2, flops: int | None = None) -> Gemm:
+def _kernel(run: Executed, lhs: str, rhs: str, **given: Any) -> Gemm:
+    kind = _FP8 if is_fp8(lhs) and is_fp8(rhs) else _KINDS.get(lhs, lhs)
+    return Gemm(shape=(0, 0, 0, 0), lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=run.instruction.shapes[0].dtype, kernel=f"Pallas {kind}",
+                count=run.count, count_known=run.known, **given)
+
+
+def _gemm(run: Executed, shape: Shape, library: str, factor: int = 2) -> Gemm:
     lhs, rhs = (operand.shapes[0].dtype for operand in run.operands()[:2])
-    kind = _FP8 if is_fp8(lhs) and is_fp8(rhs) else {"bfloat16": "BF16", "float32": "F32"}.get(lhs, lhs)
+    kind = _FP8 if is_fp8(lhs) and is_fp8(rhs) else _KINDS.get(lhs, lhs)
     return Gemm(shape=shape, lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=run.instruction.shapes[0].dtype, kernel=f"{library} {kind}",
-                flops=factor * math.prod(shape) if flops is None else flops, count=run.count, count_known=run.known,
+                flops=factor * math.prod(shape), count=run.count, count_known=run.known,
                 **read_scope(run.instruction.scope))

@@ -5,15 +5,17 @@
     for row in summary(gemms, roles): ...
 
 Role and pass come from the named scope `fp8jax.gemm[ROLE.PASS]` around a GEMM; the innermost one counts. A GEMM under
-none has the role `other`. Knows nothing of where the list came from: jaxpr.py and program.py make it.
+none has the role `other`. A kernel that computes several is under `fp8jax.fused[ROLE.PASS+ROLE.PASS*][FLOPS]`, FLOPs of each on
+one device, a star behind what another kernel computes, too. Knows nothing of where the list came from: jaxpr.py and program.py make it.
 """
 
 import dataclasses
 import re
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 OTHER = "other"
+_FUSED = re.compile(r"fp8jax\.fused\[([\w.+*]+)\]\[(\d+)\]")
 _SCOPE = re.compile(r"fp8jax\.gemm\[(\w+)(?:\.(\w+))?\]")
 
 
@@ -84,6 +86,18 @@ def read_scope(scope: str) -> dict[str, str | bool]:
     role, pass_name = found[-1] if found else (OTHER, "")
     backward = "transpose(" in scope or "rematted_computation" in scope
     return {"role": role, "pass_name": pass_name, "repeated": pass_name == "fprop" and backward, "scope": scope}
+
+
+def read_fused(scope: str) -> list[dict[str, Any]]:
+    """`role`, `pass_name`, `repeated`, `scope` and `flops` of each GEMM of a fused kernel; none under another scope."""
+    found = _FUSED.findall(scope)
+    if not found:
+        return []
+    names, flops = found[-1]
+    parts = [(name.rstrip("*").partition("."), name.endswith("*")) for name in names.split("+")]
+    again = "rematted_computation" in scope
+    return [{"role": role, "pass_name": pass_name, "repeated": repeated or (again and pass_name == "fprop"), "scope": scope, "flops": int(flops)}
+            for (role, _, pass_name), repeated in parts]
 
 
 def fp8_share(gemms: Iterable[Gemm], roles: Collection[str]) -> float:

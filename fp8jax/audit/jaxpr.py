@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.extend import core
 
-from fp8jax.audit.gemms import Gemm, is_fp8, read_scope
+from fp8jax.audit.gemms import Gemm, is_fp8, read_fused, read_scope
 
 # Primitives that only move or rename values of their first operand; the others are indices.
 _MOVES_FIRST = frozenset((
@@ -82,6 +82,8 @@ def _equation(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> tuple[list[
         return [_fused_attention(eqn, inputs, place)], nothing
     if name in _LOOPS:
         return _LOOPS[name](eqn, inputs, place)
+    if name == "pallas_call" and read_fused(place.scope):
+        return _fused_kernel(eqn, place), nothing
     inner = _inner_jaxprs(eqn)
     if name == "cond":
         return _branches(inner, inputs[1:], place)
@@ -186,6 +188,13 @@ def _fused_attention(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> Gemm
     fp8 = "fp8" in eqn.primitive.name
     backward = "bwd" in eqn.primitive.name
     return _gemm(shape, eqn, inputs, place, "cuDNN FP8" if fp8 else "cuDNN", 10 if backward else 4)
+
+
+def _fused_kernel(eqn: core.JaxprEqn, place: _Place) -> list[Gemm]:
+    """The GEMMs that a kernel's scope names; its first operand is a vector of factors."""
+    lhs, rhs = (str(v.aval.dtype) for v in eqn.invars[1:3])
+    return [Gemm(shape=(0, 0, 0, 0), lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=str(eqn.outvars[0].aval.dtype), kernel="Pallas",
+                 count=place.count, count_known=place.known, **given) for given in read_fused(place.scope)]
 
 
 def _gemm(shape: tuple[int, int, int, int], eqn: core.JaxprEqn, inputs: Origins, place: _Place, kernel: str,

@@ -10,7 +10,7 @@ from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.layers import Dense, RMSNorm, Tanh, apply_rope
 from fp8jax.models.taps import tap
 from fp8jax.numerics.attention import attention
-from fp8jax.parallel.sharding import constrain
+from fp8jax.parallel.sharding import RULES, constrain
 
 
 class Attention(nnx.Module):
@@ -48,7 +48,8 @@ class Attention(nnx.Module):
             o = kv_cache.attend(q, cache, gemms.recipes, self.softmax_scale)
         else:
             o = attention(q, k, v, gemms.recipes, softmax_scale=self.softmax_scale, segment_ids=segment_ids,
-                          scales=given.scales, tokens=given.tokens, backend=gemms.attention_backend)
+                          scales=given.scales, tokens=given.tokens, backend=gemms.attention_backend,
+                          partition=(RULES["batch"], RULES["kv_heads"]))
         return self.out(o, gemms), cache
 
 

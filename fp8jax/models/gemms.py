@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fp8jax.config import Config, ConfigError
+from fp8jax.config import Config, ConfigError, head_dim
 from fp8jax.numerics import attention as attention_lib
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics import scaling as scaling_lib
@@ -80,13 +80,14 @@ class ModelRecipes:
         return ModelRecipes(blocks, change(self.head), self.attention_backend)
 
 
-def model_recipes(config: Config, *, gated: bool, emulated: bool, recipe: str | None = None) -> ModelRecipes:
+def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = False, recipe: str | None = None) -> ModelRecipes:
     """Recipes as `config.fp8` asks for them.
 
     Args:
         config: the run's configuration.
         gated: whether the FFN has a gate GEMM.
         emulated: no FP8 units on the device.
+        fused: the device runs our attention kernels, so that `auto` may choose them.
         recipe: instead of config.fp8.recipe; evaluation runs in `bf16`.
 
     Raises:
@@ -119,7 +120,8 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, recipe: str | 
             for layer in layers[override.first : override.last + 1]:
                 layer |= {override.role: changed} if override.role in layer else {}
         _check_blockwise(layers)
-    return ModelRecipes(tuple(layers), head, _attention_backend("auto" if recipe == "bf16" else fp8.attention_backend, layers))
+    asked = ("auto" if recipe == "bf16" else fp8.attention_backend), ("pallas",) if fused else ()
+    return ModelRecipes(tuple(layers), head, _attention_backend(*asked, layers, head_dim(config.model)))
 
 
 def _check_applies(override: recipes_lib.Override, layers: list[Recipes], head: GemmRecipe) -> None:
@@ -139,13 +141,13 @@ def _check_blockwise(layers: list[Recipes]) -> None:
                               "config.fp8.overrides='attention_scores=current,attention_values=current', or config.fp8.recipe=fp8")
 
 
-def _attention_backend(asked: str, layers: list[Recipes]) -> str:
+def _attention_backend(asked: str, fused: tuple[str, ...], layers: list[Recipes], features: int) -> str:
     """The backend asked for; `auto`: the first that can do every layer's recipes, in the order of what memory it takes."""
     problems = {}
-    for backend in ("composed", "emulated") if asked == "auto" else (asked,):
+    for backend in (*fused, "composed", "emulated") if asked == "auto" else (asked,):
         try:
             for layer in layers:
-                attention_lib.check_backend(backend, layer)
+                attention_lib.check_backend(backend, layer, features)
             return backend
         except ValueError as error:
             problems[backend] = str(error)

@@ -4,7 +4,7 @@
 
 Letters: b batch, t query time, s key time, k KV heads, g query heads a KV head, h head dim. Backend `emulated` takes
 all rows at once and is the definition of what is computed; `composed` takes them in chunks, in memory linear in the
-sequence length. Written so that blocking does not matter:
+sequence length; `pallas` is one fused kernel forward and two backward, for Hopper GPUs. Written so that blocking does not matter:
 
 forward    S = q·k                                        e4m3 x e4m3
            P~ = exp2(S·c - ceil(m)), m the row maximum in base 2, cast to e4m3 at the fixed scale 1/256
@@ -27,25 +27,27 @@ with room for it bring back the health of these casts. dS is counted over the wh
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax.numerics import attention_composed, attention_rows, statistics
+from fp8jax.numerics import attention_composed, attention_pallas, attention_rows, statistics
 from fp8jax.numerics.attention_rows import Call, Operands, Residuals
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME, as_bytes, from_bytes, named, report_cast
 from fp8jax.numerics.recipes import GemmRecipe
 
 SCORES, VALUES = "attention_scores", "attention_values"
-BACKENDS = ("emulated", "composed")
+BACKENDS = ("emulated", "composed", "pallas")
 # Blocks of P and dS would make results depend on how rows are chunked; no backend has them.
 SCALINGS = ("delayed", "current", "static", "bf16")  # those with one scale a tensor, the same for every chunk
 
 
 def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes: Mapping[str, GemmRecipe], *,
               softmax_scale: float, segment_ids: jax.Array | None = None, scales: Mapping[str, jax.Array] | None = None,
-              tokens: Mapping[str, jax.Array] | None = None, backend: str = "emulated") -> jax.Array:
+              tokens: Mapping[str, jax.Array] | None = None, backend: str = "emulated",
+              partition: tuple[Any, Any] | None = None) -> jax.Array:
     """Causal grouped-query attention.
 
     Args:
@@ -58,7 +60,8 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
         segment_ids: int32 [b, t]; tokens attend within their own segment only. None: one segment.
         scales: role → float32 scales, in the order of `recipes.OPERANDS`; needed by delayed scaling.
         tokens: role → zeros of the same shapes, whose cotangents are raw amaxes; or [..., len(statistics.HEALTH)].
-        backend: one of BACKENDS. Whether a recipe's GEMMs are FP8 or emulated is the recipe's business, with either.
+        backend: one of BACKENDS. Whether a recipe's GEMMs are FP8 or emulated is the recipe's business, with any.
+        partition: mesh axes along which the batch and the KV heads are split; `pallas` needs to know them.
 
     Returns:
         O, [b, t, k, g, h], in the dtype of q.
@@ -66,24 +69,29 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
     Raises:
         ValueError: an unknown backend, or one that cannot do a recipe's scaling; delayed scaling without scales.
     """
-    check_backend(backend, recipes)
+    check_backend(backend, recipes, q_btkgh.shape[-1])
     for role in (SCORES, VALUES):
         if recipes[role].scaling == "delayed" and (scales is None or role not in scales):
             raise ValueError(f"attention: delayed scaling of {role} needs scales[{role!r}]")
     scales = {role: scales[role] for role in (SCORES, VALUES) if role in scales} if scales else {}
     tokens = {role: tokens[role] for role in (SCORES, VALUES) if role in tokens} if tokens else {}
     health = SCORES in tokens and tokens[SCORES].ndim == 2
-    call = Call(recipes[SCORES], recipes[VALUES], softmax_scale, q_btkgh.dtype, health)
+    call = Call(recipes[SCORES], recipes[VALUES], softmax_scale, q_btkgh.dtype, health, partition)
     return _attention(backend, call, q_btkgh, k_bskh, v_bskh, segment_ids, scales, tokens)
 
 
-def check_backend(backend: str, recipes: Mapping[str, GemmRecipe]) -> None:
+def check_backend(backend: str, recipes: Mapping[str, GemmRecipe], head_dim: int) -> None:
     """Raises ValueError, which says what can, if a backend is unknown or cannot do what the two roles' recipes ask for."""
     if backend not in BACKENDS:
         raise ValueError(f"{backend!r} is not one of {', '.join(BACKENDS)}")
     for role in (SCORES, VALUES):
         if recipes[role].scaling not in SCALINGS:
             raise ValueError(f"{role}: attention has no {recipes[role].scaling} scaling, only {', '.join(SCALINGS)}")
+    if backend == "pallas" and not all(recipes[role].fp8 for role in (SCORES, VALUES)):
+        raise ValueError("pallas has no role in BF16; composed and emulated do")
+    if backend == "pallas" and head_dim not in attention_pallas.HEAD_DIMS:
+        dims = ", ".join(map(str, attention_pallas.HEAD_DIMS))
+        raise ValueError(f"pallas has no heads of {head_dim} features, only {dims}; composed and emulated take any")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -98,7 +106,7 @@ def _forward(backend, call, q, k, v, segment_ids, scales, tokens):
     qq, qk = (named(qq), named(qk)) if call.scores.fp8 else (qq, qk)
     qv = named(qv) if call.values.fp8 else qv
     operands = Operands(qq, qk, qv, segment_ids)
-    o, lse = attention_composed.forward(call, operands) if backend == "composed" else _all_forward(call, operands)
+    o, lse = _FORWARD[backend](call, operands)
     scores, values = tokens.get(SCORES), tokens.get(VALUES)
     reports = {SCORES: (report_cast(scores, q, qq, amax_q), report_cast(scores, k, qk, amax_k)),
                VALUES: (report_cast(values, v, qv, amax_v),)}
@@ -112,9 +120,8 @@ def _backward(backend, call, saved, do):
     operands = Operands(from_bytes(kept.q), from_bytes(kept.k), from_bytes(kept.v), kept.segment_ids)
     qdo, amax_do = call.values.quantise(do, _scale(scales, VALUES, 1), "do")
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
-    run = attention_composed.backward if backend == "composed" else _all_backward
     scale = call.scores.static_scale("ds") if call.scores.scaling == "static" else _scale(scales, SCORES, 2)
-    dq, dk, dv, of_ds = run(call, operands, Residuals(qdo, lse, delta), scale)
+    dq, dk, dv, of_ds = _BACKWARD[backend](call, operands, Residuals(qdo, lse, delta), scale)
     found = {SCORES: (*reports[SCORES], of_ds), VALUES: (*reports[VALUES], report_cast(tokens.get(VALUES), do, qdo, amax_do))}
     return dq, dk, dv, None, None, {role: _stacked(found[role], token) for role, token in tokens.items()}
 
@@ -142,6 +149,10 @@ def _all_backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Arra
     dq, dk, dv = attention_rows.input_gradients(call, p, qds, x.q, x.k, residuals.do)
     dk, dv = attention_rows.swap_heads(dk), attention_rows.swap_heads(dv)
     return *(d.astype(call.dtype) for d in (dq, dk, dv)), statistics.health(ds, qds) if call.health else largest
+
+
+_FORWARD = {"emulated": _all_forward, "composed": attention_composed.forward, "pallas": attention_pallas.forward}
+_BACKWARD = {"emulated": _all_backward, "composed": attention_composed.backward, "pallas": attention_pallas.backward}
 
 
 def _scale(scales: Mapping[str, jax.Array], role: str, index: int) -> jax.Array | None:

@@ -57,7 +57,7 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
         scale: of dS, with delayed and static scaling.
     """
     if call.scores.scaling == "current":
-        scale = call.scores.scale(_largest_ds(call, x, residuals), call.scores.format("ds"))
+        scale = call.scores.scale(largest_ds(call, x, residuals), call.scores.format("ds"))
 
     elements = x.q.data.shape[1] * math.prod(x.q.data.shape[:4])
 
@@ -104,7 +104,7 @@ def _chunk_ds(call: Call, x: Operands, residuals: Residuals, start: Any, rows: i
     return *attention_rows.score_gradient(call, q, k, v, Residuals(do, lse, delta), mask), do
 
 
-def _largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
+def largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
     """Largest |dS| over all chunks."""
     def chunk(largest, start, rows, keys):
         return jnp.maximum(largest, _amax_by_head(_chunk_ds(call, x, residuals, start, rows, keys)[1]))

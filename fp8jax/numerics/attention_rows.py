@@ -12,7 +12,7 @@ It does not quantise inputs or dS: their scales belong to whole tensors, and so 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class Call(NamedTuple):
     """What is static about one attention: recipes of the two roles, the factor on scores, the dtype of activations.
 
     health: backends report all of `statistics.HEALTH` for the cast of dS, not only its amax.
+    partition: mesh axes that split the batch and the KV heads, for kernels that a compiler cannot split; None: no mesh.
     """
 
     scores: GemmRecipe
@@ -43,6 +44,7 @@ class Call(NamedTuple):
     softmax_scale: float
     dtype: jnp.dtype
     health: bool = False
+    partition: tuple[Any, Any] | None = None
 
 
 class Operands(NamedTuple):

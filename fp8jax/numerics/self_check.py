@@ -37,7 +37,7 @@ def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int
         tolerance: largest relative error that passes.
 
     Returns:
-        Relative errors (norm of the difference over norm) of `o`, `dq`, `dk`, `dv`, and, for roles in FP8, of `amax_q`,
+        Relative errors (norm of the difference over norm) of `o`, `dq`, `dk`, `dv`, and, where they are measured, of `amax_q`,
         `amax_k`, `amax_ds`, `amax_v`, `amax_do`.
 
     Raises:
@@ -86,7 +86,7 @@ def _run(backend: str, recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, j
     q, k, v, do = (inputs[name] for name in ("q", "k", "v", "do"))
     # Brings the scores to a standard deviation of about 1.
     softmax_scale = 1 / (_MAGNITUDES["q"] * _MAGNITUDES["k"] * q.shape[-1] ** 0.5)
-    tokens = {role: jnp.zeros(len(OPERANDS[role]), jnp.float32) for role, recipe in recipes.items() if recipe.fp8}
+    tokens = {role: jnp.zeros(len(OPERANDS[role]), jnp.float32) for role, recipe in recipes.items() if recipe.measured}
 
     @jax.jit
     def both(q, k, v, do, segment_ids, scales, tokens):

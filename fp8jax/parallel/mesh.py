@@ -76,3 +76,8 @@ def emulates_fp8(config: Config, device: jax.Device) -> bool:
     if device.platform == "gpu":
         return float(getattr(device, "compute_capability", "0")) < 8.9
     return not (device.platform == "tpu" and "7" in device.device_kind)
+
+
+def runs_kernels(device: jax.Device) -> bool:
+    """Whether a device runs our attention kernels: NVIDIA's Hopper (compute capability 9)."""
+    return device.platform == "gpu" and getattr(device, "compute_capability", "").startswith("9.")

@@ -1,0 +1,190 @@
+"""Attention backend `pallas`: our own fused FP8 kernels, for Hopper GPUs. Kernels: attention_kernels.py.
+
+    o = attention(q, k, v, recipes, softmax_scale=0.125, backend="pallas")
+
+Scores never leave the chip: memory is linear in the sequence length, and the only extra arrays are transposed FP8 copies (of V in
+the forward pass, of Q, K and dO in the backward pass), which the compiler writes from the fusion that casts where it can.
+Two kernels do the backward pass, one for dQ and one for dK and dV; both recompute S and dP, seven GEMMs instead of five,
+and in return no result is summed by atomic additions, whose order would change from run to run.
+
+With a recipe that emulates, Pallas interprets the kernels: exact FP8 products on any device, slow, for tests. On a sharded mesh the
+kernels run in `shard_map` over batch and KV heads, `Call.partition`: a compiler cannot split a kernel by itself.
+
+What it does not do: roles in BF16 (both of attention must be FP8), head dims other than HEAD_DIMS, skip the tiles between
+documents of a packed sequence (they are masked). `current` scaling measures dS by `composed`'s chunks first, and the
+health of dS, in steps with statistics, comes from there as well.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.sharding import PartitionSpec
+
+from fp8jax.numerics import attention_composed, attention_kernels, formats, triton_dot
+from fp8jax.numerics.attention_kernels import Shape, Tile
+from fp8jax.numerics.attention_rows import LOG2_E, P_SCALE, Call, Operands, Residuals
+
+HEAD_DIMS = (64, 128, 256)
+FORWARD, QUERIES, KEYS = "forward", "query_gradient", "key_gradients"
+# By kernel and head dim, best of those tried by benchmarks/tune_attention.py.
+TILES = {
+    (FORWARD, 64): Tile(128, 64, 8, 3), (FORWARD, 128): Tile(128, 64, 8, 3), (FORWARD, 256): Tile(64, 64, 8, 2),
+    (QUERIES, 64): Tile(128, 64, 8, 3), (QUERIES, 128): Tile(128, 64, 8, 3), (QUERIES, 256): Tile(64, 64, 8, 2),
+    (KEYS, 64): Tile(64, 128, 8, 3), (KEYS, 128): Tile(64, 128, 8, 3), (KEYS, 256): Tile(64, 64, 8, 2),
+}
+Tiles = dict[tuple[str, int], Tile]
+# Lengths are padded to whole numbers of the largest tile; FP8 rows are then also aligned for 16-byte copies.
+_PAD = 128
+
+
+def forward(call: Call, x: Operands, tiles: Tiles | None = None) -> tuple[jax.Array, jax.Array]:
+    """O, [b, t, k, g, h], and the log-sum-exp, [b, t, k, g], as `attention_rows.output` of all rows."""
+    factors = _factors(call.softmax_scale * LOG2_E * (x.q.scale * x.k.scale), x.v.scale)
+    run = _sharded(call, functools.partial(_forward, call, tiles or TILES), ("", "btkgh", "bskh", "bskh", "bs"), ("btkgh", "btkg"))
+    return run(factors, x.q.data, x.k.data, x.v.data, x.segment_ids)
+
+
+def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None,
+             tiles: Tiles | None = None) -> tuple[jax.Array, ...]:
+    """Gradients of q, k, v in the dtype of activations and the raw amax of dS, or its health; as `attention_composed.backward`."""
+    if call.scores.scaling == "current":
+        scale = call.scores.scale(attention_composed.largest_ds(call, x, residuals), call.scores.format("ds"))
+    scores = call.softmax_scale * LOG2_E * (x.q.scale * x.k.scale)
+    shared = scores, residuals.do.scale * x.v.scale, 1.0 / scale
+    of_q = _factors(*shared, scale * x.k.scale * call.softmax_scale)
+    of_k = _factors(*shared, scale * x.q.scale * call.softmax_scale, residuals.do.scale * P_SCALE)
+    run = _sharded(call, functools.partial(_backward, call, tiles or TILES),
+                   ("", "", "btkgh", "bskh", "bskh", "btkgh", "btkg", "btkg", "bs"), ("btkgh", "bskh", "bskh", "bkgt"))
+    dq, dk, dv, largest = run(of_q, of_k, x.q.data, x.k.data, x.v.data, residuals.do.data, residuals.lse, residuals.delta, x.segment_ids)
+    if call.health:
+        return dq, dk, dv, attention_composed.backward(call, x, residuals, scale)[3]
+    return dq, dk, dv, formats.amax(largest) if call.scores.measured else None
+
+
+def _factors(*scalars: jax.Array) -> jax.Array:
+    """Scalars as a float32 vector of eight, which a kernel reads by index."""
+    given = jnp.stack([jnp.asarray(scalar, jnp.float32) for scalar in scalars])
+    return jnp.pad(given, (0, 8 - len(scalars)))
+
+
+def _sharded(call: Call, function: Callable, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Callable:
+    """The function on each device's share: dimensions b and k are split as `call.partition` says. '' is a replicated array."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if call.partition is None or mesh.empty or mesh.size == 1:
+        return function
+    axes = dict(zip("bk", call.partition, strict=True))
+
+    def spec(letters: str) -> PartitionSpec:
+        return PartitionSpec(*(axes.get(letter) for letter in letters))
+
+    return jax.shard_map(function, mesh=mesh, in_specs=tuple(map(spec, inputs)), out_specs=tuple(map(spec, outputs)), check_vma=False)
+
+
+def _forward(call: Call, tiles: Tiles, factors, q, k, v, segments) -> tuple[jax.Array, jax.Array]:
+    (b, t, kv, g, h), shape = q.shape, _shape(call, tiles, FORWARD, q)
+    q, k, v, segments = (_padded(a, 1) for a in (q, k, v, segments))
+    of_head, of_keys, of_keys_ht, of_rows, of_batch = _query_specs(shape, g, h)
+    o, lse = _call(
+        attention_kernels.forward, shape, (shape.length // shape.tile.queries, kv * g, b), ("attention_scores.fprop", "attention_values.fprop"),
+        in_specs=[_whole(8), of_head, of_keys, of_keys_ht, of_batch], out_specs=[of_head, of_rows],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, call.dtype), jax.ShapeDtypeStruct((b, kv, g, shape.length), jnp.float32)],
+    )(factors, q, k, _ht(v), segments)
+    return o[:, :t], jnp.moveaxis(lse, 3, 1)[:, :t]
+
+
+def _backward(call: Call, tiles: Tiles, of_q, of_k, q, k, v, do, lse, delta, segments) -> tuple[jax.Array, ...]:
+    t = q.shape[1]
+    q, k, v, do, delta, segments = (_padded(a, 1) for a in (q, k, v, do, delta, segments))
+    lse = _padded(lse, 1, value=jnp.inf)  # so that P of a padded query is 0
+    lse, delta = (jnp.moveaxis(a, 1, 3) for a in (lse, delta))
+    dq, largest = _query_gradient(call, _shape(call, tiles, QUERIES, q), of_q, q, k, v, do, lse, delta, segments)
+    dk, dv = _key_gradients(call, _shape(call, tiles, KEYS, q), of_k, q, k, v, do, lse, delta, segments)
+    return dq[:, :t], dk[:, :t], dv[:, :t], largest
+
+
+def _query_gradient(call, shape, factors, q, k, v, do, lse, delta, segments) -> list[jax.Array]:
+    b, t, kv, g, h = q.shape
+    of_head, of_keys, of_keys_ht, of_rows, of_batch = _query_specs(shape, g, h)
+    return _call(
+        attention_kernels.query_gradient, shape, (t // shape.tile.queries, kv * g, b),
+        ("attention_scores.fprop*", "attention_values.dgrad*", "attention_scores.dgrad"),
+        in_specs=[_whole(8), of_head, of_keys, of_keys_ht, of_keys, of_head, of_rows, of_rows, of_batch], out_specs=[of_head, of_rows],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, call.dtype), jax.ShapeDtypeStruct((b, kv, g, t), jnp.float32)],
+    )(factors, q, k, _ht(k), v, do, lse, delta, segments)
+
+
+def _key_gradients(call, shape, factors, q, k, v, do, lse, delta, segments) -> list[jax.Array]:
+    b, t, kv, g, h = q.shape
+    of_tile = pl.BlockSpec((None, shape.tile.keys, None, h), lambda i, head, batch: (batch, i, head, 0))
+    of_heads = pl.BlockSpec((None, t, None, g, h), lambda i, head, batch: (batch, 0, head, 0, 0))
+    of_heads_ht = pl.BlockSpec((None, None, g, h, t), lambda i, head, batch: (batch, head, 0, 0, 0))
+    of_rows = pl.BlockSpec((None, None, g, t), lambda i, head, batch: (batch, head, 0, 0))
+    of_batch = pl.BlockSpec((None, t), lambda i, head, batch: (batch, 0))
+    return _call(
+        attention_kernels.key_gradients, shape, (t // shape.tile.keys, kv, b),
+        ("attention_scores.fprop*", "attention_values.wgrad", "attention_values.dgrad", "attention_scores.wgrad"), repeats=g,
+        in_specs=[_whole(8), of_tile, of_tile, of_heads, of_heads_ht, of_heads, of_heads_ht, of_rows, of_rows, of_batch],
+        out_specs=[of_tile, of_tile], out_shape=[jax.ShapeDtypeStruct(k.shape, call.dtype)] * 2,
+    )(factors, k, v, q, _ht(q), do, _ht(do), lse, delta, segments)
+
+
+def _shape(call: Call, tiles: Tiles, kernel: str, q: jax.Array) -> Shape:
+    head_dim = q.shape[-1]
+    length = -(-q.shape[1] // _PAD) * _PAD
+    return Shape(tiles[kernel, head_dim], length, call.scores.format("ds"), call.scores.emulated)
+
+
+def _query_specs(shape: Shape, groups: int, h: int) -> tuple[pl.BlockSpec, ...]:
+    """Of kernels with a program for each tile of queries and query head: that tile, the head's keys, their transpose, rows, the sequence."""
+    tiles, rows, t = shape.length // shape.tile.queries, shape.tile.queries, shape.length
+    return (pl.BlockSpec((None, rows, None, None, h), lambda i, head, batch: (batch, tiles - 1 - i, head // groups, head % groups, 0)),
+            pl.BlockSpec((None, t, None, h), lambda i, head, batch: (batch, 0, head // groups, 0)),
+            pl.BlockSpec((None, None, h, t), lambda i, head, batch: (batch, head // groups, 0, 0)),
+            pl.BlockSpec((None, None, None, rows), lambda i, head, batch: (batch, head // groups, head % groups, tiles - 1 - i)),
+            pl.BlockSpec((None, t), lambda i, head, batch: (batch, 0)))
+
+
+def _whole(size: int) -> pl.BlockSpec:
+    return pl.BlockSpec((size,), lambda *_: (0,))
+
+
+def _call(kernel: Callable, shape: Shape, grid: tuple[int, ...], gemms: tuple[str, ...], *, in_specs: list, repeats: int = 1,
+          **options: Any) -> Callable:
+    """The kernel as a function of arrays; the last one, segments, may be None. The audit reads `gemms` and their FLOPs from the scope."""
+    def run(*arrays):
+        specs = in_specs if arrays[-1] is not None else [*in_specs[:-1], None]
+        head_dim = next(array.shape[-1] for array in arrays[1:] if array.ndim > 1)
+        names, flops = "+".join(gemms), 2 * _pairs(shape) * head_dim * math.prod(grid[1:]) * repeats
+        with jax.named_scope(f"fp8jax.fused[{names}][{flops}]"):
+            return pl.pallas_call(functools.partial(kernel, shape), grid=grid, in_specs=specs, interpret=shape.interpret, name=kernel.__name__,
+                                  compiler_params=triton.CompilerParams(num_warps=shape.tile.warps, num_stages=shape.tile.stages),
+                                  **options)(*arrays)
+
+    if not shape.interpret:
+        triton_dot.register()
+    return run
+
+
+def _pairs(shape: Shape) -> int:
+    """Pairs of query and key that one head's tiles compute: those below the diagonal and those that touch it."""
+    rows, keys = shape.tile.queries, shape.tile.keys
+    return sum(-(-(first + rows) // keys) * rows * keys for first in range(0, shape.length, rows))
+
+
+def _padded(x: jax.Array | None, axis: int, value: float = 0.0) -> jax.Array | None:
+    """Padded at the end to whole tiles; keys there are hidden by the causal mask, queries contribute zeros."""
+    if x is None or x.shape[axis] % _PAD == 0:
+        return x
+    widths = [(0, -x.shape[axis] % _PAD) if i == axis else (0, 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _ht(x: jax.Array) -> jax.Array:
+    """[b, t, ..., h] to [b, ..., h, t]."""
+    return jnp.moveaxis(x, 1, -1)

@@ -1,0 +1,231 @@
+"""Backend `pallas` of FP8 attention, interpreted on the CPU, against `emulated`; and what its kernels compile to for an H100.
+
+Both multiply exact FP8 values and sum in float32, in another order: where a sum differs in its last bit, some element of P or dS
+may round to its neighbour in FP8, an error of 1/16 in one of many terms. Measured over the sweep below: outputs within 1e-3 of the
+norm, gradients within 3e-3 (a few tokens with few terms are the worst), amaxes of q, k, v and dO equal, of dS within 1e-4.
+"""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fp8jax.audit import targets
+from fp8jax.numerics import attention_pallas
+from fp8jax.numerics.attention import SCORES, VALUES, attention, check_backend
+from fp8jax.numerics.attention_kernels import Tile
+from fp8jax.numerics.attention_pallas import FORWARD, KEYS, QUERIES
+from fp8jax.numerics.attention_rows import Call, Operands, Residuals
+from fp8jax.numerics.dot_general import CHECKPOINT_NAME
+from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
+from fp8jax.numerics.self_check import self_check
+
+PARTITION = (("data", "fsdp"), "tensor")
+
+
+def inputs(seed, batch, length, kv_heads, groups, width, magnitudes=(3, 0.1, 20, 1e-3)):
+    random = np.random.default_rng(seed)
+    few, many = (batch, length, kv_heads, width), (batch, length, kv_heads, groups, width)
+    arrays = [jnp.asarray(random.normal(size=shape) * size, jnp.bfloat16)
+              for shape, size in zip((many, few, few, many), magnitudes, strict=True)]
+    return arrays, jnp.asarray(np.sort(random.integers(0, 3, (batch, length))), jnp.int32)
+
+
+def run(backend, recipe, arrays, segment_ids=None, softmax_scale=0.3, scales=None):
+    """O, dq, dk, dv and the amaxes by role."""
+    recipes = {SCORES: recipe, VALUES: recipe}
+    tokens = {role: jnp.zeros(len(OPERANDS[role])) for role in recipes}
+
+    @jax.jit
+    def both(q, k, v, do, tokens):
+        def forward(q, k, v, tokens):
+            return attention(q, k, v, recipes, softmax_scale=softmax_scale, segment_ids=segment_ids, scales=scales, tokens=tokens,
+                             backend=backend, partition=PARTITION)
+
+        o, backward = jax.vjp(forward, q, k, v, tokens)
+        return o, *backward(do)
+
+    return jax.device_get(both(*arrays, tokens))
+
+
+def distance(found, expected) -> float:
+    found, expected = np.float64(found), np.float64(expected)
+    assert found.shape == expected.shape and np.isfinite(found).all()
+    return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-300)
+
+
+def check(found, expected, tolerance):
+    o, *gradients, amaxes = found
+    expected_o, *expected_gradients, expected_amaxes = expected
+    assert o.dtype == gradients[0].dtype == jnp.bfloat16
+    assert distance(o, expected_o) < tolerance
+    assert max(map(distance, gradients, expected_gradients)) < 3 * tolerance
+    np.testing.assert_array_equal(amaxes[SCORES][:2], expected_amaxes[SCORES][:2])
+    np.testing.assert_array_equal(amaxes[VALUES], expected_amaxes[VALUES])
+    np.testing.assert_allclose(amaxes[SCORES][2], expected_amaxes[SCORES][2], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("length", "scaling", "groups", "width", "segments", "gradient_format"), [
+    (1, "current", 1, 64, False, "e5m2"),
+    (129, "current", 2, 128, True, "e4m3"),
+    (300, "delayed", 4, 64, True, "e5m2"),
+    (256, "static", 2, 256, False, "e5m2"),
+])
+def test_equals_emulated(length, scaling, groups, width, segments, gradient_format):
+    recipe = GemmRecipe(scaling, gradient_format=gradient_format, static_gradient_scale=2.0**-20)
+    arrays, segment_ids = inputs(length, 2, length, 2, groups, width)
+    scales = {SCORES: jnp.array([2.0**-5, 2.0**-10, 2.0**-17]), VALUES: jnp.array([2.0**-2, 2.0**-22])}
+    found, expected = (run(backend, recipe, arrays, segment_ids if segments else None, scales=scales) for backend in ("pallas", "emulated"))
+    check(found, expected, 1e-3)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_equals_emulated_over_a_sweep(data):
+    """Lengths, heads, groups, documents, scales from 1e-4 to 1e4, formats and tiles."""
+    length, width = data.draw(st.integers(1, 400)), data.draw(st.sampled_from(attention_pallas.HEAD_DIMS))
+    batch, kv_heads, groups = (data.draw(st.integers(1, n)) for n in (2, 2, 3))
+    magnitudes = [10.0 ** data.draw(st.floats(-4, 4)) for _ in range(4)]
+    arrays, segment_ids = inputs(data.draw(st.integers(0, 1000)), batch, length, kv_heads, groups, width, magnitudes)
+    recipe = GemmRecipe("current", gradient_format=data.draw(st.sampled_from(["e4m3", "e5m2"])))
+    softmax_scale = data.draw(st.floats(0.1, 2)) / (magnitudes[0] * magnitudes[1] * width**0.5)
+    segment_ids = segment_ids if data.draw(st.booleans()) else None
+    check(*(run(backend, recipe, arrays, segment_ids, softmax_scale) for backend in ("pallas", "emulated")), 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", [(32, 32), (32, 128), (128, 32), (64, 128), (128, 128)])
+def test_any_tile_gives_the_same(tile):
+    arrays, segment_ids = inputs(0, 1, 384, 1, 2, 64)
+    recipe = GemmRecipe("current")
+    call = Call(recipe, recipe, 0.3, jnp.dtype(jnp.bfloat16))
+    q, k, v, do = (recipe.quantise(array, None, name)[0] for array, name in zip(arrays, ("q", "k", "v", "do"), strict=True))
+    tiles = {(kernel, 64): Tile(*tile, 8, 2) for kernel in (FORWARD, QUERIES, KEYS)}
+
+    def outputs(tiles):
+        o, lse = attention_pallas.forward(call, Operands(q, k, v, segment_ids), tiles)
+        delta = jnp.sum(arrays[3].astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
+        return o, lse, *attention_pallas.backward(call, Operands(q, k, v, segment_ids), Residuals(do, lse, delta), None, tiles)
+
+    found, expected = outputs(tiles), outputs(None)
+    assert max(map(distance, found, expected)) < 1e-3
+
+
+def test_padding_to_whole_tiles_leaves_no_trace():
+    """A sequence's first tokens, alone and followed by others: the causal mask hides what follows, and padding with it."""
+    arrays, _ = inputs(0, 1, 150, 1, 1, 64)
+    recipe = GemmRecipe("static")
+    o = run("pallas", recipe, arrays)[0]
+    for length in (1, 3, 127, 129):
+        np.testing.assert_array_equal(run("pallas", recipe, [array[:, :length] for array in arrays])[0], o[:, :length])
+
+
+def test_a_nan_in_the_output_gradient_shows_in_the_amaxes():
+    (q, k, v, do), _ = inputs(1, 2, 200, 2, 2, 64)
+    amaxes = run("pallas", GemmRecipe("current"), (q, k, v, do.at[1, 3, 1, 0, 5].set(jnp.nan)))[-1]
+    assert np.isinf(amaxes[VALUES][1]) and np.isinf(amaxes[SCORES][2])
+
+
+def test_in_a_scan_with_remat():
+    """Layers under scan and checkpoint, policy and all: same gradients and one amax a layer."""
+    recipes = dict.fromkeys((SCORES, VALUES), GemmRecipe("current"))
+    (q, k, v, do), _ = inputs(2, 1, 130, 1, 2, 64)
+    tokens = {role: jnp.zeros((2, len(OPERANDS[role]))) for role in recipes}
+
+    def gradient(backend):
+        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME))
+        def layer(q, tokens):
+            o = attention(q, k, v, recipes, softmax_scale=0.3, tokens=tokens, backend=backend)
+            return (o * jnp.bfloat16(0.2)).astype(q.dtype), None
+
+        def loss(q, tokens):
+            return jnp.sum(jax.lax.scan(layer, q, tokens)[0].astype(jnp.float32) * do.astype(jnp.float32))
+
+        return jax.device_get(jax.jit(jax.grad(loss, (0, 1)))(q, tokens))
+
+    (dq, amaxes), (expected_dq, expected) = gradient("pallas"), gradient("emulated")
+    assert distance(dq, expected_dq) < 3e-3
+    for role in recipes:
+        np.testing.assert_allclose(amaxes[role], expected[role], rtol=2e-2)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 8, 1)])
+def test_sharded_over_batch_and_heads_equals_one_device(sizes):
+    mesh = Mesh(np.array(jax.devices()).reshape(sizes), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    arrays, _ = inputs(3, 8, 130, 2, 2, 64)
+    recipe = GemmRecipe("current")
+    expected = run("pallas", recipe, arrays)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    with jax.set_mesh(mesh):
+        found = run("pallas", recipe, [jax.device_put(array, sharding) for array in arrays])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.float32(a), np.float32(b))
+
+
+def test_health_of_the_cast_of_ds():
+    recipes = dict.fromkeys((SCORES, VALUES), GemmRecipe("current"))
+    arrays, _ = inputs(4, 1, 140, 1, 1, 64)
+
+    def health(backend):
+        tokens = {role: jnp.zeros((len(OPERANDS[role]), 8)) for role in recipes}
+        pull = jax.vjp(lambda q, k, v, tokens: attention(q, k, v, recipes, softmax_scale=0.3, tokens=tokens, backend=backend), *arrays[:3], tokens)[1]
+        return jax.device_get(pull(arrays[3])[3])
+
+    found, expected = health("pallas"), health("emulated")
+    for role in recipes:
+        np.testing.assert_allclose(found[role], expected[role], rtol=1e-2, atol=1e-6)
+
+
+def test_what_it_cannot_do_is_said():
+    fp8, plain = GemmRecipe("current"), GemmRecipe("bf16")
+    with pytest.raises(ValueError, match="no role in BF16; composed and emulated do"):
+        check_backend("pallas", {SCORES: fp8, VALUES: plain}, 128)
+    with pytest.raises(ValueError, match="no heads of 96 features, only 64, 128, 256"):
+        check_backend("pallas", {SCORES: fp8, VALUES: fp8}, 96)
+
+
+@pytest.mark.parametrize("scaling", ["delayed", "current", "static"])
+def test_the_self_check_passes(scaling):
+    recipe = GemmRecipe(scaling, static_gradient_scale=2.0**-24)
+    errors = self_check("pallas", {SCORES: recipe, VALUES: recipe})
+    assert max(errors.values()) < 2e-3
+
+
+needs_gpus = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="no compiler for GPUs: requirements-audit.txt")
+
+
+@needs_gpus
+@pytest.mark.audit
+@pytest.mark.parametrize(("head_dim", "gradient_format"), [(128, "e5m2"), pytest.param(64, "e5m2", marks=pytest.mark.slow),
+                                                           pytest.param(256, "e4m3", marks=pytest.mark.slow)])
+def test_compiles_for_an_h100_in_linear_memory(head_dim, gradient_format):
+    """Three kernels forward and backward, no square of scores anywhere, four times the temporaries for four times the tokens."""
+    mesh = Mesh(np.array(targets.resolve("h100:1").devices), ("data",), axis_types=(AxisType.Auto,))
+    recipe = GemmRecipe("delayed", emulated=False, gradient_format=gradient_format)
+    recipes = {SCORES: recipe, VALUES: recipe}
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def both(q, k, v, do, scales, tokens):
+        o, pull = jax.vjp(lambda q, k, v, tokens: attention(q, k, v, recipes, softmax_scale=0.1, scales=scales, tokens=tokens, backend="pallas"),
+                          q, k, v, tokens)
+        return o, *pull(do)
+
+    def compiled(length):
+        q, k = array(1, length, 2, 4, head_dim), array(1, length, 2, head_dim)
+        scales = {role: array(len(OPERANDS[role]), dtype=jnp.float32) for role in recipes}
+        return targets.compile_step(jax.jit(both).trace(q, k, k, q, scales, scales), targets.resolve("h100:1"))[0]
+
+    programs = [compiled(length) for length in (1024, 4096)]
+    text = programs[1].as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3 and "4096,4096" not in text and "__cublas" not in text
+    sizes = [program.memory_analysis().temp_size_in_bytes for program in programs]
+    assert 3.5 < sizes[1] / sizes[0] < 4.5

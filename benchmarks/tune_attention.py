@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     rows = [row for kernel in args.kernels.split(",") for row in tune(kernel, args, call, given)]
     for kernel in args.kernels.split(","):
         best = next(row for row in rows if row["kernel"] == kernel)
-        print(f"    ({kernel!r}, {args.head_dim}): Tile({best['queries']}, {best['keys']}, {best['warps']}, {best['stages']}),  # {best['ms']:.3f} ms")
+        sizes = ", ".join(str(best[field]) for field in Tile._fields)
+        print(f"    ({kernel!r}, {args.head_dim}): Tile({sizes}),  # {best['ms']:.3f} ms")
     return common.save(f"tune_attention-{args.head_dim}", rows, args.results)
 
 

@@ -95,9 +95,9 @@ def read_fused(scope: str) -> list[dict[str, Any]]:
         return []
     names, flops = found[-1]
     parts = [(name.rstrip("*").partition("."), name.endswith("*")) for name in names.split("+")]
-    again = "rematted_computation" in scope
-    return [{"role": role, "pass_name": pass_name, "repeated": repeated or (again and pass_name == "fprop"), "scope": scope, "flops": int(flops)}
-            for (role, _, pass_name), repeated in parts]
+    again = "rematted_computation" in scope  # the forward kernel a second time
+    return [{"role": role, "pass_name": gemm_pass, "repeated": repeated or (again and gemm_pass == "fprop"), "scope": scope,
+             "flops": int(flops)} for (role, _, gemm_pass), repeated in parts]
 
 
 def fp8_share(gemms: Iterable[Gemm], roles: Collection[str]) -> float:

@@ -107,7 +107,7 @@ def query_gradient(shape: Shape, factors, q, k, k_ht, v, do, lse, delta, segment
 
 
 def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, lse, delta, segments, dk, dv):
-    """dK and dV of one KV head, [keys, h], summed over its query heads.
+    """DK and dV of one KV head, [keys, h], summed over its query heads.
 
     factors: that of the scores; scale of dO * scale of v; 1 / scale of dS; scale of dS * scale of q * softmax scale;
         scale of dO / 256.

@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec
 from fp8jax.numerics import attention_composed, attention_kernels, formats, triton_dot
 from fp8jax.numerics.attention_kernels import Shape, Tile
 from fp8jax.numerics.attention_rows import LOG2_E, P_SCALE, Call, Operands, Residuals
+from fp8jax.numerics.formats import Quantised
 
 HEAD_DIMS = (64, 128, 256)
 FORWARD, QUERIES, KEYS = "forward", "query_gradient", "key_gradients"
@@ -45,7 +46,7 @@ _PAD = 128
 
 def forward(call: Call, x: Operands, tiles: Tiles | None = None) -> tuple[jax.Array, jax.Array]:
     """O, [b, t, k, g, h], and the log-sum-exp, [b, t, k, g], as `attention_rows.output` of all rows."""
-    factors = _factors(call.softmax_scale * LOG2_E * (x.q.scale * x.k.scale), x.v.scale)
+    factors = _factors(call.softmax_scale * LOG2_E * (_scale(x.q) * _scale(x.k)), _scale(x.v))
     run = _sharded(call, functools.partial(_forward, call, tiles or TILES), ("", "btkgh", "bskh", "bskh", "bs"), ("btkgh", "btkg"))
     return run(factors, x.q.data, x.k.data, x.v.data, x.segment_ids)
 
@@ -55,16 +56,20 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
     """Gradients of q, k, v in the dtype of activations and the raw amax of dS, or its health; as `attention_composed.backward`."""
     if call.scores.scaling == "current":
         scale = call.scores.scale(attention_composed.largest_ds(call, x, residuals), call.scores.format("ds"))
-    scores = call.softmax_scale * LOG2_E * (x.q.scale * x.k.scale)
-    shared = scores, residuals.do.scale * x.v.scale, 1.0 / scale
-    of_q = _factors(*shared, scale * x.k.scale * call.softmax_scale)
-    of_k = _factors(*shared, scale * x.q.scale * call.softmax_scale, residuals.do.scale * P_SCALE)
+    of_do, of_ds = _scale(residuals.do), _scale(Quantised(x.q.data, scale))
+    shared = call.softmax_scale * LOG2_E * (_scale(x.q) * _scale(x.k)), of_do * _scale(x.v), 1.0 / of_ds
+    of_q = _factors(*shared, of_ds * _scale(x.k) * call.softmax_scale)
+    of_k = _factors(*shared, of_ds * _scale(x.q) * call.softmax_scale, of_do * P_SCALE)
     run = _sharded(call, functools.partial(_backward, call, tiles or TILES),
                    ("", "", "btkgh", "bskh", "bskh", "btkgh", "btkg", "btkg", "bs"), ("btkgh", "bskh", "bskh", "bkgt"))
     dq, dk, dv, largest = run(of_q, of_k, x.q.data, x.k.data, x.v.data, residuals.do.data, residuals.lse, residuals.delta, x.segment_ids)
     if call.health:
         return dq, dk, dv, attention_composed.backward(call, x, residuals, scale)[3]
     return dq, dk, dv, formats.amax(largest) if call.scores.measured else None
+
+
+def _scale(q: Quantised) -> jax.Array:
+    return jnp.float32(1) if q.scale is None else q.scale
 
 
 def _factors(*scalars: jax.Array) -> jax.Array:

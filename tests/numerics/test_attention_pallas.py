@@ -175,8 +175,11 @@ def test_health_of_the_cast_of_ds():
 
     def health(backend):
         tokens = {role: jnp.zeros((len(OPERANDS[role]), 8)) for role in recipes}
-        pull = jax.vjp(lambda q, k, v, tokens: attention(q, k, v, recipes, softmax_scale=0.3, tokens=tokens, backend=backend), *arrays[:3], tokens)[1]
-        return jax.device_get(pull(arrays[3])[3])
+
+        def forward(q, k, v, tokens):
+            return attention(q, k, v, recipes, softmax_scale=0.3, tokens=tokens, backend=backend)
+
+        return jax.device_get(jax.vjp(forward, *arrays[:3], tokens)[1](arrays[3])[3])
 
     found, expected = health("pallas"), health("emulated")
     for role in recipes:
@@ -215,8 +218,10 @@ def test_compiles_for_an_h100_in_linear_memory(head_dim, gradient_format):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def both(q, k, v, do, scales, tokens):
-        o, pull = jax.vjp(lambda q, k, v, tokens: attention(q, k, v, recipes, softmax_scale=0.1, scales=scales, tokens=tokens, backend="pallas"),
-                          q, k, v, tokens)
+        def forward(q, k, v, tokens):
+            return attention(q, k, v, recipes, softmax_scale=0.1, scales=scales, tokens=tokens, backend="pallas")
+
+        o, pull = jax.vjp(forward, q, k, v, tokens)
         return o, *pull(do)
 
     def compiled(length):

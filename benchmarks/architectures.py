@@ -14,6 +14,7 @@ import pathlib
 import subprocess
 import sys
 
+import common
 import jax
 import matplotlib
 
@@ -23,7 +24,7 @@ import matplotlib.pyplot as plt
 from fp8jax.config import ARCHITECTURES
 from fp8jax.monitor.writers import read_metrics
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = common.ROOT
 RECIPES = ("bf16", "fp8_dpa")
 KURTOSES = ("qkv", "mlp_post_act")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")

@@ -15,6 +15,7 @@ import argparse
 import pathlib
 import re
 
+import common  # noqa: F401  finds fp8jax
 import jax
 import jax.numpy as jnp
 import numpy as np

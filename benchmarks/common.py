@@ -4,6 +4,7 @@
     save("train_step", rows)                                              # benchmarks/results/train_step-DEVICE.json
 
 Candidates take turns in one process, so that whatever else the machine does falls on all of them: ratios hold where times do not.
+A benchmark imports this file before anything of fp8jax.
 """
 
 import importlib.metadata
@@ -17,9 +18,12 @@ from typing import Any
 
 import jax
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `python benchmarks/X.py` works where fp8jax is not installed
+
 from fp8jax.audit.roofline import DEVICES, Device
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "torch", "torchao", "jax-cuda12-plugin", "jax-cuda13-plugin")
 
 

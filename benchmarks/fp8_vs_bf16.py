@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 
+import common
 import jax
 import matplotlib
 
@@ -24,7 +25,7 @@ import matplotlib.pyplot as plt
 
 from fp8jax.monitor.writers import read_metrics
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = common.ROOT
 COLOURS = {"bf16": "#0072b2", "bf16_halves": "#56b4e9", "fp8_dpa": "#d55e00"}
 VARIANTS = {"bf16": ["--config.fp8.recipe=bf16"], "bf16_halves": ["--config.fp8.recipe=bf16", "--config.training.microbatches=2"],
             "fp8_dpa": ["--config.fp8.recipe=fp8_dpa"]}

@@ -3,11 +3,16 @@
     python benchmarks/ngram_baseline.py
 
 Counts of every byte after every k bytes of the training novels, with 0.01 added to each count, predict the held-out
-novel, each of its bytes once. Needs fp8jax installed (for the corpus) and numpy; takes seconds. Ends of documents are
-not scored; evaluation's figure includes that one token, some 0.00003 bits per byte. No back-off, no tuning.
+novel, each of its bytes once. Takes seconds. Ends of documents are not scored; evaluation's figure includes that one token,
+some 0.00003 bits per byte. No back-off, no tuning.
 """
 
+import pathlib
+import sys
+
 import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from fp8jax.data import sources
 

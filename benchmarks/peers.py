@@ -1,80 +1,103 @@
-"""Times the FFN's linear layers, forward and backward, in fp8jax, flax's fp8_ops, qwix and BF16, in turns: same shapes, same stack.
+"""Times one block, forward and backward, in fp8jax, in BF16, and built on flax's fp8_ops and on qwix, in turns: same shapes, same mathematics.
 
-    python benchmarks/peers.py --size=tiny
+    python benchmarks/peers.py --size=tiny          # qwix: pip install qwix
 
-Two layers, up and down with GELU between, without attention. A peer that is not installed, or fails, is a row that says so.
+FOG-opt's block. The peers have FP8 linear layers only, so their attention is JAX's own in BF16; fp8jax is timed like that (recipe
+`fp8`) and with attention in FP8 as well (`fp8_dpa`). A peer that is not installed, or fails, is a row that says so.
 """
 
 import argparse
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import common
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from configs import common as configs
-from fp8jax.numerics.dot_general import dot_general
-from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax import config as config_lib
+from fp8jax.config import Config
+from fp8jax.models import activations, architectures, gemms
+from fp8jax.models.gemms import GemmInputs, Gemms
+from fp8jax.models.layers import apply_rope, rope_frequencies, rope_table
+from fp8jax.models.transformer import Block
 
 
-class Ffn(nn.Module):
-    """Flax's own layers, with a peer's dot_general."""
+class PeerBlock(nn.Module):
+    """The block on Flax's own layers, with a peer's dot_general."""
 
-    hidden: int
+    config: config_lib.ModelConfig
     dot: type | None = None
 
     @nn.compact
-    def __call__(self, x):
-        """[tokens, width] to the same."""
+    def __call__(self, x_btd, rope):
+        """[b, t, d] to [b, t, d]."""
+        config, (b, t, d) = self.config, x_btd.shape
+        heads, kv_heads, h = config.heads, config.kv_heads, config.head_dim
         dense = functools.partial(nn.Dense, use_bias=False, dtype=jnp.bfloat16, dot_general_cls=self.dot)
-        return dense(x.shape[-1])(nn.gelu(dense(self.hidden)(x)))
+        norm = functools.partial(nn.RMSNorm, epsilon=config.norm_eps, dtype=jnp.bfloat16)
+        qkv = dense((heads + 2 * kv_heads) * h)(x_btd).reshape(b, t, heads + 2 * kv_heads, h)
+        q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
+        q, k = (apply_rope(norm(use_scale=False)(a), rope) for a in (q, k))
+        o = jax.nn.dot_product_attention(q, k, v, scale=config.softmax_scale, is_causal=True)
+        x_btd = x_btd + norm()(dense(d)(o.reshape(b, t, heads * h)))
+        return x_btd + norm()(dense(d)(activations.gelu(dense(architectures.ffn_hidden(config))(x_btd))))
 
 
-def step(model: nn.Module, x: jax.Array):
+def peer(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
     """Jitted forward and backward pass of a flax model; a call runs it."""
-    variables = model.init(jax.random.key(0), x)
-    run = jax.jit(jax.value_and_grad(lambda v, x: jnp.sum(model.apply(v, x).astype(jnp.float32) ** 2), (0, 1), allow_int=True))
+    variables = model.init(jax.random.key(0), x, rope)
+    run = jax.jit(jax.value_and_grad(lambda v, x: jnp.sum(model.apply(v, x, rope).astype(jnp.float32) ** 2), (0, 1), allow_int=True))
     return functools.partial(run, variables, x)
 
 
-def ours(hidden: int, x: jax.Array):
-    """The same in fp8jax, with delayed scaling."""
-    recipe, dims = GemmRecipe("delayed", emulated=not common.on_gpu()), (((1,), (0,)), ((), ()))
-    up = jax.random.normal(jax.random.key(0), (x.shape[1], hidden)) * 0.02
-    scales, tokens = jnp.full((2, 2), 1 / 64, jnp.float32), jnp.zeros((2, 2), jnp.float32)
-
-    def loss(weights, tokens, x):
-        h = nn.gelu(dot_general(x, weights[0], dims, recipe, scales=scales[0], token=tokens[0]))
-        y = dot_general(h, weights[1], dims, recipe, scales=scales[1], token=tokens[1])
-        return jnp.sum(y.astype(jnp.float32) ** 2)
-
-    return functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1, 2))), (up, up.T), tokens, x)
-
-
-def with_qwix(hidden: int, x: jax.Array):
-    """Flax's layers, quantised by qwix: e4m3 forward, e5m2 gradients."""
+def with_qwix(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
+    """The same, its linear layers quantised by qwix: e4m3 forward, e5m2 gradients."""
     import qwix  # noqa: PLC0415
 
-    rule = qwix.QtRule(weight_qtype=jnp.float8_e4m3fn, act_qtype=jnp.float8_e4m3fn, bwd_qtype=jnp.float8_e5m2)
-    return step(qwix.quantize_model(Ffn(hidden), qwix.QtProvider([rule])), x)
+    rule = qwix.QtRule(module_path="Dense_.*", weight_qtype=jnp.float8_e4m3fn, act_qtype=jnp.float8_e4m3fn, bwd_qtype=jnp.float8_e5m2)
+    return peer(qwix.quantize_model(model, qwix.QtProvider([rule])), x, rope)
+
+
+def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
+    """The block of fp8jax, weights quantised in each call, amaxes reported, with delayed scaling."""
+    recipes = gemms.model_recipes(config, gated=False, emulated=not common.on_gpu(), recipe=recipe)
+    graph, params = nnx.split(Block(architectures.resolve(config.model), nnx.Rngs(params=0)))
+    tokens = gemms.zero_tokens(recipes)
+    scales = jax.tree.map(lambda token: jnp.full(token.shape[1:], 1 / 64), tokens)
+
+    def loss(params, tokens, x):
+        block = nnx.merge(graph, params)
+        weights = {role: w[None] for role, w in jax.lax.stop_gradient(block.gemm_weights()).items()}
+        quantised = jax.tree.map(lambda a: a[0], gemms.quantise_weights(weights, recipes, x.dtype)[0])
+        given = GemmInputs(quantised, scales, jax.tree.map(lambda token: token[0], tokens))
+        y, _ = block(x, rope, None, Gemms(recipes.blocks[0], given, recipes.attention_backend))
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    return functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1, 2))), params, tokens, x)
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     """Prints the table and writes the results; returns their file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES)
-    parser.add_argument("--tokens", type=int, default=8192 if common.on_gpu() else 2048)
+    parser.add_argument("--batch", type=int, default=2 if common.on_gpu() else 16, help="sequences of the size's length")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     args = parser.parse_args(argv)
-    s = configs.SIZES[args.size]
-    hidden = s["ffn_width"] * 3 // 2
-    x = jax.random.normal(jax.random.key(1), (args.tokens, s["width"]), jnp.bfloat16)
-    kinds = {"bf16": lambda: step(Ffn(hidden), x), "fp8jax": lambda: ours(hidden, x),
-             "flax fp8_ops": lambda: step(Ffn(hidden, nn.Fp8DirectDotGeneralOp), x), "qwix": lambda: with_qwix(hidden, x)}
+    values = configs.make(args.size, architecture="fog_opt", recipe="fp8_dpa")
+    values.model.layers = 1
+    config = config_lib.from_dict(values)
+    model, length = architectures.resolve(config.model), config.data.sequence_length
+    x = jax.random.normal(jax.random.key(1), (args.batch, length, model.width), jnp.bfloat16)
+    rope = rope_table(jnp.arange(length)[None], rope_frequencies(model))
+    kinds = {"bf16": lambda: peer(PeerBlock(model), x, rope), "fp8jax bf16": lambda: ours(config, "bf16", x, rope),
+             "fp8jax fp8": lambda: ours(config, "fp8", x, rope), "fp8jax fp8_dpa": lambda: ours(config, "fp8_dpa", x, rope),
+             "flax fp8_ops": lambda: peer(PeerBlock(model, nn.Fp8DirectDotGeneralOp), x, rope),
+             "qwix": lambda: with_qwix(PeerBlock(model), x, rope)}
     calls, failed = {}, []
     for name, make in kinds.items():
         try:
@@ -86,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     found = common.interleaved(calls, args.rounds)
     first = next(iter(found.values()))
     rows = [{"peer": name, "ms": seconds * 1e3, "speed": first / seconds} for name, seconds in found.items()]
-    return common.save(f"peers-{args.size}", rows + failed, args.results, tokens=args.tokens, scope="FFN forward+backward")
+    return common.save(f"peers-{args.size}", rows + failed, args.results, tokens=x.shape[0] * length, scope="block, forward and backward")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,6 @@ BAD_USAGE = 2
 
 def complain(message: str) -> int:
     """Prints a message on one line of standard error and returns 2."""
-    lines = [line.strip() for line in message.strip().strip("\"'").splitlines() if line.strip()]
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
     print(f"error: {' '.join(lines)}", file=sys.stderr)
     return BAD_USAGE

@@ -30,7 +30,7 @@ def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
     except flags.Error as error:
         return complain(str(error))
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:  # raised while a config file is loaded or changed
-        return complain(str(error))
+        return complain(_text(error))
     try:
         return work()
     except (ConfigError, CheckpointError) as error:
@@ -55,5 +55,10 @@ def read_config(name: str, file: str, overrides: Sequence[str] = ()) -> ml_colle
     try:
         values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(" ".join(str(error).strip("\"'").split())) from error
+        raise ConfigError(_text(error)) from error
     return found.value
+
+
+def _text(error: Exception) -> str:
+    """The message; a KeyError's own str is in quotes."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -28,6 +28,7 @@ def run(*arguments):
     (["--config=configs/missing.py"], ["missing.py"]),
     ([], ["--config"]),
     (["--config=configs/fp8_base.py:tiny", "--wrokdir=x"], ["wrokdir"]),
+    (["--config=configs/fp8_base.py:tiny", "--config.data.packing=best_fit"], ["prepared token shards, not 'embedded'"]),
 ])
 def test_mistakes_end_with_one_line_and_exit_code_2(arguments, words):
     result = run("train.py", *arguments)

@@ -23,10 +23,10 @@ from fp8jax.numerics.attention_kernels import Tile
 from fp8jax.numerics.attention_pallas import FORWARD, KEYS, QUERIES
 from fp8jax.numerics.attention_rows import Call, Operands, Residuals
 from fp8jax.numerics.formats import E4M3, FORMATS, Quantised
-from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax.numerics.recipes import FAST_ACCUMULATION, GemmRecipe
 
 # Rows of a product are queries in two kernels and keys in the third; the tensor cores want 64 of them a group of four warps.
-_BY_ROWS = (((64, 32), 4), ((64, 64), 4), ((64, 128), 4), ((128, 32), 4), ((128, 64), 4), ((128, 32), 8), ((128, 64), 8), ((128, 128), 8))
+_BY_ROWS = (((64, 32), 4), ((64, 64), 4), ((64, 128), 4), ((64, 64), 8), ((64, 128), 8), ((128, 64), 8), ((128, 128), 8))
 CALLS = 5  # started together, so that starting them costs nothing
 
 
@@ -82,7 +82,7 @@ def tune(kernel: str, args: argparse.Namespace, call: Call, given: tuple[Operand
         programs = list(pool.map(lambda tile: program(kernel, tile, call, *given), tiles))
     rows = []
     for tile, executable in zip(tiles, programs, strict=True):
-        row = {"kernel": kernel, "head_dim": args.head_dim, "length": args.length, **tile._asdict()}
+        row = {"kernel": kernel, "head_dim": args.head_dim, "length": args.length, "fast_accumulation": args.fast_accumulation, **tile._asdict()}
         failed = isinstance(executable, str)
         rows.append(row | ({"ms": None, "error": executable} if failed else {"ms": seconds(executable, *given, args.rounds) * 1e3}))
     return sorted(rows, key=lambda row: row["ms"] or 1e9)
@@ -95,11 +95,12 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--gradient_format", default="e5m2", choices=FORMATS)
+    parser.add_argument("--fast_accumulation", default="all", choices=FAST_ACCUMULATION)
     parser.add_argument("--kernels", default=f"{FORWARD},{QUERIES},{KEYS}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     args = parser.parse_args(argv)
-    recipe = GemmRecipe("delayed", emulated=False, gradient_format=args.gradient_format)
+    recipe = GemmRecipe("delayed", emulated=False, gradient_format=args.gradient_format, fast_accumulation=args.fast_accumulation)
     call = Call(recipe, recipe, args.head_dim**-0.5, jnp.dtype(jnp.bfloat16))
     given = inputs(args.batch, args.length, args.head_dim, args.gradient_format)
     rows = [row for kernel in args.kernels.split(",") for row in tune(kernel, args, call, given)]

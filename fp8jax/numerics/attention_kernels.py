@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fp8jax.numerics import formats
-from fp8jax.numerics.triton_dot import dot
+from fp8jax.numerics.triton_dot import dot, exp2, fma
 
 # P's scale of 1/256 as a power of two, added to exponents.
 P_BITS = 8
@@ -38,12 +38,18 @@ class Tile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What is static in a kernel: the tile, the length in tokens, formats of dS, whether Pallas interprets it."""
+    """What is static in a kernel.
+
+    tile, length: in tokens. ds_dtype: format of dS. interpret: whether Pallas interprets it. precise: names of the passes
+    (`fprop`, `dgrad`, `wgrad`) whose sums over tiles are float32; the others stay in the tensor cores' accumulators, whose
+    14 bits a term suffice for a tile, and which cost neither registers nor a wait.
+    """
 
     tile: Tile
     length: int
     ds_dtype: Any
     interpret: bool
+    precise: tuple[str, ...] = ()
 
 
 def forward(shape: Shape, factors, q, k, v_ht, segments, o, lse):
@@ -58,16 +64,16 @@ def forward(shape: Shape, factors, q, k, v_ht, segments, o, lse):
 
     def step(j, carry, masked):
         total, sums, peak = carry
-        s = dot(q_tile, k[pl.ds(j * keys, keys), :].T, interpret=shape.interpret) * factor
+        s = dot(q_tile, k[pl.ds(j * keys, keys), :].T, interpret=shape.interpret)  # not scaled yet: the factor is positive
         if masked:
             s = jnp.where(_visible(first, j * keys, rows, keys, own, segments), s, -jnp.inf)
-        new_peak = jnp.maximum(peak, jnp.ceil(jnp.max(s, axis=1)))
+        new_peak = jnp.maximum(peak, jnp.ceil(jnp.max(s, axis=1) * factor))
         # A row without any visible key so far has a peak of -inf; 0 in its place makes its probabilities 0, not NaN.
         level = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-        p = jnp.exp2(s - (level - P_BITS)[:, None])
+        p = _exponentials(s, factor, (P_BITS - level)[:, None], shape)
         moved = jnp.exp2(peak - level)
-        part = dot(_cast(p, formats.E4M3, shape), v_ht[:, pl.ds(j * keys, keys)].T, interpret=shape.interpret)
-        return total * moved[:, None] + part, sums * moved + jnp.sum(p, axis=1), new_peak
+        total = _add(total * moved[:, None], _cast(p, formats.E4M3, shape), v_ht[:, pl.ds(j * keys, keys)].T, shape, "fprop")
+        return total, sums * moved + jnp.sum(p, axis=1), new_peak
 
     init = jnp.zeros((rows, q_tile.shape[1]), jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32)
     total, sums, peak = _over_keys(shape, first, segments is not None, step, init)
@@ -76,41 +82,44 @@ def forward(shape: Shape, factors, q, k, v_ht, segments, o, lse):
     lse[...] = jnp.where(empty, jnp.inf, peak + jnp.log2(sums) - P_BITS)
 
 
-def query_gradient(shape: Shape, factors, q, k, k_ht, v, do, lse, delta, segments, dq, largest):
-    """dQ, [queries, h], and the largest |dS| of each query, [queries].
+def query_gradient(shape: Shape, factors, q, k, k_ht, v, do, offset, shift, segments, dq, largest):
+    """dQ, [queries, h], and the largest |dS| of each query, in units of its scale, [queries].
 
-    factors: that of the scores; scale of dO * scale of v; 1 / scale of dS; scale of dS * scale of k * softmax scale.
+    factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of k * softmax scale.
+    offset, shift: 8 - log-sum-exp; -rowsum(dO * O) / scale of dS / 256; so that dS = 2**(s factor + offset) * (dp factor + shift).
     """
     rows, keys = shape.tile.queries, shape.tile.keys
     first = _from_the_end(0) * rows
     q_tile, do_tile = q[...], do[...]
-    row_lse, row_delta = lse[...], delta[...]
+    row_offset, row_shift = offset[...], shift[...]
     own = None if segments is None else segments[pl.ds(first, rows)]
 
     def step(j, carry, masked):
         total, peak = carry
         at = pl.ds(j * keys, keys)
-        s = dot(q_tile, k[at, :].T, interpret=shape.interpret) * factors[0]
+        s = dot(q_tile, k[at, :].T, interpret=shape.interpret)
         if masked:
             s = jnp.where(_visible(first, j * keys, rows, keys, own, segments), s, -jnp.inf)
-        p = jnp.exp2(s - row_lse[:, None])
-        dp = dot(do_tile, v[at, :].T, interpret=shape.interpret) * factors[1]
-        ds = p * (dp - row_delta[:, None])
-        part = dot(_cast(ds * factors[2], shape.ds_dtype, shape), k_ht[:, at].T, interpret=shape.interpret)
-        return total + part, jnp.maximum(peak, jnp.max(jnp.abs(ds), axis=1))
+        dp = dot(do_tile, v[at, :].T, interpret=shape.interpret)
+        p = _exponentials(s, factors[0], row_offset[:, None], shape)
+        ds = p * fma(dp, factors[1], row_shift[:, None], interpret=shape.interpret)
+        total = _add(total, _cast(ds, shape.ds_dtype, shape), k_ht[:, at].T, shape, "dgrad")
+        return total, jnp.maximum(peak, jnp.max(jnp.abs(ds), axis=1))
 
     init = jnp.zeros((rows, q_tile.shape[1]), jnp.float32), jnp.zeros(rows, jnp.float32)
     total, peak = _over_keys(shape, first, segments is not None, step, init)
-    dq[...] = (total * factors[3]).astype(dq.dtype)
+    dq[...] = (total * factors[2]).astype(dq.dtype)
     # A GPU's maximum drops NaN, but a NaN in dS is one in dQ.
-    largest[...] = jnp.where(jnp.max(jnp.where(jnp.isnan(total), 1.0, 0.0), axis=1) > 0, jnp.nan, peak)
+    bad = jnp.max(jnp.where(jnp.isnan(total), 1.0, 0.0), axis=1) > 0
+    largest[...] = jnp.where(bad, jnp.nan, peak)
 
 
-def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, lse, delta, segments, dk, dv):
-    """DK and dV of one KV head, [keys, h], summed over its query heads.
+def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, offset, shift, segments, dk, dv):
+    """dK and dV of one KV head, [keys, h], summed over its query heads.
 
-    factors: that of the scores; scale of dO * scale of v; 1 / scale of dS; scale of dS * scale of q * softmax scale;
+    factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of q * softmax scale;
         scale of dO / 256.
+    offset, shift: as for `query_gradient`.
     """
     rows, keys = shape.tile.queries, shape.tile.keys
     first = pl.program_id(0) * keys
@@ -120,14 +129,14 @@ def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, lse, delta, s
     def step(head, i, carry, masked):
         total_k, total_v = carry
         at = pl.ds(i * rows, rows)
-        s_t = dot(k_tile, q[at, head, :].T, interpret=shape.interpret) * factors[0]
+        s_t = dot(k_tile, q[at, head, :].T, interpret=shape.interpret)
         if masked:
             s_t = jnp.where(_visible(i * rows, first, rows, keys, own, segments, transposed=True), s_t, -jnp.inf)
-        p_t = jnp.exp2(s_t - (lse[head, at] - P_BITS)[None, :])  # 256 times P
-        total_v += dot(_cast(p_t, formats.E4M3, shape), do_ht[head, :, at].T, interpret=shape.interpret)
-        dp_t = dot(v_tile, do[at, head, :].T, interpret=shape.interpret) * factors[1]
-        ds_t = p_t * (dp_t - delta[head, at][None, :])
-        total_k += dot(_cast(ds_t * (factors[2] / 2**P_BITS), shape.ds_dtype, shape), q_ht[head, :, at].T, interpret=shape.interpret)
+        p_t = _exponentials(s_t, factors[0], offset[head, at][None, :], shape)
+        total_v = _add(total_v, _cast(p_t, formats.E4M3, shape), do_ht[head, :, at].T, shape, "wgrad")
+        dp_t = dot(v_tile, do[at, head, :].T, interpret=shape.interpret)
+        ds_t = p_t * fma(dp_t, factors[1], shift[head, at][None, :], interpret=shape.interpret)
+        total_k = _add(total_k, _cast(ds_t, shape.ds_dtype, shape), q_ht[head, :, at].T, shape, "wgrad")
         return total_k, total_v
 
     def one_head(head, carry):
@@ -137,8 +146,20 @@ def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, lse, delta, s
 
     zeros = jnp.zeros(k_tile.shape, jnp.float32)
     total_k, total_v = lax.fori_loop(0, q.shape[1], one_head, (zeros, zeros))
-    dk[...] = (total_k * factors[3]).astype(dk.dtype)
-    dv[...] = (total_v * factors[4]).astype(dv.dtype)
+    dk[...] = (total_k * factors[2]).astype(dk.dtype)
+    dv[...] = (total_v * factors[3]).astype(dv.dtype)
+
+
+def _exponentials(s: jax.Array, factor: jax.Array, offset: jax.Array, shape: Shape) -> jax.Array:
+    """256 P: 2**(s factor + offset)."""
+    return exp2(fma(s, factor, offset, interpret=shape.interpret), interpret=shape.interpret)
+
+
+def _add(total: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, gemm_pass: str) -> jax.Array:
+    """Total + a b, summed over tiles as the pass asks."""
+    if gemm_pass in shape.precise:
+        return total + dot(a, b, interpret=shape.interpret)
+    return dot(a, b, total, interpret=shape.interpret)
 
 
 def _from_the_end(axis: int) -> jax.Array:

@@ -57,15 +57,16 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
     if call.scores.scaling == "current":
         scale = call.scores.scale(attention_composed.largest_ds(call, x, residuals), call.scores.format("ds"))
     of_do, of_ds = _scale(residuals.do), _scale(Quantised(x.q.data, scale))
-    shared = call.softmax_scale * LOG2_E * (_scale(x.q) * _scale(x.k)), of_do * _scale(x.v), 1.0 / of_ds
+    shared = call.softmax_scale * LOG2_E * (_scale(x.q) * _scale(x.k)), of_do * _scale(x.v) / of_ds * P_SCALE
     of_q = _factors(*shared, of_ds * _scale(x.k) * call.softmax_scale)
     of_k = _factors(*shared, of_ds * _scale(x.q) * call.softmax_scale, of_do * P_SCALE)
     run = _sharded(call, functools.partial(_backward, call, tiles or TILES),
                    ("", "", "btkgh", "bskh", "bskh", "btkgh", "btkg", "btkg", "bs"), ("btkgh", "bskh", "bskh", "bkgt"))
-    dq, dk, dv, largest = run(of_q, of_k, x.q.data, x.k.data, x.v.data, residuals.do.data, residuals.lse, residuals.delta, x.segment_ids)
+    offset, shift = -math.log2(P_SCALE) - residuals.lse, residuals.delta * (-P_SCALE / of_ds)
+    dq, dk, dv, largest = run(of_q, of_k, x.q.data, x.k.data, x.v.data, residuals.do.data, offset, shift, x.segment_ids)
     if call.health:
         return dq, dk, dv, attention_composed.backward(call, x, residuals, scale)[3]
-    return dq, dk, dv, formats.amax(largest) if call.scores.measured else None
+    return dq, dk, dv, formats.amax(largest) * of_ds if call.scores.measured else None
 
 
 def _scale(q: Quantised) -> jax.Array:
@@ -103,17 +104,17 @@ def _forward(call: Call, tiles: Tiles, factors, q, k, v, segments) -> tuple[jax.
     return o[:, :t], jnp.moveaxis(lse, 3, 1)[:, :t]
 
 
-def _backward(call: Call, tiles: Tiles, of_q, of_k, q, k, v, do, lse, delta, segments) -> tuple[jax.Array, ...]:
+def _backward(call: Call, tiles: Tiles, of_q, of_k, q, k, v, do, offset, shift, segments) -> tuple[jax.Array, ...]:
     t = q.shape[1]
-    q, k, v, do, delta, segments = (_padded(a, 1) for a in (q, k, v, do, delta, segments))
-    lse = _padded(lse, 1, value=jnp.inf)  # so that P of a padded query is 0
-    lse, delta = (jnp.moveaxis(a, 1, 3) for a in (lse, delta))
-    dq, largest = _query_gradient(call, _shape(call, tiles, QUERIES, q), of_q, q, k, v, do, lse, delta, segments)
-    dk, dv = _key_gradients(call, _shape(call, tiles, KEYS, q), of_k, q, k, v, do, lse, delta, segments)
+    q, k, v, do, shift, segments = (_padded(a, 1) for a in (q, k, v, do, shift, segments))
+    offset = _padded(offset, 1, value=-jnp.inf)  # so that P of a padded query is 0
+    offset, shift = (jnp.moveaxis(a, 1, 3) for a in (offset, shift))
+    dq, largest = _query_gradient(call, _shape(call, tiles, QUERIES, q), of_q, q, k, v, do, offset, shift, segments)
+    dk, dv = _key_gradients(call, _shape(call, tiles, KEYS, q), of_k, q, k, v, do, offset, shift, segments)
     return dq[:, :t], dk[:, :t], dv[:, :t], largest
 
 
-def _query_gradient(call, shape, factors, q, k, v, do, lse, delta, segments) -> list[jax.Array]:
+def _query_gradient(call, shape, factors, q, k, v, do, offset, shift, segments) -> list[jax.Array]:
     b, t, kv, g, h = q.shape
     of_head, of_keys, of_keys_ht, of_rows, of_batch = _query_specs(shape, g, h)
     return _call(
@@ -121,10 +122,10 @@ def _query_gradient(call, shape, factors, q, k, v, do, lse, delta, segments) -> 
         ("attention_scores.fprop*", "attention_values.dgrad*", "attention_scores.dgrad"),
         in_specs=[_whole(8), of_head, of_keys, of_keys_ht, of_keys, of_head, of_rows, of_rows, of_batch], out_specs=[of_head, of_rows],
         out_shape=[jax.ShapeDtypeStruct(q.shape, call.dtype), jax.ShapeDtypeStruct((b, kv, g, t), jnp.float32)],
-    )(factors, q, k, _ht(k), v, do, lse, delta, segments)
+    )(factors, q, k, _ht(k), v, do, offset, shift, segments)
 
 
-def _key_gradients(call, shape, factors, q, k, v, do, lse, delta, segments) -> list[jax.Array]:
+def _key_gradients(call, shape, factors, q, k, v, do, offset, shift, segments) -> list[jax.Array]:
     b, t, kv, g, h = q.shape
     of_tile = pl.BlockSpec((None, shape.tile.keys, None, h), lambda i, head, batch: (batch, i, head, 0))
     of_heads = pl.BlockSpec((None, t, None, g, h), lambda i, head, batch: (batch, 0, head, 0, 0))
@@ -136,13 +137,14 @@ def _key_gradients(call, shape, factors, q, k, v, do, lse, delta, segments) -> l
         ("attention_scores.fprop*", "attention_values.wgrad", "attention_values.dgrad", "attention_scores.wgrad"), repeats=g,
         in_specs=[_whole(8), of_tile, of_tile, of_heads, of_heads_ht, of_heads, of_heads_ht, of_rows, of_rows, of_batch],
         out_specs=[of_tile, of_tile], out_shape=[jax.ShapeDtypeStruct(k.shape, call.dtype)] * 2,
-    )(factors, k, v, q, _ht(q), do, _ht(do), lse, delta, segments)
+    )(factors, k, v, q, _ht(q), do, _ht(do), offset, shift, segments)
 
 
 def _shape(call: Call, tiles: Tiles, kernel: str, q: jax.Array) -> Shape:
     head_dim = q.shape[-1]
     length = -(-q.shape[1] // _PAD) * _PAD
-    return Shape(tiles[kernel, head_dim], length, call.scores.format("ds"), call.scores.emulated)
+    precise = tuple(name for name in ("fprop", "dgrad", "wgrad") if call.scores.precise(name) or call.values.precise(name))
+    return Shape(tiles[kernel, head_dim], length, call.scores.format("ds"), call.scores.emulated, precise)
 
 
 def _query_specs(shape: Shape, groups: int, h: int) -> tuple[pl.BlockSpec, ...]:

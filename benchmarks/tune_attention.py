@@ -3,7 +3,7 @@
     python benchmarks/tune_attention.py --head_dim=128 --length=4096
 
 Compiles every candidate, times those that the compiler accepts, kernel by kernel, and prints the best as lines of the table.
-Causal, 8 KV heads with 4 query heads each. Results go to benchmarks/results/tune_attention-HEAD_DIM-DEVICE.json.
+Causal, 8 KV heads with 4 query heads each. Results go to benchmarks/results/tune_attention-HEAD_DIM-ACCUMULATION-DEVICE.json.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def tune(kernel: str, args: argparse.Namespace, call: Call, given: tuple[Operand
         programs = list(pool.map(lambda tile: program(kernel, tile, call, *given), tiles))
     rows = []
     for tile, executable in zip(tiles, programs, strict=True):
-        row = {"kernel": kernel, "head_dim": args.head_dim, "length": args.length, "fast_accumulation": args.fast_accumulation, **tile._asdict()}
+        row = {"kernel": kernel, "head_dim": args.head_dim, "length": args.length, **tile._asdict()}
         failed = isinstance(executable, str)
         rows.append(row | ({"ms": None, "error": executable} if failed else {"ms": seconds(executable, *given, args.rounds) * 1e3}))
     return sorted(rows, key=lambda row: row["ms"] or 1e9)
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
         best = next(row for row in rows if row["kernel"] == kernel)
         sizes = ", ".join(str(best[field]) for field in Tile._fields)
         print(f"    ({kernel!r}, {args.head_dim}): Tile({sizes}),  # {best['ms']:.3f} ms")
-    return common.save(f"tune_attention-{args.head_dim}", rows, args.results)
+    return common.save(f"tune_attention-{args.head_dim}-{args.fast_accumulation}", rows, args.results)
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def query_gradient(shape: Shape, factors, q, k, k_ht, v, do, offset, shift, segm
 
 
 def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, offset, shift, segments, dk, dv):
-    """dK and dV of one KV head, [keys, h], summed over its query heads.
+    """Gradients of one KV head, dK and dV, [keys, h], summed over its query heads.
 
     factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of q * softmax scale;
         scale of dO / 256.

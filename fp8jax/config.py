@@ -22,12 +22,16 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from fp8jax.numerics import recipes
+from fp8jax.numerics import recipes, storage
 
 ARCHITECTURES = ("fog_max", "fog_opt", "fog_flash", "op", "op_frozen_qk", "llama3", "llama3_smooth", "olmo2")
 ACTIVATIONS = ("xielu", "gelu", "swiglu", "smooth_swiglu", "relu2")
 QK_REGULARISERS = ("none", "rmsnorm", "rmsnorm_frozen", "rmsnorm_full", "tanh")
 BRANCH_OUTPUTS = ("none", "rmsnorm", "layerscale")
+OPTIMIZERS = ("adamw", "ademamix", "muon")
+GRADIENT_DTYPES = ("mixed", "float32", "bfloat16")
+MASTER_DTYPES = ("float32", "float16", "bfloat16")
+MASTER_ROUNDINGS = ("stochastic", "compensated")
 REMAT_POLICIES = ("none", "full", "save_fp8")
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -117,8 +121,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and the warm-up, stable, decay schedule (FOG paper, Table 6)."""
+    """AdamW and the warm-up, stable, decay schedule (FOG paper, Table 6); what is kept of matrices, in how many bits."""
 
+    name: str = _field("adamw", "AdamW; AdEMAMix (a slow average of gradients beside the fast one); Muon for the blocks' matrices, Adam "
+                       "for the rest", choices=OPTIMIZERS)
     learning_rate: float = _field(1e-3, "peak learning rate", at_least=0.0)
     final_learning_rate: float = _field(1e-8, "learning rate at the last step", at_least=0.0)
     warmup_steps: int = _field(100, "steps of linear warm-up", at_least=0)
@@ -128,6 +134,15 @@ class OptimizerConfig:
     eps: float = _field(1e-8, "added to the root of the second moment", at_least=0.0)
     weight_decay: float = _field(0.1, "decoupled weight decay of matrices; norms and scalars have none", at_least=0.0)
     clip_norm: float = _field(1.0, "global norm to which gradients are clipped; 0: no clipping", at_least=0.0)
+    b3: float = _field(0.9999, "ademamix: decay of the slow average", at_least=0.0, below=1.0)
+    alpha: float = _field(5.0, "ademamix: weight of the slow average in the update", at_least=0.0)
+    gradient_dtype: str = _field("mixed", "dtype in which matrices' gradients are reduced over devices and summed over microbatches; "
+                                 "mixed: model.dtype for the first (tables float32), float32 for the second", choices=GRADIENT_DTYPES)
+    master_dtype: str = _field("float32", "dtype in which matrices are kept", choices=MASTER_DTYPES)
+    master_rounding: str = _field("stochastic", "of matrices of 16 bits: unbiased, or to nearest with the next 8 bits in a byte",
+                                  choices=MASTER_ROUNDINGS)
+    first_moment: str = _field("float32", "how averages of matrices' gradients are kept", choices=tuple(storage.FORMATS))
+    second_moment: str = _field("float32", "how averages of their squares are kept", choices=tuple(storage.FORMATS))
     z_loss: float = _field(0.0, "weight of the mean squared log-partition of the logits in the training loss; 0: none", at_least=0.0)
 
 

@@ -164,6 +164,11 @@ class Checkpoints:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         return f"{self.directory}: saving failed: {reason}; check free space and permissions"
 
+    def dtypes(self, step: int) -> dict[str, str]:
+        """Return the dtype of every array of a checkpoint, by full name, as 'params/embedding/w'."""
+        metadata = v1.checkpointables_metadata(self.directory / str(step))
+        return {name: spec.rpartition(" ")[2] for name, spec in _specs(metadata.metadata).items()}
+
     def restore(self, step: int, abstract_state: State, *, partial: bool = False, verify: bool = True) -> tuple[State, dict[str, Any]]:
         """Read a checkpoint.
 

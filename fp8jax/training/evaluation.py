@@ -21,6 +21,7 @@ from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, LoadedModel, Params, define
 from fp8jax.parallel.mesh import emulates_fp8, make_mesh
 from fp8jax.parallel.sharding import RULES
+from fp8jax.training import precision
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.step import COMPILER_OPTIONS, TrainProgram, token_losses
 
@@ -36,7 +37,7 @@ class Evaluator:
 
         def total_loss(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                model = definition.bind(params)
+                model = definition.bind(as_float32(params))
                 logits, _ = model(batch, recipes, model.prepare(recipes, {}, {}))
                 return jnp.sum(token_losses(logits, batch["targets"]) * batch["mask"])
 
@@ -98,9 +99,16 @@ def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequ
         step = checkpoints.latest_step() if step is None else step
         if step is None:
             raise CheckpointError(f"{workdir}: no complete checkpoint there yet")
-        params = TrainProgram(config, definition, mesh).abstract_state.params
-        state, _ = checkpoints.restore(step, {"params": params}, partial=True)
-    return LoadedModel(config, definition, state["params"], mesh), step
+        saved = precision.saved_as(config.optimizer, checkpoints.dtypes(step))
+        program = TrainProgram(dataclasses.replace(config, optimizer=saved), definition, mesh)
+        state, _ = checkpoints.restore(step, {"params": program.abstract_state.params}, partial=True)
+    params = jax.jit(as_float32, donate_argnums=0, out_shardings=program.state_shardings.params)(state["params"])
+    return LoadedModel(config, definition, params, mesh), step
+
+
+def as_float32(params: Params) -> Params:
+    """Parameters that may be kept in 16 bits, as a model computes with them."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

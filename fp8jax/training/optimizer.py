@@ -1,11 +1,11 @@
-"""AdamW with a warm-up, stable, decay schedule (FOG paper, Table 6), from optax's parts.
+"""AdamW, AdEMAMix or Muon with a warm-up, stable, decay schedule (FOG paper, Table 6), from optax's parts.
 
-    transform = adamw(config.optimizer)                       # clip, Adam moments, decoupled weight decay
-    update, opt_state = transform.update(grads, opt_state, params)
+    transform = make_transform(config.optimizer)              # clip, moments, decoupled weight decay
+    update, moments = transform.update(grads, moments, params)
     params = params - learning_rate(config, step) * update
 
 The learning rate is a function of the step alone, kept out of the optimizer's state, so that a skipped update does not
-shift the schedule.
+shift the schedule. All of this computes in float32; in how many bits the results are kept is in precision.py.
 """
 
 from typing import Any
@@ -13,10 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from fp8jax.config import Config, OptimizerConfig
+from fp8jax.models.definition import STACKED
 
 MATRIX = "w"  # every matrix is stored under this name, and nothing else is
+# Muon's updates, by this root mean square (Liu et al. 2025, arXiv 2502.16982), take AdamW's learning rate.
+_MUON_RMS = 0.2
 
 
 def learning_rate(config: Config, step: jax.Array) -> jax.Array:
@@ -30,16 +34,40 @@ def learning_rate(config: Config, step: jax.Array) -> jax.Array:
     return warm * (final + (peak - final) * (1.0 - jnp.sqrt(progress)))
 
 
-def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The update before it is multiplied by the learning rate. Gradients in, float32 update out."""
+def make_transform(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The update before it is multiplied by the learning rate. float32 gradients in, float32 update out."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(
-        clip,
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
-    )
+    make = {"adamw": _adam, "ademamix": _ademamix, "muon": _muon}[config.name]
+    return optax.chain(clip, make(config), optax.add_decayed_weights(config.weight_decay, mask=decayed))
 
 
 def decayed(params: Any) -> Any:
     """True for matrices, False for gains and scalars."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == MATRIX, params)
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+
+
+def _ademamix(config: OptimizerConfig) -> optax.GradientTransformation:
+    return contrib.scale_by_ademamix(b1=config.b1, b2=config.b2, b3=config.b3, alpha=config.alpha, eps=config.eps)
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon for the blocks' matrices, Adam for the rest."""
+    def axes(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: _muon_axes(path), params)
+
+    muon = contrib.muon(1.0, weight_decay=0.0, adam_b1=config.b1, adam_b2=config.b2, eps=config.eps, consistent_rms=_MUON_RMS,
+                        muon_weight_dimension_numbers=axes)
+    return optax.chain(muon, optax.scale(-1.0))  # its update is to be added, ours to be subtracted
+
+
+def _muon_axes(path: Any) -> contrib.MuonDimensionNumbers | None:
+    """Inputs and outputs of a block's matrix, whose first dimension is the layers; None for anything else."""
+    names = [key.key for key in path]
+    if names[0] != STACKED or names[-1] != MATRIX:
+        return None
+    inputs, dims = {"qkv": (1, 5), "out": (3, 5)}.get(names[-2], (1, 3))
+    return contrib.MuonDimensionNumbers(tuple(range(1, 1 + inputs)), tuple(range(1 + inputs, dims)))

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fp8jax.config import Config, ConfigError
-from fp8jax.training import manifest
+from fp8jax.training import manifest, precision
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
 
 # Changing one of these on a continued run would make it another run.
 _FIXED = {"model": None, "data": ("sequence_length", "source", "tokenizer", "document_masks"),
-          "training": ("batch_size", "seed")}
+          "training": ("batch_size", "seed"), "optimizer": ("name",)}
 
 
 class Position(NamedTuple):
@@ -55,18 +55,28 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
         tell(f"checkpoint of step {number} passed over: {reason}; now in {checkpoints.set_aside(number)}")
     if step is None:
         return Resumed(program.init(), 0, Position(), True)
-    items = program.abstract_state.items()
+    optimizer = program.config.optimizer
+    saved = precision.saved_as(optimizer, checkpoints.dtypes(step))
+    items = program.abstract_state_kept_as(saved).items()
     if step == 0:  # Nothing has been trained: weights are all that counts, and all that a converted model has.
         items = {"params": items["params"]}
-    elif recalibrate:
-        items = {name: item for name, item in items.items() if name != "scaling"}
+    left_out = ["scaling"] * recalibrate + ["opt_state"] * (saved.name != optimizer.name)
+    items = {name: item for name, item in items.items() if name not in left_out}
     found, data = checkpoints.restore(step, items, partial=True, verify=False)
     position = Position(data.get("skipped_batches", 0), data.get("rollbacks", 0))
     if step == 0:
-        return Resumed(dataclasses.replace(program.init(), params=found["params"]), step, position, True)
+        return Resumed(program.init(found["params"]), step, position, True)
     if recalibrate:
         found["scaling"] = program.init().scaling
-    return Resumed(TrainState.from_items(found), step, position, recalibrate)
+    if saved.name != optimizer.name:
+        tell(f"optimizer {saved.name} in the checkpoint, {optimizer.name} from here on: its moments start anew")
+        fresh = program.init(found["params"])
+        return Resumed(TrainState.from_items(found | {"params": fresh.params, "opt_state": fresh.opt_state}), step, position, recalibrate)
+    state = TrainState.from_items(found)
+    if saved != optimizer:
+        tell(f"optimizer state kept as {precision.describe(saved)} in the checkpoint, as {precision.describe(optimizer)} from here on")
+        state = program.keep_as_configured(state)
+    return Resumed(state, step, position, recalibrate)
 
 
 def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str] = ()) -> bool:

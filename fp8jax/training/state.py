@@ -4,6 +4,7 @@ Everything that a run needs to continue bit for bit is here; the data's position
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ from fp8jax.models import gemms
 from fp8jax.models.definition import Definition
 from fp8jax.models.gemms import ModelRecipes
 from fp8jax.parallel.sharding import named_sharding
+from fp8jax.training import precision
 from fp8jax.training.bad_steps import Health
-from fp8jax.training.optimizer import adamw
+from fp8jax.training.optimizer import make_transform
 
 State = Any
 
@@ -44,10 +46,17 @@ class TrainState:
 
 def initial_state(definition: Definition, recipes: ModelRecipes, config: Any) -> TrainState:
     """Fresh parameters and empty everything else; jit it with out_shardings. Scales are not calibrated yet."""
-    params = definition.init(config.training.seed)
+    return state_of(definition.init(config.training.seed), recipes, config)
+
+
+def state_of(params: Any, recipes: ModelRecipes, config: Any) -> TrainState:
+    """float32 parameters and empty everything else."""
+    step = jnp.zeros((), jnp.int32)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes freely
-        opt_state = adamw(config.optimizer).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, gemms.init_scaling(recipes), opt_state, Health.initial())
+        # The barrier keeps compilers from rounding zeros by themselves, which takes them minutes.
+        fresh = jax.lax.optimization_barrier((params, make_transform(config.optimizer).init(params), step))
+        params, opt_state = precision.pack(config.optimizer, *fresh)
+    return TrainState(step, params, gemms.init_scaling(recipes), opt_state, Health.initial())
 
 
 def abstract_state(definition: Definition, recipes: ModelRecipes, config: Any, mesh: Mesh) -> TrainState:
@@ -60,13 +69,20 @@ def abstract_state(definition: Definition, recipes: ModelRecipes, config: Any, m
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def sharded(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # A moment's path ends like that of its parameter.
+        # The path of a moment, or of its scales, ends like that of its parameter.
         names = _names(path)
         axes = next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), None)
-        sharding = replicated if axes is None else named_sharding(mesh, axes)
+        sharding = replicated if axes is None else _fitting(named_sharding(mesh, axes), leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(sharded, shapes)
+
+
+def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding without what does not divide a dimension: one of scales, of which there are few."""
+    sizes = [math.prod(sharding.mesh.shape[axis] for axis in ((names,) if isinstance(names, str) else names or ())) for names in sharding.spec]
+    spec = (names if size % count == 0 else None for names, size, count in zip(sharding.spec, shape, sizes, strict=True))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def _is_axes(value: Any) -> bool:

@@ -5,7 +5,7 @@
     state = program.calibrate(state, batch)                  # fills empty amax histories; no update
     state, metrics, taps = program.step(state, batch)        # jitted, donates the state
 
-Weights are quantised once, before the microbatch loop. Gradients are summed over microbatches in float32; the tokens'
+Weights are quantised once, before the microbatch loop. Gradients are summed over microbatches (gradients.py); the tokens'
 cotangents, raw amaxes, are combined by maximum. The scaling state is updated once, at the end. A step in which a loss, a
 gradient or an amax is not finite changes nothing but the counters.
 
@@ -20,18 +20,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fp8jax.config import Config
+from fp8jax.config import Config, OptimizerConfig
 from fp8jax.models import gemms
-from fp8jax.models.definition import STACKED, Definition, Params
+from fp8jax.models.definition import Definition, Params
 from fp8jax.models.gemms import ModelRecipes
 from fp8jax.models.taps import Taps
 from fp8jax.models.transformer import ForwardOptions
 from fp8jax.numerics import statistics
 from fp8jax.parallel.mesh import emulates_fp8, runs_kernels
 from fp8jax.parallel.sharding import RULES
-from fp8jax.training import bad_steps
-from fp8jax.training.optimizer import MATRIX, adamw, learning_rate
-from fp8jax.training.state import TrainState, abstract_state, initial_state
+from fp8jax.training import bad_steps, precision
+from fp8jax.training.gradients import GradientSums, gradient_view
+from fp8jax.training.optimizer import learning_rate, make_transform
+from fp8jax.training.state import TrainState, abstract_state, initial_state, state_of
 
 Batch = dict[str, jax.Array]
 
@@ -73,11 +74,29 @@ class TrainProgram:
         dtypes = {"mask": jnp.float32}
         return {name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=self.batch_sharding) for name in names}
 
-    def init(self) -> TrainState:
-        """Fresh, sharded state."""
+    def init(self, params: Params | None = None) -> TrainState:
+        """Fresh, sharded state; around these parameters, if there are any, whatever their dtypes."""
+        def make(params: Params | None) -> TrainState:
+            if params is None:
+                return initial_state(self.definition, self.recipes, self.config)
+            return state_of(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), self.recipes, self.config)
+
         with jax.set_mesh(self.mesh):
-            make = jax.jit(lambda: initial_state(self.definition, self.recipes, self.config), out_shardings=self.state_shardings)
-            return make()
+            return jax.jit(make, out_shardings=self.state_shardings)(params)
+
+    def abstract_state_kept_as(self, optimizer: OptimizerConfig) -> TrainState:
+        """The abstract state with parameters and moments in the formats of another config."""
+        config = dataclasses.replace(self.config, optimizer=optimizer)
+        return abstract_state(self.definition, self.recipes, config, self.mesh)
+
+    def keep_as_configured(self, state: TrainState) -> TrainState:
+        """A state whose parameters and moments are in other formats, in those of this program's config."""
+        def convert(params: Params, opt_state: Any, step: jax.Array) -> tuple[Params, Any]:
+            return precision.pack(self.config.optimizer, *precision.unpack(params, opt_state), step)
+
+        shardings = self.state_shardings.params, self.state_shardings.opt_state
+        params, opt_state = jax.jit(convert, out_shardings=shardings)(state.params, state.opt_state, state.step)
+        return dataclasses.replace(state, params=params, opt_state=opt_state)
 
     def put(self, batch: dict[str, Any]) -> Batch:
         """Moves a host batch [batch, t] to the devices, split into microbatches."""
@@ -141,14 +160,13 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
     """Loss, gradients, raw amaxes and statistics of a batch, over all its microbatches.
 
     Returns:
-        Mean loss in nats a token, float32, without the z-loss; gradients like the parameters (float32, or the activations' dtype for the
-        blocks' matrices if there is one microbatch); role → amaxes; taps.
+        Mean loss in nats a token, float32, without the z-loss; gradients like the parameters, in dtypes as `optimizer.gradient_dtype`
+        says; role → amaxes; taps.
     """
     scales = {role: entry["scale"] for role, entry in state.scaling.items()}
     model = definition.bind(state.params)
     prepared = model.prepare(recipes, scales, {})
-    # The matrices of the blocks reach their GEMMs quantised; this view only sets the dtype in which wgrad writes.
-    view = _narrow_matrices(state.params, jnp.dtype(config.model.dtype))
+    view = gradient_view(state.params, config)
     total = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
     options = ForwardOptions(config.training.remat, collect, config.monitor.kurtosis == "pooled")
 
@@ -165,20 +183,20 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
         tokens = gemms.zero_tokens(recipes, health=collect)
         (_, (loss, taps)), (grads, found) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(view, tokens, part)
         amaxes, health = gemms.read_tokens(found)
-        return loss, grads, amaxes, taps | health
+        return loss, sums.narrow(grads), amaxes, taps | health
 
+    sums = GradientSums(config.optimizer, state.step)
     of_weights = model.weight_health(recipes, prepared) if collect else {}
     if config.training.microbatches == 1:
         *found, taps = one(jax.tree.map(lambda a: a[0], batch))
         return *found, taps | of_weights
 
-    def accumulate(carry: Any, part: Batch) -> tuple[Any, Taps]:
-        loss, grads, amaxes, taps = one(part)
-        summed = jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry[:2], (loss, grads))
-        return (*summed, jax.tree.map(jnp.maximum, carry[2], amaxes)), taps
+    def accumulate(carry: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Taps]:
+        loss, grads, amaxes, taps = one(numbered[1])
+        return (carry[0] + loss, sums.add(carry[1], grads, numbered[0]), jax.tree.map(jnp.maximum, carry[2], amaxes)), taps
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (total, view))
-    (loss, grads, amaxes), taps = jax.lax.scan(accumulate, (*zeros, gemms.zero_tokens(recipes)), batch)
+    zeros = jnp.zeros((), jnp.float32), sums.zeros(view), gemms.zero_tokens(recipes)
+    (loss, grads, amaxes), taps = jax.lax.scan(accumulate, zeros, (jnp.arange(config.training.microbatches), batch))
     return loss, grads, amaxes, statistics.combine(taps) | of_weights
 
 
@@ -190,9 +208,11 @@ def train_step(state: TrainState, batch: Batch, config: Config, definition: Defi
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         squares = bad_steps.squares(grads)
         grad_norm = jnp.sqrt(sum(jnp.sum(square) for square in squares))
-        update, opt_state = adamw(config.optimizer).update(grads, state.opt_state, state.params)
+        params, moments = precision.unpack(state.params, state.opt_state)
+        update, moments = make_transform(config.optimizer).update(grads, moments, params)
         rate = learning_rate(config, state.step)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, update)
+        params = jax.tree.map(lambda p, u: p - rate * u, params, update)
+        params, opt_state = precision.pack(config.optimizer, params, moments, state.step)
     scaling = gemms.update_scaling(state.scaling, amaxes, recipes)
     values, threshold = jnp.stack([loss, grad_norm]), config.training.skip_spikes
     spike = state.health.is_spike(values, threshold) if threshold else jnp.zeros((), bool)
@@ -204,11 +224,3 @@ def train_step(state: TrainState, batch: Batch, config: Config, definition: Defi
     metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "bad_step": bad.astype(jnp.int32),
                "bad_steps_in_a_row": kept.health.in_a_row, "first_bad": jnp.argmax(flags).astype(jnp.int32)}
     return kept, metrics, taps
-
-
-def _narrow_matrices(params: Params, dtype: Any) -> Params:
-    """The parameters with the blocks' GEMM weights, and an untied head's, in the activations' dtype."""
-    def narrow(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key == MATRIX and path[0].key in (STACKED, "head") else leaf
-
-    return jax.tree_util.tree_map_with_path(narrow, params)

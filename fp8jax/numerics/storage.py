@@ -1,0 +1,136 @@
+"""Numbers kept in fewer bits between steps: stochastic rounding, FP16 and FP8 with a scale a block, remainders of a byte.
+
+    data, scale = encode(m, "fp8", bits)              # a first moment; bits = random_bits(m.shape, seed)
+    data, scale = encode(v, "float16", bits, root=True)   # a second moment: its square root is what is stored
+    m = decode(data, scale)                           # float32 again
+    high, low = split(w, jnp.bfloat16)                # 24 bits a number, rounded to nearest; w ≈ join(high, low)
+
+Why rounding is stochastic: a moving average changes by less than half a unit of 8 bits in most steps, and rounding to the
+nearest would undo the change every time. Rounded up with a probability equal to the fraction, averages stay right.
+
+Why scales are of blocks (128 numbers along the last dimension, powers of two): moments of one matrix lie many powers of ten
+apart, row by row. And why the root of a second moment: squares of gradients span twice the powers of two that gradients do.
+What is not zero is not stored as zero there, because the update divides by it.
+
+What it does not do: quantise operands of GEMMs (formats.py, blockwise.py).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fp8jax.numerics import blockwise, formats
+
+FORMATS = {"float32": jnp.dtype(jnp.float32), "bfloat16": jnp.dtype(jnp.bfloat16), "float16": jnp.dtype(jnp.float16), "fp8": formats.E4M3}
+# Formats whose range is too small without a scale.
+SCALED = ("float16", "fp8")
+_REMAINDER_STEPS = 256  # of a remainder, in one unit in the last place
+
+
+def random_bits(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
+    """32 random bits for each element, a function of its index and the seed alone, so the same on any mesh.
+
+    A hash of a few integer operations (`lowbias32`, C. Wellons, Prospecting for Hash Functions, 2018) that compilers fuse with
+    what uses it; JAX's own generator writes its bits to memory first. Good enough for rounding; not for more.
+
+    Args:
+        shape: of the result.
+        seed: uint32 scalar.
+    """
+    index = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        index = index * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    # The seed comes first: what depends on the index alone would be computed while compiling, and kept as a constant.
+    first = _mix(seed + jnp.uint32(0x9E3779B9))
+    return _mix(_mix(index ^ first) + _mix(first))
+
+
+def seed_of(step: jax.Array, number: jax.Array | int) -> jax.Array:
+    """A seed for the array of this number in this step."""
+    return _mix(step.astype(jnp.uint32)) + jnp.asarray(number).astype(jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def round_stochastic(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
+    """Rounds to one of the two neighbours in `dtype`, so that the mean is x; beyond the largest finite number, to that.
+
+    Args:
+        x: float32, any shape. NaN and infinity stay what they are, where the format has them.
+        dtype: a floating format of at most 16 bits.
+        bits: uint32 like x, uniformly distributed.
+    """
+    info = jnp.finfo(dtype)
+    quantum = _quantum(x, dtype)
+    # As many random bits as x has below the quantum: the sum is exact.
+    share = (bits >> (9 + info.nmant)).astype(jnp.float32) * jnp.float32(2.0 ** (info.nmant - 23))
+    rounded = jnp.floor(x * (1.0 / quantum) + share) * quantum
+    top = float(info.max)
+    return jnp.where(jnp.isfinite(x), jnp.clip(rounded, -top, top), x).astype(dtype)
+
+
+def _quantum(x: jax.Array, dtype: Any) -> jax.Array:
+    """Distance of neighbours in `dtype` at x, float32, a normal power of two; from exponent bits, so exact."""
+    info = jnp.finfo(dtype)
+    exponent = ((lax.bitcast_convert_type(x, jnp.uint32) >> 23) & 0xFF).astype(jnp.int32) - 127
+    exponent = jnp.maximum(exponent, max(int(info.minexp), info.nmant - 126)) - info.nmant
+    return lax.bitcast_convert_type(((exponent + 127) << 23).astype(jnp.uint32), jnp.float32)
+
+
+def encode(x: jax.Array, name: str, bits: jax.Array, *, root: bool = False) -> tuple[jax.Array, jax.Array | None]:
+    """An array in a storage format.
+
+    Args:
+        x: float32; with `root`, not negative.
+        name: one of FORMATS.
+        bits: uint32 like x, for stochastic rounding.
+        root: store the square root in formats that are scaled, and nothing positive as zero.
+
+    Returns:
+        Data in the format; float32 scales, one for each 128 elements along the last dimension, or None.
+    """
+    dtype = FORMATS[name]
+    if name == "float32":
+        return x, None
+    if name not in SCALED or x.ndim == 0:
+        return round_stochastic(x, dtype, bits), None
+    x = jnp.sqrt(x) if root else x
+    axis = x.ndim - 1
+    scale = formats.scale_of(blockwise.amax(x, (axis,)), dtype)
+    data = round_stochastic(x * (1.0 / blockwise.spread(scale, x.shape)), dtype, bits)
+    if root:
+        data = jnp.where((x > 0) & (data == 0), jnp.finfo(dtype).smallest_subnormal.astype(dtype), data)
+    return data, scale
+
+
+def decode(data: jax.Array, scale: jax.Array | None, *, root: bool = False) -> jax.Array:
+    """float32 values of what `encode` returned, with the same `root`."""
+    x = data.astype(jnp.float32)
+    if scale is None:
+        return x
+    x = x * blockwise.spread(scale, x.shape)
+    return jnp.square(x) if root else x
+
+
+def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """A number as the nearest one in a 16-bit format and, in an int8, what is missing in 256ths of the distance of neighbours there.
+
+    Three bytes hold 8 bits more than the format's own: what Kahan's compensation takes four for.
+    """
+    top = float(jnp.finfo(dtype).max)
+    high = jnp.clip(x, -top, top).astype(dtype)
+    near = high.astype(jnp.float32)
+    low = jnp.round((x - near) * (_REMAINDER_STEPS / _quantum(near, dtype)))
+    return high, jnp.clip(low, -127, 127).astype(jnp.int8)
+
+
+def join(high: jax.Array, low: jax.Array) -> jax.Array:
+    """float32, the inverse of `split`."""
+    near = high.astype(jnp.float32)
+    return near + low.astype(jnp.float32) * (_quantum(near, high.dtype) * (1.0 / _REMAINDER_STEPS))

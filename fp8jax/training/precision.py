@@ -1,0 +1,123 @@
+"""In how many bits parameters and moments are kept between steps, and how they come back from a checkpoint kept otherwise.
+
+    params, opt_state = pack(config.optimizer, params, moments, step)     # float32 → as the config asks
+    params, moments = unpack(params, opt_state)                           # float32 again
+
+What is packed are matrices: nearly all bytes. Gains and scalars stay float32. Everything computes in float32 (optimizer.py);
+formats, blocks and rounding are numerics/storage.py's. With all dtypes float32, packing changes nothing at all.
+
+Rounding draws its bits from the step and the parameter's place, so a resumed run repeats them.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.config import OptimizerConfig
+from fp8jax.numerics import storage
+from fp8jax.training.optimizer import MATRIX
+
+# Fields of optax's states that hold averages of gradients (m1: AdEMAMix's fast one; its slow one takes in 1e-4 of a gradient a
+# step, less than the noise of 8 bits, and stays float32), and of squares.
+_FIRST, _SECOND = ("mu", "m1"), ("nu",)
+
+
+class OptState(NamedTuple):
+    """What the optimizer remembers.
+
+    moments: optax's state, arrays of matrices in their storage formats. scales: like `moments`, None where there are none.
+    remainder: like the parameters, int8 of matrices whose rounding is compensated, None elsewhere.
+    """
+
+    moments: Any
+    scales: Any
+    remainder: Any
+
+
+def pack(config: OptimizerConfig, params: Any, moments: Any, step: jax.Array) -> tuple[Any, OptState]:
+    """float32 parameters and moments in the formats of a config; `step` seeds the rounding."""
+    kept = _map(lambda path, x, bits: _pack_moment(config, path, x, bits), moments, step, 0)
+    masters = _map(lambda path, x, bits: _pack_master(config, path, x, bits), params, step, 1 << 16)
+    (moments, scales), (params, remainder) = _unzip(moments, kept), _unzip(params, masters)
+    return params, OptState(moments, scales, remainder)
+
+
+def unpack(params: Any, opt_state: OptState) -> tuple[Any, Any]:
+    """float32 parameters and moments."""
+    def master(x: jax.Array, low: jax.Array | None) -> jax.Array:
+        return x.astype(jnp.float32) if low is None else storage.join(x, low)
+
+    def moment(path: Any, x: jax.Array, scale: jax.Array | None) -> jax.Array:
+        return storage.decode(x, scale, root=_moment(path) in _SECOND) if _moment(path) else x
+
+    moments = jax.tree_util.tree_map_with_path(moment, opt_state.moments, opt_state.scales)
+    return jax.tree.map(master, params, opt_state.remainder), moments
+
+
+def saved_as(config: OptimizerConfig, dtypes: dict[str, str]) -> OptimizerConfig:
+    """The config with the optimizer and the formats with which a checkpoint was saved.
+
+    Args:
+        config: of a run.
+        dtypes: of the checkpoint's arrays, by name: 'params/embedding/w'.
+    """
+    names = {str(dtype): name for name, dtype in storage.FORMATS.items()}
+    found: dict[str, str] = {}
+    for path, dtype in dtypes.items():
+        parts = path.split("/")
+        if parts[0] == "opt_state":
+            marks = {"m1": "ademamix", "inner_states": "muon"}
+            found["name"] = next((marks[part] for part in parts if part in marks), found.get("name", "adamw"))
+        if parts[-1] != MATRIX or dtype not in names:
+            continue
+        if parts[0] == "params":
+            found["master_dtype"] = names[dtype]
+        elif parts[:2] == ["opt_state", "moments"] and (kind := next((p for p in parts if p in _FIRST + _SECOND), None)):
+            found["first_moment" if kind in _FIRST else "second_moment"] = names[dtype]
+    compensated = any(path.startswith("opt_state/remainder/") for path in dtypes)
+    if found.get("master_dtype", "float32") != "float32":
+        found["master_rounding"] = "compensated" if compensated else "stochastic"
+    return dataclasses.replace(config, **found)
+
+
+def describe(config: OptimizerConfig) -> str:
+    """Like 'weights float16 (stochastic), moments fp8 and float16'."""
+    rounding = "" if config.master_dtype == "float32" else f" ({config.master_rounding})"
+    return f"weights {config.master_dtype}{rounding}, moments {config.first_moment} and {config.second_moment}"
+
+
+def _pack_moment(config: OptimizerConfig, path: Any, x: jax.Array, bits: Any) -> tuple[jax.Array, jax.Array | None]:
+    kind = _moment(path)
+    name = "float32" if kind is None else config.second_moment if kind in _SECOND else config.first_moment
+    return (x, None) if name == "float32" else storage.encode(x, name, bits(x), root=kind in _SECOND)
+
+
+def _pack_master(config: OptimizerConfig, path: Any, x: jax.Array, bits: Any) -> tuple[jax.Array, jax.Array | None]:
+    if config.master_dtype == "float32" or path[-1].key != MATRIX:
+        return x, None
+    if config.master_rounding == "compensated":
+        return storage.split(x, storage.FORMATS[config.master_dtype])
+    return storage.round_stochastic(x, storage.FORMATS[config.master_dtype], bits(x)), None
+
+
+def _moment(path: Any) -> str | None:
+    """The kind of average that an array of optax's state is, if it is a matrix's."""
+    if getattr(path[-1], "key", None) != MATRIX:
+        return None
+    return next((key.name for key in path if getattr(key, "name", None) in _FIRST + _SECOND), None)
+
+
+def _map(function: Any, tree: Any, step: jax.Array, first: int) -> list[Any]:
+    """function(path, leaf, its source of random bits) of every leaf; `first` tells trees apart."""
+    out = []
+    for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree), first):
+        out.append(function(path, leaf, lambda x, number=number: storage.random_bits(x.shape, storage.seed_of(step, number))))
+    return out
+
+
+def _unzip(like: Any, pairs: list[Any]) -> tuple[Any, Any]:
+    structure = jax.tree.structure(like)
+    first, second = zip(*pairs, strict=True)
+    return structure.unflatten(first), structure.unflatten(second)

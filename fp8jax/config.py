@@ -109,7 +109,7 @@ class Fp8Config:
 class DataConfig:
     """Where tokens come from."""
 
-    sequence_length: int = _field(256, "tokens a sequence", at_least=1)
+    sequence_length: int = _field(256, "tokens a sequence", at_least=1, below=2**24 + 1)  # positions are float32 in RoPE
     source: str = _field("embedded", "'embedded' (the novels shipped with fp8jax), a directory of prepared token shards, a Megatron "
                          "prefix, or a mixture of them: 'dirA=0.7,dirB=0.3'")
     tokenizer: str = _field("auto", "auto: the source's own; 'byte', 'tekken' or the path of a tokenizer.json")
@@ -153,7 +153,7 @@ class TrainingConfig:
     steps: int = _field(600, "optimizer steps", at_least=1)
     batch_size: int = _field(16, "sequences a step, over all devices and microbatches", at_least=1)
     microbatches: int = _field(1, "parts into which a step's batch is split, one after another", at_least=1)
-    seed: int = _field(0, "seed of initial weights and of the data order", at_least=0)
+    seed: int = _field(0, "seed of initial weights and of the data order", at_least=0, below=2**32)
     hang_limit: int = _field(1800, "seconds a step, a compilation or a save may take before the process ends; 0: any", at_least=0)
     bad_steps: int = _field(20, "bad steps in a row after which the run goes back to its newest checkpoint", at_least=1)
     rollbacks: int = _field(2, "times a run may go back, passing over the batches it could not digest, before it stops", at_least=0)
@@ -276,8 +276,7 @@ def from_dict(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     sections = {field.name: field.type for field in dataclasses.fields(Config)}
     built = {}
     for name, fields in values.items():
-        if name not in sections:
-            raise ConfigError(f"config.{name}: unknown section{_nearest(name, sections)}")
+        check_name(name)
         if not isinstance(fields, dict):
             raise ConfigError(f"config.{name}: {fields!r} is not a section of fields")
         built[name] = _build_section(name, sections[name], fields)
@@ -290,8 +289,7 @@ def _build_section(section: str, kind: Any, values: dict[str, Any]) -> Any:
     known = {field.name: field for field in dataclasses.fields(kind)}
     checked = {}
     for name, value in values.items():
-        if name not in known:
-            raise ConfigError(f"config.{section}.{name}: unknown field{_nearest(name, known)}")
+        check_name(section, name)
         checked[name] = _check_value(f"config.{section}.{name}", known[name], value)
     return kind(**checked)
 
@@ -308,7 +306,7 @@ def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
         raise ConfigError(f"{path}: {value!r} is not a finite number")
     choices, least, above, below = (field.metadata[key] for key in ("choices", "at_least", "above", "below"))
     if choices and value not in choices:
-        raise ConfigError(f"{path}: {value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}")
+        raise ConfigError(f"{path}: {value!r} is not one of {', '.join(choices)}{_did_you_mean(value, choices)}")
     if least is not None and value < least:
         raise ConfigError(f"{path}: {value!r} is below {least}: {field.metadata['doc']}")
     if above is not None and value <= above:
@@ -326,10 +324,24 @@ def _kind(annotation: Any) -> tuple[type, bool]:
     return annotation, False
 
 
+def check_name(section: str, field: str | None = None) -> None:
+    """Raises ConfigError, which names the nearest, if there is no such section, or no such field in it."""
+    sections = {found.name: found.type for found in dataclasses.fields(Config)}
+    if section not in sections:
+        raise ConfigError(f"config.{section}: unknown section{_nearest(section, sections)}")
+    known = [found.name for found in dataclasses.fields(sections[section])]
+    if field is not None and field not in known:
+        raise ConfigError(f"config.{section}.{field}: unknown field{_nearest(field, known)}")
+
+
 def _nearest(name: str, known: Any) -> str:
     """'; did you mean X?' or the list of what is known."""
+    return _did_you_mean(name, known) or f"; known: {', '.join(known)}"
+
+
+def _did_you_mean(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def check(config: Config) -> None:

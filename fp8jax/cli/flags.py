@@ -1,6 +1,7 @@
 """Command lines of train.py and eval.py: absl flags, with every mistake told in one line and exit code 2."""
 
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from fp8jax.cli.errors import complain
-from fp8jax.config import ConfigError
+from fp8jax.config import ConfigError, check_name
 from fp8jax.training.checkpoint import CheckpointError
 
 
@@ -24,12 +25,11 @@ def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
         print("\n".join([usage.strip(), "", *(f"--{flag.name}: {flag.help}" for flag in known)]))
         return 0
     try:
+        _check_names("config", argv)
         rest = flags.FLAGS(list(argv))
         if len(rest) > 1:
             return complain(f"unknown argument {rest[1]!r}; flags start with --")
-    except flags.Error as error:
-        return complain(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:  # raised while a config file is loaded or changed
+    except Exception as error:  # whatever a config file raises while it is loaded or changed
         return complain(_text(error))
     try:
         return work()
@@ -51,14 +51,28 @@ def read_config(name: str, file: str, overrides: Sequence[str] = ()) -> ml_colle
     if not pathlib.Path(file.partition(":")[0]).is_file():
         raise ConfigError(f"--{name}={file}: no such file; for example --{name}=configs/fp8_base.py:8b")
     values, argv = flags.FlagValues(), [name, f"--{name}={file}", *overrides]
+    _check_names(name, overrides)
     found = config_flags.DEFINE_config_file(name, flag_values=values, sys_argv=argv)
     try:
         values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except Exception as error:  # as in `run`
         raise ConfigError(_text(error)) from error
     return found.value
 
 
+def _check_names(name: str, argv: Sequence[str]) -> None:
+    """Raises ConfigError on the first `--NAME.section.field` that there is not."""
+    for word in argv:
+        if found := re.match(rf"--?{name}\.(\w+)(?:\.(\w+))?", word):
+            check_name(*found.groups())
+
+
 def _text(error: Exception) -> str:
-    """The message; a KeyError's own str is in quotes."""
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    """What to tell of an error in flags or in a config file."""
+    message = str(error).strip()
+    if isinstance(error, ConfigError):
+        return message
+    if isinstance(error, flags.Error):  # of a ValueError in a config file, absl gives the whole traceback
+        flag, raised, _ = message.partition(": Error whilst parsing config file")
+        return f"{flag}: {message.splitlines()[-1].removeprefix('ValueError: ')}" if raised else message
+    return f"{type(error).__name__} in the config file: {message}"

@@ -20,15 +20,17 @@ def run(*arguments):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--config=configs/fp8_base.py:tiny", "--config.model.kv_heads=3"], ["config.model.kv_heads", "3", "heads=2"]),
-    (["--config=configs/fp8_base.py:tiny", "--config.model.widht=3"], ["widht", "width"]),
+    (["--config=configs/fp8_base.py:tiny", "--config.model.widht=3"], ["config.model.widht: unknown field; did you mean 'width'?"]),
+    (["--config=configs/fp8_base.py:tiny", "--config.modle.width=3"], ["config.modle: unknown section; did you mean 'model'?"]),
     (["--config=configs/fp8_base.py:tiny", "--config.model.width=wide"], ["width", "wide"]),
     (["--config=configs/fp8_base.py:tiny", "--config.fp8.recipe=fp7"], ["config.fp8.recipe", "fp7", "fp8_dpa"]),
     (["--config=configs/fp8_base.py:tiny", "--config.fp8.head=True"], ["config.fp8.head", "tied_embeddings"]),
-    (["--config=configs/fp8_base.py:huge"], ["huge", "390m"]),
+    (["--config=configs/fp8_base.py:huge"], ["error: flag --config=configs/fp8_base.py:huge: size 'huge' is not one of tiny, 390m"]),
+    (["--config=README.md"], ["SyntaxError in the config file", "README.md, line"]),
     (["--config=configs/missing.py"], ["missing.py"]),
     ([], ["--config"]),
     (["--config=configs/fp8_base.py:tiny", "--wrokdir=x"], ["wrokdir"]),
-    (["--config=configs/fp8_base.py:tiny", "--config.data.packing=best_fit"], ["prepared token shards, not 'embedded'"]),
+    (["--config=configs/fp8_base.py:tiny", "--config.data.source=a=0.5,b"], ["as in 'dirA=0.7,dirB=0.3'"]),
 ])
 def test_mistakes_end_with_one_line_and_exit_code_2(arguments, words):
     result = run("train.py", *arguments)

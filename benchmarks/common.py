@@ -55,16 +55,22 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def save(name: str, rows: Sequence[Mapping[str, Any]], folder: pathlib.Path = RESULTS, **more: Any) -> pathlib.Path:
-    """Writes rows with device, versions and command as JSON, and prints them as a table; returns the file."""
+def save(name: str, rows: Sequence[Mapping[str, Any]], folder: pathlib.Path = RESULTS, *, show: bool = True, **more: Any) -> pathlib.Path:
+    """Writes rows with device, versions and command as JSON, and prints them as a table, unless more is to come; returns the file."""
     device = jax.devices()[0].device_kind
     record = {"device": device, "versions": versions(), "command": " ".join(["python", *sys.argv]), **more, "rows": list(rows)}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{device.replace(' ', '_').lower()}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print_table(rows)
-    print(f"\n{device}; written to {path}")
+    if show:
+        print_table(rows)
+        print(f"\n{device}; written to {path}", flush=True)
     return path
+
+
+def one_line(error: Exception) -> str:
+    """An error as a cell of a table."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def versions() -> dict[str, str]:

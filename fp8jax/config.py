@@ -101,7 +101,8 @@ class Fp8Config:
     backend: str = _field("auto", "native: FP8 GEMMs; emulated: exact FP8 values in BF16 GEMMs; auto: what the device has",
                           choices=("auto", "native", "emulated"))
     attention_backend: str = _field("auto", "implementation of attention; auto: pallas on Hopper GPUs, else composed, else emulated, as the "
-                                    "scalings and heads allow", choices=("auto", "emulated", "composed", "pallas"))
+                                    "scalings and heads allow; for BF16 attention on a GPU, cudnn",
+                                    choices=("auto", "emulated", "composed", "pallas", "cudnn"))
     overrides: str = _field("", "role=scaling pairs, e.g. 'mlp_down=bf16,qkv@0-3=current' (layers 0 to 3)")
 
 

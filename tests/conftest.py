@@ -1,10 +1,10 @@
-"""Eight CPU devices, no silent dtype promotion, and each program compiled once in a test session."""
+"""Eight CPU devices (unless JAX_PLATFORMS names others), no silent dtype promotion, and each program compiled once in a session."""
 
 import os
 import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests/gpu: JAX_PLATFORMS=cuda
 
 import jax
 

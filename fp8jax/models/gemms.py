@@ -80,7 +80,8 @@ class ModelRecipes:
         return ModelRecipes(blocks, change(self.head), self.attention_backend)
 
 
-def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = False, recipe: str | None = None) -> ModelRecipes:
+def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = False, cudnn: bool = False,
+                  recipe: str | None = None) -> ModelRecipes:
     """Recipes as `config.fp8` asks for them.
 
     Args:
@@ -88,6 +89,7 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = 
         gated: whether the FFN has a gate GEMM.
         emulated: no FP8 units on the device.
         fused: the device runs our attention kernels, so that `auto` may choose them.
+        cudnn: the device runs cuDNN's attention, so that `auto` may choose it where no layer's attention is in FP8.
         recipe: instead of config.fp8.recipe; evaluation runs in `bf16`.
 
     Raises:
@@ -120,8 +122,10 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = 
             for layer in layers[override.first : override.last + 1]:
                 layer |= {override.role: changed} if override.role in layer else {}
         _check_blockwise(layers)
-    asked = ("auto" if recipe == "bf16" else fp8.attention_backend), ("pallas",) if fused else ()
-    return ModelRecipes(tuple(layers), head, _attention_backend(*asked, layers, head_dim(config.model)))
+    keeps = recipe != "bf16" or (cudnn and fp8.attention_backend == attention_lib.CUDNN)
+    first = (attention_lib.CUDNN,) * cudnn + ("pallas",) * fused
+    backend = _attention_backend(fp8.attention_backend if keeps else "auto", first, layers, head_dim(config.model))
+    return ModelRecipes(tuple(layers), head, backend)
 
 
 def _check_applies(override: recipes_lib.Override, layers: list[Recipes], head: GemmRecipe) -> None:
@@ -141,10 +145,10 @@ def _check_blockwise(layers: list[Recipes]) -> None:
                               "config.fp8.overrides='attention_scores=current,attention_values=current', or config.fp8.recipe=fp8")
 
 
-def _attention_backend(asked: str, fused: tuple[str, ...], layers: list[Recipes], features: int) -> str:
+def _attention_backend(asked: str, first: tuple[str, ...], layers: list[Recipes], features: int) -> str:
     """The backend asked for; `auto`: the first that can do every layer's recipes, in the order of what memory it takes."""
     problems = {}
-    for backend in (*fused, "composed", "emulated") if asked == "auto" else (asked,):
+    for backend in (*first, "composed", "emulated") if asked == "auto" else (asked,):
         try:
             for layer in layers:
                 attention_lib.check_backend(backend, layer, features)

@@ -4,7 +4,8 @@
 
 Letters: b batch, t query time, s key time, k KV heads, g query heads a KV head, h head dim. Backend `emulated` takes
 all rows at once and is the definition of what is computed; `composed` takes them in chunks, in memory linear in the
-sequence length; `pallas` is one fused kernel forward and two backward, for Hopper GPUs. Written so that blocking does not matter:
+sequence length; `pallas` is one fused kernel forward and two backward, for Hopper GPUs. Where no
+GEMM is in FP8, `cudnn` is NVIDIA's flash attention. Written so that blocking does not matter:
 
 forward    S = q·k                                        e4m3 x e4m3
            P~ = exp2(S·c - ceil(m)), m the row maximum in base 2, cast to e4m3 at the fixed scale 1/256
@@ -40,6 +41,7 @@ from fp8jax.numerics.recipes import GemmRecipe
 
 SCORES, VALUES = "attention_scores", "attention_values"
 BACKENDS = ("emulated", "composed", "pallas")
+CUDNN = "cudnn"  # one more backend, of BF16 alone: what a user would train BF16 with on a GPU
 # Blocks of P and dS would make results depend on how rows are chunked; no backend has them.
 SCALINGS = ("delayed", "current", "static", "bf16")  # those with one scale a tensor, the same for every chunk
 
@@ -61,6 +63,7 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
         scales: role → float32 scales, in the order of `recipes.OPERANDS`; needed by delayed scaling.
         tokens: role → zeros of the same shapes, whose cotangents are raw amaxes; or [..., len(statistics.HEALTH)].
         backend: one of BACKENDS. Whether a recipe's GEMMs are FP8 or emulated is the recipe's business, with any.
+            Or CUDNN, on a GPU, for recipes in `bf16` and without segment_ids.
         partition: mesh axes along which the batch and the KV heads are split; `pallas` needs to know them.
 
     Returns:
@@ -70,6 +73,8 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
         ValueError: an unknown backend, or one that cannot do a recipe's scaling; delayed scaling without scales.
     """
     check_backend(backend, recipes, q_btkgh.shape[-1])
+    if backend == CUDNN:
+        return _cudnn(q_btkgh, k_bskh, v_bskh, softmax_scale, segment_ids)
     for role in (SCORES, VALUES):
         if recipes[role].scaling == "delayed" and (scales is None or role not in scales):
             raise ValueError(f"attention: delayed scaling of {role} needs scales[{role!r}]")
@@ -82,9 +87,11 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
 
 def check_backend(backend: str, recipes: Mapping[str, GemmRecipe], head_dim: int) -> None:
     """Raises ValueError, which says what can, if a backend is unknown or cannot do what the two roles' recipes ask for."""
-    if backend not in BACKENDS:
-        raise ValueError(f"{backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend not in (*BACKENDS, CUDNN):
+        raise ValueError(f"{backend!r} is not one of {', '.join((*BACKENDS, CUDNN))}")
     for role in (SCORES, VALUES):
+        if backend == CUDNN and recipes[role].fp8:
+            raise ValueError(f"{role}: {CUDNN} is for BF16 alone; {', '.join(BACKENDS)} do FP8")
         if recipes[role].scaling not in SCALINGS:
             raise ValueError(f"{role}: attention has no {recipes[role].scaling} scaling, only {', '.join(SCALINGS)}")
     if backend == "pallas" and not all(recipes[role].fp8 for role in (SCORES, VALUES)):
@@ -92,6 +99,15 @@ def check_backend(backend: str, recipes: Mapping[str, GemmRecipe], head_dim: int
     if backend == "pallas" and head_dim not in attention_pallas.HEAD_DIMS:
         dims = ", ".join(map(str, attention_pallas.HEAD_DIMS))
         raise ValueError(f"pallas has no heads of {head_dim} features, only {dims}; composed and emulated take any")
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: jax.Array | None) -> jax.Array:
+    """Backend `cudnn`; its gradient is cuDNN's own."""
+    if segment_ids is not None:
+        raise ValueError(f"attention: {CUDNN} has no document masks; {', '.join(BACKENDS)} do")
+    b, t, kv_heads, groups, h = q.shape
+    o = jax.nn.dot_product_attention(q.reshape(b, t, kv_heads * groups, h), k, v, scale=scale, is_causal=True, implementation="cudnn")
+    return o.reshape(q.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

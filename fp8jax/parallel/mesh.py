@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from fp8jax.config import MESH_AXES, Config, ConfigError
+from fp8jax.config import MESH_AXES, Config, ConfigError, head_dim
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -81,3 +81,18 @@ def emulates_fp8(config: Config, device: jax.Device) -> bool:
 def runs_kernels(device: jax.Device) -> bool:
     """Whether a device runs our attention kernels: NVIDIA's Hopper (compute capability 9)."""
     return device.platform == "gpu" and getattr(device, "compute_capability", "").startswith("9.")
+
+
+def has_cudnn_attention(config: Config, device: jax.Device) -> bool:
+    """Whether a config's attention, were it BF16, can be cuDNN's on a device; one at hand, as JAX asks its cuDNN while tracing.
+
+    Raises:
+        ConfigError: it is asked for and cannot.
+    """
+    features = head_dim(config.model)
+    suits = features <= 128 and features % 8 == 0 and config.model.dtype == "bfloat16" and not config.data.document_masks
+    at_hand = device.platform == "gpu" and jax.default_backend() == "gpu"
+    if config.fp8.attention_backend == "cudnn" and not (suits and at_hand):
+        raise ConfigError("config.fp8.attention_backend: cudnn needs a GPU at hand, model.dtype=bfloat16, heads of at most 128 features, a "
+                          "multiple of 8, and no data.document_masks; auto takes it where it can")
+    return suits and at_hand

@@ -27,7 +27,7 @@ from fp8jax.models.gemms import ModelRecipes
 from fp8jax.models.taps import Taps
 from fp8jax.models.transformer import ForwardOptions
 from fp8jax.numerics import statistics
-from fp8jax.parallel.mesh import emulates_fp8, runs_kernels
+from fp8jax.parallel.mesh import emulates_fp8, has_cudnn_attention, runs_kernels
 from fp8jax.parallel.sharding import RULES
 from fp8jax.training import bad_steps, precision
 from fp8jax.training.gradients import GradientSums, gradient_view
@@ -59,7 +59,8 @@ class TrainProgram:
         self.config, self.definition, self.mesh = config, definition, mesh
         self.emulated = emulates_fp8(config, mesh.devices.flat[0])
         fused = not self.emulated and runs_kernels(mesh.devices.flat[0])
-        self.recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=self.emulated, fused=fused)
+        cudnn = has_cudnn_attention(config, mesh.devices.flat[0])
+        self.recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=self.emulated, fused=fused, cudnn=cudnn)
         self.abstract_state = abstract_state(definition, self.recipes, config, mesh)
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"]))
         self.abstract_batch = self._abstract_batch()

@@ -1,0 +1,113 @@
+"""All GPU checks and benchmarks in one command, inside eight minutes on one H100; the most important first.
+
+    python benchmarks/gpu_session.py                              # results in benchmarks/results
+    python benchmarks/gpu_session.py --results=/tmp/out --only=checks,step
+    python benchmarks/gpu_session.py --size=tiny --quick          # a rehearsal, on a CPU too
+
+Each part is a process of its own with a limit of its own, so that none takes the others with it; parts that write results
+do so as they go, so that a part that runs out of time leaves what it had. Writes one log a session (gpu_session.log) and
+a summary (gpu_session.json). Exits with 1 if a part failed.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import common
+
+MAIN = "llama3:bf16,fog_flash:fp8_dpa,fog_flash:fp8"
+OTHERS = "llama3:bf16,fog_flash:bf16,llama3:fp8,fog_max:fp8_dpa,op:fp8_dpa,olmo2:bf16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One process: its arguments to Python, its limit in seconds."""
+
+    name: str
+    arguments: tuple[str, ...]
+    limit: int
+
+
+def parts(args: argparse.Namespace) -> list[Part]:
+    """What runs, in order."""
+    size, where = f"--size={args.size}", f"--results={args.results}"
+    rounds = "--rounds=1" if args.quick else "--rounds=10"
+    step = ("--rounds=1", "--steps=1") if args.quick else ("--rounds=3", "--steps=5")
+    depths, lengths = ("2,1", "256") if args.quick else ("6,2", "4096,8192,2048,16384")
+    tokens = ("--tokens=256",) if args.quick else ()
+    script = "benchmarks/{}.py".format
+    figures = f"--figures={args.results / 'gpu_checks.json'}"
+    return [
+        Part("step", (script("train_step"), size, where, f"--models={MAIN}", f"--layers={depths}", "--profile", *step), 170),
+        Part("checks", ("-m", "pytest", "tests/gpu", "-m", "gpu", "-s", "-W", "default", "-p", "no:cacheprovider", figures), 110),
+        Part("attention", (script("attention"), size, where, f"--lengths={lengths}", "--batch=2", rounds), 80),
+        Part("gemm", (script("gemm"), size, where, rounds, *tokens), 60),
+        Part("peers", (script("peers"), size, where, rounds, *tokens), 70),
+        Part("others", (script("train_step"), size, where, f"--models={OTHERS}", f"--layers={depths.split(',')[0]}", "--name=train_step_others",
+                        *step), 120),
+    ]
+
+
+def run(part: Part, limit: float, log: pathlib.Path) -> dict:
+    """Runs one part to its end or its limit; what came of it."""
+    path = os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    if part.name == "checks":
+        environment |= {"JAX_PLATFORMS": "cuda" if pathlib.Path("/dev/nvidiactl").exists() else "cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    start = time.perf_counter()
+    with log.open("a") as out:
+        out.write(f"\n=== {part.name}: python {' '.join(part.arguments)}\n")
+        out.flush()
+        process = subprocess.Popen([sys.executable, *part.arguments], cwd=common.ROOT, env=environment, stdout=out,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+    outcome = {"part": part.name, "seconds": round(time.perf_counter() - start, 1), "limit": round(limit),
+               "outcome": {0: "passed", None: "ran out of time"}.get(code, f"failed with {code}")}
+    print(f"{outcome['part']:<10} {outcome['outcome']:<16} {outcome['seconds']:6.1f} s of {outcome['limit']}", flush=True)
+    return outcome
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the parts while time is left; the exit code."""
+    args = _arguments(argv)
+    args.results = args.results.resolve()
+    args.results.mkdir(parents=True, exist_ok=True)
+    wanted = args.only.split(",") if args.only else None
+    log = args.results / "gpu_session.log"
+    log.write_text("")
+    start, outcomes = time.perf_counter(), []
+    for part in parts(args):
+        left = args.budget - (time.perf_counter() - start)
+        if wanted and part.name not in wanted:
+            continue
+        outcomes.append(run(part, min(part.limit, left), log) if left > 15 else {"part": part.name, "outcome": "no time left"})
+        record = {"command": " ".join(["python", *sys.argv]), "versions": common.versions(), "parts": outcomes}
+        (args.results / "gpu_session.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{time.perf_counter() - start:.0f} s; results and gpu_session.log in {args.results}")
+    return int(any(outcome["outcome"] != "passed" for outcome in outcomes))
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/gpu_session.py --only=step,checks")
+    parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
+    parser.add_argument("--size", default="8b")
+    parser.add_argument("--budget", type=float, default=470.0, help="seconds for all parts together")
+    parser.add_argument("--only", help="parts to run, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="small shapes, one round: does everything run?")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,22 +1,27 @@
-"""Times causal FP8 attention, forward and backward, against BF16 (cuDNN's flash attention on a GPU).
+"""Times causal FP8 attention, forward and with its backward pass, against BF16 (cuDNN's flash attention on a GPU).
 
-    python benchmarks/attention.py --size=8b --length=4096
+    python benchmarks/attention.py --size=8b --lengths=4096,8192
+    python benchmarks/attention.py --size=tiny --rounds=2
 
-`speed` is relative to BF16 in the same run.
+Heads are the size's. Every backend in turns with BF16, so that `speed`, relative to BF16 in the same run, holds. FLOPs are
+those of causal attention, 2 GEMMs forward and 5 backward over half the square. A backend that fails is a row that says so.
 """
 
 import argparse
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import common
 import jax
 import jax.numpy as jnp
 
 from configs import common as configs
-from fp8jax.numerics.attention import SCORES, VALUES, attention
+from fp8jax.numerics.attention import BACKENDS, SCORES, VALUES, attention
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
+
+PASSES = {"forward": 2, "forward+backward": 7}
 
 
 def bf16(q, k, v, scale: float):
@@ -34,35 +39,58 @@ def fp8(q, k, v, scale: float, backend: str, scaling: str):
     return attention(q, k, v, recipes, softmax_scale=scale, scales=scales, backend=backend)
 
 
-def both(forward):
-    """Jitted forward and backward pass."""
+def jitted(forward: Callable[..., jax.Array], passes: str) -> Callable[..., Any]:
+    """(q, k, v, do) → output, or output and gradients."""
     def run(q, k, v, do):
+        if passes == "forward":
+            return forward(q, k, v)
         o, pull = jax.vjp(forward, q, k, v)
         return o, pull(do)
 
     return jax.jit(run, compiler_options={"xla_gpu_enable_triton_gemm": False} if common.on_gpu() else None)
 
 
+def candidates(head: int) -> dict[str, Callable[..., jax.Array]]:
+    """Name → attention of q, k, v. `emulated` is a definition, not a contender, where there are FP8 units."""
+    backends = [backend for backend in BACKENDS if backend != "emulated" or not common.on_gpu()]
+    found = {"bf16": functools.partial(bf16, scale=head**-0.5)}
+    for scaling in ("delayed", "current"):
+        found |= {f"{backend}, {scaling}": functools.partial(fp8, scale=head**-0.5, backend=backend, scaling=scaling) for backend in backends}
+    return found
+
+
+def measure(length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one length."""
+    s = configs.SIZES[args.size]
+    kv, head = s["kv_heads"], s["width"] // s["heads"]
+    many, few = (args.batch, length, kv, s["heads"] // kv, head), (args.batch, length, kv, head)
+    arrays = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate((many, few, few, many))]
+    rows = []
+    for passes, gemms in PASSES.items():
+        calls = {name: functools.partial(jitted(forward, passes), *arrays) for name, forward in candidates(head).items()}
+        found, failed = common.surviving(calls, args.rounds)
+        flops = gemms * args.batch * s["heads"] * length**2 * head
+        rows += [{"attention": name, "length": length, "passes": passes, "ms": seconds * 1e3, "tflops_per_second": flops / seconds / 1e12,
+                  "speed": found["bf16"] / seconds if "bf16" in found else None} for name, seconds in found.items()]
+        rows += [{"attention": name, "length": length, "passes": passes, "error": error} for name, error in failed.items()]
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     """Prints the table and writes the results; returns their file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/attention.py --size=tiny")
     parser.add_argument("--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES)
-    parser.add_argument("--length", type=int, default=4096 if common.on_gpu() else 256)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--lengths", default="4096,2048,8192,16384" if common.on_gpu() else "256")
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     args = parser.parse_args(argv)
-    s = configs.SIZES[args.size]
-    kv, head = s["kv_heads"], s["width"] // s["heads"]
-    many, few = (args.batch, args.length, kv, s["heads"] // kv, head), (args.batch, args.length, kv, head)
-    arrays = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate((many, few, few, many))]
-    kinds = {"bf16": functools.partial(bf16, scale=head**-0.5)}
-    kinds |= {f"{backend}, {scaling}": functools.partial(fp8, scale=head**-0.5, backend=backend, scaling=scaling)
-              for backend, scaling in (("composed", "delayed"), ("composed", "current"), ("emulated", "delayed"))}
-    found = common.interleaved({name: functools.partial(both(forward), *arrays) for name, forward in kinds.items()}, args.rounds)
-    rows = [{"attention": name, "length": args.length, "ms": seconds * 1e3, "speed": found["bf16"] / seconds}
-            for name, seconds in found.items()]
-    return common.save(f"attention-{args.size}", rows, args.results)
+    rows: list[dict[str, Any]] = []
+    for length in map(int, args.lengths.split(",")):
+        rows += measure(length, args)
+        path = common.save(f"attention-{args.size}", rows, args.results, show=False, batch=args.batch)
+    common.print_table(rows)
+    return path
 
 
 if __name__ == "__main__":

@@ -44,6 +44,18 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
+def surviving(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, str]]:
+    """`interleaved` of the candidates whose first call succeeds, and what the others died of: a failure is a result."""
+    working, failed = {}, {}
+    for name, call in calls.items():
+        try:
+            jax.block_until_ready(call())
+            working[name] = call
+        except Exception as error:  # noqa: BLE001  compilers and devices raise what they like
+            failed[name] = one_line(error)
+    return interleaved(working, rounds), failed
+
+
 def peak() -> Device | None:
     """Peak rates of the device at hand, where they are known."""
     kind = jax.devices()[0].device_kind.lower()

@@ -59,12 +59,16 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
         scales, token = jnp.full(2, 1 / 64, jnp.float32), jnp.zeros(2, jnp.float32)
         for backward in (False, True):
             calls = {scaling: functools.partial(linear(GemmRecipe(scaling, emulated=not common.on_gpu()), backward),
-                                                *((x, w, dy, scales, token))) for scaling in SCALINGS}
+                                                x, w, dy, scales, token) for scaling in SCALINGS}
             flops = 2 * args.tokens * inputs * outputs * (3 if backward else 1)
-            found = common.interleaved(calls, args.rounds)
-            rows += [{"role": role, "passes": "fprop+dgrad+wgrad" if backward else "fprop", "scaling": scaling, "ms": seconds * 1e3,
-                      "tflops_per_second": flops / seconds / 1e12, "speed": found["bf16"] / seconds} for scaling, seconds in found.items()]
-    return common.save(f"gemm-{args.size}", rows, args.results, tokens=args.tokens)
+            found, failed = common.surviving(calls, args.rounds)
+            passes = "fprop+dgrad+wgrad" if backward else "fprop"
+            rows += [{"role": role, "passes": passes, "scaling": name, "error": error} for name, error in failed.items()]
+            rows += [{"role": role, "passes": passes, "scaling": scaling, "ms": seconds * 1e3, "tflops_per_second": flops / seconds / 1e12,
+                      "speed": found["bf16"] / seconds if "bf16" in found else None} for scaling, seconds in found.items()]
+        path = common.save(f"gemm-{args.size}", rows, args.results, show=False, tokens=args.tokens)
+    common.print_table(rows)
+    return path
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import common
 
 MAIN = "llama3:bf16,fog_flash:fp8_dpa,fog_flash:fp8"
-OTHERS = "llama3:bf16,fog_flash:bf16,llama3:fp8,fog_max:fp8_dpa,op:fp8_dpa,olmo2:bf16"
+OTHERS = "llama3:bf16,fog_flash:fp8_dpa:composed,fog_flash:bf16,llama3:fp8,fog_max:fp8_dpa,op:fp8_dpa,olmo2:bf16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         Part("peers", (script("peers"), size, where, rounds, *tokens), 70),
         Part("others", (script("train_step"), size, where, f"--models={OTHERS}", f"--layers={depths.split(',')[0]}", "--name=train_step_others",
                         *step), 120),
+        Part("tune", (script("tune_attention"), where), 150),
     ]
 
 
@@ -84,14 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     args.results = args.results.resolve()
     args.results.mkdir(parents=True, exist_ok=True)
-    wanted = args.only.split(",") if args.only else None
     log = args.results / "gpu_session.log"
     log.write_text("")
     start, outcomes = time.perf_counter(), []
-    for part in parts(args):
-        left = args.budget - (time.perf_counter() - start)
-        if wanted and part.name not in wanted:
-            continue
+    known = {part.name: part for part in parts(args)}
+    for name in args.only.split(",") if args.only else [name for name in known if name != "tune"]:
+        part, left = known[name], args.budget - (time.perf_counter() - start)
         outcomes.append(run(part, min(part.limit, left), log) if left > 15 else {"part": part.name, "outcome": "no time left"})
         record = {"command": " ".join(["python", *sys.argv]), "versions": common.versions(), "parts": outcomes}
         (args.results / "gpu_session.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -104,7 +103,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     parser.add_argument("--size", default="8b")
     parser.add_argument("--budget", type=float, default=470.0, help="seconds for all parts together")
-    parser.add_argument("--only", help="parts to run, separated by commas")
+    parser.add_argument("--only", help="parts to run, in this order, separated by commas; tune runs only when asked for")
     parser.add_argument("--quick", action="store_true", help="small shapes, one round: does everything run?")
     return parser.parse_args(argv)
 

@@ -117,9 +117,9 @@ def extrapolated(rows: Sequence[dict[str, Any]], runs: dict[tuple[str, int], Run
     full, out = configs.SIZES[size]["layers"], []
     for name in dict.fromkeys(row["model"] for row in rows):
         times = {row["layers"]: row["ms"] / 1e3 for row in rows if row["model"] == name}
-        if len(times) < 2:
-            continue
         few, many = min(times), max(times)
+        if times[many] <= times[few]:  # one depth only, or noise
+            continue
         seconds = times[few] + (full - few) * (times[many] - times[few]) / (many - few)
         config = runs[name, few].program.config
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers=full))

@@ -41,7 +41,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     rounds = "--rounds=1" if args.quick else "--rounds=10"
     step = ("--rounds=1", "--steps=1") if args.quick else ("--rounds=3", "--steps=5")
     depths, lengths = ("2,1", "256") if args.quick else ("6,2", "4096,8192,2048,16384")
-    tokens = ("--tokens=256",) if args.quick else ()
+    tokens, batch = (("--tokens=256",), ("--batch=1",)) if args.quick else ((), ())
     script = "benchmarks/{}.py".format
     figures = f"--figures={args.results / 'gpu_checks.json'}"
     return [
@@ -49,7 +49,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         Part("checks", ("-m", "pytest", "tests/gpu", "-m", "gpu", "-s", "-W", "default", "-p", "no:cacheprovider", figures), 110),
         Part("attention", (script("attention"), size, where, f"--lengths={lengths}", "--batch=2", rounds), 80),
         Part("gemm", (script("gemm"), size, where, rounds, *tokens), 60),
-        Part("peers", (script("peers"), size, where, rounds, *tokens), 70),
+        Part("peers", (script("peers"), size, where, rounds, *batch), 90),
         Part("others", (script("train_step"), size, where, f"--models={OTHERS}", f"--layers={depths.split(',')[0]}", "--name=train_step_others",
                         *step), 120),
         Part("tune", (script("tune_attention"), where), 150),

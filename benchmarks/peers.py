@@ -2,8 +2,8 @@
 
     python benchmarks/peers.py --size=tiny          # qwix: pip install qwix
 
-FOG-opt's block. The peers have FP8 linear layers only, so their attention is JAX's own in BF16; fp8jax is timed like that (recipe
-`fp8`) and with attention in FP8 as well (`fp8_dpa`). A peer that is not installed, or fails, is a row that says so.
+FOG-opt's block. The peers have FP8 linear layers only, so their attention is JAX's own in BF16, on a GPU cuDNN's; fp8jax is timed
+like that (recipe `fp8`) and with attention in FP8 as well (`fp8_dpa`). A peer that is not installed, or fails, is a row that says so.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from fp8jax.models import activations, architectures, gemms
 from fp8jax.models.gemms import GemmInputs, Gemms
 from fp8jax.models.layers import apply_rope, rope_frequencies, rope_table
 from fp8jax.models.transformer import Block
+from fp8jax.parallel.mesh import runs_kernels
+from fp8jax.training.step import COMPILER_OPTIONS
 
 
 class PeerBlock(nn.Module):
@@ -42,7 +44,8 @@ class PeerBlock(nn.Module):
         qkv = dense((heads + 2 * kv_heads) * h)(x_btd).reshape(b, t, heads + 2 * kv_heads, h)
         q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
         q, k = (apply_rope(norm(use_scale=False)(a), rope) for a in (q, k))
-        o = jax.nn.dot_product_attention(q, k, v, scale=config.softmax_scale, is_causal=True)
+        kind = "cudnn" if common.on_gpu() else None
+        o = jax.nn.dot_product_attention(q, k, v, scale=config.softmax_scale, is_causal=True, implementation=kind)
         x_btd = x_btd + norm()(dense(d)(o.reshape(b, t, heads * h)))
         return x_btd + norm()(dense(d)(activations.gelu(dense(architectures.ffn_hidden(config))(x_btd))))
 
@@ -64,7 +67,8 @@ def with_qwix(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array])
 
 def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
     """The block of fp8jax, weights quantised in each call, amaxes reported, with delayed scaling."""
-    recipes = gemms.model_recipes(config, gated=False, emulated=not common.on_gpu(), recipe=recipe)
+    recipes = gemms.model_recipes(config, gated=False, emulated=not common.on_gpu(), recipe=recipe, cudnn=common.on_gpu(),
+                                  fused=runs_kernels(jax.devices()[0]))
     graph, params = nnx.split(Block(architectures.resolve(config.model), nnx.Rngs(params=0)))
     tokens = gemms.zero_tokens(recipes)
     scales = jax.tree.map(lambda token: jnp.full(token.shape[1:], 1 / 64), tokens)
@@ -77,7 +81,8 @@ def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.A
         y, _ = block(x, rope, None, Gemms(recipes.blocks[0], given, recipes.attention_backend))
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
-    return functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1, 2))), params, tokens, x)
+    options = COMPILER_OPTIONS if common.on_gpu() else None
+    return functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=options), params, tokens, x)
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:

@@ -3,7 +3,7 @@
 import pytest
 
 from fp8jax.config import ConfigError
-from fp8jax.numerics import attention_composed
+from fp8jax.numerics import attention, attention_composed
 from fp8jax.training import start_up
 from tests.training.test_run import micro, program_of
 
@@ -25,7 +25,7 @@ def test_attention_that_computes_something_else_is_refused(program, monkeypatch)
     def wrong(call, operands):
         return original(call, operands._replace(v=operands.v._replace(scale=2 * operands.v.scale)))
 
-    monkeypatch.setattr(attention_composed, "forward", wrong)
+    monkeypatch.setitem(attention._FORWARD, "composed", wrong)
     with pytest.raises(ConfigError, match="config.fp8.attention_backend: .*'composed' disagrees.* o 1[ ,.;]"):
         start_up.check_attention(program)
 

@@ -29,6 +29,7 @@ from fp8jax.monitor.writers import MetricsWriter
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, save_config
 from fp8jax.training.evaluation import Evaluator, write_json
+from fp8jax.training.feed import Feed
 from fp8jax.training.lock import exclusive
 from fp8jax.training.profiling import ProfileWindow
 from fp8jax.training.resume import Position, Resumed, check_continues, resume
@@ -110,7 +111,7 @@ class _Run:
             first = pipeline.train_batches(config)[step + self.position.skipped_batches]
             state = program.calibrate(state, program.put(first))
             self.writer.event("calibrated", step)
-        iterator = pipeline.train_iterator(config, start_step=step + self.position.skipped_batches)
+        iterator = self.feed = Feed(pipeline.train_iterator(config, start_step=step + self.position.skipped_batches))
         for line in describe_compiled(program):
             self.progress.message(line)
         self.writer.event("started", step, seconds=round(time.monotonic() - began, 1))
@@ -137,6 +138,7 @@ class _Run:
         with self._untimed(collect):
             batch = self.program.put(next(iterator))
             state, metrics, taps = self.program.step(state, batch, collect=collect)
+            self.feed.running = metrics["loss"]
             if collect:
                 jax.block_until_ready(metrics)
         self._tell(self.profile.after(step, metrics))
@@ -177,8 +179,9 @@ class _Run:
         entry: dict[str, Any] = {name: value.item() for name, value in metrics.items()} | {"tokens": step * tokens}
         first, in_a_row = self.program.bad_names[entry.pop("first_bad")], entry.pop("bad_steps_in_a_row")
         if self.timed:
-            seconds = (time.perf_counter() - self.clock) / self.timed
-            entry |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds}
+            seconds, waited = (time.perf_counter() - self.clock) / self.timed, self.feed.waited / self.timed
+            entry |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_wait_seconds": waited}
+            self._tell(self.feed.warning(seconds, waited))
         entry |= held_out | outliers.flatten(jax.tree.map(np.asarray, taps))
         self.writer.write(step, entry)
         self.progress.update(step, entry)
@@ -227,14 +230,15 @@ class _Run:
 
     def _restart_clock(self) -> None:
         self.clock, self.timed = time.perf_counter(), 0
+        self.feed.lap()
 
     @contextlib.contextmanager
     def _untimed(self, skip: bool) -> Iterator[None]:
         """Leaves steps with statistics, and what they compile, out of the timing of ordinary ones."""
-        before = time.perf_counter()
+        before, waited = time.perf_counter(), self.feed.waited
         yield
         if skip:
-            self.clock += time.perf_counter() - before
+            self.clock, self.feed.waited = self.clock + time.perf_counter() - before, waited
         else:
             self.timed += 1
 

@@ -7,6 +7,7 @@ import jax
 from fp8jax import config as config_lib
 from fp8jax.audit import program as audit
 from fp8jax.config import ConfigError
+from fp8jax.data import pipeline
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics.attention import SCORES, VALUES
 from fp8jax.numerics.self_check import self_check
@@ -29,9 +30,8 @@ def describe(program: TrainProgram) -> list[str]:
         f"mesh     {mesh_lib.describe(program.mesh)}",
         f"batch    {tokens:,} tokens per step, {config.training.steps} steps",
     ]
-    if config.data.source == "embedded":
-        lines.append("data     the embedded corpus, five novels by Jane Austen; set config.data.source to train on your own")
-    return lines
+    own = "; set config.data.source to train on your own" if config.data.source == "embedded" else ""
+    return lines + [f"data     {line}{own}" for line in pipeline.describe(config)]
 
 
 def check_attention(program: TrainProgram) -> list[str]:

@@ -58,7 +58,7 @@ def saved(config, workdir):
 
 
 def logged(workdir):
-    timed = ("tokens_per_second", "step_seconds")
+    timed = ("tokens_per_second", "step_seconds", "data_wait_seconds")
     return [{key: value for key, value in entry.items() if key not in timed} for entry in read_metrics(workdir / "metrics.jsonl")]
 
 
@@ -214,6 +214,7 @@ def test_run_writes_what_users_rely_on(tmp_path):
     entries = logged(tmp_path)
     assert [entry["step"] for entry in entries] == list(range(1, 9))
     assert {"loss", "grad_norm", "learning_rate", "tokens"} <= entries[0].keys()
+    assert all(entry["data_wait_seconds"] >= 0 for entry in read_metrics(tmp_path / "metrics.jsonl")[3:5])
     assert {"kurtosis/qkv_avg", "kurtosis/qkv_layer001", "fp8/saturated_fraction"} <= entries[2].keys()
     assert "kurtosis/qkv_avg" not in entries[3] and "held_out/bits_per_byte" in entries[3]
     assert json.loads((tmp_path / "config.json").read_text())["training"]["steps"] == 8

@@ -39,7 +39,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     """What runs, in order."""
     size, where = f"--size={args.size}", f"--results={args.results}"
     rounds = "--rounds=1" if args.quick else "--rounds=10"
-    step = ("--rounds=1", "--steps=1") if args.quick else ("--rounds=3", "--steps=5")
+    step = ("--batch=1", "--rounds=1", "--steps=1") if args.quick else ("--batch=2", "--rounds=3", "--steps=5")
     depths, lengths = ("2,1", "256") if args.quick else ("6,2", "4096,8192,2048,16384")
     tokens, batch = (("--tokens=256",), ("--batch=1",)) if args.quick else ((), ())
     script = "benchmarks/{}.py".format

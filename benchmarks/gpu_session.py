@@ -60,8 +60,10 @@ def run(part: Part, limit: float, log: pathlib.Path) -> dict:
     """Runs one part to its end or its limit; what came of it."""
     path = os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    if part.name in ("checks", "peers"):  # the latter shares the GPU with PyTorch
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if part.name == "checks":
-        environment |= {"JAX_PLATFORMS": "cuda" if pathlib.Path("/dev/nvidiactl").exists() else "cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment["JAX_PLATFORMS"] = "cuda" if pathlib.Path("/dev/nvidiactl").exists() else "cpu"
     start = time.perf_counter()
     with log.open("a") as out:
         out.write(f"\n=== {part.name}: python {' '.join(part.arguments)}\n")

@@ -1,6 +1,6 @@
-"""Times one block, forward and backward, in fp8jax, in BF16, and built on flax's fp8_ops and on qwix, in turns: same shapes, same mathematics.
+"""Times one block, forward and backward, in fp8jax, BF16, flax's fp8_ops, qwix and torchao, in turns: same shapes, same mathematics.
 
-    python benchmarks/peers.py --size=tiny          # qwix: pip install qwix
+    python benchmarks/peers.py --size=tiny          # peers: pip install qwix torch torchao
 
 FOG-opt's block. The peers have FP8 linear layers only, so their attention is JAX's own in BF16, on a GPU cuDNN's; fp8jax is timed
 like that (recipe `fp8`) and with attention in FP8 as well (`fp8_dpa`). A peer that is not installed, or fails, is a row that says so.
@@ -65,6 +65,14 @@ def with_qwix(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array])
     return peer(qwix.quantize_model(model, qwix.QtProvider([rule])), x, rope)
 
 
+def with_torch(config: Config, shape: tuple[int, ...], *, fp8: bool) -> Callable:
+    """The block in PyTorch."""
+    import peers_torch  # noqa: PLC0415
+
+    model = architectures.resolve(config.model)
+    return peers_torch.block(model, architectures.ffn_hidden(model), batch=shape[0], length=shape[1], fp8=fp8)
+
+
 def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
     """The block of fp8jax, weights quantised in each call, amaxes reported, with delayed scaling."""
     recipes = gemms.model_recipes(config, gated=False, emulated=not common.on_gpu(), recipe=recipe, cudnn=common.on_gpu(),
@@ -85,6 +93,17 @@ def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.A
     return functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=options), params, tokens, x)
 
 
+class Lazy:
+    """A call that is made at its first use, so that what fails to be made fails there."""
+
+    def __init__(self, make: Callable[[], Callable]):
+        self._make = functools.cache(make)
+
+    def __call__(self):
+        """Calls what was made."""
+        return self._make()()
+
+
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     """Prints the table and writes the results; returns their file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -102,19 +121,13 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     kinds = {"bf16": lambda: peer(PeerBlock(model), x, rope), "fp8jax bf16": lambda: ours(config, "bf16", x, rope),
              "fp8jax fp8": lambda: ours(config, "fp8", x, rope), "fp8jax fp8_dpa": lambda: ours(config, "fp8_dpa", x, rope),
              "flax fp8_ops": lambda: peer(PeerBlock(model, nn.Fp8DirectDotGeneralOp), x, rope),
-             "qwix": lambda: with_qwix(PeerBlock(model), x, rope)}
-    calls, failed = {}, []
-    for name, make in kinds.items():
-        try:
-            calls[name] = make()
-            jax.block_until_ready(calls[name]())
-        except Exception as error:  # noqa: BLE001  a peer's failure is a result
-            calls.pop(name, None)
-            failed.append({"peer": name, "error": f"{type(error).__name__}: {error}".splitlines()[0][:160]})
-    found = common.interleaved(calls, args.rounds)
-    first = next(iter(found.values()))
-    rows = [{"peer": name, "ms": seconds * 1e3, "speed": first / seconds} for name, seconds in found.items()]
-    return common.save(f"peers-{args.size}", rows + failed, args.results, tokens=x.shape[0] * length, scope="block, forward and backward")
+             "qwix": lambda: with_qwix(PeerBlock(model), x, rope), "torch bf16": lambda: with_torch(config, x.shape, fp8=False),
+             "torchao": lambda: with_torch(config, x.shape, fp8=True)}
+    made = {name: Lazy(make) for name, make in kinds.items()}
+    found, failed = common.surviving(made, args.rounds)
+    rows = [{"peer": name, "ms": seconds * 1e3, "speed": found["bf16"] / seconds} for name, seconds in found.items()]
+    rows += [{"peer": name, "error": error} for name, error in failed.items()]
+    return common.save(f"peers-{args.size}", rows, args.results, tokens=x.shape[0] * length, scope="block, forward and backward")
 
 
 if __name__ == "__main__":

@@ -46,15 +46,17 @@ class _Order:
             self.schedule = mixing.Schedule([source.weight for source in self.found]) if len(self.found) > 1 else None
         except ValueError as error:
             raise ConfigError(f"config.data.source: {error}; leave that source out, or raise its weight") from None
-        # Grain shuffles epoch e with seed + e: neighbouring seeds of ours must not be neighbours there.
-        seeds = np.random.SeedSequence(config.training.seed).generate_state(len(self.found)).tolist()
-        self._orders = [grain.MapDataset.range(len(windows)).shuffle(seed).repeat()
-                        for windows, seed in zip(self.windows, seeds, strict=True)]
+        # Epoch e is shuffled with seed + e: neighbouring seeds of ours must not be neighbours there.
+        self._seeds = np.random.SeedSequence(config.training.seed).generate_state(len(self.found)).tolist()
+        self._lengths = [len(windows) for windows in self.windows]
 
     def __getitem__(self, sequence: int) -> tuple[int, int, int]:
         """Source, epoch and window of a sequence."""
         source, number = self.schedule.place(sequence) if self.schedule else (0, sequence)
-        return source, number // len(self.windows[source]), int(self._orders[source][number])
+        epoch, window = divmod(number, self._lengths[source])
+        # As grain.MapDataset.range(length).shuffle(seed) does, without the machinery of a dataset.
+        seed = (self._seeds[source] + epoch) % 2**32
+        return source, epoch, grain.experimental.index_shuffle(window, max_index=self._lengths[source] - 1, seed=seed, rounds=4)
 
 
 class _Batches:

@@ -9,6 +9,7 @@ the boundary between documents, wherever in the stream one starts to read. Batch
 directories of shards in `prepare.py`; nothing is downloaded.
 """
 
+import bisect
 import dataclasses
 import functools
 import importlib.resources
@@ -47,6 +48,15 @@ class TokenStream:
         """int64 [arrays + 1]: where in the stream each array starts, and the stream's length."""
         return np.cumsum([0] + [len(array) for array in self.arrays], dtype=np.int64)
 
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        return self.starts.tolist()
+
+    @functools.cached_property
+    def _plain(self) -> list[np.ndarray]:
+        """The arrays without np.memmap's bookkeeping, a third of the time of reading a short window."""
+        return [np.asarray(array) for array in self.arrays]
+
     def __len__(self) -> int:
         """Tokens in the stream."""
         return int(self.starts[-1])
@@ -57,17 +67,17 @@ class TokenStream:
         Raises:
             ValueError: a shard holds an id that is not in the vocabulary; the message names the file.
         """
-        pieces = [np.zeros(0, np.int32)]
-        stop = min(stop, len(self))
+        pieces, starts = [], self._starts
+        stop = min(stop, starts[-1])
         while start < stop:
-            which = int(np.searchsorted(self.starts, start, side="right")) - 1
-            end = min(stop, int(self.starts[which + 1]))
-            pieces.append(self._piece(which, start - int(self.starts[which]), end - int(self.starts[which])))
+            which = bisect.bisect_right(starts, start) - 1
+            end = min(stop, starts[which + 1])
+            pieces.append(self._piece(which, start - starts[which], end - starts[which]))
             start = end
-        return np.concatenate(pieces)
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.int32), *pieces])
 
     def _piece(self, which: int, first: int, last: int) -> np.ndarray:
-        tokens, size = self.arrays[which][first:last], self.tokenizer.vocab_size
+        tokens, size = self._plain[which][first:last], self.tokenizer.vocab_size
         if tokens.max() >= size or tokens.min() < 0:  # JAX would clamp such an id in silence
             bad = int(np.argmax((tokens >= size) | (tokens < 0)))
             raise ValueError(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,6 +97,15 @@ def test_every_epoch_has_every_window_once_in_another_order(small):
     orders = epochs(config, 3, 13)
     assert all(sorted(order) == windows for order in orders)
     assert len({tuple(order) for order in orders}) == 3 and list(orders[0]) != windows
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**32 - 1])
+def test_order_is_that_of_grain(small, seed):
+    order = pipeline._Order(make_config(length=8, seed=seed, source=small))
+    length = len(order.windows[0])
+    expected = grain.MapDataset.range(length).shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0])).repeat()
+    for sequence in [*range(2 * length), 10**9, 10**12 + 1]:
+        assert order[sequence] == (0, sequence // length, int(expected[sequence]))
 
 
 def test_order_depends_on_the_seed_and_seeds_share_no_epoch(small):

@@ -1,5 +1,7 @@
 """Self-attention of a block: one projection for queries, keys and values, QK regulariser, RoPE, FP8 attention, output."""
 
+import functools
+
 import jax
 from flax import nnx
 
@@ -8,8 +10,9 @@ from fp8jax.models import kv_cache
 from fp8jax.models.gemms import Gemms
 from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.layers import Dense, RMSNorm, Tanh, apply_rope
-from fp8jax.models.taps import tap
-from fp8jax.numerics.attention import attention
+from fp8jax.models.taps import record, tap
+from fp8jax.numerics.attention import SCORES, attention
+from fp8jax.numerics.attention_statistics import score_statistics
 from fp8jax.parallel.sharding import RULES, constrain
 
 
@@ -41,6 +44,9 @@ class Attention(nnx.Module):
         tap("k", k)
         q, k = (constrain(a, "batch", None, "kv_heads", *([None] * (a.ndim - 3))) for a in (apply_rope(q, rope), apply_rope(k, rope)))
         given = gemms.inputs
+        spread = functools.partial(score_statistics, recipe=gemms.recipes[SCORES], softmax_scale=self.softmax_scale,
+                                   scales=given.scales.get(SCORES), segment_ids=segment_ids)
+        record(SCORES, spread, q, k)
         if cache is not None:
             cache = kv_cache.append(cache, k, v)
         # More than one token: a prompt into an empty cache, so there are no older keys to look at.

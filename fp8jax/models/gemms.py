@@ -171,25 +171,41 @@ def update_scaling(scaling: scaling_lib.Scaling, amaxes: scaling_lib.Tokens, rec
     return scaling_lib.update(scaling, amaxes, {role: recipe for role, (_, recipe) in recipes.by_role().items()})
 
 
-def zero_tokens(recipes: ModelRecipes, *, health: bool = False) -> scaling_lib.Tokens:
-    """One token a GEMM call site, stacked over layers; with room for what the casts did, if `health`."""
+def zero_tokens(recipes: ModelRecipes) -> scaling_lib.Tokens:
+    """One token a GEMM call site in FP8, stacked over layers."""
     out: scaling_lib.Tokens = {}
     for role, (layers, recipe) in recipes.by_role().items():
         out |= scaling_lib.zero_tokens({role: recipe}, layers)
-    return {role: jnp.zeros((*token.shape, len(statistics.HEALTH))) for role, token in out.items()} if health else out
+    return out
 
 
-def read_tokens(found: scaling_lib.Tokens) -> tuple[scaling_lib.Tokens, Health]:
-    """Raw amaxes, and health by operand ('mlp_up.g': statistic → float32 [layers], NaN in layers that are not in FP8), if any."""
-    if all(token.ndim == 2 for token in found.values()):
-        return found, {}
-    health = {f"{role}.{operand}": _by_name(token[:, i]) for role, token in found.items()
-              for i, operand in enumerate(recipes_lib.OPERANDS[role])}
-    return {role: token[..., 0] for role, token in found.items()}, health
+def zero_reports(recipes: ModelRecipes) -> scaling_lib.Tokens:
+    """Tokens with room for `statistics.REPORT`: of every role of the blocks, in FP8 or not, and of an FP8 head."""
+    width = len(statistics.REPORT)
+    return {role: jnp.zeros((layers, len(recipes_lib.OPERANDS[role]), width)) for role, (layers, recipe) in recipes.by_role().items()
+            if recipe.fp8 or role != HEAD}
+
+
+def read_reports(found: scaling_lib.Tokens, recipes: ModelRecipes, *, pooled: bool) -> tuple[scaling_lib.Tokens, Health]:
+    """What tokens from `zero_reports` brought back: raw amaxes as those of `zero_tokens`, and statistics by operand.
+
+    Returns:
+        Role → amaxes, 0 in layers that are not in FP8; 'mlp_up.g' → statistic → float32 [layers], NaN where it is not known.
+    """
+    amaxes, health = {}, {}
+    for role, token in found.items():
+        fp8 = [recipe.fp8 for recipe in ((recipes.head,) if role == HEAD else (layer[role] for layer in recipes.blocks))]
+        if any(fp8):
+            amaxes[role] = jnp.where(jnp.asarray(fp8)[:, None], token[..., 0], 0.0)
+        for i, operand in enumerate(recipes_lib.OPERANDS[role]):
+            known = (statistics.HEALTH if any(fp8) else statistics.HEALTH[:1]) + (statistics.DISTRIBUTION if operand in ("g", "do") else ())
+            rows = {name: token[:, i, statistics.REPORT.index(name)] for name in known}
+            health[f"{role}.{operand}"] = statistics.choose(rows, pooled=pooled)
+    return amaxes, health
 
 
 def weight_health(weights: Mapping[str, jax.Array], quantised: list[dict[str, Quantised]], recipes: ModelRecipes) -> Health:
-    """Health of the weights' casts, as from `read_tokens`.
+    """Health of the weights' casts, as from `read_reports`.
 
     Args:
         weights: role → weight stacked over layers.
@@ -197,16 +213,15 @@ def weight_health(weights: Mapping[str, jax.Array], quantised: list[dict[str, Qu
         recipes: of the model.
     """
     def one(role: str, first: int, last: int, recipe: GemmRecipe, q: Quantised) -> jax.Array:
-        if not recipe.fp8:
-            return jnp.zeros((last - first, len(statistics.HEALTH)))
-        return jax.vmap(lambda w, q: statistics.health(_matrix(role, w), q))(weights[role][first:last], q)
+        cast = q if recipe.fp8 else Quantised(q.data, None)
+        return jax.vmap(lambda w, q: statistics.health(_matrix(role, w), q))(weights[role][first:last], cast)
 
     out = {}
     for role in weights:
         rows = [one(role, first, last, segment[role], q[role])
                 for (first, last, segment), q in zip(recipes.segments(), quantised, strict=True)]
-        if any(layer[role].fp8 for layer in recipes.blocks):
-            out[f"{role}.w"] = _by_name(jnp.concatenate(rows))
+        known = len(statistics.HEALTH) if any(layer[role].fp8 for layer in recipes.blocks) else 1
+        out[f"{role}.w"] = _by_name(jnp.concatenate(rows)[:, :known])
     return out
 
 
@@ -216,9 +231,8 @@ def head_health(weight: jax.Array, quantised: Quantised, recipes: ModelRecipes) 
 
 
 def _by_name(rows: jax.Array) -> dict[str, jax.Array]:
-    """[layers, statistics] to statistic → [layers]; a scale of 0 says that nothing was cast."""
-    known = jnp.where(rows[:, statistics.HEALTH.index("scale"), None] > 0, rows, jnp.nan)
-    return {name: known[:, i] for i, name in enumerate(statistics.HEALTH)}
+    """[layers, statistics] to statistic → [layers]."""
+    return {name: rows[:, i] for i, name in enumerate(statistics.HEALTH[: rows.shape[1]])}
 
 
 def quantise_weights(weights: Mapping[str, jax.Array], recipes: ModelRecipes, dtype: Any) -> list[dict[str, Quantised]]:

@@ -11,9 +11,10 @@ the operands of GEMMs comes back through tokens instead (models/gemms.py), for g
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 
 from fp8jax.numerics import statistics
 
@@ -38,9 +39,30 @@ def collecting(enabled: bool = True, *, pooled: bool = False) -> Iterator[Taps]:
 
 
 def tap(name: str, x: jax.Array) -> None:
-    """Records mean, rms and kurtosis of an activation [batch, tokens, ..., features]."""
+    """Records mean, rms and kurtosis of an activation: in logs, `kurtosis/NAME_layer003`, `kurtosis/NAME_avg` and so on.
+
+    Args:
+        name: new in this block, without a slash.
+        x: [batch, tokens, ..., features], floating.
+
+    Raises:
+        ValueError: a name that is taken or has a slash; an array that is not such an activation.
+    """
+    if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"tap({name!r}): {x.dtype}{list(x.shape)} is not a floating array [batch, tokens, ..., features]")
+    record(name, statistics.distribution, x)
+
+
+def record(name: str, compute: Callable[..., dict[str, jax.Array]], *arrays: jax.Array) -> None:
+    """Records compute(*arrays), statistic → scalar, where collecting is on; nothing is computed or differentiated elsewhere.
+
+    Raises:
+        ValueError: a name that is taken or has a slash.
+    """
     current = _found.get()
-    if current is not None:
-        found, pooled = current
-        x = jax.lax.stop_gradient(x)
-        found[name] = {"kurtosis": statistics.kurtosis(x, pooled=pooled), **statistics.moments(x)}
+    if current is None:
+        return
+    found, pooled = current
+    if name in found or "/" in name:
+        raise ValueError(f"tap({name!r}): {'a name must not contain a slash' if '/' in name else 'this block has a tap of that name'}")
+    found[name] = statistics.choose(compute(*map(jax.lax.stop_gradient, arrays)), pooled=pooled)

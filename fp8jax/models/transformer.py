@@ -168,10 +168,10 @@ class Transformer(nnx.Module):
                     y, cached = block(x, rope, segment_ids, given, cached and KVCache(*cached, cache.filled))
                 return y, (taps, cached and cached[:2])
 
-            # A token or scale of a role that is not in FP8 in these layers is not touched, and stays at zero.
+            # An amax or scale of a role that is not in FP8 in these layers is not touched, and stays at zero.
             mine = {role for role, recipe in roles.items() if recipe.fp8}
             scales = {role: value for role, value in prepared.scales.items() if role in mine}
-            tokens = {role: value for role, value in prepared.tokens.items() if role in mine}
+            tokens = {role: value for role, value in prepared.tokens.items() if role in mine or options.collect and role in roles}
             kv = None if cache is None else cache[:2]
             stacked = *gemms_lib.layers_of((params, kv), first, last), weights, *gemms_lib.layers_of((scales, tokens), first, last)
             x, (taps, kv) = jax.lax.scan(_rematerialised(layer, options.remat), x, stacked,

@@ -19,15 +19,15 @@ def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
         taps: tensor → statistic → value a layer; NaN where a layer does not have it.
 
     Returns:
-        `STATISTIC/TENSOR_layerNNN` and `STATISTIC/TENSOR_avg`; amax has a maximum, `amax/TENSOR_max`, instead of an
-        average; `snr`, in decibels, in place of signal and noise, infinite for an exact cast; and, where anything is cast to
+        `STATISTIC/TENSOR_layerNNN` and `STATISTIC/TENSOR_avg`; amax and max_logit have a maximum, `amax/TENSOR_max`, instead
+        of an average; `snr`, in decibels, in place of signal and noise, infinite for an exact cast; and, where anything is cast to
         FP8, `fp8/saturated_fraction` and `fp8/underflow_fraction`: averages over all cast operands and layers.
     """
     out: dict[str, float] = {}
     for name, stats in taps.items():
         for statistic, values in _with_snr(stats).items():
             known = values[~np.isnan(values)]
-            whole, reduce = ("max", np.max) if statistic == "amax" else ("avg", np.mean)
+            whole, reduce = ("max", np.max) if statistic in ("amax", "max_logit") else ("avg", np.mean)
             if known.size:
                 out[f"{statistic}/{name}_{whole}"] = float(reduce(known))
             out |= {f"{statistic}/{name}_layer{i:03d}": float(value) for i, value in enumerate(values)}

@@ -23,7 +23,8 @@ all mass is that thin).
 
 The residuals are q, k, v in FP8, O in the activations' dtype and the log-sum-exp. As in `dot_general`, raw amaxes come
 back as the cotangents of tokens: (q, k, dS) for role attention_scores, (v, dO) for attention_values; and as there, tokens
-with room for it bring back the health of these casts. dS is counted over the whole square of scores, hidden ones zero.
+with room for it bring back `statistics.REPORT`, the distribution of dO with it. dS is counted over the whole square of
+scores, hidden ones zero.
 """
 
 import functools
@@ -61,7 +62,7 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
         softmax_scale: factor on the scores.
         segment_ids: int32 [b, t]; tokens attend within their own segment only. None: one segment.
         scales: role → float32 scales, in the order of `recipes.OPERANDS`; needed by delayed scaling.
-        tokens: role → zeros of the same shapes, whose cotangents are raw amaxes; or [..., len(statistics.HEALTH)].
+        tokens: role → zeros of the same shapes, whose cotangents are raw amaxes; or [..., len(statistics.REPORT)].
         backend: one of BACKENDS. Whether a recipe's GEMMs are FP8 or emulated is the recipe's business, with any.
             Or CUDNN, on a GPU, for recipes in `bf16` and without segment_ids.
         partition: mesh axes along which the batch and the KV heads are split; `pallas` needs to know them.
@@ -138,7 +139,8 @@ def _backward(backend, call, saved, do):
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
     scale = call.scores.static_scale("ds") if call.scores.scaling == "static" else _scale(scales, SCORES, 2)
     dq, dk, dv, of_ds = _BACKWARD[backend](call, operands, Residuals(qdo, lse, delta), scale)
-    found = {SCORES: (*reports[SCORES], of_ds), VALUES: (*reports[VALUES], report_cast(tokens.get(VALUES), do, qdo, amax_do))}
+    of_ds = jnp.pad(of_ds, (0, len(statistics.DISTRIBUTION)), constant_values=jnp.nan) if call.health else of_ds
+    found = {SCORES: (*reports[SCORES], of_ds), VALUES: (*reports[VALUES], report_cast(tokens.get(VALUES), do, qdo, amax_do, spread=True))}
     return dq, dk, dv, None, None, {role: _stacked(found[role], token) for role, token in tokens.items()}
 
 

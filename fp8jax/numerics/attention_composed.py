@@ -41,10 +41,10 @@ def forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
 
     def chunk(carry, start, rows, keys):
         mask = attention_rows.visible(start, rows, keys, x.segment_ids)
-        found = attention_rows.output(call, _rows(x.q, start, rows), _rows(x.k, 0, keys), _rows(x.v, 0, keys), mask)
+        found = attention_rows.output(call, rows_of(x.q, start, rows), rows_of(x.k, 0, keys), rows_of(x.v, 0, keys), mask)
         return tuple(lax.dynamic_update_slice_in_dim(*pair, start, axis=1) for pair in zip(carry, found, strict=True))
 
-    return _over_chunks(shape[1], chunk, x.q.data, (jnp.zeros(shape, call.dtype), jnp.zeros(shape[:4], jnp.float32)))
+    return over_chunks(shape[1], chunk, x.q.data, (jnp.zeros(shape, call.dtype), jnp.zeros(shape[:4], jnp.float32)))
 
 
 def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -71,7 +71,7 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
             largest = jnp.maximum(largest, _amax_by_head(ds))
         if call.health:
             health += statistics.health(ds, qds, elements=elements)
-        q, k = _rows(x.q, start, rows), _rows(x.k, 0, keys)
+        q, k = rows_of(x.q, start, rows), rows_of(x.k, 0, keys)
         dq_rows, dk_part, dv_part = attention_rows.input_gradients(call, p, qds, q, k, do)
         dq = lax.dynamic_update_slice_in_dim(dq, dq_rows.astype(call.dtype), start, axis=1)
         return dq, _add_prefix(dk, dk_part), _add_prefix(dv, dv_part), largest, health
@@ -79,28 +79,28 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
     b, t, k, g, h = x.q.data.shape
     zeros = jnp.zeros((b, k, t, h), jnp.float32)
     init = jnp.zeros((b, t, k, g, h), call.dtype), zeros, zeros, jnp.zeros((b, k), jnp.float32), jnp.zeros(len(statistics.HEALTH))
-    dq, dk, dv, largest, health = _over_chunks(t, chunk, x.q.data, init)
+    dq, dk, dv, largest, health = over_chunks(t, chunk, x.q.data, init)
     dk, dv = (attention_rows.swap_heads(d).astype(call.dtype) for d in (dk, dv))
     if call.health:
         return dq, dk, dv, _whole(health, jnp.max(largest), scale, t)
     return dq, dk, dv, jnp.max(largest) if call.scores.measured else None
 
 
-def _whole(health: jax.Array, amax: jax.Array, scale: jax.Array, length: int) -> jax.Array:
+def _whole(health: jax.Array, amax: jax.Array, scale: jax.Array | None, length: int) -> jax.Array:
     """Health of dS from the sum over chunks: what was skipped is zero; amax and scale do not add up."""
     computed = sum(chunks * rows * (first + chunks * rows) for first, chunks, rows in _bands(length)) / max(length, 1) ** 2
     found = dict(zip(statistics.HEALTH, health, strict=True))
-    found |= {"amax": amax, "scale": scale, "zero": found["zero"] + (1 - computed)}
+    found |= {"amax": amax, "scale": jnp.float32(jnp.nan) if scale is None else scale, "zero": found["zero"] + (1 - computed)}
     return jnp.stack([found[name] for name in statistics.HEALTH])
 
 
 def _chunk_ds(call: Call, x: Operands, residuals: Residuals, start: Any, rows: int,
               keys: int) -> tuple[jax.Array, jax.Array, Quantised]:
     """P, dS and dO of one chunk."""
-    do = _rows(residuals.do, start, rows)
+    do = rows_of(residuals.do, start, rows)
     lse, delta = (lax.dynamic_slice_in_dim(a, start, rows, axis=1) for a in (residuals.lse, residuals.delta))
     mask = attention_rows.visible(start, rows, keys, x.segment_ids)
-    q, k, v = _rows(x.q, start, rows), _rows(x.k, 0, keys), _rows(x.v, 0, keys)
+    q, k, v = rows_of(x.q, start, rows), rows_of(x.k, 0, keys), rows_of(x.v, 0, keys)
     return *attention_rows.score_gradient(call, q, k, v, Residuals(do, lse, delta), mask), do
 
 
@@ -110,7 +110,7 @@ def largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
         return jnp.maximum(largest, _amax_by_head(_chunk_ds(call, x, residuals, start, rows, keys)[1]))
 
     b, length, k = x.q.data.shape[:3]
-    return jnp.max(_over_chunks(length, chunk, x.q.data, jnp.zeros((b, k), jnp.float32)))
+    return jnp.max(over_chunks(length, chunk, x.q.data, jnp.zeros((b, k), jnp.float32)))
 
 
 def _amax_by_head(ds: jax.Array) -> jax.Array:
@@ -118,7 +118,7 @@ def _amax_by_head(ds: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(formats.amax))(ds)
 
 
-def _over_chunks(length: int, body: Callable, like: jax.Array, carry: Any) -> Any:
+def over_chunks(length: int, body: Callable, like: jax.Array, carry: Any) -> Any:
     """Folds `body(carry, start, rows, keys)` over all chunks; rows and keys are static, start may be traced; `like`: an input."""
     for first, chunks, rows in _bands(length):
         step = functools.partial(body, rows=rows, keys=first + chunks * rows)
@@ -143,7 +143,8 @@ def _bands(length: int) -> Iterator[tuple[int, int, int]]:
         yield whole * CHUNK, 1, rest
 
 
-def _rows(x: Quantised, start: Any, size: int) -> Quantised:
+def rows_of(x: Quantised, start: Any, size: int) -> Quantised:
+    """Some positions of [b, t, ...]."""
     return Quantised(lax.dynamic_slice_in_dim(x.data, start, size, axis=1), x.scale)
 
 

@@ -114,6 +114,20 @@ def input_gradients(call: Call, p: jax.Array, ds: Quantised, q: Quantised, k: Qu
     return swap_heads(dq), dk, dv
 
 
+def spread_of_scores(call: Call, q: Quantised, k: Quantised, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of these rows, float32 [b, k]: the largest visible score, infinite if one is NaN, and the sum of the entropies, in nats.
+
+    Scores are natural ones, with the softmax scale; the entropy is that of the probabilities before their cast.
+    """
+    logits = _logits(call, q, k, mask)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    p = jnp.exp2(logits - top)
+    total = jnp.sum(p, axis=-1)
+    below = jnp.sum(jnp.where(p > 0, p * (logits - top), 0.0), axis=-1)  # a hidden key has 0 * -inf
+    largest = jnp.where(jnp.isnan(top), jnp.inf, top)  # a maximum over devices drops NaN
+    return jnp.max(largest, axis=(2, 3, 4)) / LOG2_E, jnp.sum(jnp.log2(total) - below / total, axis=(2, 3)) / LOG2_E
+
+
 def swap_heads(x: jax.Array) -> jax.Array:
     """[b, t, k, ...] to [b, k, t, ...] and back."""
     return jnp.moveaxis(x, 1, 2)

@@ -15,7 +15,7 @@ contracts tokens: there g is quantised a second time, and x again from its FP8 r
 
 State goes in and out without side effects. Scales of delayed scaling are an argument; the raw amaxes of x and of the
 output gradient come back as the *cotangent of `token`*, a float32 array of zeros (zeros again with `static` scaling, which
-takes none). A token with room for it brings back all of `statistics.HEALTH`. Give each call its own token: cotangents of a
+takes none). A token with room for it brings back all of `statistics.REPORT`, in BF16 as well. Give each call its own token: cotangents of a
 token used twice are summed. The weight may come already quantised (once a step, `quantise_weight`); then `w` only receives
 the gradient.
 """
@@ -119,8 +119,8 @@ def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers,
         recipe: scaling, formats, backend.
         quantised_w: the weight as `quantise_weight` made it.
         scales: float32 [2], scales of x and of the output gradient; needed by delayed scaling.
-        token: float32 [2] of zeros, whose cotangent is (amax of x, amax of the output gradient); or [2, len(HEALTH)], which
-            brings back what the two casts did.
+        token: float32 [2] of zeros, whose cotangent is (amax of x, amax of the output gradient); or [2, len(REPORT)], which
+            brings back what the two casts did, and how the output gradient is spread.
         out_dtype: dtype of the result; None: that of x.
         role: name of the GEMM in profiles and programs.
 
@@ -171,7 +171,7 @@ def _backward(call, residuals, g):
     recipe, dims = call.recipe, call.dims
     g = g if recipe.fp8 else g.astype(call.x_dtype)
     qg, amax_g = recipe.quantise(g, None if scales is None else scales[1], "g", axes=(g.ndim - 1,))
-    of_g = report_cast(token, g, qg, amax_g)
+    of_g = report_cast(token, g, qg, amax_g, spread=True)
     dx = _transposed_lhs(*_operands(recipe, qg, qw), dims, qx.data.ndim, out_dtype=call.x_dtype, name=f"{call.role}.dgrad",
                          **_options(recipe, "dgrad"))
     if recipe.scaling == "blockwise":
@@ -207,11 +207,14 @@ def _options(recipe: GemmRecipe, gemm_pass: str) -> dict[str, Any]:
     return {"emulated": recipe.emulated, "precise": recipe.fp8 and recipe.precise(gemm_pass)}
 
 
-def report_cast(token: jax.Array | None, x: jax.Array, q: Quantised, amax: jax.Array | None) -> jax.Array | None:
-    """What a token brings back of one operand: its amax, None if that is not taken; or its health, if the token has room."""
-    if token is None or q.scale is None:
+def report_cast(token: jax.Array | None, x: jax.Array, q: Quantised, amax: jax.Array | None, *, spread: bool = False) -> jax.Array | None:
+    """What a token brings back of one operand: its amax, None if that is not taken; or, if the token has room, statistics.REPORT.
+
+    spread: whether its distribution belongs to that.
+    """
+    if token is None:
         return None
-    return amax if token.ndim == 1 else statistics.health(x, q)
+    return amax if token.ndim == 1 else statistics.report(x, q, spread=spread)
 
 
 def named(q: Quantised) -> Quantised:

@@ -1,5 +1,7 @@
 """Outlier statistics of one tensor: mean, rms, uncentred kurtosis, and what its FP8 cast loses (FOG paper, section 5).
 
+    distribution(x_btd)["kurtosis"], health(x_btd, quantised)[HEALTH.index("underflow")]
+
 All are float32 scalars, computed in float32 from any floating input, and differentiable by nobody: callers stop gradients.
 """
 
@@ -11,32 +13,69 @@ from fp8jax.numerics import blockwise, formats
 from fp8jax.numerics.formats import Quantised
 
 HEALTH = ("amax", "scale", "overflow", "underflow", "zero", "negative_zero", "signal", "noise")
+DISTRIBUTION = ("mean", "rms", "kurtosis", "pooled_kurtosis")
+REPORT = HEALTH + DISTRIBUTION
 
 
-def kurtosis(x: jax.Array, *, pooled: bool = False) -> jax.Array:
-    """Mean over tokens of mean(x^4) / mean(x^2)^2 over the features: 3 for a Gaussian, D at most.
+def distribution(x: jax.Array) -> dict[str, jax.Array]:
+    """How the values of a tensor are spread: what DISTRIBUTION names.
+
+    `mean` and `rms` are over everything. `kurtosis` is the mean over tokens of mean(x^4) / mean(x^2)^2 over the features: 3 for a
+    Gaussian, D at most. `pooled_kurtosis` takes each sequence (tokens x features) as one sample, as the paper's released code does.
+
+    Tokens, and sequences, are divided by their largest magnitude first, because float32 fourth powers overflow at 1e10;
+    all-zero ones are left out of the kurtosis. It is 0 if nothing is left.
 
     Args:
-        x: [batch, tokens, ..., features].
-        pooled: take each sequence (tokens x features) as one sample, as the paper's released code does.
-
-    Tokens are divided by their largest magnitude first, because float32 fourth powers overflow at 1e10; all-zero tokens
-    are left out. 0 if nothing is left.
+        x: [batch, tokens, ..., features], floating.
     """
-    x = x.astype(jnp.float32)
-    axes = tuple(range(1, x.ndim)) if pooled else (-1,)
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-    square = (x / jnp.where(largest > 0, largest, 1.0)) ** 2
-    second = jnp.mean(square, axis=axes)
-    ratio = jnp.mean(square**2, axis=axes) / jnp.where(second > 0, second, 1.0) ** 2
-    counted = second > 0
+    x = _as_stored(x).astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    square = (x * (1.0 / _not_zero(largest))[..., None]) ** 2
+    second, fourth = jnp.mean(square, axis=-1), jnp.mean(square**2, axis=-1)
+    within = tuple(range(1, largest.ndim))
+    weight = (largest / _not_zero(jnp.max(largest, axis=within, keepdims=True))) ** 2
+    pooled = jnp.mean(weight * second, axis=within), jnp.mean(weight**2 * fourth, axis=within)
+    top = jnp.max(largest)
+    rms = top * jnp.sqrt(jnp.mean((largest / _not_zero(top)) ** 2 * second))
+    return {"mean": jnp.mean(x), "rms": rms, "kurtosis": _mean_ratio(second, fourth), "pooled_kurtosis": _mean_ratio(*pooled)}
+
+
+def _as_stored(x: jax.Array) -> jax.Array:
+    """The tensor rounded to its dtype: XLA is free to go on with what it had before the rounding (1e-4 of a kurtosis, measured)."""
+    return lax.optimization_barrier(x)
+
+
+def _not_zero(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.abs(x) < 2.0**-126, 1.0, x)  # some devices take subnormal numbers for zero
+
+
+def _mean_ratio(second: jax.Array, fourth: jax.Array) -> jax.Array:
+    """Mean of fourth / second^2 where second is not 0."""
+    ratio = fourth / _not_zero(second) ** 2
+    counted = second != 0
     return jnp.sum(jnp.where(counted, ratio, 0.0)) / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1.0)
 
 
-def moments(x: jax.Array) -> dict[str, jax.Array]:
-    """Mean and root mean square over everything."""
-    x = x.astype(jnp.float32)
-    return {"mean": jnp.mean(x), "rms": jnp.sqrt(jnp.mean(x**2))}
+def choose(found: dict[str, jax.Array], *, pooled: bool) -> dict[str, jax.Array]:
+    """Leaves one kurtosis, under that name: over one token's features, or pooled over a sequence."""
+    if "pooled_kurtosis" not in found:
+        return found
+    kept = {name: value for name, value in found.items() if name != "pooled_kurtosis"}
+    return kept | {"kurtosis": found["pooled_kurtosis"]} if pooled else kept
+
+
+def report(x: jax.Array, q: Quantised, *, spread: bool) -> jax.Array:
+    """What a token brings back of one operand of a GEMM: a float32 vector, one entry for each name in REPORT.
+
+    Args:
+        x: the operand, [batch, tokens, ..., features].
+        q: its cast; without a scale, not cast at all: of HEALTH, only the amax is known then.
+        spread: whether the distribution is taken, too. What is not known is NaN.
+    """
+    of_x = distribution(x) if spread else {}
+    unknown = jnp.float32(jnp.nan)
+    return jnp.concatenate([health(x, q), jnp.stack([of_x.get(name, unknown) for name in DISTRIBUTION])])
 
 
 def health(x: jax.Array, q: Quantised, *, elements: int | None = None) -> jax.Array:
@@ -51,31 +90,46 @@ def health(x: jax.Array, q: Quantised, *, elements: int | None = None) -> jax.Ar
 
     Args:
         x: the tensor, floating.
-        q: its cast.
+        q: its cast; without a scale, not cast at all: all but the amax is NaN then.
         elements: what fractions and means refer to, if x is a part of something larger; parts then add up.
     """
-    x = x.astype(jnp.float32)
+    if q.scale is None:
+        return jnp.full(len(HEALTH), jnp.nan).at[0].set(formats.amax(_as_stored(x)))
+    x = _as_stored(x).astype(jnp.float32)
     scale, elements = jnp.max(q.scale), elements or max(x.size, 1)
+    by_element = blockwise.spread(q.scale, x.shape)
     # Some devices take subnormal numbers for zero, and the CPU's compiler makes a float comparison of (bits << 1) != 0.
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     nonzero, negative = (bits & 0x7FFFFFFF) >= 0x800000, (bits >> 31) == 1
     vanished = (lax.bitcast_convert_type(q.data, jnp.uint8) & 0x7F) == 0
-    clipped = jnp.abs(x * (1.0 / blockwise.spread(q.scale, x.shape))) > formats.max_value(q.data.dtype)
-    fractions = (_count(mask) / elements for mask in (clipped, nonzero & vanished, ~nonzero & ~negative, ~nonzero & negative))
+    clipped = jnp.abs(x * (1.0 / by_element)) > formats.max_value(q.data.dtype)
+    masks = clipped, nonzero & vanished, ~nonzero & ~negative, ~nonzero & negative
     # Beyond 2**40 times the scale everything is error, and its square must stay finite.
     scaled = jnp.clip(x * (1.0 / scale), -(2.0**40), 2.0**40)
-    error = scaled - q.data.astype(jnp.float32) * (blockwise.spread(q.scale, x.shape) / scale)
-    energies = (jnp.sum(part**2) / elements for part in (scaled, error))
-    return jnp.stack([formats.amax(x), scale, *fractions, *energies])
+    error = scaled - q.data.astype(jnp.float32) * (by_element / scale)
+    largest = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+    top, *sums = _by_row(largest, *(mask.astype(jnp.float32) for mask in masks), scaled**2, error**2)
+    fractions = (_count(rows) / elements for rows in sums[:4])
+    energies = (jnp.sum(rows) / elements for rows in sums[4:])
+    return jnp.stack([jnp.max(top, initial=0.0), scale, *fractions, *energies])
 
 
-def _count(mask: jax.Array) -> jax.Array:
-    """How many are true, float32, from sums of integers that do not overflow below 2**39 elements or 2**23 rows."""
-    if mask.ndim == 0 or mask.size == 0:
-        return jnp.sum(mask, dtype=jnp.float32)
-    rows = jnp.sum(mask, axis=-1, dtype=jnp.int32)
-    high, low = jnp.sum(rows >> 8), jnp.sum(rows & 0xFF)
-    return high.astype(jnp.float32) * 256 + low.astype(jnp.float32)
+def _by_row(largest: jax.Array, *parts: jax.Array) -> list[jax.Array]:
+    """The maximum of the first array and the sums of all others over their last dimension.
+
+    In one reduction: apart, XLA's CPU compiler writes what they share to memory and takes six times as long (measured).
+    """
+    def combine(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return jnp.maximum(one[0], other[0]), *(a + b for a, b in zip(one[1:], other[1:], strict=True))
+
+    rows = [jnp.atleast_1d(part) for part in (largest, *parts)]
+    return lax.reduce(rows, [jnp.float32(0)] * len(rows), combine, (rows[0].ndim - 1,))
+
+
+def _count(rows: jax.Array) -> jax.Array:
+    """Sum of counts, float32 integers below 2**24, by way of integers that do not overflow below 2**39 in all or 2**23 rows."""
+    whole = rows.astype(jnp.int32)
+    return jnp.sum(whole >> 8).astype(jnp.float32) * 256 + jnp.sum(whole & 0xFF).astype(jnp.float32)
 
 
 def combine(parts: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
@@ -86,7 +140,7 @@ def combine(parts: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.A
     """
     def one(stats: dict[str, jax.Array], statistic: str) -> jax.Array:
         values = stats[statistic]
-        if statistic in ("amax", "scale"):
+        if statistic in ("amax", "scale", "max_logit"):
             return jnp.max(values, axis=0)
         if statistic in ("signal", "noise"):  # each in units of its own microbatch's scale
             return jnp.mean(values * (stats["scale"] / jnp.max(stats["scale"], axis=0)) ** 2, axis=0)

@@ -33,6 +33,7 @@ from fp8jax.training import bad_steps, precision
 from fp8jax.training.gradients import GradientSums, gradient_view
 from fp8jax.training.optimizer import learning_rate, make_transform
 from fp8jax.training.state import TrainState, abstract_state, initial_state, state_of
+from fp8jax.training.state_statistics import state_statistics
 
 Batch = dict[str, jax.Array]
 
@@ -181,9 +182,9 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
             return loss + config.optimizer.z_loss * jnp.sum(squares * part["mask"]) / total, (loss, taps)
 
     def one(part: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
-        tokens = gemms.zero_tokens(recipes, health=collect)
+        tokens = gemms.zero_reports(recipes) if collect else gemms.zero_tokens(recipes)
         (_, (loss, taps)), (grads, found) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(view, tokens, part)
-        amaxes, health = gemms.read_tokens(found)
+        amaxes, health = gemms.read_reports(found, recipes, pooled=options.pooled_kurtosis) if collect else (found, {})
         return loss, sums.narrow(grads), amaxes, taps | health
 
     sums = GradientSums(config.optimizer, state.step)
@@ -224,4 +225,6 @@ def train_step(state: TrainState, batch: Batch, config: Config, definition: Defi
     kept = dataclasses.replace(kept, step=state.step + 1, health=state.health.after(bad, values))
     metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "bad_step": bad.astype(jnp.int32),
                "bad_steps_in_a_row": kept.health.in_a_row, "first_bad": jnp.argmax(flags).astype(jnp.int32)}
+    if collect and config.monitor.parameters:
+        taps = taps | state_statistics(kept)
     return kept, metrics, taps

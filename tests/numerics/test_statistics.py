@@ -16,6 +16,7 @@ from .reference import E4M3, E5M2
 
 RECIPE = GemmRecipe("current")
 SIZES = pytest.mark.parametrize("size", [1.0, 1e10, 1e-12])
+BEYOND_SQUARES = pytest.mark.parametrize("size", [1.0, 1e10, 1e-12, 1e30, 1e-30])
 
 
 def kurtosis(x, pooled=False):
@@ -30,44 +31,58 @@ def heavy(shape, size, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_t(3, shape) * size, jnp.float32)
 
 
+def spread_of(x):
+    """DISTRIBUTION in float64."""
+    exact = np.asarray(x).astype(np.float64)
+    return [exact.mean(), np.sqrt(np.mean(exact**2)), kurtosis(x), kurtosis(x, True)]
+
+
+def taken(x, pooled=False):
+    return statistics.choose(statistics.distribution(x), pooled=pooled)["kurtosis"]
+
+
+def moments(x):
+    return {name: value for name, value in statistics.distribution(x).items() if name in ("mean", "rms")}
+
+
 @SIZES
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("shape", [(3, 7, 33), (2, 5, 3, 2, 16)], ids=["features", "heads"])
 def test_kurtosis(shape, pooled, size):
     """float32 fourth powers overflow at 1e10 and vanish at 1e-12."""
     x = heavy(shape, size)
-    np.testing.assert_allclose(statistics.kurtosis(x, pooled=pooled), kurtosis(x, pooled), rtol=2e-5)
+    np.testing.assert_allclose(taken(x, pooled=pooled), kurtosis(x, pooled), rtol=2e-5)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_kurtosis_of_tokens_of_very_different_sizes(pooled):
     """Each token counts the same, whatever its size; pooled, the large ones rule."""
     x = heavy((2, 6, 16), 1.0) * jnp.logspace(-8, 8, 12, dtype=jnp.float32).reshape(2, 6, 1)
-    np.testing.assert_allclose(statistics.kurtosis(x, pooled=pooled), kurtosis(x, pooled), rtol=2e-5)
+    np.testing.assert_allclose(taken(x, pooled=pooled), kurtosis(x, pooled), rtol=2e-5)
     assert abs(kurtosis(x) - kurtosis(x, True)) > 1
 
 
 @pytest.mark.parametrize("pooled", [False, True])
 def test_zero_tokens_are_left_out(pooled):
     x = heavy((3, 4, 16), 1.0).at[1].set(0).at[0, 2].set(0)
-    np.testing.assert_allclose(statistics.kurtosis(x, pooled=pooled), kurtosis(x, pooled), rtol=2e-5)
-    assert float(statistics.kurtosis(jnp.zeros((2, 3, 8)), pooled=pooled)) == 0
+    np.testing.assert_allclose(taken(x, pooled=pooled), kurtosis(x, pooled), rtol=2e-5)
+    assert float(taken(jnp.zeros((2, 3, 8)), pooled=pooled)) == 0
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_kurtosis_of_a_gaussian_is_three_and_of_one_hot_the_width(dtype):
     x = jax.random.normal(jax.random.key(0), (4, 64, 1024)).astype(dtype)  # in bfloat16 its tails are short: 2.92
-    assert abs(float(statistics.kurtosis(x)) - 3) < 0.03
-    assert float(statistics.kurtosis(5 * jax.nn.one_hot(jnp.arange(6).reshape(2, 3), 40, dtype=dtype))) == pytest.approx(40, rel=1e-5)
-    assert float(statistics.kurtosis(jnp.full((2, 3, 8), -2, dtype))) == pytest.approx(1, rel=1e-6)
+    assert abs(float(taken(x)) - 3) < 0.03
+    assert float(taken(5 * jax.nn.one_hot(jnp.arange(6).reshape(2, 3), 40, dtype=dtype))) == pytest.approx(40, rel=1e-5)
+    assert float(taken(jnp.full((2, 3, 8), -2, dtype))) == pytest.approx(1, rel=1e-6)
 
 
-@SIZES
+@BEYOND_SQUARES
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_moments(dtype, size):
     x = (heavy((3, 5, 16), size) + jnp.float32(size)).astype(dtype)
     exact = np.asarray(x).astype(np.float64)
-    found = statistics.moments(x)
+    found = moments(x)
     np.testing.assert_allclose(found["mean"], exact.mean(), rtol=1e-5)
     np.testing.assert_allclose(found["rms"], np.sqrt(np.mean(exact**2)), rtol=1e-5)
 
@@ -134,8 +149,12 @@ def test_health_of_a_sharded_tensor(scaling, spec):
 
 def test_counts_beyond_float32_are_exact():
     """16777217 ones are one more than float32 sums hold; a third of them is still counted to the unit."""
-    assert float(jax.jit(statistics._count)(jnp.ones((2**12 + 1, 2**12), bool))) == (2**12 + 1) * 2**12
-    assert float(jax.jit(statistics._count)(jnp.arange(3 * 2**23) % 3 == 0)) == 2**23
+    @jax.jit
+    def count(mask):
+        return statistics._count(statistics._by_row(jnp.zeros(mask.shape), mask.astype(jnp.float32))[1])
+
+    assert float(count(jnp.ones((2**12 + 1, 2**12), bool))) == (2**12 + 1) * 2**12
+    assert float(count(jnp.arange(3 * 2**23) % 3 == 0)) == 2**23
 
 
 @pytest.mark.parametrize("scaling", ["static", "current"])
@@ -144,7 +163,7 @@ def test_combine_equals_the_whole_batch(scaling):
     x = heavy((8, 4, 32), 1.0) * jnp.exp2(jnp.arange(8.0) // 2)[:, None, None]
 
     def of(x):
-        return {"qkv": statistics.moments(x) | {"kurtosis": statistics.kurtosis(x)} | health(x, GemmRecipe(scaling))}
+        return {"qkv": moments(x) | {"kurtosis": taken(x)} | health(x, GemmRecipe(scaling))}
 
     parts = [of(part) for part in jnp.split(x, 4)]
     combined = statistics.combine(jax.tree.map(lambda *values: jnp.stack([jnp.float32(v) for v in values]), *parts))
@@ -172,9 +191,12 @@ def test_tokens_with_room_bring_back_health(scaling):
         return y, *vjp(g)
 
     *narrow, amaxes = run(jnp.zeros(2))
-    *wide, found = run(jnp.zeros((2, len(statistics.HEALTH))))
+    *wide, found = run(jnp.zeros((2, len(statistics.REPORT))))
     for a, b in zip(narrow, wide, strict=True):
         np.testing.assert_array_equal(a, b)
+    found, spread = np.split(found, [len(statistics.HEALTH)], axis=1)
+    assert np.isnan(spread[0]).all()
+    np.testing.assert_allclose(spread[1], spread_of(g), rtol=2e-5)
     np.testing.assert_array_equal(found[:, 0], [jnp.max(jnp.abs(x)), jnp.max(jnp.abs(g))])
     if scaling != "static":
         np.testing.assert_array_equal(found[:, 0], amaxes)
@@ -190,7 +212,7 @@ def test_attention_brings_back_health(scalings):
     q, k, v, do = (heavy(shape, size, 5) for shape, size in (((1, 600, 1, 2, 8), 3.0), ((1, 600, 1, 8), 0.1), ((1, 600, 1, 8), 20.0),
                                                              ((1, 600, 1, 2, 8), 1e-3)))
     scales = {SCORES: jnp.asarray([2.0**-5, 2.0**-10, 2.0**-17]), VALUES: jnp.asarray([2.0**-2, 2.0**-22])}
-    tokens = {role: jnp.zeros((len(OPERANDS[role]), len(statistics.HEALTH))) for role, recipe in recipes.items() if recipe.fp8}
+    tokens = {role: jnp.zeros((len(OPERANDS[role]), len(statistics.REPORT))) for role in recipes}
 
     def run(backend):
         @jax.jit
@@ -202,11 +224,14 @@ def test_attention_brings_back_health(scalings):
     whole, chunked = run("emulated"), run("composed")
     for role, rows in whole.items():
         for i, (name, array) in enumerate(zip(OPERANDS[role], {SCORES: (q, k), VALUES: (v, do)}[role], strict=False)):
+            found, spread = np.split(rows[i], [len(statistics.HEALTH)])
             expected = health(array, recipes[role], name, scales[role][i])
-            np.testing.assert_allclose(rows[i], [expected[key] for key in statistics.HEALTH], rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(found, [expected[key] for key in statistics.HEALTH], rtol=1e-5, err_msg=name)
             np.testing.assert_array_equal(chunked[role][i], rows[i])
-    if SCORES in whole:
-        one, other = (dict(zip(statistics.HEALTH, rows[SCORES][2], strict=True)) for rows in (whole, chunked))
+            np.testing.assert_allclose(spread, spread_of(do) if name == "do" else [np.nan] * 4, rtol=2e-5, err_msg=name)
+    np.testing.assert_allclose(whole[SCORES][2, 0], chunked[SCORES][2, 0], rtol=1e-4)
+    if recipes[SCORES].fp8:
+        one, other = (dict(zip(statistics.HEALTH, rows[SCORES][2], strict=False)) for rows in (whole, chunked))
         for found in (one, other):
             found["zero"] += found.pop("negative_zero")
         assert one["zero"] > 0.49  # hidden

@@ -1,0 +1,81 @@
+"""Largest logit and entropy of attention against float64 NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fp8jax.numerics.attention_statistics import score_statistics
+from fp8jax.numerics.recipes import GemmRecipe
+
+from . import reference
+from .reference import E4M3
+
+SCALES = np.asarray([2.0**-5, 2.0**-9, 1.0], np.float32)
+
+
+def operands(length, heads=2, groups=3, size=1.0):
+    rng = np.random.default_rng(length)
+    return (jnp.asarray(rng.standard_normal((2, length, heads, groups, 16)) * size, jnp.bfloat16),
+            jnp.asarray(rng.standard_normal((2, length, heads, 16)) * 0.3, jnp.bfloat16))
+
+
+def exact(q, k, scales, softmax_scale, segments=None):
+    """In float64, a row at a time; scales None: no cast."""
+    if scales is not None:
+        q, k = (reference.quantise(np.asarray(x).astype(np.float32), E4M3, scales[i]) * np.float64(scales[i]) for i, x in enumerate((q, k)))
+    q, k = np.asarray(q).astype(np.float64), np.asarray(k).astype(np.float64)
+    largest, entropies = -np.inf, []
+    for b in range(q.shape[0]):
+        for t in range(q.shape[1]):
+            seen = [s for s in range(t + 1) if segments is None or segments[b, s] == segments[b, t]]
+            scores = softmax_scale * np.einsum("kgh,skh->kgs", q[b, t], k[b, seen])
+            largest = max(largest, scores.max())
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            p /= p.sum(-1, keepdims=True)
+            entropies.append(-np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0), -1))
+    return largest, np.mean(entropies)
+
+
+@pytest.mark.parametrize("length", [1, 31, 300, 530])
+@pytest.mark.parametrize("scaling", ["delayed", "current", "bf16"])
+def test_equal_to_float64(scaling, length):
+    """Lengths with one chunk, and several with a rest; scores of large queries reach far beyond what exp takes."""
+    q, k = operands(length, size=30.0 if length == 300 else 2.0)
+    scales = {"delayed": SCALES, "bf16": None}.get(scaling)
+    if scaling == "current":
+        scales = [reference.scale_of(float(jnp.max(jnp.abs(x))), E4M3) for x in (q, k)]
+    found = jax.jit(functools.partial(score_statistics, recipe=GemmRecipe(scaling), softmax_scale=0.4))(q, k, scales=jnp.asarray(SCALES))
+    largest, entropy = exact(q, k, scales, 0.4)
+    np.testing.assert_allclose(found["max_logit"], largest, rtol=1e-5)
+    np.testing.assert_allclose(found["entropy"], entropy, rtol=2e-5, atol=1e-5)
+
+
+def test_documents_are_seen_apart():
+    q, k = operands(40)
+    segments = np.repeat(np.arange(4), 10)[None] + np.asarray([[0], [9]])
+    found = score_statistics(q, k, GemmRecipe("bf16"), softmax_scale=1.0, segment_ids=jnp.asarray(segments, jnp.int32))
+    np.testing.assert_allclose([found["max_logit"], found["entropy"]], exact(q, k, None, 1.0, segments), rtol=2e-5)
+
+
+def test_uniform_attention_has_the_largest_entropy_and_bad_scores_show():
+    q, k = jnp.zeros((1, 8, 1, 1, 4)), jnp.ones((1, 8, 1, 4))
+    found = score_statistics(q, k, GemmRecipe("bf16"), softmax_scale=1.0)
+    assert float(found["max_logit"]) == 0
+    assert float(found["entropy"]) == pytest.approx(np.mean(np.log(np.arange(1, 9))), rel=1e-6)
+    found = score_statistics(q, k.at[0, 3].set(jnp.nan), GemmRecipe("bf16"), softmax_scale=1.0)
+    assert np.isinf(found["max_logit"]) and np.isnan(found["entropy"])
+
+
+@pytest.mark.parametrize("spec", [("data",), (None, None, "data"), (None, "data")])
+def test_sharded_equals_whole(spec):
+    """The maximum to the bit, the mean but for the order of summation."""
+    q, k = (jnp.concatenate([x] * 4) for x in operands(64, heads=8))
+    run = jax.jit(functools.partial(score_statistics, recipe=GemmRecipe("current"), softmax_scale=0.3))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    found, whole = run(*(jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))) for x in (q, k))), run(q, k)
+    assert float(found["max_logit"]) == float(whole["max_logit"])
+    np.testing.assert_allclose(found["entropy"], whole["entropy"], rtol=1e-6)

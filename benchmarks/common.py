@@ -21,7 +21,7 @@ import jax
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python benchmarks/X.py` works where fp8jax is not installed
 
-from fp8jax.audit.roofline import DEVICES, Device
+from fp8jax.audit.roofline import Device, device_of
 
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "torch", "torchao", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -58,8 +58,7 @@ def surviving(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict
 
 def peak() -> Device | None:
     """Peak rates of the device at hand, where they are known."""
-    kind = jax.devices()[0].device_kind.lower()
-    return next((device for name, device in DEVICES.items() if name in kind.replace(" ", "-")), None)
+    return device_of(jax.devices()[0].device_kind)
 
 
 def on_gpu() -> bool:

@@ -197,6 +197,7 @@ class MonitorConfig:
 
     every: int = _field(50, "steps between outlier statistics; 0: never", at_least=0)
     kurtosis: str = _field("per_token", "over one token's features, or pooled over a sequence", choices=("per_token", "pooled"))
+    parameters: bool = _field(False, "statistics of parameters and of the optimizer's moments as well")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +205,9 @@ class LogConfig:
     """Logged steps."""
 
     every: int = _field(10, "steps between lines of metrics.jsonl and of the progress display", at_least=1)
+    report_minutes: int = _field(5, "minutes between refreshes of WORKDIR/report.html while the run trains; 0: no report", at_least=0)
+    wandb: str = _field("", "project of Weights & Biases to log to; empty: none")
+    wandb_offline: bool = _field(False, "write Weights & Biases' files to WORKDIR/wandb instead of sending them")
 
 
 @dataclasses.dataclass(frozen=True)

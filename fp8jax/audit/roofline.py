@@ -52,6 +52,11 @@ DEVICES = {
 }
 
 
+def device_of(kind: str) -> Device | None:
+    """Peak rates of a device by what JAX calls it ('NVIDIA H100 80GB HBM3'), where they are known."""
+    return next((device for name, device in DEVICES.items() if name in kind.lower().replace(" ", "-")), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """Seconds on one device at peak rates, and the utilisation that they would mean."""

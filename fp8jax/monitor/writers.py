@@ -8,7 +8,8 @@
 `metrics.jsonl` is the source of truth: one strict JSON object a logged step, `step` first; JSON has no word for a
 non-finite number, so it is the string "nan", "inf" or "-inf". The TensorBoard files say the same.
 
-One process of a run writes; nothing here decides which. Nothing is averaged or computed here.
+One process of a run writes; nothing here decides which. Nothing is averaged or computed here. Followers, such as the report
+and Weights & Biases, get what is written and are closed with the writer.
 """
 
 import json
@@ -16,9 +17,11 @@ import logging
 import math
 import os
 import pathlib
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import tensorboardX
+from tensorboardX.proto.summary_pb2 import Summary
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -30,6 +33,16 @@ class MetricsError(ValueError):
     """A log that cannot be read. The message is one line: path, line number, what is wrong."""
 
 
+class Follower(Protocol):
+    """Who wants every logged step."""
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        """Takes one step's values, Python numbers."""
+
+    def close(self) -> None:
+        """The run ends."""
+
+
 class MetricsWriter:
     """Appends to the logs of a run, new or continued.
 
@@ -39,12 +52,14 @@ class MetricsWriter:
     Args:
         workdir: directory of the run; made if missing.
         start_step: steps already taken: 0 for a new run, the checkpoint's step for a continued one.
+        followers: others who want every logged step.
 
     Raises:
         MetricsError: an existing log has an unreadable line other than a last one cut short by a crash.
     """
 
-    def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
+    def __init__(self, workdir: str | os.PathLike, start_step: int = 0, followers: Sequence[Follower] = ()):
+        self._followers = followers
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         metrics, events = workdir / "metrics.jsonl", workdir / "events.jsonl"
@@ -68,8 +83,11 @@ class MetricsWriter:
         """
         values = {name: _plain(value) for name, value in metrics.items()}
         _append(self._metrics, {"step": int(step), **values})
-        for name, value in values.items():
-            self._board.add_scalar(name, value, int(step))
+        # One event: a call of add_scalar a value takes longer than a small model's step where there are thousands.
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._board.file_writer.add_summary(summary, int(step))
+        for follower in self._followers:
+            follower.write(int(step), values)
 
     def event(self, kind: str, step: int, **fields: Any) -> None:
         """Log an incident: a warning, a restart, a rollback.
@@ -87,6 +105,8 @@ class MetricsWriter:
         self._metrics.close()
         self._events.close()
         self._board.close()
+        for follower in self._followers:
+            follower.close()
 
     def __enter__(self) -> "MetricsWriter":
         """Return the writer itself."""
@@ -105,10 +125,16 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     Raises:
         MetricsError: no such file, or a line that is not a JSON object with an integer `step`.
     """
+    return list(records(path))
+
+
+def records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """As `read_metrics`, one step after another: a log with statistics of many layers is large."""
     path = pathlib.Path(path)
     if not path.exists():
         raise MetricsError(f"{path}: no such file; a run writes it to its --workdir at the first logged step")
-    return [{name: _number(value) for name, value in record.items()} for _, record in _lines(path)]
+    for _, record in _lines(path):
+        yield {name: _number(value) for name, value in record.items()}
 
 
 def _append(file: Any, record: dict[str, Any]) -> None:
@@ -126,23 +152,21 @@ def _number(value: Any) -> Any:
     return NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
-def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return (line with its newline, its object) of each line; none if there is no file."""
+def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (line with its newline, its object) of each line; nothing if there is no file."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    out = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and type(record.get("step")) is int:
-            out.append((line.rstrip("\n") + "\n", record))
-        elif line.endswith("\n"):
-            excerpt = repr(line[:60].strip())
-            raise MetricsError(f"{path}, line {number}: not a JSON object with an integer 'step': {excerpt}; remove it")
-    return out
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                yield line.rstrip("\n") + "\n", record
+            elif line.endswith("\n"):
+                excerpt = repr(line[:60].strip())
+                raise MetricsError(f"{path}, line {number}: not a JSON object with an integer 'step': {excerpt}; remove it")
 
 
 def _rewrite(path: pathlib.Path, lines: list[str]) -> None:

@@ -25,6 +25,8 @@ from fp8jax.data import pipeline, tokenizer
 from fp8jax.models.definition import define
 from fp8jax.monitor import outliers
 from fp8jax.monitor.progress import Progress
+from fp8jax.monitor.report import Refresher
+from fp8jax.monitor.wandb_sink import open_sink
 from fp8jax.monitor.writers import MetricsWriter
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, save_config
@@ -33,7 +35,7 @@ from fp8jax.training.feed import Feed
 from fp8jax.training.lock import exclusive
 from fp8jax.training.profiling import ProfileWindow
 from fp8jax.training.resume import Position, Resumed, check_continues, resume
-from fp8jax.training.start_up import check_attention, describe, describe_compiled
+from fp8jax.training.start_up import check_attention, describe, describe_compiled, facts, seconds_at_peak
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
 from fp8jax.training.watchdog import Watchdog
@@ -62,9 +64,9 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
     mesh = mesh_lib.make_mesh(config, devices)
     definition = define(config.model, tokenizer.vocab_size(config))
     program = TrainProgram(config, definition, mesh)
-    facts = {"config": config_lib.digest(config), "fp8jax": fp8jax.__version__, "jax": jax.__version__}
+    origin = {"config": config_lib.digest(config), "fp8jax": fp8jax.__version__, "jax": jax.__version__}
     with exclusive(workdir), Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
-                                         facts=facts) as checkpoints, _stop_signals() as stop, \
+                                         facts=origin) as checkpoints, _stop_signals() as stop, \
             Watchdog(config.training.hang_limit) as watchdog:
         recalibrate = check_continues(config, workdir, allow_config_change)
         lines: list[str] = []
@@ -72,7 +74,10 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
         save_config(workdir, config)
         lines += [*describe(program), *check_attention(program)]
         while True:
-            with MetricsWriter(workdir, start_step=resumed.step) as writer, Progress(config.training.steps, resumed.step) as progress:
+            sink = open_sink(config.log, workdir, config_lib.to_dict(config))
+            followers = [Refresher(workdir, config.log.report_minutes)] + ([sink] if sink else [])
+            with MetricsWriter(workdir, resumed.step, followers) as writer, \
+                    Progress(config.training.steps, resumed.step, seconds_at_peak=seconds_at_peak(program)) as progress:
                 for line in lines:
                     progress.message(line)
                 run = _Run(config, workdir, program, checkpoints, writer, progress, stop, watchdog)
@@ -114,6 +119,7 @@ class _Run:
         iterator = self.feed = Feed(pipeline.train_iterator(config, start_step=step + self.position.skipped_batches))
         for line in describe_compiled(program):
             self.progress.message(line)
+        write_json(self.workdir / "run.json", facts(program))
         self.writer.event("started", step, seconds=round(time.monotonic() - began, 1))
         self._restart_clock()
         bad = 0

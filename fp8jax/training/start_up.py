@@ -1,13 +1,18 @@
 """What a run tells before its first step: what will run, in what formats, and whether this device computes it rightly."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 
+import fp8jax
 from fp8jax import config as config_lib
 from fp8jax.audit import program as audit
+from fp8jax.audit.roofline import device_of
 from fp8jax.config import ConfigError
 from fp8jax.data import pipeline
+from fp8jax.models.flops import model_flops
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics.attention import SCORES, VALUES
 from fp8jax.numerics.self_check import self_check
@@ -71,6 +76,33 @@ def describe_compiled(program: TrainProgram) -> list[str]:
     return lines + [f"warning  not compiled to an FP8 GEMM: {line}" for line in lost]
 
 
+def facts(program: TrainProgram) -> dict[str, Any]:
+    """What WORKDIR/run.json says of a run, for its report; compiles the step, if it is not yet."""
+    device, plan = program.mesh.devices.flat[0], program.compiled_step().memory_analysis()
+    model = program.definition.config
+    return {
+        "model": f"{model.architecture}, {model.layers} layers of width {model.width}", "parameters": program.definition.parameter_count(),
+        "fp8_share": audit.fp8_share(_traced(program), BLOCK_ROLES), "gemms": "emulated" if program.emulated else "native",
+        "mesh": mesh_lib.describe(program.mesh), "devices": program.mesh.size, "device": device.device_kind,
+        "memory_bytes": plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes,
+        "model_flops": _model_flops(program), "seconds_at_peak": seconds_at_peak(program),
+        "versions": f"fp8jax {fp8jax.__version__}, jax {jax.__version__}",
+    }
+
+
+def seconds_at_peak(program: TrainProgram) -> float | None:
+    """What a step's model FLOPs would take at all devices' BF16 peak: MFU is this over a step's time. None: peak not known."""
+    device = device_of(program.mesh.devices.flat[0].device_kind)
+    return device and _model_flops(program) / (device.bf16 * program.mesh.size)
+
+
+def _model_flops(program: TrainProgram) -> int:
+    definition, config = program.definition, program.config
+    return model_flops(definition.config, definition.vocab_size, sequences=config.training.batch_size,
+                       sequence_length=config.data.sequence_length).total
+
+
+@functools.lru_cache(maxsize=2)
 def _traced(program: TrainProgram) -> list[audit.Gemm]:
     with jax.set_mesh(program.mesh):
         return audit.traced_gemms(program.jitted_step().trace(program.abstract_state, program.abstract_batch).jaxpr)

@@ -64,6 +64,36 @@ def test_terminal_shows_one_bar_and_messages_above_it():
     assert text.rstrip().endswith("\x1b[?25h") and "step 600/600" in text.split("evaluation")[1]  # cursor is back
 
 
+def lights(*updates, warned=None):
+    """The light's colour after each update on a terminal."""
+    file = io.StringIO()
+    console = rich.console.Console(file=file, force_terminal=True, width=120, color_system="standard")
+    found = []
+    with progress.Progress(600, 0, console) as display:
+        for step, update in enumerate(updates):
+            if warned and step == 1:
+                display.warn(warned)
+            display.update(step, update)
+            found.append(progress.LIGHTS[display._light][1])
+    return found, file.getvalue()
+
+
+def test_light_of_fp8():
+    healthy, clipped, unknown = ({"fp8/saturated_fraction": value} for value in (0.0, 2e-3, math.nan))
+    found, text = lights({"loss": 2.0}, healthy, {"loss": 2.0}, clipped, {"bad_step": 1}, unknown)
+    assert found == ["bright_black", "green", "green", "yellow", "red", "yellow"] and "\x1b[32m●" in text and "\x1b[31m●" in text
+    assert lights({}, {"loss": 1.0}, warned="act")[0][1] == "red"
+    assert lights({}, healthy, healthy, warned="watch")[0] == ["bright_black", "yellow", "green"]
+
+
+def test_mfu_where_the_peak_is_known_and_the_course_of_the_loss():
+    file = io.StringIO()
+    with progress.Progress(10, 0, rich.console.Console(file=file, width=100), seconds_at_peak=0.1) as display:
+        display.update(1, metrics(seconds=0.25))
+    assert "tok/s  MFU 40.0%  lr" in file.getvalue()
+    assert progress._course([5.0, 3.0, math.nan, 1.0]) == "█▄x▁" and progress._course([1.0]) == ""
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0s"), (45.4, "45s"), (130, "2m10s"), (3900, "1h05m"), (273600, "3d04h"), (59.9, "1m00s")]
 )

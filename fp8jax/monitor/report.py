@@ -1,0 +1,93 @@
+"""One page that shows runs: self-contained HTML, opened from disk or sent by mail, without network.
+
+    write_report(["runs/fp8", "runs/bf16"], "report.html")
+
+What is read of a run, and how it is made small, is in report_data.py; the page itself, plain JavaScript of our own that draws
+on canvases, in report_page/. While a run trains, `Refresher` has another process write its page now and then.
+"""
+
+import datetime
+import json
+import logging
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+import fp8jax
+from fp8jax.monitor import report_data
+
+PAGE = pathlib.Path(__file__).parent / "report_page"
+CELLS = 1_350_000  # of all maps of all runs, 2.7 bytes each in the page
+SHARE = 20  # a refresh that took a second comes again after as many seconds at the earliest
+
+
+def write_report(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pathlib.Path:
+    """Writes the page, whole or not at all; returns its path.
+
+    Raises:
+        MetricsError: a directory without a log, or with one that cannot be read.
+    """
+    out = pathlib.Path(out)
+    runs = [report_data.read_run(workdir, cells=CELLS // len(workdirs)) for workdir in workdirs]
+    names = [run["name"] for run in runs]
+    for run in runs:
+        if names.count(run["name"]) > 1:
+            run["name"] = run["workdir"]
+    made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    data = {"runs": runs, "made": made, "version": fp8jax.__version__, "points": report_data.POINTS}
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(_page(data), encoding="utf-8")
+    temporary.replace(out)
+    return out
+
+
+def _page(data: dict) -> str:
+    def source(name: str) -> str:
+        return (PAGE / name).read_text(encoding="utf-8")
+
+    # In a script element, '<' could end it.
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    page = source("page.html").replace("/*STYLE*/", source("style.css")).replace("/*SCRIPT*/", source("charts.js") + source("page.js"))
+    before, after = page.split("/*DATA*/null")
+    return before + text + after
+
+
+class Refresher:
+    """Keeps WORKDIR/report.html up to date while a run trains, in another process of low priority.
+
+    Args:
+        workdir: of the run.
+        minutes: between refreshes, or more where writing the page takes long; 0: never.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, minutes: float):
+        self._workdir, self._pause, self._minutes = pathlib.Path(workdir).resolve(), 0.0, minutes
+        self._process: subprocess.Popen | None = None
+        self._due = self._started = time.monotonic()
+
+    def write(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Called after each logged step: starts a refresh if one is due; takes no time."""
+        now = time.monotonic()
+        if self._process is not None and self._process.poll() is not None:
+            self._pause, self._process = SHARE * (now - self._started), None
+            self._due = self._started + max(60 * self._minutes, self._pause)
+        if not self._minutes or self._process is not None or now < self._due:
+            return
+        self._started = now
+        command = ["-m", "fp8jax", "report", str(self._workdir), "--out", str(self._workdir / "report.html"), "--background"]
+        self._process = subprocess.Popen([sys.executable, *command], cwd=pathlib.Path(fp8jax.__file__).parent.parent, stdin=subprocess.DEVNULL,
+                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def close(self) -> None:
+        """Writes the page a last time; a page that cannot be written is told, and stops nothing."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+        if not self._minutes or not (self._workdir / "metrics.jsonl").exists():
+            return
+        try:
+            write_report([self._workdir], self._workdir / "report.html")
+        except (OSError, report_data.MetricsError) as error:
+            logging.getLogger(__name__).warning("report.html was not written: %s", error)

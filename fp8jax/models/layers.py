@@ -4,6 +4,7 @@ Each parameter is an `nnx.Param` with metadata `axes`, the logical axis of each 
 Matrices are called `w` and are the parameters with weight decay; gains and scalars have other names and none.
 """
 
+import functools
 import math
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from fp8jax.config import ModelConfig, head_dim
+from fp8jax.models.activations import pointwise
 from fp8jax.models.gemms import Gemms
 from fp8jax.numerics.dot_general import dot_general
 
@@ -81,9 +83,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalised x in the dtype of x."""
-        wide = x.astype(jnp.float32)
-        y = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=self.dims, keepdims=True) + self.eps)
-        return (y if self.gain is None else y * self.gain[...]).astype(x.dtype)
+        return _rms_norm(x, None if self.gain is None else self.gain[...], self.eps, self.dims)
+
+
+@functools.partial(pointwise, static_argnums=(3,))
+def _rms_norm(x: jax.Array, gain: jax.Array | None, eps: float, dims: tuple[int, ...]) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    y = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=dims, keepdims=True) + eps)
+    return (y if gain is None else y * gain).astype(x.dtype)
 
 
 class LayerScale(nnx.Module):
@@ -94,7 +101,7 @@ class LayerScale(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """X * gain, in the dtype of x."""
-        return (x.astype(jnp.float32) * self.gain[...]).astype(x.dtype)
+        return pointwise(lambda x, gain: (x.astype(jnp.float32) * gain).astype(x.dtype))(x, self.gain[...])
 
 
 class Tanh(nnx.Module):
@@ -105,7 +112,7 @@ class Tanh(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """In float32, returned in the dtype of x."""
-        return jnp.tanh(self.alpha[...] * x.astype(jnp.float32)).astype(x.dtype)
+        return pointwise(lambda x, alpha: jnp.tanh(alpha * x.astype(jnp.float32)).astype(x.dtype))(x, self.alpha[...])
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:

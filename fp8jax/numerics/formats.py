@@ -96,7 +96,9 @@ def cast(x: jax.Array, dtype: jnp.dtype, *, emulated: bool = False) -> jax.Array
     if emulated:
         return _cast_by_bits(x, dtype)
     top = max_value(dtype)
-    return jnp.where(jnp.isfinite(x), jnp.clip(x, -top, top), jnp.float32(jnp.nan)).astype(dtype)
+    # x - x is 0, or NaN where x is NaN or infinite. A `where` with a constant does the same, but XLA for GPUs moves the constant,
+    # broadcast, out of the loop over layers, keeps it in memory and reads it with every cast (seen in programs for H100s).
+    return (jnp.clip(x, -top, top) - (x - x)).astype(dtype)  # subtracted, so that -0 stays -0
 
 
 def _cast_by_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -38,7 +38,7 @@ from fp8jax.training.state_statistics import state_statistics
 Batch = dict[str, jax.Array]
 
 # Triton GEMMs lose FP8 on patterns that cuBLASLt takes, and write transposes apart (measured on compiled programs).
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_allow_excess_precision": False}
 
 
 def token_losses(logits_btv: jax.Array, targets_bt: jax.Array) -> jax.Array:

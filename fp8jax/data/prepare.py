@@ -398,8 +398,9 @@ def _hold_one_out(job: _Job, parts: list, fraction: float) -> None:
     records = _records(job, parts)
     if not fraction or any(record["shards"]["held_out"] for record in records):
         return
-    if sum(count for record in records for _, count in record["documents"]) < 2:
-        raise ConfigError("one document alone cannot be held out from itself; give more, or --validation_fraction=0")
+    if (there := sum(count for record in records for _, count in record["documents"])) < 2:
+        raise ConfigError("one document alone cannot be held out from itself; give more, or --validation_fraction=0" if there
+                          else "--input: holds no documents at all")
     number = min(range(len(records)), key=lambda index: records[index]["lowest"])
     again = dataclasses.replace(job, threshold=records[number]["lowest"] + 1)
     _make(again, number, parts[number], lambda more: None)

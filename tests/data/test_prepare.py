@@ -193,6 +193,9 @@ def test_few_documents_leave_one_for_the_held_out_split(tmp_path, small_parts):
     (tmp_path / "b.jsonl").write_bytes(lines(["x"]))
     with pytest.raises(configs.ConfigError, match="one document alone cannot be held out"):
         prepare.prepare([tmp_path / "b.jsonl"], tmp_path / "b")
+    (tmp_path / "c.jsonl").write_bytes(b"\n\n")
+    with pytest.raises(configs.ConfigError, match="holds no documents at all"):
+        prepare.prepare([tmp_path / "c.jsonl"], tmp_path / "c")
 
 
 def test_long_documents_are_tokenised_as_if_whole(tmp_path, bpe, monkeypatch):

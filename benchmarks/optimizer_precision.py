@@ -22,10 +22,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from common import ROOT
 
 from fp8jax.monitor.writers import read_metrics
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = ["--config.optimizer.gradient_dtype=bfloat16", "--config.optimizer.master_dtype=float16", "--config.optimizer.first_moment=fp8"]
 UNTIED = ["--config.model.tied_embeddings=False"]
 # Of each comparison the first variant is what the others are measured by.

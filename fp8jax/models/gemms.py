@@ -122,6 +122,9 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = 
             for layer in layers[override.first : override.last + 1]:
                 layer |= {override.role: changed} if override.role in layer else {}
         _check_blockwise(layers)
+        if head.scaling == "blockwise" and config.training.loss_chunk:
+            raise ConfigError(f"config.training.loss_chunk: {config.training.loss_chunk} with a blockwise FP8 head: there is no such loss; set "
+                              f"it to 0, or config.fp8.overrides='{HEAD}=current'")
     keeps = recipe != "bf16" or (cudnn and fp8.attention_backend == attention_lib.CUDNN)
     first = (attention_lib.CUDNN,) * cudnn + ("pallas",) * fused
     backend = _attention_backend(fp8.attention_backend if keeps else "auto", first, layers, head_dim(config.model))

@@ -24,8 +24,9 @@ from fp8jax.models.feed_forward import FeedForward
 from fp8jax.models.gemms import GemmInputs, Gemms, ModelRecipes
 from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.layers import Embedding, LayerScale, RMSNorm, matrix, rope_frequencies, rope_table
+from fp8jax.numerics.cross_entropy import linear_cross_entropy
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME, dot_general
-from fp8jax.parallel.sharding import constrain
+from fp8jax.parallel.sharding import constrain, shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,26 @@ class Transformer(nnx.Module):
         x_btd, taps, _ = self._hidden(batch, recipes, prepared, options)
         return self._logits(x_btd, recipes, prepared), taps
 
+    def chunked_losses(self, batch: dict[str, jax.Array], recipes: ModelRecipes, prepared: PreparedGemms, chunk: int,
+                       options: ForwardOptions = ForwardOptions()) -> tuple[jax.Array, jax.Array, taps_lib.Taps]:
+        """What a loss needs, without the logits of all tokens and the whole vocabulary ever being there (numerics/cross_entropy.py).
+
+        Args:
+            batch: as of a call, and `targets` int32 [b, t].
+            recipes: of every layer and the head.
+            prepared: from `prepare`.
+            chunk: rows of the vocabulary at a time, on each device.
+            options: static.
+
+        Returns:
+            Negative log-likelihoods of the targets and log-partitions, float32 [b, t]; taps.
+        """
+        x_btd, taps, _ = self._hidden(batch, recipes, prepared, options)
+        scales, token = _of_head(prepared)
+        nll, lse = linear_cross_entropy(x_btd, self.head_weight(), batch["targets"], recipes.head, chunk=chunk, shards=shards("vocab"),
+                                        quantised_w=prepared.head, scales=scales, token=token, role=gemms_lib.HEAD)
+        return nll, lse, taps
+
     def extend(self, inputs_bt: jax.Array, cache: KVCache, recipes: ModelRecipes, prepared: PreparedGemms) -> tuple[jax.Array, KVCache]:
         """Logits of the tokens that follow those in a cache (models/kv_cache.py): an empty one takes any t, else t is 1.
 
@@ -183,10 +204,15 @@ class Transformer(nnx.Module):
         return x, _join(found), cache
 
     def _logits(self, x_btd: jax.Array, recipes: ModelRecipes, prepared: PreparedGemms) -> jax.Array:
-        role = gemms_lib.HEAD
-        scales, token = (given[role][0] if role in given else None for given in (prepared.scales, prepared.tokens))
+        scales, token = _of_head(prepared)
         return dot_general(x_btd, self.head_weight(), (((2,), (1,)), ((), ())), recipes.head, quantised_w=prepared.head,
-                           scales=scales, token=token, out_dtype=jnp.float32, role=role)
+                           scales=scales, token=token, out_dtype=jnp.float32, role=gemms_lib.HEAD)
+
+
+def _of_head(prepared: PreparedGemms) -> tuple[jax.Array | None, jax.Array | None]:
+    """Scales and token of the head, None where it needs none."""
+    scales, token = (given[gemms_lib.HEAD][0] if gemms_lib.HEAD in given else None for given in (prepared.scales, prepared.tokens))
+    return scales, token
 
 
 class _Head(nnx.Module):

@@ -67,11 +67,16 @@ def gemm(lhs: Quantised, rhs: Quantised, dimension_numbers: DimensionNumbers, *,
             a, b = lax.optimization_barrier((a, b))
         exact = precise or a.dtype == jnp.float32
         out = lax.dot_general(a, b, dimension_numbers, precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
-                              preferred_element_type=jnp.float32 if emulated else out_dtype)
+                              preferred_element_type=accumulator(a.dtype) if emulated else out_dtype)
         if emulated:
             out = lax.optimization_barrier(out)
         scale = _product(lhs.scale, rhs.scale)
         return (out if scale is None else out.astype(jnp.float32) * scale).astype(out_dtype)
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype in which products of numbers of this one are summed: float32, or float64 for float64."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def _widen(x: jax.Array) -> jax.Array:

@@ -6,6 +6,8 @@ Parameters and activations name their dimensions (`embed`, `heads`, ...); `RULES
     x_btd = constrain(x_btd, "batch", "sequence", None)      # inside jit, under jax.set_mesh(mesh)
 """
 
+import math
+
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -38,3 +40,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def shards(axis: str) -> int:
+    """Parts into which a logical axis is split on the mesh of `jax.set_mesh`; 1 outside of it."""
+    mesh, names = jax.sharding.get_abstract_mesh(), RULES[axis]
+    if mesh.empty or names is None:
+        return 1
+    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))

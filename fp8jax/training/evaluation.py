@@ -38,7 +38,10 @@ class Evaluator:
         def total_loss(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 model = definition.bind(as_float32(params))
-                logits, _ = model(batch, recipes, model.prepare(recipes, {}, {}))
+                prepared, chunk = model.prepare(recipes, {}, {}), config.training.loss_chunk
+                if chunk:
+                    return jnp.sum(model.chunked_losses(batch, recipes, prepared, chunk)[0] * batch["mask"])
+                logits, _ = model(batch, recipes, prepared)
                 return jnp.sum(token_losses(logits, batch["targets"]) * batch["mask"])
 
         self._total_loss = jax.jit(total_loss, compiler_options=COMPILER_OPTIONS)

@@ -25,7 +25,7 @@ from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, Params
 from fp8jax.models.gemms import ModelRecipes
 from fp8jax.models.taps import Taps
-from fp8jax.models.transformer import ForwardOptions
+from fp8jax.models.transformer import ForwardOptions, PreparedGemms, Transformer
 from fp8jax.numerics import statistics
 from fp8jax.parallel.mesh import emulates_fp8, has_cudnn_attention, runs_kernels
 from fp8jax.parallel.sharding import RULES
@@ -173,13 +173,12 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
     options = ForwardOptions(config.training.remat, collect, config.monitor.kurtosis == "pooled")
 
     def loss_of(params: Params, tokens: dict[str, jax.Array], part: Batch) -> tuple[jax.Array, tuple[jax.Array, Taps]]:
-        logits, taps = definition.bind(params)(part, recipes, prepared._replace(tokens=tokens), options)
+        nll, lse, taps = _losses(definition.bind(params), part, recipes, prepared._replace(tokens=tokens), options, config)
         with jax.named_scope("loss"):
-            loss = jnp.sum(token_losses(logits, part["targets"]) * part["mask"]) / total
+            loss = jnp.sum(nll * part["mask"]) / total
             if not config.optimizer.z_loss:
                 return loss, (loss, taps)
-            squares = jax.nn.logsumexp(logits, axis=-1) ** 2
-            return loss + config.optimizer.z_loss * jnp.sum(squares * part["mask"]) / total, (loss, taps)
+            return loss + config.optimizer.z_loss * jnp.sum(lse**2 * part["mask"]) / total, (loss, taps)
 
     def one(part: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
         tokens = gemms.zero_reports(recipes) if collect else gemms.zero_tokens(recipes)
@@ -200,6 +199,16 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
     zeros = jnp.zeros((), jnp.float32), sums.zeros(view), gemms.zero_tokens(recipes)
     (loss, grads, amaxes), taps = jax.lax.scan(accumulate, zeros, (jnp.arange(config.training.microbatches), batch))
     return loss, grads, amaxes, statistics.combine(taps) | of_weights
+
+
+def _losses(model: Transformer, part: Batch, recipes: ModelRecipes, prepared: PreparedGemms, options: ForwardOptions,
+            config: Config) -> tuple[jax.Array, jax.Array, Taps]:
+    """Negative log-likelihoods and log-partitions, float32 [b, t], and taps."""
+    if config.training.loss_chunk:
+        return model.chunked_losses(part, recipes, prepared, config.training.loss_chunk, options)
+    logits, taps = model(part, recipes, prepared, options)
+    with jax.named_scope("loss"):
+        return token_losses(logits, part["targets"]), jax.nn.logsumexp(logits, axis=-1), taps
 
 
 def train_step(state: TrainState, batch: Batch, config: Config, definition: Definition, recipes: ModelRecipes, *,

@@ -1,0 +1,203 @@
+"""Cross-entropy of a linear head, a chunk of the vocabulary at a time: the logits of all tokens are never there at once.
+
+    nll_bt, lse_bt = linear_cross_entropy(x_btd, w_vd, targets_bt, recipe, chunk=8192)
+
+The forward pass keeps a running maximum, a running sum of exponentials and the target's logit of each token. The backward
+pass computes each chunk's logits again (one more head GEMM in three), from them its gradient, and from that this chunk's
+rows of dW and its part of dx. Beside inputs and results there is one chunk of logits, tokens x chunk, whatever the vocabulary.
+
+All three GEMMs are FP8 if the recipe is: x is cast once, w comes quantised, the logits' gradient g is cast chunk by chunk with
+one scale. Its amax is known before any of it is computed: with a and c the cotangents of nll and lse, g is (a + c) p off the
+target and (a + c) p - a on it, so each token's largest |g| follows from its two largest candidates, the target's logit and the
+largest other one. So `current` scaling takes no second pass, and the token, which must get the maximum over chunks, gets it.
+
+With `shards` > 1 the vocabulary is taken as so many equal parts that lie on different devices, and every part is gone through
+at the same time: running values and dx stay apart to the end and are combined once.
+
+Value and log-partition come apart so that a z-loss is plain JAX around this: lse ** 2. Looked at before: optax's losses take
+logits, tokamax's has no mask, no z-loss, no FP8, no sharded vocabulary, and holds all logits except on TPUs (0.0.12).
+
+What it does not do: blockwise scaling.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fp8jax.numerics import formats, statistics
+from fp8jax.numerics.dot_general import accumulator, as_bytes, from_bytes, gemm, quantise_weight, report_cast
+from fp8jax.numerics.formats import Quantised
+from fp8jax.numerics.recipes import GemmRecipe
+
+
+def linear_cross_entropy(x_btd: jax.Array, w_vd: jax.Array, targets_bt: jax.Array, recipe: GemmRecipe, *, chunk: int, shards: int = 1,
+                         quantised_w: Quantised | None = None, scales: jax.Array | None = None, token: jax.Array | None = None,
+                         role: str = "lm_head") -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihoods of targets under softmax(x wᵀ), and the log-partitions.
+
+    Args:
+        x_btd: what the head reads; float32, bfloat16 or float64.
+        w_vd: weight; its gradient has its shape and dtype. Not read if `quantised_w` is given.
+        targets_bt: int, rows of w.
+        recipe: scaling, formats, backend of the GEMMs.
+        chunk: rows of w, of each shard, whose logits are there at a time.
+        shards: equal parts of w's rows that are gone through side by side; must divide their number.
+        quantised_w: the weight as `quantise_weight` made it.
+        scales: float32 [2], of x and g; needed by delayed scaling.
+        token: as of `dot_general`: float32 [2], or [2, len(HEALTH)], of zeros.
+        role: name of the GEMMs in profiles and programs.
+
+    Returns:
+        nll and lse, [b, t], in float32, or float64 for such x.
+
+    Raises:
+        ValueError: blockwise scaling; delayed scaling without scales; shards that do not divide the vocabulary.
+    """
+    if recipe.scaling == "blockwise":
+        raise ValueError(f"{role}: blockwise scaling has no chunked loss; use current or delayed scaling, or all logits at once")
+    if recipe.scaling == "delayed" and scales is None:
+        raise ValueError(f"{role}: delayed scaling needs `scales`, a float32 array [2] for x and the output gradient")
+    if w_vd.shape[0] % shards:
+        raise ValueError(f"{role}: {shards} shards do not divide a vocabulary of {w_vd.shape[0]}")
+    if quantised_w is None:
+        quantised_w = quantise_weight(lax.stop_gradient(w_vd), recipe, x_btd.dtype)
+    call = _Call(recipe, role, chunk, shards, x_btd.dtype, w_vd.dtype)
+    return _cross_entropy(call, x_btd, w_vd, quantised_w, targets_bt, scales, token)
+
+
+class _Call(NamedTuple):
+    """What is static about one call."""
+
+    recipe: GemmRecipe
+    role: str
+    chunk: int
+    shards: int
+    x_dtype: Any
+    w_dtype: Any
+
+    @property
+    def wide(self) -> Any:
+        """The dtype of logits and sums."""
+        return accumulator(self.x_dtype)
+
+    def gemm(self, lhs: Quantised, rhs: Quantised, dims: Any, out_dtype: Any, name: str) -> jax.Array:
+        """One of the head's GEMMs."""
+        return gemm(lhs, rhs, dims, out_dtype=out_dtype, emulated=self.recipe.emulated, name=f"{self.role}.{name}",
+                    precise=self.recipe.fp8 and self.recipe.precise(name))
+
+
+class _Running(NamedTuple):
+    """Of each token and shard, [b, t, shards]: largest logit, sum of exp(logit - largest), the target's, the largest other."""
+
+    largest: jax.Array
+    total: jax.Array
+    target: jax.Array
+    other: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(call, x, w, qw, targets, scales, token):
+    return _forward(call, x, w, qw, targets, scales, token)[0]
+
+
+def _forward(call, x, w, qw, targets, scales, token):
+    scales = scales if call.recipe.scaling == "delayed" else None
+    qx, amax_x = call.recipe.quantise(x, None if scales is None else scales[0], "x")
+
+    def chunk(running: _Running, part: Quantised, start: jax.Array) -> tuple[_Running, None]:
+        logits = _logits(call, qx, part)
+        hit = _hits(call, qw, targets, start, logits.shape[3])
+        largest = jnp.maximum(running.largest, jnp.max(logits, axis=3))
+        total = running.total * jnp.exp(running.largest - largest) + jnp.sum(jnp.exp(logits - largest[..., None]), axis=3)
+        other = jnp.maximum(running.other, jnp.max(jnp.where(hit, -jnp.inf, logits), axis=3)) if call.recipe.fp8 else running.other
+        return _Running(largest, total, running.target + jnp.sum(jnp.where(hit, logits, 0.0), axis=3), other), None
+
+    zeros = jnp.zeros((*targets.shape, call.shards), call.wide)
+    lowest = jnp.full_like(zeros, jnp.finfo(call.wide).min)
+    found, _ = _over_chunks(call, qw, chunk, _Running(lowest, zeros, zeros, lowest))
+    largest, target = jnp.max(found.largest, axis=2), jnp.sum(found.target, axis=2)
+    lse = largest + jnp.log(jnp.sum(found.total * jnp.exp(found.largest - largest[..., None]), axis=2))
+    residuals = as_bytes(qx), qw, targets, lse, target, jnp.max(found.other, axis=2), scales, token, report_cast(token, x, qx, amax_x)
+    return (lse - target, lse), residuals
+
+
+def _backward(call, residuals, cotangents):
+    qx, qw, targets, lse, target, other, scales, token, of_x = residuals
+    qx, recipe = from_bytes(qx), call.recipe
+    of_nll, both = cotangents[0].astype(call.wide), (cotangents[0] + cotangents[1]).astype(call.wide)
+    amax = _amax(lse, target, other, of_nll, both) if recipe.fp8 else None
+    scale = _gradient_scale(recipe, amax, scales)
+    elements, in_full = lse.size * qw.data.shape[0], token is not None and token.ndim == 2
+
+    def chunk(carry, part, start):
+        dx, health = carry
+        logits = _logits(call, qx, part)
+        hit = _hits(call, qw, targets, start, logits.shape[3])
+        g = _wide(both) * jnp.exp(logits - _wide(lse)) - jnp.where(hit, _wide(of_nll), 0.0)
+        qg = Quantised(g.astype(call.x_dtype), None) if scale is None else formats.quantise(
+            g, scale, recipe.format("g"), emulated=recipe.emulated)
+        if in_full and scale is not None:
+            health += statistics.health(g, qg, elements=elements)
+        dx += call.gemm(qg, part, (((3,), (1,)), ((2,), (0,))), call.wide, "dgrad")
+        return (dx, health), call.gemm(qg, qx, (((0, 1), (0, 1)), ((), ())), call.w_dtype, "wgrad")
+
+    zeros = jnp.zeros((call.shards, *qx.data.shape), call.wide), jnp.zeros(len(statistics.HEALTH))
+    (dx, health), dw = _over_chunks(call, qw, chunk, zeros)
+    of_g = jnp.concatenate([jnp.stack([amax, scale]), health[2:]]) if in_full and scale is not None else amax
+    d_token = None if of_x is None else jnp.stack([of_x, of_g])
+    return jnp.sum(dx, axis=0).astype(call.x_dtype), dw, None, None, None, d_token
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _over_chunks(call: _Call, qw: Quantised, body: Callable, carry: Any) -> tuple[Any, jax.Array | None]:
+    """Folds body(carry, rows of every shard, first row) → (carry, rows of dW or None) over the chunks; their dW joined, [v, d]."""
+    vocabulary, width = qw.data.shape
+    by_shard = qw.data.reshape(call.shards, vocabulary // call.shards, width)
+    rows = by_shard.shape[1]
+    size = min(call.chunk, rows)
+    whole, rest = divmod(rows, size)
+
+    def step(carry, start, size=size):
+        return body(carry, Quantised(lax.dynamic_slice_in_dim(by_shard, start, size, axis=1), qw.scale), start)
+
+    carry, found = lax.scan(step, carry, jnp.arange(whole, dtype=jnp.int32) * size)
+    parts = [] if found is None else [jnp.moveaxis(found, 0, 1).reshape(call.shards, whole * size, width)]
+    if rest:
+        carry, last = step(carry, jnp.int32(whole * size), rest)
+        parts += [] if last is None else [last]
+    return carry, jnp.concatenate(parts, axis=1).reshape(vocabulary, width) if parts else None
+
+
+def _logits(call: _Call, qx: Quantised, part: Quantised) -> jax.Array:
+    """[b, t, shards, rows]."""
+    return call.gemm(qx, part, (((2,), (2,)), ((), ())), call.wide, "fprop")
+
+
+def _hits(call: _Call, qw: Quantised, targets: jax.Array, start: jax.Array, rows: int) -> jax.Array:
+    """Where a chunk's logits are the targets', bool [b, t, shards, rows]."""
+    shape = call.shards, rows
+    ids = start + lax.broadcasted_iota(jnp.int32, shape, 1) + qw.data.shape[0] // call.shards * lax.broadcasted_iota(jnp.int32, shape, 0)
+    return _wide(targets) == ids
+
+
+def _amax(lse: jax.Array, target: jax.Array, other: jax.Array, of_nll: jax.Array, both: jax.Array) -> jax.Array:
+    """Largest |g| of all tokens and rows; all arguments [b, t]."""
+    return formats.amax(jnp.stack([both * jnp.exp(other - lse), both * jnp.exp(target - lse) - of_nll]))
+
+
+def _gradient_scale(recipe: GemmRecipe, amax: jax.Array | None, scales: jax.Array | None) -> jax.Array | None:
+    if not recipe.fp8:
+        return None
+    if recipe.scaling == "static":
+        return recipe.static_scale("g")
+    return recipe.scale(amax, recipe.format("g")) if scales is None else scales[1]
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x[..., None, None]

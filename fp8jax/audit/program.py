@@ -22,15 +22,18 @@ from fp8jax.audit.collectives import Collective, collectives
 from fp8jax.audit.compiled_gemms import compiled_gemms
 from fp8jax.audit.gemms import Gemm, fp8_share, summary
 from fp8jax.audit.jaxpr import traced_gemms
-from fp8jax.audit.traffic import Traffic, traffic
+from fp8jax.audit.traffic import Traffic, place, traffic
 
-__all__ = ["Gemm", "Memory", "Reading", "UnreadableError", "fallbacks", "fp8_share", "read", "summary", "traced_gemms"]
+__all__ = ["Gemm", "Memory", "Reading", "UnreadableError", "fallbacks", "fp8_share", "largest_arrays", "read", "read_memory", "summary",
+           "traced_gemms"]
 
 
 class UnreadableError(ValueError):
     """A compiled program without a text; the message is one line."""
 
 
+# Opcodes whose results are names of other arrays, or are not arrays at all.
+_NOT_WRITTEN = ("parameter", "get-tuple-element", "tuple", "while", "conditional", "call", "bitcast", "constant", "opt-barrier")
 _PARTS = {"params": "params", "scaling": "scaling", "opt_state": "optimizer"}
 
 
@@ -39,12 +42,14 @@ class Memory:
     """Bytes on one device, as the compiler has planned them.
 
     arguments: part of the arguments → bytes: `params`, `optimizer`, `scaling`, `counters`, `batch`.
+    details: the same with the optimizer's parts: `first moment`, `second moment`, `scales of moments`, `remainders of params`.
     argument_bytes: of all arguments, padding included.
     temporary_bytes: activations, gradients, workspaces: the arena that the compiler lays them out in.
     output_bytes: of results that are not written over a donated argument.
     """
 
     arguments: Mapping[str, int]
+    details: Mapping[str, int]
     argument_bytes: int
     temporary_bytes: int
     output_bytes: int
@@ -86,7 +91,28 @@ def read(compiled: Any, mesh: Mesh, text: str | None = None) -> Reading:
         raise UnreadableError(f"the compiled program cannot be read: {str(error).splitlines()[0]}") from error
     wide = [run.instruction.name for run in hlo.executed(module)
             if any(shape.dtype in ("float64", "complex128") for shape in run.instruction.shapes)]
-    return Reading(compiled_gemms(module), traffic(module), collectives(module, mesh.shape), _memory(compiled), wide)
+    return Reading(compiled_gemms(module), traffic(module), collectives(module, mesh.shape), read_memory(compiled), wide)
+
+
+def largest_arrays(text: str, count: int = 12) -> list[dict[str, Any]]:
+    """The largest arrays that a program writes, equal ones together.
+
+    Args:
+        text: the optimized program.
+        count: how many.
+
+    Returns:
+        `dtype`, `dims`, `bytes` of one, `writers` (instructions that write one), `where` (the part of the step of the first).
+    """
+    rows: dict[tuple, dict[str, Any]] = {}
+    for run in hlo.executed(hlo.parse(text)):
+        if run.instruction.opcode in _NOT_WRITTEN:
+            continue
+        for shape in run.instruction.shapes:
+            row = rows.setdefault((shape.dtype, shape.dims), {"dtype": shape.dtype, "dims": list(shape.dims), "bytes": shape.bytes,
+                                                              "writers": 0, "where": place(run.instruction.scope)})
+            row["writers"] += 1
+    return sorted(rows.values(), key=lambda row: -row["bytes"])[:count]
 
 
 def fallbacks(asked: Iterable[Gemm], found: Iterable[Gemm]) -> list[str]:
@@ -102,15 +128,26 @@ def fallbacks(asked: Iterable[Gemm], found: Iterable[Gemm]) -> list[str]:
     return lines
 
 
-def _memory(compiled: Any) -> Memory:
+def read_memory(compiled: Any) -> Memory:
+    """Of an executable."""
     plan = compiled.memory_analysis()
     parts: dict[str, int] = {}
+    details: dict[str, int] = {}
     shardings = jax.tree.leaves(compiled.input_shardings)
     for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(compiled.args_info), shardings, strict=True):
         size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         part = _part(path)
         parts[part] = parts.get(part, 0) + size
-    return Memory(parts, plan.argument_size_in_bytes, plan.temp_size_in_bytes, plan.output_size_in_bytes - plan.alias_size_in_bytes)
+        detail = _optimizer_part(path) if part == "optimizer" else part
+        details[detail] = details.get(detail, 0) + size
+    return Memory(parts, details, plan.argument_size_in_bytes, plan.temp_size_in_bytes, plan.output_size_in_bytes - plan.alias_size_in_bytes)
+
+
+def _optimizer_part(path: tuple) -> str:
+    names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    kinds = {"remainder": "remainders of params", "scales": "scales of moments", "nu": "second moment", "mu": "first moment",
+             "m1": "first moment", "m2": "slow moment"}
+    return next((kind for name, kind in kinds.items() if name in names), "counters")
 
 
 def _part(path: tuple) -> str:

@@ -55,7 +55,7 @@ def traffic(module: Module) -> list[Traffic]:
         opcode = run.instruction.opcode
         if opcode in _FREE or run.instruction.target in _NO_WORK or _is_collective(module, run) or is_gemm(module, run):
             continue
-        moved, where = _moved(module, run), _place(run.instruction.scope)
+        moved, where = _moved(module, run), place(run.instruction.scope)
         read = moved.read if moved.only_transposes else 0
         _add(totals, (TRANSPOSED_FP8, where), read, moved.transposed, run.count if moved.transposed else 0)
         _add(totals, (_kind(run.instruction), where), moved.read - read, moved.written - moved.transposed, run.count)
@@ -85,7 +85,7 @@ def _kind(instruction: Instruction) -> str:
     return opcode if opcode in ("fusion", "copy", "transpose", "custom-call") else "other"
 
 
-def _place(scope: str) -> str:
+def place(scope: str) -> str:
     """Part of the step that a name stack lies in, the innermost one."""
     parts = [part for part in scope.replace("(", "/").replace(")", "/").split("/") if part]
     return next((place for part in reversed(parts) for place in _PLACES if part.startswith(place)), "")

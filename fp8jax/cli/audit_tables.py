@@ -25,7 +25,7 @@ def show(audits: Sequence[Audit], console: Console | None = None) -> None:
 
 
 def _gemms(audit: Audit) -> Table:
-    table = _table("GEMMs of one device, a step", ("role", "pass", "operands", "result", "kernel"),
+    table = new_table("GEMMs of one device, a step", ("role", "pass", "operands", "result", "kernel"),
                    ("largest (b, m, n, k)", "executions", "FLOPs"))
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in audit["gemms"]:
@@ -43,30 +43,30 @@ def _gemms(audit: Audit) -> Table:
 
 def _memory(audit: Audit) -> Table:
     memory = audit["memory"]
-    table = _table("Memory of one device", ("",), ("bytes",))
+    table = new_table("Memory of one device", ("",), ("bytes",))
     parts = {f"argument: {name}": size for name, size in memory["arguments"].items() if name != "total"}
     parts |= {"temporaries: activations, gradients, workspaces": memory["temporaries"], "results": memory["outputs"],
               "peak": memory["peak_bytes_per_device"]}
     for name, size in parts.items():
-        table.add_row(name, _bytes(size))
+        table.add_row(name, bytes_text(size))
     return table
 
 
 def _collectives(audit: Audit) -> Table:
-    table = _table("Collectives of one device, a step", ("kind", "dtype", "mesh axes"), ("executions", "whole arrays", "sent"))
+    table = new_table("Collectives of one device, a step", ("kind", "dtype", "mesh axes"), ("executions", "whole arrays", "sent"))
     for row in audit["collectives"]:
-        table.add_row(row["kind"], _short(row["dtype"]), " x ".join(row["axes"]), str(row["executions"]), _bytes(row["bytes"]),
-                      _bytes(row["sent"]))
+        table.add_row(row["kind"], _short(row["dtype"]), " x ".join(row["axes"]), str(row["executions"]), bytes_text(row["bytes"]),
+                      bytes_text(row["sent"]))
     return table
 
 
 def _traffic(audit: Audit) -> Table:
-    table = _table("Memory traffic beside the GEMMs, one device, a step", ("kind", "where"), ("read", "written", "executions"))
+    table = new_table("Memory traffic beside the GEMMs, one device, a step", ("kind", "where"), ("read", "written", "executions"))
     for row in audit["non_gemm_bytes"]["rows"]:
         if row["read"] + row["written"] > 1e-3 * audit["non_gemm_bytes"]["total"]:
-            table.add_row(row["kind"], row["where"] or "elsewhere", _bytes(row["read"]), _bytes(row["written"]), str(row["executions"]))
+            table.add_row(row["kind"], row["where"] or "elsewhere", bytes_text(row["read"]), bytes_text(row["written"]), str(row["executions"]))
     total = audit["non_gemm_bytes"]
-    table.add_row("total", "", _bytes(total["read"]), _bytes(total["written"]), "")
+    table.add_row("total", "", bytes_text(total["read"]), bytes_text(total["written"]), "")
     return table
 
 
@@ -77,8 +77,9 @@ def _verdict(audit: Audit) -> list[str]:
         lines[0] += f"; {target['fp8_share_asked']:.0%} asked for: no FP8 units there, FP8 values are multiplied in BF16"
     lines += [f"fell back    {line}" for line in target["fallbacks"]]
     lines += [f"float64      {name}" for name in target["float64"][:5]]
-    fits = {None: "", True: f", of {_bytes(memory['device_bytes'] or 0)}", False: f", does NOT fit in {_bytes(memory['device_bytes'] or 0)}"}
-    lines.append(f"memory       {_bytes(memory['peak_bytes_per_device'])} a device at the peak{fits[memory['fits']]}")
+    capacity = bytes_text(memory["device_bytes"] or 0)
+    fits = {None: "", True: f", of {capacity}", False: f", does NOT fit in {capacity}"}
+    lines.append(f"memory       {bytes_text(memory['peak_bytes_per_device'])} a device at the peak{fits[memory['fits']]}")
     extra = ", ".join(f"{name.replace('_', ' ')} {_si(flops[name], 'FLOP')}" for name in ("repeated", "masked_attention", "other"))
     lines += [f"GEMM FLOPs   compiled {_si(flops['counted'], 'FLOP')} on all devices: the model's own {_si(flops['closed_formula'], 'FLOP')} "
               "(closed formula, causal attention)", f"             and {extra}"]
@@ -99,17 +100,17 @@ def _speed(audit: Audit) -> list[str]:
 
 
 def _side_by_side(audits: Sequence[Audit]) -> Table:
-    table = _table("Side by side", ("",), [audit["config"]["file"] for audit in audits])
+    table = new_table("Side by side", ("",), [audit["config"]["file"] for audit in audits])
     rows = {
         "FP8 share of block GEMM FLOPs": lambda a: f"{a['fp8_share']:.1%}",
         "model FLOPs, all devices": lambda a: _si(a["estimate"]["model_flops"]["closed_formula"], "FLOP"),
         "GEMM FLOPs as compiled": lambda a: _si(a["estimate"]["model_flops"]["counted"], "FLOP"),
-        "peak memory of a device": lambda a: _bytes(a["memory"]["peak_bytes_per_device"]),
-        "  arguments": lambda a: _bytes(a["memory"]["arguments"]["total"]),
-        "  temporaries": lambda a: _bytes(a["memory"]["temporaries"]),
-        "moved beside GEMMs": lambda a: _bytes(a["non_gemm_bytes"]["total"]),
-        "  FP8 transposed copies": lambda a: _bytes(a["non_gemm_bytes"]["fp8_transposed_copies"]),
-        "sent in collectives": lambda a: _bytes(sum(row["sent"] for row in a["collectives"])),
+        "peak memory of a device": lambda a: bytes_text(a["memory"]["peak_bytes_per_device"]),
+        "  arguments": lambda a: bytes_text(a["memory"]["arguments"]["total"]),
+        "  temporaries": lambda a: bytes_text(a["memory"]["temporaries"]),
+        "moved beside GEMMs": lambda a: bytes_text(a["non_gemm_bytes"]["total"]),
+        "  FP8 transposed copies": lambda a: bytes_text(a["non_gemm_bytes"]["fp8_transposed_copies"]),
+        "sent in collectives": lambda a: bytes_text(sum(row["sent"] for row in a["collectives"])),
         "estimated ms a step": lambda a: f"{a['estimate'].get('step_seconds', float('nan')) * 1e3:,.1f}",
         "estimated MFU, BF16 peak": lambda a: f"{a['estimate'].get('mfu_bf16', float('nan')):.0%}",
         "estimated MFU, FP8 peak": lambda a: f"{a['estimate'].get('mfu_fp8', float('nan')):.0%}",
@@ -120,7 +121,8 @@ def _side_by_side(audits: Sequence[Audit]) -> Table:
     return table
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """An empty table with columns aligned to the left, then to the right."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in left:
         table.add_column(name)
@@ -144,5 +146,6 @@ def _si(value: float, unit: str) -> str:
     return f"{scaled:,.{0 if scaled >= 100 or not power else 1 if scaled >= 10 else 2}f} {prefixes[power]}{unit}"
 
 
-def _bytes(size: float) -> str:
+def bytes_text(size: float) -> str:
+    """Like '268 MB'."""
     return _si(size, "B")

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from fp8jax.cli import audit
+from fp8jax.cli import audit, audit_memory
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # The step of tests/audit/test_program.py, which a test session compiles once.
@@ -47,6 +47,25 @@ def test_mistakes_are_one_line(arguments, words, capsys):
     assert audit.main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("compiling")]
     assert len(lines) == 1 and lines[0].startswith("error: ") and all(word in lines[0] for word in words), lines
+
+
+def test_memory_tells_what_options_save(tmp_path, capsys, monkeypatch):
+    """One that is set already is left out, and one that the model does not allow; the last row is all of them."""
+    monkeypatch.setattr(audit_memory, "OPTIONS", (("optimizer.first_moment", "fp8"), ("training.remat", "full"), ("fp8.head", True),
+                                                  ("optimizer.second_moment", "bfloat16")))
+    file, small = tmp_path / "memory.json", [word.format("config") for word in SMALL if "layers" not in word and "remat" not in word]
+    given = ["--config=configs/fp8_base.py:tiny", "--target=local", "--memory", f"--json={file}", "--config.training.remat=full"]
+    assert audit.main([*given, *small, "--config.model.layers=1"]) == 0
+    shown, found = capsys.readouterr().out, json.loads(file.read_text())
+    assert "first moment" in shown and "--config.optimizer.first_moment=fp8 --config.optimizer.second_moment=bfloat16" in shown
+    first, second, together = found["options"]
+    assert together["changes"] == first["changes"] | second["changes"]
+    assert found["peak_bytes_per_device"] - together["peak_bytes_per_device"] == together["saves"]
+    # A device's eighth of the moments: the first without scales is a fourth, the second a half.
+    sizes = found["arguments"]
+    assert sizes["first moment"] == sizes["second moment"] > 0 and found["temporaries"] > 0
+    assert found["largest"][0]["bytes"] >= found["largest"][1]["bytes"] > 0
+    assert audit.main([*given, "--compare=configs/fp8_base.py:tiny"]) == 2 and "leave out --compare" in capsys.readouterr().err
 
 
 def test_help_shows_an_example(capsys):

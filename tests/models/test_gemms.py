@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections import Counter
 
 import jax
 import numpy as np
@@ -142,24 +143,41 @@ def test_every_scaling_trains(fp8):
     assert abs(loss_after_ten_steps(**fp8) - plain) < 0.03 * plain
 
 
+def casts(jaxpr, times=1, kinds=("convert_element_type", "bitcast_convert_type")):
+    """Dtype, shape and executions of every cast to float8 in a step."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in kinds and str(eqn.outvars[0].aval.dtype).startswith("float8"):
+            yield str(eqn.outvars[0].aval.dtype), eqn.outvars[0].aval.shape, times
+        inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+        for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                yield from casts(part, inner, kinds)
+
+
 def weight_casts(closed_jaxpr, matrices):
     """Casts to float8 of arrays that end in a weight's shape: role → how many layers' weights are cast in one step."""
     counts = dict.fromkeys(matrices, 0)
-
-    def walk(jaxpr, times):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name in ("convert_element_type", "bitcast_convert_type") and str(eqn.outvars[0].aval.dtype).startswith("float8"):
-                shape = eqn.outvars[0].aval.shape
-                for role, matrix in matrices.items():
-                    counts[role] += times * math.prod(shape[:-2]) * (shape[-2:] == matrix)
-            inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-            for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
-                part = getattr(part, "jaxpr", part)
-                if hasattr(part, "eqns"):
-                    walk(part, inner)
-
-    walk(closed_jaxpr.jaxpr, 1)
+    for _, shape, times in casts(closed_jaxpr.jaxpr):
+        for role, matrix in matrices.items():
+            counts[role] += times * math.prod(shape[:-2]) * (shape[-2:] == matrix)
     return counts
+
+
+def test_rematerialisation_quantises_nothing_twice():
+    """`save_fp8` casts just what a step without rematerialisation casts; `full` casts every forward operand again."""
+    found = {}
+    for remat in ("none", "save_fp8", "full"):
+        # Native: there casts are conversions, and bytes that become FP8 again are not.
+        program = program_of(make({"backend": "native"}, {"remat": remat, "steps": 1}))
+        jaxpr = program.jitted_step().trace(program.abstract_state, program.abstract_batch).jaxpr.jaxpr
+        found[remat] = Counter()
+        for dtype, shape, times in casts(jaxpr, kinds=("convert_element_type",)):
+            found[remat][dtype, shape] += times
+    assert found["save_fp8"] == found["none"] and sum(found["none"].values()) > 20
+    again = found["full"] - found["none"]
+    assert again["float8_e4m3fn", (8, 32, 48)] == 2 * 2 and again["float8_e4m3fn", (8, 32, 120)] == 2  # x of qkv and mlp_up; of mlp_down
+    assert all(dtype == "float8_e4m3fn" for dtype, _ in again)
 
 
 @pytest.mark.parametrize("backend", ["native", "emulated"])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fp8jax import config as config_lib
 from fp8jax.models import gemms
@@ -18,8 +19,8 @@ def test_z_loss_adds_its_gradient_and_is_not_reported():
     batch = {"inputs": inputs, "targets": targets, "mask": (rng.random((1, 2, 16)) > 0.3).astype(np.float32)}
     batch = {name: jnp.asarray(a, jnp.float32 if name == "mask" else jnp.int32) for name, a in batch.items()}
 
-    def run(weight):
-        config = config_lib.from_dict(values | {"optimizer": {"z_loss": weight}})
+    def run(weight, loss_chunk=0):
+        config = config_lib.from_dict(values | {"optimizer": {"z_loss": weight}, "training": {"loss_chunk": loss_chunk}})
         definition = define(config.model, 128)
         recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
         state = state_lib.initial_state(definition, recipes, config)
@@ -40,3 +41,8 @@ def test_z_loss_adds_its_gradient_and_is_not_reported():
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(grads_z), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * float(jnp.abs(a).max()), err_msg=str(path))
     assert max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_z), strict=True)) > 1e-3
+
+    chunked, grads_chunked, *_ = run(0.5, loss_chunk=48)  # of 128 rows: two chunks and a rest
+    assert chunked == pytest.approx(float(loss), rel=1e-6)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(grads_z), jax.tree.leaves(grads_chunked), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6 * float(jnp.abs(a).max()), err_msg=str(path))

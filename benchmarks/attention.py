@@ -32,9 +32,9 @@ def bf16(q, k, v, scale: float):
     return o.reshape(q.shape)
 
 
-def fp8(q, k, v, scale: float, backend: str, scaling: str):
+def fp8(q, k, v, scale: float, backend: str, scaling: str, fast: str = "fprop"):
     """FP8 attention; its scales, under delayed scaling, are constants."""
-    recipes = {role: GemmRecipe(scaling, emulated=not common.on_gpu()) for role in (SCORES, VALUES)}
+    recipes = {role: GemmRecipe(scaling, emulated=not common.on_gpu(), fast_accumulation=fast) for role in (SCORES, VALUES)}
     scales = {role: jnp.full(len(OPERANDS[role]), 1 / 64, jnp.float32) for role in recipes}
     return attention(q, k, v, recipes, softmax_scale=scale, scales=scales, backend=backend)
 
@@ -50,13 +50,13 @@ def jitted(forward: Callable[..., jax.Array], passes: str) -> Callable[..., Any]
     return jax.jit(run, compiler_options={"xla_gpu_enable_triton_gemm": False} if common.on_gpu() else None)
 
 
-def candidates(head: int) -> dict[str, Callable[..., jax.Array]]:
+def candidates(head: int, scalings: Sequence[str]) -> dict[str, Callable[..., jax.Array]]:
     """Name → attention of q, k, v. `emulated` is a definition, not a contender, where there are FP8 units."""
     backends = [backend for backend in BACKENDS if backend != "emulated" or not common.on_gpu()]
     found = {"bf16": functools.partial(bf16, scale=head**-0.5)}
-    for scaling in ("delayed", "current"):
+    for scaling in scalings:
         found |= {f"{backend}, {scaling}": functools.partial(fp8, scale=head**-0.5, backend=backend, scaling=scaling) for backend in backends}
-    return found
+    return found | {"pallas, delayed, fast": functools.partial(fp8, scale=head**-0.5, backend="pallas", scaling="delayed", fast="all")}
 
 
 def measure(length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -67,7 +67,8 @@ def measure(length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     arrays = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate((many, few, few, many))]
     rows = []
     for passes, gemms in PASSES.items():
-        calls = {name: functools.partial(jitted(forward, passes), *arrays) for name, forward in candidates(head).items()}
+        forwards = candidates(head, args.scalings.split(","))
+        calls = {name: functools.partial(jitted(forward, passes), *arrays) for name, forward in forwards.items()}
         found, failed = common.surviving(calls, args.rounds)
         flops = gemms * args.batch * s["heads"] * length**2 * head
         rows += [{"attention": name, "length": length, "passes": passes, "ms": seconds * 1e3, "tflops_per_second": flops / seconds / 1e12,
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/attention.py --size=tiny")
     parser.add_argument("--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES)
     parser.add_argument("--lengths", default="4096,2048,8192,16384" if common.on_gpu() else "256")
+    parser.add_argument("--scalings", default="delayed,current")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)

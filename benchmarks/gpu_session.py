@@ -22,8 +22,8 @@ from collections.abc import Sequence
 
 import common
 
-MAIN = "llama3:bf16,fog_flash:fp8_dpa,fog_flash:fp8"
-OTHERS = "llama3:bf16,fog_flash:fp8_dpa:composed,fog_flash:bf16,llama3:fp8,fog_max:fp8_dpa,op:fp8_dpa,olmo2:bf16"
+MAIN = "llama3:bf16,fog_flash:fp8_dpa,fog_flash:fp8_dpa:fast"
+OTHERS = "llama3:bf16,fog_flash:fp8,fog_flash:fp8_dpa:composed,fog_flash:bf16,llama3:fp8,fog_max:fp8_dpa,op:fp8_dpa,olmo2:bf16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     """What runs, in order."""
     size, where = f"--size={args.size}", f"--results={args.results}"
     rounds = "--rounds=1" if args.quick else "--rounds=10"
-    step = ("--batch=1", "--rounds=1", "--steps=1") if args.quick else ("--batch=2", "--rounds=3", "--steps=5")
+    step = ("--batch=1", "--rounds=1", "--steps=1") if args.quick else ("--batch=4", "--rounds=2", "--steps=5")
     depths, lengths = ("2,1", "256") if args.quick else ("6,2", "4096,8192,2048,16384")
     tokens, batch = (("--tokens=256",), ("--batch=1",)) if args.quick else ((), ())
     script = "benchmarks/{}.py".format
@@ -47,7 +47,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     return [
         Part("step", (script("train_step"), size, where, f"--models={MAIN}", f"--layers={depths}", "--profile", *step), 170),
         Part("checks", ("-m", "pytest", "tests/gpu", "-m", "gpu", "-s", "-W", "default", "-p", "no:cacheprovider", figures), 110),
-        Part("attention", (script("attention"), size, where, f"--lengths={lengths}", "--batch=2", rounds), 80),
+        Part("attention", (script("attention"), size, where, f"--lengths={lengths}", "--batch=2", "--scalings=delayed", rounds), 100),
         Part("gemm", (script("gemm"), size, where, rounds, *tokens), 60),
         Part("peers", (script("peers"), size, where, rounds, *batch), 90),
         Part("others", (script("train_step"), size, where, f"--models={OTHERS}", f"--layers={depths.split(',')[0]}", "--name=train_step_others",

@@ -95,10 +95,12 @@ def _classify(kernel: str, instruction: Instruction | None) -> str:
     where = "attention" if role and role[1].startswith("attention_") and role[1] != "attention_out" else "linear"
     if "lm_head" in scope:
         where = "head"
+    if kernel.startswith("fp8_attention"):
+        return "attention kernel, ours"
     if "fmha" in target or re.search(r"sdpa|flash|fmha", kernel):
         return "attention kernel, cuDNN"
     if target.startswith("__cublas") or re.search(r"nvjet|gemm|cutlass|xmma|cublas", kernel):
-        fp8 = "f8" in target or re.search(r"e4m3|e5m2|nvjet_q|f8", kernel)
+        fp8 = "f8" in target or re.search(r"e4m3|e5m2|nvjet_sm90_[qr]{2}|f8", kernel)  # nvjet's q is e4m3, its r e5m2
         return f"{'FP8' if fp8 else 'other'} GEMM, {where}"
     if target or re.search(r"mosaic|pallas", kernel):
         return f"custom kernel, {where}"

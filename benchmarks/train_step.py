@@ -39,14 +39,14 @@ TRACED_STEPS = 3
 
 
 def make_program(model: str, layers: int | None, *, size: str, batch: int, length: int | None, remat: str) -> TrainProgram:
-    """The step of 'architecture:recipe' or 'architecture:recipe:attention backend' on one device."""
-    architecture, recipe, *backend = model.split(":")
+    """The step of "architecture:recipe" on one device; a third part is an attention backend, or "fast": accumulation in all passes."""
+    architecture, recipe, *more = model.split(":")
     values = configs.make(size, architecture=architecture, recipe=recipe)
     values.training.update(batch_size=batch, microbatches=1, remat=remat)
     values.model.layers = layers or values.model.layers
     values.data.sequence_length = length or values.data.sequence_length
-    if backend:
-        values.fp8.attention_backend = backend[0]
+    if more:
+        values.fp8.update({"fast_accumulation": "all"} if more == ["fast"] else {"attention_backend": more[0]})
     config = config_lib.from_dict(values)
     return TrainProgram(config, define(config.model, config.model.vocab_size or VOCABULARY), make_mesh(config, jax.devices()[:1]))
 

@@ -169,7 +169,8 @@ def _call(kernel: Callable, shape: Shape, grid: tuple[int, ...], gemms: tuple[st
         head_dim = next(array.shape[-1] for array in arrays[1:] if array.ndim > 1)
         names, flops = "+".join(gemms), 2 * _pairs(shape) * head_dim * math.prod(grid[1:]) * repeats
         with jax.named_scope(f"fp8jax.fused[{names}][{flops}]"):
-            return pl.pallas_call(functools.partial(kernel, shape), grid=grid, in_specs=specs, interpret=shape.interpret, name=kernel.__name__,
+            return pl.pallas_call(functools.partial(kernel, shape), grid=grid, in_specs=specs, interpret=shape.interpret,
+                                  name=f"fp8_attention_{kernel.__name__}",
                                   compiler_params=triton.CompilerParams(num_warps=shape.tile.warps, num_stages=shape.tile.stages),
                                   **options)(*arrays)
 

@@ -135,7 +135,7 @@ def test_a_run_refreshes_its_page_in_the_background(tmp_path):
     report.Refresher(tmp_path / "none", minutes=5).close()
 
 
-PROBE = """
+PROBE = r"""
 <script>
 addEventListener("error", e => document.documentElement.dataset.error = e.message);
 addEventListener("load", () => setTimeout(() => {

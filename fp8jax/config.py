@@ -32,7 +32,7 @@ OPTIMIZERS = ("adamw", "ademamix", "muon")
 GRADIENT_DTYPES = ("mixed", "float32", "bfloat16")
 MASTER_DTYPES = ("float32", "float16", "bfloat16")
 MASTER_ROUNDINGS = ("stochastic", "compensated")
-REMAT_POLICIES = ("none", "full", "save_fp8")
+REMAT_POLICIES = ("none", "full", "save_fp8", "offload_fp8")
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 
@@ -162,7 +162,8 @@ class TrainingConfig:
                                 "median of the last 128; 0: never", at_least=0.0)
     loss_chunk: int = _field(0, "rows of the vocabulary whose logits are in memory at a time, computed once more in the backward pass; "
                              "0: all", at_least=0)
-    remat: str = _field("none", "what the backward pass recomputes: nothing, each block, or all but FP8 tensors", choices=REMAT_POLICIES)
+    remat: str = _field("none", "what the backward pass recomputes: nothing, each block, or all but FP8 tensors, which wait on the device or "
+                        "(offload_fp8) in the host's memory", choices=REMAT_POLICIES)
 
 
 @dataclasses.dataclass(frozen=True)

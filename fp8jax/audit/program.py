@@ -42,17 +42,19 @@ class Memory:
     """Bytes on one device, as the compiler has planned them.
 
     arguments: part of the arguments → bytes: `params`, `optimizer`, `scaling`, `counters`, `batch`.
-    details: the same with the optimizer's parts: `first moment`, `second moment`, `scales of moments`, `remainders of params`.
     argument_bytes: of all arguments, padding included.
     temporary_bytes: activations, gradients, workspaces: the arena that the compiler lays them out in.
     output_bytes: of results that are not written over a donated argument.
+    details: `arguments` with the optimizer's parts: `first moment`, `second moment`, `scales of moments`, `remainders of params`.
+    host_bytes: of temporaries that wait in the host's memory.
     """
 
     arguments: Mapping[str, int]
-    details: Mapping[str, int]
     argument_bytes: int
     temporary_bytes: int
     output_bytes: int
+    details: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -140,7 +142,8 @@ def read_memory(compiled: Any) -> Memory:
         parts[part] = parts.get(part, 0) + size
         detail = _optimizer_part(path) if part == "optimizer" else part
         details[detail] = details.get(detail, 0) + size
-    return Memory(parts, details, plan.argument_size_in_bytes, plan.temp_size_in_bytes, plan.output_size_in_bytes - plan.alias_size_in_bytes)
+    outputs = plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return Memory(parts, plan.argument_size_in_bytes, plan.temp_size_in_bytes, outputs, details, plan.host_temp_size_in_bytes)
 
 
 def _optimizer_part(path: tuple) -> str:

@@ -25,7 +25,7 @@ Changes = Mapping[str, Any]
 OPTIONS: tuple[tuple[str, Any], ...] = (
     ("optimizer.gradient_dtype", "bfloat16"), ("optimizer.master_dtype", "float16"), ("optimizer.first_moment", "fp8"),
     ("optimizer.second_moment", "float16"), ("optimizer.second_moment", "fp8"), ("training.loss_chunk", 8192), ("fp8.head", True),
-    ("training.remat", "save_fp8"), ("training.remat", "full"))
+    ("training.remat", "save_fp8"), ("training.remat", "offload_fp8"), ("training.remat", "full"))
 
 
 def traced_step(config: Config, target: targets.Target) -> tuple[TrainProgram, Any]:
@@ -39,7 +39,8 @@ def memory_report(config: Config, target: targets.Target) -> dict[str, Any]:
 
     Returns:
         `peak_bytes_per_device`, `arguments`, `largest` (arrays that the program writes: dtype, dims, bytes, times, where; not all
-        of them are there at once), `options` (`changes`, `peak_bytes_per_device`, `saves`; the last row is all of them).
+        of them are there at once), `options` (`changes`, `peak_bytes_per_device`, `saves`, `host_bytes_per_device`; the last row is all of
+        them).
     """
     _say("the step as it is")
     _, traced = traced_step(config, target)
@@ -63,11 +64,13 @@ def show_memory(found: Mapping[str, Any], console: Console | None = None) -> Non
     for row in found["largest"]:
         largest.add_row(f"{row['dtype']}[{', '.join(map(str, row['dims']))}]", row["where"] or "elsewhere", bytes_text(row["bytes"]),
                         f"{row['writers']} instructions")
-    options = new_table("What each option would save, alone; the last row: all of them", ("option",), ("peak", "saves", "of the peak"))
+    options = new_table("What each option would save, alone; the last row: all of them", ("option",),
+                        ("peak", "saves", "of the peak", "on the host"))
     for row in found["options"]:
         changes = " ".join(f"--config.{path}={value}" for path, value in row["changes"].items())
-        options.add_row(changes, bytes_text(row["peak_bytes_per_device"]),
-                        ("-" if row["saves"] < 0 else "") + bytes_text(abs(row["saves"])), f"{row['saves'] / peak:.1%}")
+        saves = ("-" if row["saves"] < 0 else "") + bytes_text(abs(row["saves"]))
+        options.add_row(changes, bytes_text(row["peak_bytes_per_device"]), saves, f"{row['saves'] / peak:.1%}",
+                        bytes_text(row["host_bytes_per_device"]))
     for each in (parts, largest, options):
         console.print(each)
 
@@ -86,8 +89,9 @@ def _applies(config: Config, path: str, value: Any) -> bool:
 def _row(config: Config, target: targets.Target, changes: Changes, before: int) -> dict[str, Any]:
     _say(", ".join(f"{path}={value}" for path, value in changes.items()))
     _, traced = traced_step(_with(config, changes), target)
-    peak = program.read_memory(targets.compile_step(traced, target)[0]).peak_bytes
-    return {"changes": dict(changes), "peak_bytes_per_device": peak, "saves": before - peak}
+    found = program.read_memory(targets.compile_step(traced, target)[0])
+    return {"changes": dict(changes), "peak_bytes_per_device": found.peak_bytes, "saves": before - found.peak_bytes,
+            "host_bytes_per_device": found.host_bytes}
 
 
 def _with(config: Config, changes: Changes) -> Config:

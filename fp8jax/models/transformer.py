@@ -26,6 +26,7 @@ from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.layers import Embedding, LayerScale, RMSNorm, matrix, rope_frequencies, rope_table
 from fp8jax.numerics.cross_entropy import linear_cross_entropy
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME, dot_general
+from fp8jax.parallel.mesh import HOST_MEMORY
 from fp8jax.parallel.sharding import constrain, shards
 
 
@@ -224,7 +225,10 @@ def _rematerialised(layer: Any, remat: str) -> Any:
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    policy = policies.save_only_these_names(CHECKPOINT_NAME) if remat == "save_fp8" else policies.nothing_saveable
+    policy = {"full": policies.nothing_saveable, "save_fp8": policies.save_only_these_names(CHECKPOINT_NAME),
+              "offload_fp8": policies.save_and_offload_only_these_names(
+                  names_which_can_be_saved=[], names_which_can_be_offloaded=[CHECKPOINT_NAME], offload_src="device",
+                  offload_dst=HOST_MEMORY)}[remat]
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 

@@ -16,16 +16,20 @@ from jax.sharding import AxisType, Mesh
 
 from fp8jax.config import MESH_AXES, Config, ConfigError, head_dim
 
+HOST_MEMORY = "pinned_host"  # JAX's name of the memory of the host that devices copy to and from by themselves
+
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over the given devices (default: all).
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices, or the mesh does not divide the model or batch.
+        ConfigError: the sizes do not multiply to the number of devices, the mesh does not divide the model or batch, or the devices
+            have no memory to offload to.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(config, len(devices))
     _check_divides(config, sizes)
+    _check_offloads(config, devices[0])
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -64,6 +68,13 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
         if value % size:
             smaller = max(n for n in range(1, size + 1) if value % n == 0)
             raise ConfigError(f"config.{field}: {value} is not divisible by mesh.{axis}={size}; the nearest size that works is {smaller}")
+
+
+def _check_offloads(config: Config, device: jax.Device) -> None:
+    memories = {memory.kind for memory in device.addressable_memories()}  # none: a device to compile for, which does not tell
+    if config.training.remat == "offload_fp8" and memories and HOST_MEMORY not in memories:
+        raise ConfigError(f"config.training.remat: offload_fp8 needs {HOST_MEMORY} memory, which {device.device_kind} does not have; "
+                          "use save_fp8")
 
 
 def emulates_fp8(config: Config, device: jax.Device) -> bool:

@@ -47,7 +47,7 @@ def dumped(monkeypatch):
     monkeypatch.setattr(statistics, "distribution", lambda x: original(x) | {"tensor": x})
 
 
-@pytest.mark.parametrize("kurtosis", ["per_token", "pooled"])
+@pytest.mark.parametrize("kurtosis", ["per_token", pytest.param("pooled", marks=pytest.mark.slow)])
 def test_every_activation_against_float64(dumped, kurtosis):
     _, taps = collected(program_of(recipe="fp8_dpa", dtype="bfloat16", monitor={"kurtosis": kurtosis}, remat="save_fp8"))
     logged = outliers.flatten({name: {key: taps[name][key] for key in ("mean", "rms", "kurtosis")} for name in ACTIVATIONS})
@@ -60,7 +60,8 @@ def test_every_activation_against_float64(dumped, kurtosis):
         assert logged[f"kurtosis/{name}_avg"] == pytest.approx(np.mean([wanted["kurtosis"] for wanted in exact]), rel=5e-5)
 
 
-@pytest.mark.parametrize("training", [{}, {"microbatches": 2}, {"remat": "full"}], ids=str)
+@pytest.mark.parametrize("training", [{"microbatches": 2}, pytest.param({}, marks=pytest.mark.slow),
+                                      pytest.param({"remat": "full"}, marks=pytest.mark.slow)], ids=str)
 def test_sharded_equals_whole(training):
     """In float32 without casts, whose rounding would amplify the last bit: all of a step's statistics, also of gradients."""
     monitor = {"parameters": True}
@@ -73,6 +74,7 @@ def test_sharded_equals_whole(training):
             np.testing.assert_allclose(sharded[name][key], values, rtol=2e-4, atol=1e-5 * size, err_msg=f"{name} {key}")
 
 
+@pytest.mark.slow
 def test_gradient_statistics_ride_on_tokens_in_fp8_and_bf16():
     for recipe in ("bf16", "fp8_dpa"):
         _, taps = collected(program_of(recipe=recipe, dtype="bfloat16"))
@@ -84,7 +86,7 @@ def test_gradient_statistics_ride_on_tokens_in_fp8_and_bf16():
         assert ("snr/qkv.g_avg" in logged) == (recipe == "fp8_dpa") == ("fp8/saturated_fraction" in logged)
 
 
-@pytest.mark.parametrize("recipe", ["fp8_dpa", "bf16"])
+@pytest.mark.parametrize("recipe", ["fp8_dpa", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_operand_of_a_step_against_float64(monkeypatch, recipe):
     """All that tokens bring back, beside the tensors as they were in the step, forward and backward."""
     seen, original = [], statistics.report
@@ -108,6 +110,7 @@ def test_every_operand_of_a_step_against_float64(monkeypatch, recipe):
             assert found == pytest.approx([mean, rms, kurtosis], rel=5e-5, abs=1e-6 * rms)
 
 
+@pytest.mark.slow
 def test_parameters_and_moments_on_demand_against_float64():
     program = program_of(monitor={"parameters": True})
     state, taps = collected(program)
@@ -137,7 +140,7 @@ def test_a_users_tap_appears_from_scan_and_remat(monkeypatch):
         return original(self, x_btd, *rest)
 
     monkeypatch.setattr(transformer.Block, "__call__", block)
-    found = [collected(program_of(remat=remat, microbatches=2))[1] for remat in ("none", "full", "save_fp8")]
+    found = [collected(program_of(remat=remat, microbatches=2))[1] for remat in ("none", "save_fp8")]
     logged = outliers.flatten(found[0])
     assert logged["rms/mine_layer001"] == pytest.approx(3 * logged["rms/qkv_input_layer001"], rel=1) and "kurtosis/mine_avg" in logged
     assert logged["rms/mine_layer001"] == pytest.approx(3 * logged["rms/activation_layer000"], rel=1e-5)
@@ -176,6 +179,7 @@ def test_a_step_without_statistics_is_the_program_that_knows_none(monkeypatch):
     assert text(every=10, kurtosis="pooled", parameters=True) == plain == text(every=0)
 
 
+@pytest.mark.slow
 def test_a_step_with_statistics_updates_as_one_without():
     """Also where one layer's role is not in FP8: its amax is seen, but does not enter the scaling state."""
     config = {"recipe": "fp8_dpa", "overrides": "mlp_up@1=bf16"}

@@ -73,7 +73,7 @@ function showTiles() {
     const bits = run.evaluation.bits_per_byte ?? last(run, "held_out/bits_per_byte"), kurtosis = peak(run, "kurtosis");
     const warnings = run.events.filter(e => e.kind === "early_warning").length, bad = run.events.filter(e => e.kind === "bad_step").reduce((n, e) => n + (e.count || 1), 0);
     const rows = [["Loss", text(last(run, "loss")), "nats"], ["Bits per byte", text(bits), "held out"], ["Tokens", text(run.last_step * run.tokens_per_step), ""],
-      ["Speed", text(last(run, "tokens_per_second")), "tok/s"], ["GEMMs in FP8", run.facts.fp8_share === undefined ? "–" : Math.round(run.facts.fp8_share * 100) + " %", "of the blocks' FLOPs"],
+      ["Speed", text(last(run, "tokens_per_second")), "tok/s"], ["Blocks in FP8", run.facts.fp8_share === undefined ? "–" : Math.round(run.facts.fp8_share * 100) + " %", "of the FLOPs"],
       ["Largest kurtosis", kurtosis ? text(kurtosis.value) : "–", kurtosis ? kurtosis.tensor : ""], ["Warnings", String(warnings), bad ? `${bad} bad steps` : "no bad steps"]];
     const tiles = make("dl", { class: "tiles", style: `--tint: var(--run${i % 6}); margin-top: 0`, "aria-label": run.name });
     rows.forEach(([name, value, small]) => tiles.append(make("div", { class: "tile" }, make("dt", {}, name), make("dd", {}, value, " ", make("small", {}, small)))));

@@ -197,7 +197,9 @@ def test_a_bad_step_changes_nothing_but_the_counters(where):
     ("fp8_dpa", "", "100%"), ("bf16", "", "0%"), ("fp8_dpa", "mlp_down=bf16", None), ("fp8", "", None)])
 def test_start_up_counts_the_fp8_share_from_the_program(recipe, overrides, share):
     program = program_of(micro(fp8={"recipe": recipe, "overrides": overrides}))
-    line = next(line for line in start_up.describe(program) if line.startswith("fp8"))
+    lines = start_up.describe(program)
+    line = next(line for line in lines if line.startswith("fp8"))
+    assert any(line.startswith("data     the embedded corpus") and "3,558,175 tokens, 0.00 epochs" in line for line in lines)
     if share is None:
         # Multiply-adds a token, by hand: width 32, ffn 48, 2 heads and 1 KV head of 16, 32 positions; attention runs
         # two GEMMs forward and five backward, a linear layer one and two.

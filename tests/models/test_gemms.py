@@ -72,6 +72,22 @@ def test_fast_accumulation(choice, precise):
     assert [recipe.precise(gemm_pass) for gemm_pass in ("fprop", "dgrad", "wgrad")] == precise
 
 
+@pytest.mark.parametrize(("fp8", "backend"), [({"recipe": "bf16"}, "cudnn"), ({"recipe": "fp8"}, "cudnn"), ({"recipe": "fp8_dpa"}, "composed"),
+                                              ({"recipe": "fp8", "overrides": "attention_scores@1=delayed"}, "composed"),
+                                              ({"recipe": "fp8", "attention_backend": "emulated"}, "emulated")])
+def test_attention_is_cudnns_where_it_may_be_and_none_of_it_is_in_fp8(fp8, backend):
+    config = make(fp8)
+    assert gemms.model_recipes(config, gated=False, emulated=True, cudnn=True).attention_backend == backend
+    assert gemms.model_recipes(config, gated=False, emulated=True).attention_backend != "cudnn"
+
+
+def test_cudnn_is_refused_for_fp8_and_without_a_gpu():
+    with pytest.raises(ConfigError, match="config.fp8.attention_backend: attention_scores: cudnn is for BF16 alone"):
+        gemms.model_recipes(make({"recipe": "fp8_dpa", "attention_backend": "cudnn"}), gated=False, emulated=False, cudnn=True)
+    with pytest.raises(ConfigError, match="config.fp8.attention_backend: cudnn needs a GPU at hand"):
+        mesh_lib.has_cudnn_attention(make({"recipe": "bf16", "attention_backend": "cudnn"}), jax.devices()[0])
+
+
 def test_blockwise_is_refused_where_it_cannot_run():
     """In one line that says what to set: on devices with FP8 units, and in attention."""
     with pytest.raises(ConfigError, match=r"config.fp8.scaling: blockwise has no FP8 kernel on this device; .*config.fp8.backend=emulated"):

@@ -90,7 +90,8 @@ def _bars(axes: plt.Axes, groups: Sequence[str], series: dict[str, list[float | 
     axes.axhline(1.0, color="black", linewidth=0.6, linestyle=":")
     axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right", fontsize=8)
     axes.set_ylabel(label)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(frameon=False, fontsize=8, ncols=len(series), loc="upper center")
 
 
 def _stacked(axes: plt.Axes, profiles: dict[str, Record]) -> None:
@@ -109,7 +110,7 @@ def _stacked(axes: plt.Axes, profiles: dict[str, Record]) -> None:
     axes.set_ylabel("ms a step")
     axes.tick_params(axis="x", labelsize=8)
     if profiles:
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,179 @@
+"""Catalogue of runs for the early warning: which, how each is disturbed, and when a run counts as diverged.
+
+    python benchmarks/early_warning.py run        # trains what is missing, one run after another
+
+Models are micro (4 layers, width 128, 1,024 tokens a step), with FP8 attention, on the embedded corpus. A disturbance acts on the
+training step from outside, so that the code under test is what users run: the update of some steps is stretched (a spike of the
+learning rate), their tokens are replaced (a bad batch), or a parameter of one layer grows by a factor a step (injected drift).
+
+When a run has diverged was written down before any of them was looked at by the predictor: see `departure`.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import common
+from fp8jax import config as config_lib
+from fp8jax.training import loop
+from fp8jax.training.step import TrainProgram
+
+# A run departs where its loss, smoothed over WINDOW steps, rises LEAVES spreads above the best it had reached, and does not come
+# back to within RETURNS spreads of that best in the steps that follow, LASTS at least. The spread is of single losses about the
+# smoothed curve, robust.
+WINDOW, LEAVES, RETURNS, LASTS = 15, 3.0, 1.0, 30
+
+MICRO = {"model.width": 128, "model.ffn_width": 256, "data.sequence_length": 128, "training.batch_size": 8, "training.steps": 400,
+         "optimizer.warmup_steps": 50, "optimizer.decay_fraction": 0.0, "monitor.every": 5, "log.every": 1, "evaluation.every": 0,
+         "evaluation.batches": 1, "checkpoint.every": 0, "training.rollbacks": 0}
+
+
+class Disturbance(NamedTuple):
+    """What is done to the steps `first` to `last`: `rate` (update times amount), `batch` (tokens replaced), `drift` (a gain grows)."""
+
+    kind: str
+    first: int
+    last: int
+    amount: float = 1.0
+
+
+class Run(NamedTuple):
+    """One run: which half of the catalogue, what kind of failure it is meant to have, its fields beside MICRO, its disturbance."""
+
+    split: str
+    kind: str
+    architecture: str
+    fields: Mapping[str, Any]
+    disturbance: Disturbance | None = None
+
+
+class Disturbed(TrainProgram):
+    """A training program whose steps are disturbed."""
+
+    def __init__(self, disturbance: Disturbance, *arguments: Any):
+        super().__init__(*arguments)
+        self._disturbance = disturbance
+
+    def step(self, state: Any, batch: Any, *, collect: bool = False) -> Any:
+        """As TrainProgram.step, then or before it the disturbance."""
+        kind, first, last, amount = self._disturbance
+        if not first <= int(state.step) + 1 <= last:
+            return super().step(state, batch, collect=collect)
+        if kind == "batch":
+            return super().step(state, {**batch, "inputs": _noise(batch["inputs"], 0), "targets": _noise(batch["inputs"], 1)}, collect=collect)
+        before = jax.tree.map(jnp.copy, state.params)
+        state, metrics, taps = super().step(state, batch, collect=collect)
+        change = _stretched if kind == "rate" else _drifted
+        params = jax.tree.map(lambda a, leaf: jax.device_put(a, leaf.sharding), change(before, state.params, amount), state.params)
+        scale = amount if kind == "rate" else 1.0
+        return _replaced(state, params), metrics | {"learning_rate": metrics["learning_rate"] * scale}, taps
+
+
+def _noise(inputs: jax.Array, seed: int) -> jax.Array:
+    """Tokens at random, the same in every bad batch: something to learn by heart."""
+    return jax.device_put(jax.random.randint(jax.random.key(seed), inputs.shape, 0, 256, inputs.dtype), inputs.sharding)
+
+
+def _stretched(before: Any, after: Any, factor: float) -> Any:
+    """A rate `factor` times as high: AdamW's update, weight decay included, is linear in the rate."""
+    return jax.tree.map(lambda a, b: a + factor * (b - a), before, after)
+
+
+def _drifted(_before: Any, after: Any, factor: float) -> Any:
+    """The last layer's projection to queries, keys and values grows; where there is a norm on queries, its gain instead."""
+    attention = after["blocks"]["attention"]
+    name, key = ("q_norm", "gain") if "q_norm" in attention else ("qkv", "w")
+    grown = attention[name][key].at[-1].multiply(factor)
+    return {**after, "blocks": {**after["blocks"], "attention": {**attention, name: {**attention[name], key: grown}}}}
+
+
+def _replaced(state: Any, params: Any) -> Any:
+    return type(state)(state.step, params, state.scaling, state.opt_state, state.health)
+
+
+SLOW = {"optimizer.learning_rate": 2e-3}
+SHORT, COOLDOWN = {**SLOW, "training.steps": 300}, {"optimizer.decay_fraction": 0.5}
+
+
+def _hot(rate: float, warmup: int) -> dict[str, Any]:
+    return {"optimizer.learning_rate": rate, "optimizer.warmup_steps": warmup}
+
+
+# Kinds of failure are split, not runs: what a threshold is tuned on is of another kind than what it is judged by.
+RUNS = {
+    "llama3": Run("development", "healthy", "llama3", SHORT),
+    "llama3_warm": Run("development", "healthy", "llama3", _hot(1e-2, 200)),
+    "fog_max": Run("development", "healthy", "fog_max", SHORT),
+    "op_frozen_qk": Run("development", "healthy", "op_frozen_qk", {**SHORT, **COOLDOWN}),
+    "llama3_hot": Run("development", "high rate", "llama3", _hot(2e-2, 200)),
+    "llama3_hotter": Run("development", "high rate", "llama3", _hot(3e-2, 300)),
+    "llama3_hottest": Run("development", "high rate", "llama3", _hot(5e-2, 300)),
+    "llama3_smooth_hot": Run("development", "high rate", "llama3_smooth", _hot(3e-2, 300)),
+    "llama3_drift": Run("development", "injected drift", "llama3", SHORT, Disturbance("drift", 101, 300, 1.02)),
+    "fog_opt_cooldown": Run("held_out", "healthy", "fog_opt", {**SHORT, **COOLDOWN}),
+    "fog_flash": Run("held_out", "healthy", "fog_flash", SHORT),
+    "fog_max_current": Run("held_out", "healthy", "fog_max", {**SLOW, "fp8.scaling": "current"}),
+    "olmo2_hot": Run("held_out", "healthy", "olmo2", _hot(2e-1, 300)),
+    "op_gains": Run("held_out", "trained QK gains", "op", _hot(1e-1, 300)),
+    "llama3_spike": Run("held_out", "rate spike", "llama3", {**SLOW, "optimizer.warmup_steps": 20}, Disturbance("rate", 151, 170, 20.0)),
+    "op_spike": Run("held_out", "rate spike", "op", {**SLOW, "optimizer.warmup_steps": 20}, Disturbance("rate", 151, 170, 20.0)),
+    "llama3_bad_batch": Run("held_out", "bad batch", "llama3", {**SHORT, "optimizer.learning_rate": 5e-3}, Disturbance("batch", 151, 170)),
+    "op_bad_batch": Run("held_out", "bad batch", "op", {**SHORT, **_hot(1e-2, 200)}, Disturbance("batch", 151, 170)),
+    "llama3_hot_cooldown": Run("held_out", "cooldown", "llama3", {**_hot(2e-2, 200), **COOLDOWN}),
+    "op_frozen_qk_cooldown": Run("held_out", "cooldown", "op_frozen_qk", {**_hot(3e-2, 200), **COOLDOWN}),
+    "op_static": Run("held_out", "fixed scales", "op", {**SHORT, **_hot(1e-2, 150), "fp8.scaling": "static",
+                                                      "fp8.static_weight_scale": 2.0**-12}),
+    "op_drift": Run("held_out", "injected drift", "op", SHORT, Disturbance("drift", 101, 300, 1.02)),
+}
+
+
+def config_of(run: Run, **more: Any) -> config_lib.Config:
+    """The run's configuration; `more` are fields with '__' for the dot."""
+    config = common.make("tiny", architecture=run.architecture, recipe="fp8_dpa")
+    for name, value in {**MICRO, **run.fields, **{key.replace("__", "."): value for key, value in more.items()}}.items():
+        section, field = name.split(".")
+        config[section][field] = value
+    return config_lib.from_dict(config)
+
+
+@contextlib.contextmanager
+def disturbed(disturbance: Disturbance | None) -> Iterator[None]:
+    """Inside, fp8jax.training.loop trains with disturbed steps."""
+    plain = loop.TrainProgram
+    if disturbance is not None:
+        loop.TrainProgram = functools.partial(Disturbed, disturbance)
+    try:
+        yield
+    finally:
+        loop.TrainProgram = plain
+
+
+class Departure(NamedTuple):
+    """When the loss left its band for good, None if it did not; `spiked`: it left it and came back."""
+
+    step: int | None
+    spiked: bool
+
+
+def departure(steps: Sequence[int], losses: Sequence[float]) -> Departure:
+    """The moment of divergence, from the whole curve: hindsight is allowed here, and nowhere else.
+
+    A loss that is not finite counts as infinite. The curve is smoothed by a centred running median, so that the moment is where
+    the middle of the window stands, not its end.
+    """
+    loss = np.where(np.isfinite(losses), losses, np.inf)
+    half = WINDOW // 2
+    smooth = np.array([np.median(loss[max(i - half, 0):i + half + 1]) for i in range(len(loss))])
+    finite = np.isfinite(smooth) & np.isfinite(loss)
+    spread = 1.4826 * float(np.median(np.abs(loss[finite] - smooth[finite])))
+    best = np.minimum.accumulate(smooth)
+    out = smooth > best + LEAVES * spread
+    for i in np.flatnonzero(out):
+        if (len(loss) - i >= LASTS or not np.isfinite(smooth[-1])) and smooth[i:].min() > best[i] + RETURNS * spread:
+            return Departure(int(steps[i]), False)
+    return Departure(None, bool(out.any()))

@@ -108,16 +108,19 @@ def _hot(rate: float, warmup: int) -> dict[str, Any]:
 RUNS = {
     "llama3": Run("development", "healthy", "llama3", SHORT),
     "llama3_warm": Run("development", "healthy", "llama3", _hot(1e-2, 200)),
+    "llama3_warm_bf16": Run("development", "healthy", "llama3", {**_hot(1e-2, 200), "fp8.recipe": "bf16"}),
     "fog_max": Run("development", "healthy", "fog_max", SHORT),
     "op_frozen_qk": Run("development", "healthy", "op_frozen_qk", {**SHORT, **COOLDOWN}),
     "llama3_hot": Run("development", "high rate", "llama3", _hot(2e-2, 200)),
     "llama3_hotter": Run("development", "high rate", "llama3", _hot(3e-2, 300)),
     "llama3_hottest": Run("development", "high rate", "llama3", _hot(5e-2, 300)),
     "llama3_smooth_hot": Run("development", "high rate", "llama3_smooth", _hot(3e-2, 300)),
+    "op_hot": Run("development", "high rate", "op", _hot(2e-2, 20)),
     "llama3_drift": Run("development", "injected drift", "llama3", SHORT, Disturbance("drift", 101, 300, 1.02)),
     "fog_opt_cooldown": Run("held_out", "healthy", "fog_opt", {**SHORT, **COOLDOWN}),
     "fog_flash": Run("held_out", "healthy", "fog_flash", SHORT),
     "fog_max_current": Run("held_out", "healthy", "fog_max", {**SLOW, "fp8.scaling": "current"}),
+    "llama3_bf16": Run("held_out", "healthy", "llama3", {**_hot(1e-2, 20), "fp8.recipe": "bf16"}),
     "olmo2_hot": Run("held_out", "healthy", "olmo2", _hot(2e-1, 300)),
     "op_gains": Run("held_out", "trained QK gains", "op", _hot(1e-1, 300)),
     "llama3_spike": Run("held_out", "rate spike", "llama3", {**SLOW, "optimizer.warmup_steps": 20}, Disturbance("rate", 151, 170, 20.0)),
@@ -129,6 +132,13 @@ RUNS = {
     "op_static": Run("held_out", "fixed scales", "op", {**SHORT, **_hot(1e-2, 150), "fp8.scaling": "static",
                                                       "fp8.static_weight_scale": 2.0**-12}),
     "op_drift": Run("held_out", "injected drift", "op", SHORT, Disturbance("drift", 101, 300, 1.02)),
+}
+
+
+# llama3_hot again: left in BF16 throughout, and rescued by the early warning.
+RESCUES = {
+    "llama3_hot_bf16": Run("rescue", "reference", "llama3", {**_hot(2e-2, 200), "fp8.recipe": "bf16"}),
+    "llama3_hot_fallback": Run("rescue", "act = fallback", "llama3", {**_hot(2e-2, 200), "warning.action": "fallback"}),
 }
 
 

@@ -1,12 +1,13 @@
 """Early warning on a catalogue of runs: train them, judge the warnings beside simple rivals, plot.
 
-    python benchmarks/early_warning.py run                    # trains what is missing: about 1 minute a run on 2 idle cores
+    python benchmarks/early_warning.py run                     # trains what is missing: 1 to 2 minutes a run on 2 idle cores
     python benchmarks/early_warning.py run --only=llama3_hot
-    python benchmarks/early_warning.py evaluate               # table, benchmarks/results/early_warning.json
-    python benchmarks/early_warning.py plot                   # docs/early_warning_*.png
+    python benchmarks/early_warning.py evaluate                # table, benchmarks/results/early_warning.json
+    python benchmarks/early_warning.py plot                    # docs/early_warning_*.png
 
 Logs are kept beside the code, in benchmarks/early_warning/NAME.jsonl.xz: every logged value that the warning or the rivals
-read, to four digits. Which runs there are and when one counts as diverged: benchmarks/early_warning_runs.py.
+read, to four digits; a log that is there is not made again. Which runs there are and when one counts as diverged:
+early_warning_runs.py; how warnings are judged: early_warning_scores.py.
 """
 
 import argparse
@@ -16,7 +17,10 @@ import pathlib
 import shutil
 from typing import Any
 
-from early_warning_runs import RUNS, config_of, disturbed
+import early_warning_plots as plots
+import early_warning_scores as scores
+from early_warning_runs import RESCUES, RUNS, config_of, disturbed
+
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.training import loop
 
@@ -32,8 +36,9 @@ def run(names: list[str]) -> None:
         if log.exists():
             continue
         shutil.rmtree(workdir, ignore_errors=True)
-        with disturbed(RUNS[name].disturbance):
-            loop.train(config_of(RUNS[name]), workdir)
+        chosen = (RUNS | RESCUES)[name]
+        with disturbed(chosen.disturbance):
+            loop.train(config_of(chosen), workdir)
         keep(workdir / "metrics.jsonl", log)
 
 
@@ -49,13 +54,29 @@ def _short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def read(name: str) -> list[dict[str, Any]]:
+    """A kept log."""
+    return [json.loads(line) for line in lzma.decompress((LOGS / f"{name}.jsonl.xz").read_bytes()).splitlines()]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run",))
+    parser.add_argument("command", choices=("run", "evaluate", "plot"))
     parser.add_argument("--only", help="names of runs, separated by commas")
     options = parser.parse_args(argv)
-    run(options.only.split(",") if options.only else list(RUNS))
+    if options.command == "run":
+        run(options.only.split(",") if options.only else [*RUNS, *RESCUES])
+        return
+    logs = {name: read(name) for name in RUNS}
+    found = scores.judge(logs)
+    if options.command == "evaluate":
+        path = ROOT / "benchmarks" / "results" / "early_warning.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        scores.show(found)
+    else:
+        plots.catalogue(logs, found, ROOT / "docs" / "early_warning_catalogue.png")
+        plots.rescue({name: read(name) for name in ("llama3_hot", *RESCUES)}, ROOT / "docs" / "early_warning_rescue.png")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ GRADIENT_DTYPES = ("mixed", "float32", "bfloat16")
 MASTER_DTYPES = ("float32", "float16", "bfloat16")
 MASTER_ROUNDINGS = ("stochastic", "compensated")
 REMAT_POLICIES = ("none", "full", "save_fp8", "offload_fp8")
+WARNING_ACTIONS = ("log", "checkpoint", "fallback", "rollback", "stop")
+WARNING_LEVELS = ("watch", "warn", "act")
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 
@@ -204,6 +206,17 @@ class MonitorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WarningConfig:
+    """The early warning: what to do beside saying it, in events.jsonl and on the terminal."""
+
+    action: str = _field("log", "log: nothing; checkpoint: save; fallback: named roles go on in BF16 from the next step; rollback: to the "
+                         "newest checkpoint, its batches passed over; stop: save and exit with 3", choices=WARNING_ACTIONS)
+    level: str = _field("act", "lowest level at which the action is taken", choices=WARNING_LEVELS)
+    fallback: str = _field("", "roles that fall back, with or without layers, e.g. 'attention_scores,mlp_down@2-3'; empty: those that "
+                           "the warning names")
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig:
     """Logged steps."""
 
@@ -234,6 +247,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     monitor: MonitorConfig = MonitorConfig()
+    warning: WarningConfig = WarningConfig()
     log: LogConfig = LogConfig()
     profile: ProfileConfig = ProfileConfig()
 
@@ -382,6 +396,10 @@ def check(config: Config) -> None:
         recipes.parse_overrides(fp8.overrides, layers=model.layers)
     except ValueError as error:
         raise ConfigError(f"config.fp8.overrides: {error}") from None
+    try:
+        recipes.parse_overrides(recipes.in_bf16(config.warning.fallback), layers=model.layers)
+    except ValueError as error:
+        raise ConfigError(f"config.warning.fallback: {error}") from None
 
 
 def parse_sources(text: str) -> tuple[tuple[str, float], ...]:

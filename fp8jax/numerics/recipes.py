@@ -137,6 +137,11 @@ def parse_overrides(text: str, *, layers: int) -> tuple[Override, ...]:
     return tuple(_parse_override(part.strip(), layers) for part in text.split(",") if part.strip())
 
 
+def in_bf16(targets: str) -> str:
+    """Overrides that take 'role' or 'role@2-5', separated by commas, out of FP8."""
+    return ",".join(f"{part.strip()}=bf16" for part in targets.split(",") if part.strip())
+
+
 def _parse_override(part: str, layers: int) -> Override:
     target, equals, scaling = part.partition("=")
     role, at, span = target.strip().partition("@")

@@ -169,6 +169,10 @@ class Checkpoints:
         metadata = v1.checkpointables_metadata(self.directory / str(step))
         return {name: spec.rpartition(" ")[2] for name, spec in _specs(metadata.metadata).items()}
 
+    def data_state(self, step: int) -> dict[str, Any]:
+        """What `save` was given as `data_state`; reads no arrays."""
+        return v1.checkpointables_metadata(self.directory / str(step)).custom_metadata["data_state"]  # pyright: ignore[reportOptionalSubscript]
+
     def restore(self, step: int, abstract_state: State, *, partial: bool = False, verify: bool = True) -> tuple[State, dict[str, Any]]:
         """Read a checkpoint.
 

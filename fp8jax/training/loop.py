@@ -28,12 +28,14 @@ from fp8jax.monitor.progress import Progress
 from fp8jax.monitor.report import Refresher
 from fp8jax.monitor.wandb_sink import open_sink
 from fp8jax.monitor.writers import MetricsWriter
+from fp8jax.numerics.recipes import in_bf16
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, save_config
 from fp8jax.training.evaluation import Evaluator, write_json
 from fp8jax.training.feed import Feed
 from fp8jax.training.lock import exclusive
 from fp8jax.training.profiling import ProfileWindow
+from fp8jax.training.reaction import Decision, Reaction
 from fp8jax.training.resume import Position, Resumed, check_continues, resume
 from fp8jax.training.start_up import check_attention, describe, describe_compiled, facts, seconds_at_peak
 from fp8jax.training.state import TrainState
@@ -64,6 +66,7 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
     mesh = mesh_lib.make_mesh(config, devices)
     definition = define(config.model, tokenizer.vocab_size(config))
     program = TrainProgram(config, definition, mesh)
+    program.fallen_back(in_bf16(config.warning.fallback))  # what cannot fall back is found now, not when it must
     origin = {"config": config_lib.digest(config), "fp8jax": fp8jax.__version__, "jax": jax.__version__}
     with exclusive(workdir), Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
                                          facts=origin) as checkpoints, _stop_signals() as stop, \
@@ -72,7 +75,7 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
         lines: list[str] = []
         resumed = resume(program, checkpoints, lines.append, recalibrate=recalibrate)
         save_config(workdir, config)
-        lines += [*describe(program), *check_attention(program)]
+        lines += [*describe(resumed.program), *check_attention(resumed.program)]
         while True:
             sink = open_sink(config.log, workdir, config_lib.to_dict(config))
             followers = [Refresher(workdir, config.log.report_minutes)] + ([sink] if sink else [])
@@ -80,11 +83,11 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
                     Progress(config.training.steps, resumed.step, seconds_at_peak=seconds_at_peak(program)) as progress:
                 for line in lines:
                     progress.message(line)
-                run = _Run(config, workdir, program, checkpoints, writer, progress, stop, watchdog)
+                run = _Run(config, workdir, resumed, checkpoints, writer, progress, stop, watchdog)
                 code, failed_at = run(resumed, began)
             if code is not None:
                 return code
-            resumed, lines = _roll_back(program, checkpoints, resumed.position, failed_at)
+            resumed, lines = _roll_back(program, checkpoints, run.position, failed_at)
 
 
 def _roll_back(program: TrainProgram, checkpoints: Checkpoints, position: Position, failed_at: int) -> tuple[Resumed, list[str]]:
@@ -93,17 +96,23 @@ def _roll_back(program: TrainProgram, checkpoints: Checkpoints, position: Positi
     resumed = resume(program, checkpoints, lines.append)
     skipped = failed_at + position.skipped_batches - resumed.step
     lines.append(f"back to the checkpoint of step {resumed.step}; batches {resumed.step + 1} to {failed_at} are passed over")
-    return resumed._replace(position=Position(skipped, position.rollbacks + 1)), lines
+    # The checkpoint may be older than a fallback, which stays.
+    later = ",".join(part for part in position.fallback.split(",") if part not in resumed.position.fallback.split(","))
+    program = resumed.program.fallen_back(later)
+    position = position._replace(skipped_batches=skipped, rollbacks=position.rollbacks + 1)
+    return resumed._replace(program=program, state=program.carry(resumed.state), position=position), lines
 
 
 class _Run:
     """What the loop holds while it runs."""
 
-    def __init__(self, config: Config, workdir: pathlib.Path, program: TrainProgram, checkpoints: Checkpoints,
+    def __init__(self, config: Config, workdir: pathlib.Path, resumed: Resumed, checkpoints: Checkpoints,
                  writer: MetricsWriter, progress: Progress, stop: list[int], watchdog: Watchdog):
-        self.config, self.workdir, self.program, self.checkpoints = config, workdir, program, checkpoints
+        self.config, self.workdir, self.program, self.checkpoints = config, workdir, resumed.program, checkpoints
         self.writer, self.progress, self.stop, self.watchdog = writer, progress, stop, watchdog
-        self.evaluator = Evaluator(config, program.definition, program.mesh)
+        self.reaction = Reaction(config.warning, workdir, resumed.step, resumed.position.fallback)
+        self.decision: Decision | None = None
+        self.evaluator = Evaluator(config, self.program.definition, self.program.mesh)
         self.profile = ProfileWindow(config.profile, workdir / "profile")
         self.clock, self.timed = time.perf_counter(), 0
         self.saved_at, self.save_again_at = time.monotonic(), math.inf
@@ -122,12 +131,13 @@ class _Run:
         write_json(self.workdir / "run.json", facts(program))
         self.writer.event("started", step, seconds=round(time.monotonic() - began, 1))
         self._restart_clock()
-        bad = 0
-        while step < config.training.steps and not self.stop and bad < config.training.bad_steps:
+        bad, self.ended = 0, ""
+        while step < config.training.steps and not self.stop and not self.ended and bad < config.training.bad_steps:
             step += 1
             state, bad = self._step(step, state, iterator)
         self._tell(self.profile.close())
-        if bad >= config.training.bad_steps and not self.stop and self._may_roll_back(step, bad):
+        wants_back = bad >= config.training.bad_steps or self.ended == "rollback"
+        if wants_back and not self.stop and self._may_roll_back(step, bad):
             return None, step
         self.watchdog.expect(f"saving step {step}")
         self._save(step, state, final=True)
@@ -154,7 +164,30 @@ class _Run:
             bad = self._log(step, metrics, taps, self._evaluate(step, state) if evaluate else {})
         if self._save_is_due(step) and not last:
             self._save(step, state)
-        return state, bad
+        return self._react(step, state), bad
+
+    def _react(self, step: int, state: TrainState) -> TrainState:
+        """Does what the early warning asks for; the state to go on with."""
+        decision, self.decision = self.decision, None
+        if decision is None:
+            return state
+        if decision.action == "checkpoint":
+            self._save(step, state)
+        elif decision.action == "fallback":
+            return self._fall_back(state, decision.overrides)
+        else:
+            self.ended = decision.action
+        return state
+
+    def _fall_back(self, state: TrainState, overrides: str) -> TrainState:
+        """Goes on with another program; every scale that is still in use stays."""
+        self.progress.message(f"from the next step on: {overrides}; compiling")
+        self.watchdog.expect(f"compiling the step with {overrides}")
+        together = ",".join(part for part in (self.position.fallback, overrides) if part)
+        self.position, self.program = self.position._replace(fallback=together), self.program.fallen_back(overrides)
+        self.program.compiled_step()
+        self._restart_clock()
+        return self.program.carry(state)
 
     def _may_roll_back(self, step: int, bad: int) -> bool:
         """Whether a run that cannot digest its data may go back to a checkpoint."""
@@ -164,7 +197,8 @@ class _Run:
         self.writer.event("rollback" if allowed else "bad_numbers", step, bad_steps_in_a_row=bad, rollbacks=self.position.rollbacks)
         if not allowed:
             why = "there is no checkpoint to go back to" if latest is None else f"config.training.rollbacks={limit} are used up"
-            self.progress.message(f"{bad} bad steps in a row up to step {step}, and {why}: stopping")
+            reason = f"{bad} bad steps in a row" if bad else "the early warning asks to go back"
+            self.progress.message(f"{reason} up to step {step}, and {why}: stopping")
         return allowed
 
     def _finish(self, step: int, bad: int) -> int:
@@ -172,6 +206,7 @@ class _Run:
             self.writer.event("finished", step)
             return FINISHED
         if not self.stop:
+            self._tell(f"stopped by the early warning after step {step}; saved" if self.ended == "stop" else None)
             return BAD_NUMBERS
         name = signal.Signals(self.stop[0]).name
         self.writer.event("stopped", step, signal=name)
@@ -191,6 +226,7 @@ class _Run:
         entry |= held_out | outliers.flatten(jax.tree.map(np.asarray, taps))
         self.writer.write(step, entry)
         self.progress.update(step, entry)
+        self.decision = self.reaction({"step": step, **entry}, self.writer, self.progress)
         if entry["bad_step"]:
             self.writer.event("bad_step", step, first=first, in_a_row=in_a_row)
             self.progress.message(f"step {step} is bad, first in {first}; the update was skipped ({in_a_row} in a row)")

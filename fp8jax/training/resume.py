@@ -20,15 +20,17 @@ _FIXED = {"model": None, "data": ("sequence_length", "source", "tokenizer", "doc
 
 
 class Position(NamedTuple):
-    """Where the data stands beyond the step: batches passed over by rollbacks, and how many rollbacks there were."""
+    """Where a run stands beyond the step: batches passed over by rollbacks, how many of those, what fell back, as `fp8.overrides`."""
 
     skipped_batches: int = 0
     rollbacks: int = 0
+    fallback: str = ""
 
 
 class Resumed(NamedTuple):
-    """A state to go on from; `calibrate`: whether its scales are still unknown."""
+    """A program and a state to go on with; `calibrate`: whether its scales are still unknown."""
 
+    program: TrainProgram
     state: TrainState
     step: int
     position: Position
@@ -39,7 +41,7 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     """The newest checkpoint whose files are what was written; a fresh state where there is none.
 
     Args:
-        program: of this run.
+        program: of this run, without what has fallen back to BF16.
         checkpoints: of its directory. Damaged ones newer than the chosen one are set aside, under another name.
         tell: receives a line for each that is passed over.
         recalibrate: the config's FP8 settings differ from those that saved: scales start anew.
@@ -54,7 +56,8 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     for number, reason in passed.items():
         tell(f"checkpoint of step {number} passed over: {reason}; now in {checkpoints.set_aside(number)}")
     if step is None:
-        return Resumed(program.init(), 0, Position(), True)
+        return Resumed(program, program.init(), 0, Position(), True)
+    program = program.fallen_back(checkpoints.data_state(step).get("fallback", ""))
     optimizer = program.config.optimizer
     saved = precision.saved_as(optimizer, checkpoints.dtypes(step))
     items = program.abstract_state_kept_as(saved).items()
@@ -63,20 +66,21 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     left_out = ["scaling"] * recalibrate + ["opt_state"] * (saved.name != optimizer.name)
     items = {name: item for name, item in items.items() if name not in left_out}
     found, data = checkpoints.restore(step, items, partial=True, verify=False)
-    position = Position(data.get("skipped_batches", 0), data.get("rollbacks", 0))
+    position = Position(*(data.get(name, default) for name, default in Position._field_defaults.items()))
     if step == 0:
-        return Resumed(program.init(found["params"]), step, position, True)
+        return Resumed(program, program.init(found["params"]), step, position, True)
     if recalibrate:
         found["scaling"] = program.init().scaling
     if saved.name != optimizer.name:
         tell(f"optimizer {saved.name} in the checkpoint, {optimizer.name} from here on: its moments start anew")
         fresh = program.init(found["params"])
-        return Resumed(TrainState.from_items(found | {"params": fresh.params, "opt_state": fresh.opt_state}), step, position, recalibrate)
+        found |= {"params": fresh.params, "opt_state": fresh.opt_state}
+        return Resumed(program, TrainState.from_items(found), step, position, recalibrate)
     state = TrainState.from_items(found)
     if saved != optimizer:
         tell(f"optimizer state kept as {precision.describe(saved)} in the checkpoint, as {precision.describe(optimizer)} from here on")
         state = program.keep_as_configured(state)
-    return Resumed(state, step, position, recalibrate)
+    return Resumed(program, state, step, position, recalibrate)
 
 
 def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str] = ()) -> bool:

@@ -120,6 +120,18 @@ class TrainProgram:
         params, opt_state = jax.jit(convert, out_shardings=shardings)(state.params, state.opt_state, state.step)
         return dataclasses.replace(state, params=params, opt_state=opt_state)
 
+    def fallen_back(self, overrides: str) -> "TrainProgram":
+        """The program of the same run with more exceptions, written as `config.fp8.overrides`; itself if there are none."""
+        if not overrides:
+            return self
+        together = ",".join(part for part in (self.config.fp8.overrides, overrides) if part)
+        config = dataclasses.replace(self.config, fp8=dataclasses.replace(self.config.fp8, overrides=together))
+        return type(self)(config, self.definition, self.mesh)
+
+    def carry(self, state: TrainState) -> TrainState:
+        """A state of the program that this one has fallen back from: without the scaling state of roles that left FP8."""
+        return dataclasses.replace(state, scaling={role: state.scaling[role] for role in self.abstract_state.scaling})
+
     def put(self, batch: dict[str, Any]) -> Batch:
         """Moves a host batch [batch, t] to the devices, split into microbatches."""
         shapes = self.abstract_batch

@@ -1,0 +1,244 @@
+"""Early warning: says from the log of a run, while it runs or afterwards, what is about to leave FP8's range or to break.
+
+    watch = EarlyWarning()
+    for entry in read_metrics("DIR/metrics.jsonl"):
+        for alarm in watch.observe(entry):
+            print(alarm.text())
+
+Three kinds of evidence, from entries with statistics (every `monitor.every` steps) and, for the gradient, from every entry:
+
+- **Range**: each tensor's load (loads.py) is fitted against tokens (growth.py) and forecast to 1, the edge of what FP8 holds.
+  A forecast is trusted no further than the window it was made from is long, and only once it has been made CONFIRMED times in
+  a row. `watch`: it leaves within that span and three doublings; `warn`: within a third of it and two doublings; `act`: within an
+  eighth and one doubling, or it has left already.
+- **Breaks**: the gradient's norm, or the growth of many weights and activations at once, leaves what this run itself has shown
+  so far, by robust standard deviations. `warn`; `act` where both do, or where a number is not finite.
+- **Kurtosis** that grows exponentially in the last layers, long before anything else moves (FOG paper, section 4): `watch`.
+
+Late layers weigh more: what the first layer shows counts half of what the last one does, growing linearly between.
+
+A pure function of the entries seen: a continued run that replays its log warns as one that was never stopped. What to do
+about an alarm is the loop's business (training/reaction.py).
+"""
+
+import collections
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fp8jax.config import WARNING_LEVELS
+from fp8jax.monitor import growth
+from fp8jax.monitor.loads import LOGITS, Place, loads
+
+WATCH, WARN, ACT = WARNING_LEVELS
+WINDOW = 48  # entries with statistics that are remembered
+SETTLED = 10  # of them before anything but a number that is not finite raises an alarm
+CONFIRMED = 3
+GRADIENTS = 64  # entries whose gradient norm is remembered
+OUTLIER = 8.0  # robust standard deviations that make a break
+SHARE = 0.3  # of the tensors, by weight, that break at once
+# Changes below these are never a break, however quiet the run was: of the logarithm of a gradient norm, and of a tensor's size.
+LEAST_GRADIENT, LEAST_GROWTH = 0.7, 0.1
+GRADIENT, TENSORS = "gradient", "tensors"
+_SIZE = re.compile(r"(?:amax/(?P<weight>.+\.w)|rms/(?P<tap>\w+))_layer(?P<layer>\d+)")
+_KURTOSIS = re.compile(r"kurtosis/(.+)_layer(\d+)")
+
+
+class Alarm(NamedTuple):
+    """One warning.
+
+    layer: None where it is no single one. steps, tokens: from now until the range is left; 0: it has been, None: no forecast.
+    fallback: roles that BF16 would help, as in `config.warning.fallback`; empty: it would not.
+    """
+
+    step: int
+    level: str
+    tensor: str
+    layer: int | None
+    evidence: str
+    steps: int | None
+    tokens: int | None
+    advice: str
+    fallback: str
+
+    def text(self) -> str:
+        """One line for people."""
+        where = self.tensor if self.layer is None else f"{self.tensor} in layer {self.layer}"
+        when = "" if not self.steps else f"; out of range in {self.steps:,} steps ({self.tokens:,} tokens)"
+        return f"step {self.step}  {self.level:<5}  {where}: {self.evidence}{when}; {self.advice}"
+
+
+class EarlyWarning:
+    """What was seen of a run, and what was said about it."""
+
+    def __init__(self):
+        self._gradients: collections.deque[float] = collections.deque(maxlen=GRADIENTS)
+        self._steps: collections.deque[tuple[int, int]] = collections.deque(maxlen=WINDOW)
+        self._loads, self._sizes, self._kurtoses = _History(), _History(), _History()
+        self._streak: dict[Place, int] = {}
+        self._said: dict[str, tuple[str, int]] = {}
+        self._gradient_broke = -math.inf
+
+    def observe(self, entry: Mapping[str, Any]) -> list[Alarm]:
+        """Alarms that this entry raises: those that are new, or of a higher level than before.
+
+        Args:
+            entry: the next line of metrics.jsonl, as `read_metrics` returns it.
+        """
+        found = self._gradient(entry)
+        if any(name.startswith("rms/") for name in entry):
+            self._steps.append((entry["step"], entry["tokens"]))
+            self._loads.add(loads(entry))
+            self._sizes.add(_sizes(entry))
+            self._kurtoses.add(_by_place(_KURTOSIS, entry))
+            if len(self._steps) >= SETTLED:
+                found += self._ranges() + self._break() + self._kurtosis()
+        return [alarm for alarm in found if self._is_news(alarm)]
+
+    def _is_news(self, alarm: Alarm) -> bool:
+        """Whether this tensor was not spoken of at this level lately; notes that now it is."""
+        level, step = self._said.get(alarm.tensor, (WATCH, -math.inf))
+        quiet = self._steps and alarm.step - step > self._span() / 2
+        news = math.isinf(step) or quiet or WARNING_LEVELS.index(alarm.level) > WARNING_LEVELS.index(level)
+        highest = alarm.level if news else max(level, alarm.level, key=WARNING_LEVELS.index)
+        self._said[alarm.tensor] = highest, alarm.step
+        return bool(news)
+
+    def _span(self) -> int:
+        return self._steps[-1][0] - self._steps[0][0]
+
+    def _ranges(self) -> list[Alarm]:
+        """Loads that have left the range or are going to: for each tensor, of its layers that which is worst."""
+        places, values = self._loads.matrix()
+        step, tokens = self._steps[-1]
+        if not places:
+            return []
+        law = growth.fit(np.array([t for _, t in self._steps], float), np.maximum(values, 1e-6))
+        out = np.all(values[:, -2:] >= 1, axis=1)
+        left = np.where(out, 0.0, np.maximum((law.reaches(np.ones(len(places))) / tokens - 1) * step, 1.0))
+        distance = left / self._loads.weights(places) / max(self._span(), 1)
+        worst: dict[str, tuple[float, int]] = {}
+        for i, place in enumerate(places):
+            near = distance[i] <= 1 and values[i, -1] >= 1 / 8
+            self._streak[place] = self._streak.get(place, 0) + 1 if near else 0
+            if out[i] or self._streak[place] >= CONFIRMED:
+                worst[place[0]] = min(worst.get(place[0], (math.inf, 0)), (float(distance[i]), i))
+        return [self._range_alarm(places[i], growth.LAWS[law.law[i]], values[i, -1], left[i], near)
+                for near, i in worst.values()]
+
+    def _range_alarm(self, place: Place, law: str, load: float, left: float, near: float) -> Alarm:
+        (step, tokens), (tensor, layer) = self._steps[-1], place
+        level = ACT if near <= 1 / 8 and load >= 1 / 2 else WARN if near <= 1 / 3 and load >= 1 / 4 else WATCH
+        steps = math.ceil(left)
+        what = f"a logit is off by {load:.2g} nats" if tensor == LOGITS else f"its cast has {load:.2g} of the noise that costs a bit"
+        grows = "out of range" if not steps else f"growth {law}"
+        return Alarm(step, level, tensor, layer, f"{what}, {grows}", steps, round(steps * tokens / step), *_advice(tensor))
+
+    def _gradient(self, entry: Mapping[str, Any]) -> list[Alarm]:
+        """Whether the gradient's norm is far above what it was."""
+        step, norm = entry["step"], entry.get("grad_norm", math.nan)
+        bad = not all(math.isfinite(entry.get(name, 0.0)) for name in ("loss", "grad_norm"))
+        if bad:
+            return [Alarm(step, ACT, GRADIENT, None, "loss or gradient norm is not finite", None, None, *_advice(GRADIENT))]
+        if not norm > 0:
+            return []
+        seen, value = np.array(self._gradients), math.log(norm)
+        self._gradients.append(value)
+        if len(seen) < GRADIENTS // 2:
+            return []
+        median = float(np.median(seen))
+        if value - median < max(OUTLIER * _spread(seen), LEAST_GRADIENT):
+            return []
+        self._gradient_broke = step
+        evidence = f"norm {norm:.3g}, {math.exp(value - median):.1f} times the median of the last {len(seen)} entries"
+        return [Alarm(step, WARN, GRADIENT, None, evidence, None, None, *_advice(GRADIENT))]
+
+    def _break(self) -> list[Alarm]:
+        """Whether many weights and activations grow at once as they never did."""
+        places, values = self._sizes.matrix()
+        if not places:
+            return []
+        growths = np.diff(np.log(np.maximum(values, 1e-30)), axis=1)
+        before, now = growths[:, :-1], growths[:, -1]
+        limit = np.median(before, axis=1) + np.maximum(OUTLIER * _spread(before, axis=1), LEAST_GROWTH)
+        weights = self._sizes.weights(places)
+        share = float(weights[now > limit].sum() / weights.sum())
+        if share < SHARE:
+            return []
+        step, last = self._steps[-1][0], int(np.argmax(np.where(now > limit, now * weights, -np.inf)))
+        both = self._steps[-2][0] < self._gradient_broke <= step
+        name = "{} in layer {}".format(*places[last])
+        evidence = f"{share:.0%} of weights and activations grow as never before, most of all {name}, {math.exp(now[last]):.2g} times"
+        return [Alarm(step, ACT if both else WARN, TENSORS, None, evidence, None, None, *_advice(TENSORS))]
+
+    def _kurtosis(self) -> list[Alarm]:
+        """Whether kurtosis grows exponentially, more than three times within the window, in the last third of the layers."""
+        places, values = self._kurtoses.matrix()
+        late = [i for i, weight in enumerate(self._kurtoses.weights(places)) if weight > 5 / 6]
+        if not late:
+            return []
+        places, values = [places[i] for i in late], np.maximum(values[late], 1e-6)
+        law = growth.fit(np.array([t for _, t in self._steps], float), values)
+        factor = law.at(self._steps[-1][1]) / np.maximum(law.at(self._steps[0][1]), 1e-6)
+        step, name = self._steps[-1][0], growth.LAWS.index("exponential")
+        worst: dict[str, tuple[float, int]] = {}
+        for i, (tensor, layer) in enumerate(places):
+            if law.law[i] == name and factor[i] > 3 and law.error[i] < 0.1:
+                worst[tensor] = max(worst.get(tensor, (0.0, 0)), (float(factor[i]), layer))
+        return [Alarm(step, WATCH, f"kurtosis of {tensor}", layer, f"grows exponentially, {factor:.1f} times in {self._span()} steps",
+                      None, None, *_advice(tensor)) for tensor, (factor, layer) in worst.items()]
+
+
+class _History:
+    """The last WINDOW rows of numbers by place; only places that all of them have are looked at."""
+
+    def __init__(self):
+        self._rows: collections.deque[dict[Place, float]] = collections.deque(maxlen=WINDOW)
+
+    def add(self, row: dict[Place, float]) -> None:
+        self._rows.append(row)
+
+    def matrix(self) -> tuple[list[Place], np.ndarray]:
+        """Places, and their values [places, rows], finite."""
+        places = [p for p in self._rows[-1] if all(math.isfinite(row.get(p, math.nan)) for row in self._rows)]
+        return places, np.array([[row[p] for row in self._rows] for p in places]).reshape(len(places), len(self._rows))
+
+    def weights(self, places: list[Place]) -> np.ndarray:
+        """1/2 for the first layer to 1 for the last."""
+        last = max((layer for _, layer in self._rows[-1]), default=0)
+        return np.array([0.5 + 0.5 * layer / last if last else 1.0 for _, layer in places])
+
+
+def _by_place(pattern: re.Pattern[str], entry: Mapping[str, Any]) -> dict[Place, float]:
+    matches = ((pattern.fullmatch(name), value) for name, value in entry.items())
+    return {(match[1], int(match[2])): value for match, value in matches if match}
+
+
+def _sizes(entry: Mapping[str, Any]) -> dict[Place, float]:
+    """Largest weight and root mean square of activations."""
+    matches = ((_SIZE.fullmatch(name), value) for name, value in entry.items())
+    return {(match["weight"] or match["tap"], int(match["layer"])): value for match, value in matches if match}
+
+
+def _spread(values: np.ndarray, axis: int | None = None) -> Any:
+    """Robust standard deviation."""
+    median = np.median(values, axis=axis, keepdims=axis is not None)
+    return 1.4826 * np.median(np.abs(values - median), axis=axis)
+
+
+def _advice(tensor: str) -> tuple[str, str]:
+    """What to do, and which roles BF16 would help."""
+    role, _, operand = tensor.partition(".")
+    if tensor in (GRADIENT, TENSORS):
+        return "lower the learning rate, or roll back", ""
+    if tensor == LOGITS:
+        return ("normalise queries and keys, with frozen gains (model.qk_regulariser=rmsnorm_frozen), or move attention_scores to BF16",
+                "attention_scores")
+    if not operand:
+        return "add a norm after the branch (model.branch_output=rmsnorm), or freeze QK gains", ""
+    if operand in ("g", "ds", "do", "w"):
+        return f"let its scale follow (fp8.overrides={role}=current), or move {role} to BF16", role
+    return f"add a norm after the branch (model.branch_output=rmsnorm), or move {role} to BF16", role

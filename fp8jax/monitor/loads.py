@@ -1,0 +1,65 @@
+"""How much of FP8's room each tensor of a logged step uses: loads, where 1 is the edge of the range in which FP8 holds it.
+
+    loads(entry)      # {("mlp_down.x", 3): 0.27, ("attention_logits", 0): 0.61, ...} by tensor and layer
+
+Two things end a tensor's stay in FP8, and both have a unit of their own:
+
+- **Its cast loses a bit.** In range, the error of a cast is the rounding of its mantissa, whatever the tensor: about 31.5 dB below
+  the signal for e4m3, 25.5 dB for e5m2. What is clipped or flushed to zero comes on top. At 6 dB below that, the format has lost
+  one bit of its mantissa to the range.
+- **Attention's logits lose their meaning.** A softmax takes differences of logits, so what counts is their absolute error, in nats:
+  at 1, a weight is off by a factor of e. Errors of rounding are relative, so this one grows with queries times keys, however
+  well each of the two is held. With errors of q and k independent of their directions, it has the standard deviation
+  rms(q) rms(k) softmax_scale sqrt(head_dim) sqrt(1/snr_q + 1/snr_k); the log does not say the two factors in the middle, whose
+  product is 1 unless the config says otherwise.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+LOGITS = "attention_logits"
+# Signal to noise of rounding a Gaussian tensor, in decibels; the output gradients' names end in these operands.
+ROUNDING = {"e4m3": 31.5, "e5m2": 25.5, "bf16": 55.6}
+GRADIENTS = (".g", ".ds", ".do")
+BIT = 20 * math.log10(2)
+_SNR = re.compile(r"snr/(.+)_layer(\d+)")
+_RMS = re.compile(r"rms/q_layer(\d+)")
+
+Place = tuple[str, int]
+
+
+def loads(entry: Mapping[str, Any]) -> dict[Place, float]:
+    """Loads by tensor and layer; nothing for tensors that are not in FP8, or not in the log.
+
+    Args:
+        entry: a line of metrics.jsonl, as `read_metrics` returns it.
+    """
+    out: dict[Place, float] = {}
+    for name, value in entry.items():
+        if (found := _SNR.fullmatch(name)) and not math.isnan(value):
+            tensor, layer = found[1], int(found[2])
+            rounding = ROUNDING["e5m2" if tensor.endswith(GRADIENTS) else "e4m3"]
+            out[tensor, layer] = _ratio(rounding - BIT - value)
+        elif found := _RMS.fullmatch(name):
+            layer = int(found[1])
+            error = _logit_error(entry, found[1])
+            if not math.isnan(error):
+                out[LOGITS, layer] = error
+    return out
+
+
+def _logit_error(entry: Mapping[str, Any], layer: str) -> float:
+    """Standard deviation of a logit's error in nats; attention that is not in FP8 rounds to BF16."""
+    noise = 0.0
+    for operand in ("q", "k"):
+        snr = entry.get(f"snr/attention_scores.{operand}_layer{layer}", math.nan)
+        noise += _ratio(-(ROUNDING["bf16"] if math.isnan(snr) else snr))
+    size = entry[f"rms/q_layer{layer}"] * entry.get(f"rms/k_layer{layer}", math.nan)
+    return size * math.sqrt(noise)
+
+
+def _ratio(decibels: float) -> float:
+    """Of powers."""
+    return 10 ** (min(decibels, 3000.0) / 10)

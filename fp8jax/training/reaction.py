@@ -1,0 +1,65 @@
+"""The early warning in the loop: watches what is logged, says it, and decides what the config wants done about it.
+
+    reaction = Reaction(config.warning, workdir, start_step=100)
+    decision = reaction(entry, writer, progress)      # after each logged step; None where nothing is to be done
+
+The loop carries decisions out. A continued run replays its log first, so that it warns as one that was never stopped; what
+fell back to BF16 is in the checkpoint.
+"""
+
+import pathlib
+from typing import Any, NamedTuple
+
+from fp8jax.config import WARNING_LEVELS, WarningConfig
+from fp8jax.monitor.early_warning import Alarm, EarlyWarning
+from fp8jax.monitor.progress import Progress
+from fp8jax.monitor.writers import MetricsWriter, read_metrics
+from fp8jax.numerics.recipes import in_bf16
+
+
+class Decision(NamedTuple):
+    """What to do: an action of the config, and what `fallback` takes out of FP8, as `config.fp8.overrides`."""
+
+    action: str
+    overrides: str
+
+
+class Reaction:
+    """Watches one run.
+
+    Args:
+        config: what to do, and from which level on.
+        workdir: of the run; its log up to `start_step` is replayed.
+        start_step: steps already taken.
+        fallen_back: overrides of earlier fallbacks, which are not repeated.
+    """
+
+    def __init__(self, config: WarningConfig, workdir: pathlib.Path, start_step: int, fallen_back: str):
+        self._config, self._done = config, fallen_back.split(",")
+        self._watch, log = EarlyWarning(), workdir / "metrics.jsonl"
+        for entry in read_metrics(log) if start_step and log.exists() else []:
+            if entry["step"] <= start_step:
+                self._watch.observe(entry)
+
+    def __call__(self, entry: dict[str, Any], writer: MetricsWriter, progress: Progress) -> Decision | None:
+        """Says what a logged step, with `step`, gives reason to warn of; and what is to be done."""
+        decision = None
+        for alarm in self._watch.observe(entry):
+            fields = alarm._asdict()
+            writer.event("early_warning", fields.pop("step"), **fields)
+            progress.message(f"early warning  {alarm.text()}")
+            decision = decision or self._decide(alarm)
+        if decision:
+            writer.event("early_warning_action", entry["step"], **decision._asdict())
+        return decision
+
+    def _decide(self, alarm: Alarm) -> Decision | None:
+        action = self._config.action
+        if action == "log" or WARNING_LEVELS.index(alarm.level) < WARNING_LEVELS.index(self._config.level):
+            return None
+        wanted = in_bf16(self._config.fallback or alarm.fallback) if action == "fallback" else ""
+        new = ",".join(part for part in wanted.split(",") if part and part not in self._done)
+        if action == "fallback" and not new:
+            return None
+        self._done += new.split(",")
+        return Decision(action, new)

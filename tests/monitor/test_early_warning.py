@@ -1,0 +1,131 @@
+"""The early warning on made-up logs, where what is to come is known; its command line; and that replaying changes nothing."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from fp8jax.cli import early_warnings
+from fp8jax.monitor.early_warning import EarlyWarning
+from fp8jax.monitor.writers import MetricsError
+
+LAYERS, EVERY, TOKENS, END = 4, 5, 1000, 400
+
+
+def log(seed=0, steps=END, **series):
+    """A calm run; `series` are functions of the step: 'q' (rms of queries), 'snr', 'kurtosis', each (step, layer), or 'grad_norm'."""
+    rng = np.random.default_rng(seed)
+    noise = lambda: math.exp(0.02 * rng.normal())
+    out = []
+    for step in range(1, steps + 1):
+        norm = series.get("grad_norm", lambda step: 0.8)(step)
+        entry = {"step": step, "tokens": step * TOKENS, "loss": 2.0 * noise(), "grad_norm": norm * math.exp(0.2 * rng.normal())}
+        for layer in range(LAYERS) if step % EVERY == 0 else []:
+            at = f"_layer{layer:03d}"
+            q, snr, kurtosis = (series.get(name, default)(step, layer) for name, default in
+                                (("q", lambda s, n: 1.0), ("snr", lambda s, n: 31.5), ("kurtosis", lambda s, n: 3 + math.log(s))))
+            entry |= {f"rms/q{at}": q * noise(), f"rms/k{at}": noise(), f"kurtosis/qkv{at}": kurtosis * noise(),
+                      f"rms/activation{at}": (1 + 0.1 * math.log(step)) * noise(), f"amax/mlp_down.w{at}": (0.1 + step / 4000) * noise(),
+                      f"snr/mlp_down.x{at}": snr * noise() ** 0.1} | {f"snr/attention_scores.{o}{at}": 31.5 for o in "qk"}
+        out.append(entry)
+    return out
+
+
+def alarms(entries):
+    watch = EarlyWarning()
+    return [alarm for entry in entries for alarm in watch.observe(entry)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_calm_run_is_let_alone(seed):
+    assert alarms(log(seed)) == []
+
+
+def test_growing_logits_are_forecast_with_layer_and_tokens():
+    """1 nat is where rms(q) is 26.6: with this growth, at step 328."""
+    found = [a for a in alarms(log(q=lambda step, layer: math.exp(step / 100) if layer == 3 else 1.0)) if a.tensor == "attention_logits"]
+    assert [a.level for a in found] == ["watch", "warn", "act"]
+    assert {a.layer for a in found} == {3} and {a.fallback for a in found} == {"attention_scores"}
+    for alarm in found[1:]:
+        assert alarm.step + alarm.steps == pytest.approx(328, abs=12)
+        assert alarm.tokens == alarm.steps * TOKENS
+    assert found[0].step < found[1].step < found[2].step < 328
+    assert "rmsnorm_frozen" in found[0].text() and "1" in found[0].text()
+
+
+def test_linear_growth_far_from_the_limit_is_none_of_its_business():
+    assert alarms(log(q=lambda step, layer: 1 + step / 400)) == []
+
+
+def test_the_first_layer_must_be_closer_than_the_last():
+    def warned(here):
+        return next(a.step for a in alarms(log(q=lambda step, layer: math.exp(step / 100) if layer == here else 1.0)) if a.level == "warn")
+
+    assert warned(LAYERS - 1) < warned(0)
+
+
+def test_a_cast_that_has_lost_a_bit_asks_for_action():
+    found = alarms(log(snr=lambda step, layer: 31.5 if step < 200 or layer != 2 else 20.0))
+    assert [(a.level, a.tensor, a.layer, a.steps) for a in found if a.level == "act"] == [("act", "mlp_down.x", 2, 0)]
+    assert found[0].fallback == "mlp_down" and 200 <= found[0].step <= 210
+
+
+def test_exponential_kurtosis_of_a_late_layer_is_watched():
+    found = alarms(log(kurtosis=lambda step, layer: 3 * math.exp(step / 100 * (layer == 3))))
+    assert found and {(a.level, a.tensor, a.layer) for a in found} == {("watch", "kurtosis of qkv", 3)}
+
+
+def test_a_gradient_and_all_weights_that_jump_ask_for_action():
+    entries = log(grad_norm=lambda step: 0.8 if step < 203 else 20.0)
+    for entry in entries:
+        for name in entry:
+            if entry["step"] > 200 and name.startswith(("amax/mlp_down.w", "rms/activation")):
+                entry[name] *= 2
+    found = alarms(entries)
+    assert (found[0].level, found[0].tensor, found[0].step) == ("warn", "gradient", 203)
+    assert (found[1].level, found[1].tensor, found[1].step) == ("act", "tensors", 205)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_asks_for_action_at_once(bad):
+    found = alarms([{"step": 3, "tokens": 3000, "loss": bad, "grad_norm": 1.0}])
+    assert [a.level for a in found] == ["act"]
+
+
+def test_statistics_that_are_not_finite_do_no_harm():
+    entries = log(q=lambda step, layer: math.exp(step / 100) if layer == 3 else 1.0)
+    for entry in entries:
+        if "rms/q_layer000" in entry:
+            entry |= {"rms/q_layer000": math.inf, "kurtosis/qkv_layer001": math.nan, "snr/mlp_down.x_layer000": math.inf}
+    assert [a.level for a in alarms(entries) if a.layer == 3] == ["watch", "warn", "act"]
+
+
+def test_replaying_a_log_leads_to_the_same_warnings():
+    entries = log(q=lambda step, layer: math.exp(step / 100))
+    watch, again = EarlyWarning(), EarlyWarning()
+    before = [watch.observe(entry) for entry in entries[:250]]
+    for entry in entries[:250]:
+        again.observe(entry)
+    assert any(before)
+    assert [watch.observe(entry) for entry in entries[250:]] == [again.observe(entry) for entry in entries[250:]]
+
+
+def write(path: pathlib.Path, entries) -> pathlib.Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_offline_on_a_file_or_a_directory(tmp_path):
+    path = write(tmp_path / "metrics.jsonl", log(q=lambda step, layer: math.exp(step / 100)))
+    lines = list(early_warnings.lines(path))
+    assert lines == list(early_warnings.lines(tmp_path))
+    assert lines[0].startswith("step ") and "attention_logits in layer" in lines[0] and "tokens" in lines[0]
+    assert lines[-1].startswith("400 steps: ")
+
+
+def test_a_log_without_statistics_is_refused(tmp_path):
+    path = write(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 2.0}])
+    with pytest.raises(MetricsError, match="monitor.every"):
+        list(early_warnings.lines(path))

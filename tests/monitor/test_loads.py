@@ -1,0 +1,53 @@
+"""Loads: their units measured on tensors that are really cast, in float64 NumPy."""
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fp8jax.monitor.loads import LOGITS, ROUNDING, loads
+
+FORMATS = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "bf16": ml_dtypes.bfloat16}
+
+
+def cast(x, name):
+    scale = np.abs(x).max() / float(ml_dtypes.finfo(FORMATS[name]).max)
+    return (x / scale).astype(np.float32).astype(FORMATS[name]).astype(np.float64) * scale
+
+
+def snr(x, y):
+    return 10 * np.log10(np.mean(x**2) / np.mean((x - y) ** 2))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rounding_of_a_gaussian_tensor(name):
+    x = np.random.default_rng(0).normal(size=400_000)
+    assert snr(x, cast(x, name)) == pytest.approx(ROUNDING[name], abs=0.3)
+
+
+@pytest.mark.parametrize(("size_q", "size_k"), [(1.0, 1.0), (6.0, 3.0)])
+def test_the_error_of_logits_is_that_of_casting_queries_and_keys(size_q, size_k):
+    rng = np.random.default_rng(1)
+    q, k = size_q * rng.normal(size=(600, 64)), size_k * rng.normal(size=(600, 64))
+    quantised_q, quantised_k = cast(q, "e4m3"), cast(k, "e4m3")
+    measured = np.std(quantised_q @ quantised_k.T / 8 - q @ k.T / 8)
+    entry = {"rms/q_layer002": np.sqrt(np.mean(q**2)), "rms/k_layer002": np.sqrt(np.mean(k**2)),
+             "snr/attention_scores.q_layer002": snr(q, quantised_q), "snr/attention_scores.k_layer002": snr(k, quantised_k)}
+    assert loads(entry)[LOGITS, 2] == pytest.approx(measured, rel=0.05)
+
+
+def test_attention_in_bf16_rounds_seventeen_times_finer():
+    entry = {"rms/q_layer000": 3.0, "rms/k_layer000": 2.0}
+    fp8 = {f"snr/attention_scores.{operand}_layer000": 31.5 for operand in "qk"}
+    mixed = {f"snr/attention_scores.{operand}_layer000": math.nan for operand in "qk"}
+    assert loads(entry | fp8)[LOGITS, 0] / loads(entry)[LOGITS, 0] == pytest.approx(16, rel=0.01)
+    assert loads(entry | mixed) == loads(entry)
+
+
+def test_a_load_of_one_is_a_bit_of_the_mantissa():
+    found = loads({"snr/mlp_down.x_layer001": 31.5 - 6.0206, "snr/mlp_down.g_layer001": 25.5, "snr/qkv.w_layer000": math.inf,
+                   "snr/qkv.x_layer000": math.nan, "snr/qkv.x_avg": 3.0})
+    assert found["mlp_down.x", 1] == pytest.approx(1.0, rel=1e-4)
+    assert found["mlp_down.g", 1] == pytest.approx(0.25, rel=1e-3)
+    assert found["qkv.w", 0] == 0.0 and ("qkv.x", 0) not in found and len(found) == 3

@@ -12,7 +12,8 @@ Three kinds of evidence, from entries with statistics (every `monitor.every` ste
   a row. `watch`: it leaves within that span and three doublings; `warn`: within a third of it and two doublings; `act`: within an
   eighth and one doubling, or it has left already.
 - **Breaks**: the gradient's norm, or the growth of many weights and activations at once, leaves what this run itself has shown
-  so far, by robust standard deviations. `warn`; `act` where both do, or where a number is not finite.
+  so far, by robust standard deviations; or the learning rate jumps. One gradient is to `watch`, all else to `warn` of; `act` is
+  for gradients and tensors together, and for a number that is not finite.
 - **Kurtosis** that grows exponentially in the last layers, long before anything else moves (FOG paper, section 4): `watch`.
 
 Late layers weigh more: what the first layer shows counts half of what the last one does, growing linearly between.
@@ -37,12 +38,14 @@ WATCH, WARN, ACT = WARNING_LEVELS
 WINDOW = 48  # entries with statistics that are remembered
 SETTLED = 10  # of them before anything but a number that is not finite raises an alarm
 CONFIRMED = 3
-GRADIENTS = 64  # entries whose gradient norm is remembered
+GRADIENTS = 64  # entries whose gradient norm and learning rate are remembered
+SOON = 5  # entries within which a second gradient makes a break of one
+JUMP = 4.0  # times the median: a learning rate that no warm-up explains, for a line from zero ends at twice its median
 OUTLIER = 8.0  # robust standard deviations that make a break
 SHARE = 0.3  # of the tensors, by weight, that break at once
 # Changes below these are never a break, however quiet the run was: of the logarithm of a gradient norm, and of a tensor's size.
 LEAST_GRADIENT, LEAST_GROWTH = 0.7, 0.1
-GRADIENT, TENSORS = "gradient", "tensors"
+GRADIENT, TENSORS, RATE = "gradient", "tensors", "learning rate"
 _SIZE = re.compile(r"(?:amax/(?P<weight>.+\.w)|rms/(?P<tap>\w+))_layer(?P<layer>\d+)")
 _KURTOSIS = re.compile(r"kurtosis/(.+)_layer(\d+)")
 
@@ -76,6 +79,8 @@ class EarlyWarning:
 
     def __init__(self):
         self._gradients: collections.deque[float] = collections.deque(maxlen=GRADIENTS)
+        self._rates: collections.deque[float] = collections.deque(maxlen=GRADIENTS)
+        self._entries = 0
         self._steps: collections.deque[tuple[int, int]] = collections.deque(maxlen=WINDOW)
         self._loads, self._sizes, self._kurtoses = _History(), _History(), _History()
         self._streak: dict[Place, int] = {}
@@ -88,7 +93,8 @@ class EarlyWarning:
         Args:
             entry: the next line of metrics.jsonl, as `read_metrics` returns it.
         """
-        found = self._gradient(entry)
+        self._entries += 1
+        found = self._gradient(entry) + self._rate(entry)
         if any(name.startswith("rms/") for name in entry):
             self._steps.append((entry["step"], entry["tokens"]))
             self._loads.add(loads(entry))
@@ -152,9 +158,18 @@ class EarlyWarning:
         median = float(np.median(seen))
         if value - median < max(OUTLIER * _spread(seen), LEAST_GRADIENT):
             return []
-        self._gradient_broke = step
+        soon, self._gradient_broke = self._entries - self._gradient_broke <= SOON, self._entries
         evidence = f"norm {norm:.3g}, {math.exp(value - median):.1f} times the median of the last {len(seen)} entries"
-        return [Alarm(step, WARN, GRADIENT, None, evidence, None, None, *_advice(GRADIENT))]
+        return [Alarm(step, WARN if soon else WATCH, GRADIENT, None, evidence, None, None, *_advice(GRADIENT))]
+
+    def _rate(self, entry: Mapping[str, Any]) -> list[Alarm]:
+        """Whether the learning rate is far above what it was: a restart with another one, say."""
+        rate, seen = entry.get("learning_rate", 0.0), np.array(self._rates)
+        self._rates.append(rate)
+        if len(seen) < GRADIENTS // 2 or rate <= JUMP * (usual := float(np.median(seen))):
+            return []
+        evidence = f"{rate:.2g}, {rate / max(usual, 1e-30):.1f} times the median of the last {len(seen)} entries"
+        return [Alarm(entry["step"], WARN, RATE, None, evidence, None, None, *_advice(RATE))]
 
     def _break(self) -> list[Alarm]:
         """Whether many weights and activations grow at once as they never did."""
@@ -169,7 +184,7 @@ class EarlyWarning:
         if share < SHARE:
             return []
         step, last = self._steps[-1][0], int(np.argmax(np.where(now > limit, now * weights, -np.inf)))
-        both = self._steps[-2][0] < self._gradient_broke <= step
+        both = self._entries - self._gradient_broke < SOON
         name = "{} in layer {}".format(*places[last])
         evidence = f"{share:.0%} of weights and activations grow as never before, most of all {name}, {math.exp(now[last]):.2g} times"
         return [Alarm(step, ACT if both else WARN, TENSORS, None, evidence, None, None, *_advice(TENSORS))]
@@ -232,7 +247,7 @@ def _spread(values: np.ndarray, axis: int | None = None) -> Any:
 def _advice(tensor: str) -> tuple[str, str]:
     """What to do, and which roles BF16 would help."""
     role, _, operand = tensor.partition(".")
-    if tensor in (GRADIENT, TENSORS):
+    if tensor in (GRADIENT, TENSORS, RATE):
         return "lower the learning rate, or roll back", ""
     if tensor == LOGITS:
         return ("normalise queries and keys, with frozen gains (model.qk_regulariser=rmsnorm_frozen), or move attention_scores to BF16",

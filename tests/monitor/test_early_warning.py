@@ -84,8 +84,17 @@ def test_a_gradient_and_all_weights_that_jump_ask_for_action():
             if entry["step"] > 200 and name.startswith(("amax/mlp_down.w", "rms/activation")):
                 entry[name] *= 2
     found = alarms(entries)
-    assert (found[0].level, found[0].tensor, found[0].step) == ("warn", "gradient", 203)
-    assert (found[1].level, found[1].tensor, found[1].step) == ("act", "tensors", 205)
+    assert [(a.level, a.tensor, a.step) for a in found[:3]] == [("watch", "gradient", 203), ("warn", "gradient", 204), ("act", "tensors", 205)]
+
+
+def test_a_learning_rate_that_jumps_is_warned_of_and_a_schedule_is_not():
+    entries = log()
+    for entry in entries:
+        step = entry["step"]
+        entry["learning_rate"] = 1e-3 * min(step / 150, 1.0, (END - step) / 100 + 1e-3)
+    assert alarms(entries) == []
+    entries[209]["learning_rate"] = 1e-2
+    assert [(a.level, a.tensor, a.step) for a in alarms(entries)] == [("warn", "learning rate", 210)]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

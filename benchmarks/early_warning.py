@@ -32,7 +32,7 @@ DROPPED = ("mean/", "zero/", "negative_zero/", "held_out/", "tokens_per_second",
 def run(names: list[str]) -> None:
     """Trains the runs whose logs are missing, in runs/early_warning/, and keeps their logs."""
     for name in names:
-        log, workdir = LOGS / f"{name}.jsonl.xz", ROOT / "runs" / "early_warning" / name
+        log, workdir = log_of(name), ROOT / "runs" / "early_warning" / name
         if log.exists():
             continue
         shutil.rmtree(workdir, ignore_errors=True)
@@ -54,9 +54,14 @@ def _short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def log_of(name: str) -> pathlib.Path:
+    """Where the log of a run is kept."""
+    return LOGS / f"{name}.jsonl.xz"
+
+
 def read(name: str) -> list[dict[str, Any]]:
     """A kept log."""
-    return [json.loads(line) for line in lzma.decompress((LOGS / f"{name}.jsonl.xz").read_bytes()).splitlines()]
+    return [json.loads(line) for line in lzma.decompress(log_of(name).read_bytes()).splitlines()]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.command == "run":
         run(options.only.split(",") if options.only else [*RUNS, *RESCUES])
         return
-    logs = {name: read(name) for name in RUNS}
+    logs = {name: read(name) for name in RUNS if log_of(name).exists()}
+    if missing := [name for name in [*RUNS, *RESCUES] if not log_of(name).exists()]:
+        print(f"without {', '.join(missing)}: run them first")
     found = scores.judge(logs)
     if options.command == "evaluate":
         path = ROOT / "benchmarks" / "results" / "early_warning.json"
@@ -76,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         scores.show(found)
     else:
         plots.catalogue(logs, found, ROOT / "docs" / "early_warning_catalogue.png")
-        plots.rescue({name: read(name) for name in ("llama3_hot", *RESCUES)}, ROOT / "docs" / "early_warning_rescue.png")
+        rescued = {name: read(name) for name in ("llama3_hot", *RESCUES) if log_of(name).exists()}
+        plots.rescue(rescued, ROOT / "docs" / "early_warning_rescue.png")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def catalogue(logs: Mapping[str, Log], found: Mapping[str, Any], path: pathlib.P
 def rescue(logs: Mapping[str, Log], path: pathlib.Path) -> None:
     """The same run left alone, in BF16, and with action=fallback: loss, and the error of attention's logits."""
     names = {"llama3_hot": ("FP8, left alone", "#d55e00"), "llama3_hot_bf16": ("BF16", "#0072b2"),
-             "llama3_hot_fallback": ("FP8, action=fallback", "#009e73")}
+             "llama3_hot_fallback": ("qkv and attention fall back", "#009e73"),
+             "llama3_hot_fallback_all": ("everything falls back", "#cc79a7")}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     for name, log in logs.items():
         label, colour = names[name]

@@ -104,7 +104,8 @@ def _hot(rate: float, warmup: int) -> dict[str, Any]:
     return {"optimizer.learning_rate": rate, "optimizer.warmup_steps": warmup}
 
 
-# Kinds of failure are split, not runs: what a threshold is tuned on is of another kind than what it is judged by.
+# Kinds of failure are split, not runs: what a threshold is tuned on is of another kind than what it is judged by. held_out_1 was
+# judged first, and the warning changed afterwards (docs/early_warning.md); held_out_2 was judged by what came of that.
 RUNS = {
     "llama3": Run("development", "healthy", "llama3", SHORT),
     "llama3_warm": Run("development", "healthy", "llama3", _hot(1e-2, 200)),
@@ -117,28 +118,31 @@ RUNS = {
     "llama3_smooth_hot": Run("development", "high rate", "llama3_smooth", _hot(3e-2, 300)),
     "op_hot": Run("development", "high rate", "op", _hot(2e-2, 20)),
     "llama3_drift": Run("development", "injected drift", "llama3", SHORT, Disturbance("drift", 101, 300, 1.02)),
-    "fog_opt_cooldown": Run("held_out", "healthy", "fog_opt", {**SHORT, **COOLDOWN}),
-    "fog_flash": Run("held_out", "healthy", "fog_flash", SHORT),
-    "fog_max_current": Run("held_out", "healthy", "fog_max", {**SLOW, "fp8.scaling": "current"}),
-    "llama3_bf16": Run("held_out", "healthy", "llama3", {**_hot(1e-2, 20), "fp8.recipe": "bf16"}),
-    "olmo2_hot": Run("held_out", "healthy", "olmo2", _hot(2e-1, 300)),
-    "op_gains": Run("held_out", "trained QK gains", "op", _hot(1e-1, 300)),
-    "llama3_spike": Run("held_out", "rate spike", "llama3", {**SLOW, "optimizer.warmup_steps": 20}, Disturbance("rate", 151, 170, 20.0)),
-    "op_spike": Run("held_out", "rate spike", "op", {**SLOW, "optimizer.warmup_steps": 20}, Disturbance("rate", 151, 170, 20.0)),
-    "llama3_bad_batch": Run("held_out", "bad batch", "llama3", {**SHORT, "optimizer.learning_rate": 5e-3}, Disturbance("batch", 151, 170)),
-    "op_bad_batch": Run("held_out", "bad batch", "op", {**SHORT, **_hot(1e-2, 200)}, Disturbance("batch", 151, 170)),
-    "llama3_hot_cooldown": Run("held_out", "cooldown", "llama3", {**_hot(2e-2, 200), **COOLDOWN}),
-    "op_frozen_qk_cooldown": Run("held_out", "cooldown", "op_frozen_qk", {**_hot(3e-2, 200), **COOLDOWN}),
-    "op_static": Run("held_out", "fixed scales", "op", {**SHORT, **_hot(1e-2, 150), "fp8.scaling": "static",
+    "fog_opt_cooldown": Run("held_out_2", "healthy", "fog_opt", {**SHORT, **COOLDOWN}),
+    "fog_flash": Run("held_out_2", "healthy", "fog_flash", SHORT),
+    "fog_max_current": Run("held_out_1", "healthy", "fog_max", {**SLOW, "fp8.scaling": "current"}),
+    "llama3_bf16": Run("held_out_1", "healthy", "llama3", {**_hot(1e-2, 20), "fp8.recipe": "bf16"}),
+    "olmo2_hot": Run("held_out_1", "healthy", "olmo2", _hot(2e-1, 300)),
+    "op_gains": Run("held_out_1", "trained QK gains", "op", _hot(1e-1, 300)),
+    "llama3_spike": Run("held_out_1", "rate spike", "llama3", {**SLOW, "optimizer.warmup_steps": 20}, Disturbance("rate", 151, 170, 20.0)),
+    "op_spike": Run("held_out_1", "rate spike", "op", {**SLOW, "optimizer.warmup_steps": 20}, Disturbance("rate", 151, 170, 20.0)),
+    "llama3_bad_batch": Run("held_out_2", "bad batch", "llama3", {**SHORT, "optimizer.learning_rate": 5e-3}, Disturbance("batch", 151, 170)),
+    "op_bad_batch": Run("held_out_2", "bad batch", "op", {**SHORT, **_hot(1e-2, 200)}, Disturbance("batch", 151, 170)),
+    "llama3_hot_cooldown": Run("held_out_2", "cooldown", "llama3", {**_hot(2e-2, 200), **COOLDOWN}),
+    "op_frozen_qk_cooldown": Run("held_out_1", "cooldown", "op_frozen_qk", {**_hot(3e-2, 200), **COOLDOWN}),
+    "op_static": Run("held_out_2", "fixed scales", "op", {**SHORT, **_hot(1e-2, 150), "fp8.scaling": "static",
                                                       "fp8.static_weight_scale": 2.0**-12}),
-    "op_drift": Run("held_out", "injected drift", "op", SHORT, Disturbance("drift", 101, 300, 1.02)),
+    "op_drift": Run("held_out_2", "injected drift", "op", SHORT, Disturbance("drift", 101, 300, 1.02)),
 }
 
 
 # llama3_hot again: left in BF16 throughout, and rescued by the early warning.
 RESCUES = {
     "llama3_hot_bf16": Run("rescue", "reference", "llama3", {**_hot(2e-2, 200), "fp8.recipe": "bf16"}),
-    "llama3_hot_fallback": Run("rescue", "act = fallback", "llama3", {**_hot(2e-2, 200), "warning.action": "fallback"}),
+    "llama3_hot_fallback": Run("rescue", "fallback", "llama3", {**_hot(2e-2, 200), "warning.action": "fallback", "warning.level": "watch"}),
+    "llama3_hot_fallback_all": Run("rescue", "fallback", "llama3", {
+        **_hot(2e-2, 200), "warning.action": "fallback", "warning.level": "watch", "warning.fallback": ",".join(
+            ("qkv", "attention_scores", "attention_values", "attention_out", "mlp_gate", "mlp_up", "mlp_down"))}),
 }
 
 

@@ -91,7 +91,7 @@ def judge(logs: Mapping[str, Log]) -> dict[str, Any]:
         thresholds[rival] = limit = _threshold([series[name] for name in tuned], allowed)
         flags[rival] = {name: [step for step, value in found if value > limit] for name, found in series.items()}
     rows = [_row(name, RUNS[name], outcomes[name], logs[name][-1]["step"], flags) for name in logs]
-    summary = [_summary(rows, detector, split) for split in ("development", "held_out") for detector in flags]
+    summary = [_summary(rows, detector, split) for split in dict.fromkeys(row["split"] for row in rows) for detector in flags]
     return {"runs": rows, "thresholds": thresholds, "summary": summary,
             "alarms": {name: [alarm._asdict() for alarm in found] for name, found in alarms.items()}}
 
@@ -144,7 +144,7 @@ def show(found: Mapping[str, Any]) -> None:
     print("| run | kind | outcome | departs | " + " | ".join(detectors) + " |\n|" + "---|" * (4 + len(detectors)))
     for row in found["runs"]:
         cells = [_cell(row, row["detectors"][name]) for name in detectors]
-        print(f"| {row['run']} ({row['split'][:3]}) | {row['kind']} | {row['outcome']} | {row['departs'] or ''} | " + " | ".join(cells) + " |")
+        print(f"| {row['run']} ({row['split']}) | {row['kind']} | {row['outcome']} | {row['departs'] or ''} | " + " | ".join(cells) + " |")
     columns = list(found["summary"][0])
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in found["summary"]:

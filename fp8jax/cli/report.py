@@ -1,10 +1,11 @@
-"""`python -m fp8jax report`: a page that shows one run, or several side by side."""
+"""`python -m fp8jax report`: a page that shows one run, or several side by side; or the early warnings of a log."""
 
 import argparse
 import os
 import pathlib
 from collections.abc import Sequence
 
+from fp8jax.cli import early_warnings
 from fp8jax.cli.errors import complain
 from fp8jax.monitor.report import write_report
 
@@ -13,10 +14,16 @@ STOPPED = 4
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if bool(options.workdirs) == bool(options.warnings):
+        parser.error("give WORKDIRs for a page, or --warnings FILE")
     if options.background:
         os.nice(15)
     try:
+        if options.warnings:
+            print("\n".join(early_warnings.lines(options.warnings)))
+            return 0
         out = write_report(options.workdirs, options.out)
     except ValueError as error:  # MetricsError is one
         return complain(str(error))
@@ -32,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fp8jax report", description="Writes a self-contained page: curves, layer by layer statistics, events.",
         epilog="example: python -m fp8jax report runs/fp8_base-tiny runs/llama3-tiny --out report.html")
-    parser.add_argument("workdirs", nargs="+", type=pathlib.Path, metavar="WORKDIR", help="directory of a run; several are shown side by side")
+    parser.add_argument("workdirs", nargs="*", type=pathlib.Path, metavar="WORKDIR", help="directory of a run; several are shown side by side")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("report.html"), help="the page (default: report.html)")
+    parser.add_argument("--warnings", type=pathlib.Path, metavar="FILE", help="instead: what the early warning says of a metrics.jsonl, or of "
+                        "the one in a directory")
     parser.add_argument("--background", action="store_true", help="with low priority")
     return parser

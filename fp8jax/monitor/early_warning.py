@@ -9,7 +9,7 @@ Three kinds of evidence, from entries with statistics (every `monitor.every` ste
 
 - **Range**: each tensor's load (loads.py) is fitted against tokens (growth.py) and forecast to 1, the edge of what FP8 holds.
   A forecast is trusted no further than the window it was made from is long, and only once it has been made CONFIRMED times in
-  a row. `watch`: it leaves within that span and three doublings; `warn`: within a third of it and two doublings; `act`: within an
+  a row. `watch`: it leaves within that span and three doublings; `warn`: within a third of it and one doubling; `act`: within an
   eighth and one doubling, or it has left already.
 - **Breaks**: the gradient's norm, or the growth of many weights and activations at once, leaves what this run itself has shown
   so far, by robust standard deviations; or the learning rate jumps. One gradient is to `watch`, all else to `warn` of; `act` is
@@ -47,7 +47,8 @@ SHARE = 0.3  # of the tensors, by weight, that break at once
 LEAST_GRADIENT, LEAST_GROWTH = 0.7, 0.1
 GRADIENT, TENSORS, RATE = "gradient", "tensors", "learning rate"
 _SIZE = re.compile(r"(?:amax/(?P<weight>.+\.w)|rms/(?P<tap>\w+))_layer(?P<layer>\d+)")
-_KURTOSIS = re.compile(r"kurtosis/(.+)_layer(\d+)")
+_LOGIT = re.compile(r"max_logit/(\w+)_layer(\d+)")
+_KURTOSIS = re.compile(r"kurtosis/(\w+)_layer(\d+)")
 
 
 class Alarm(NamedTuple):
@@ -83,6 +84,7 @@ class EarlyWarning:
         self._entries = 0
         self._steps: collections.deque[tuple[int, int]] = collections.deque(maxlen=WINDOW)
         self._loads, self._sizes, self._kurtoses = _History(), _History(), _History()
+        self._largest_logits: dict[Place, float] = {}
         self._streak: dict[Place, int] = {}
         self._said: dict[str, tuple[str, int]] = {}
         self._gradient_broke = -math.inf
@@ -96,9 +98,10 @@ class EarlyWarning:
         self._entries += 1
         found = self._gradient(entry) + self._rate(entry)
         if any(name.startswith("rms/") for name in entry):
-            self._steps.append((entry["step"], entry["tokens"]))
+            self._steps.append((entry["step"], entry.get("tokens", entry["step"])))
             self._loads.add(loads(entry))
             self._sizes.add(_sizes(entry))
+            self._largest_logits = _by_place(_LOGIT, entry)
             self._kurtoses.add(_by_place(_KURTOSIS, entry))
             if len(self._steps) >= SETTLED:
                 found += self._ranges() + self._break() + self._kurtosis()
@@ -137,9 +140,12 @@ class EarlyWarning:
 
     def _range_alarm(self, place: Place, law: str, load: float, left: float, near: float) -> Alarm:
         (step, tokens), (tensor, layer) = self._steps[-1], place
-        level = ACT if near <= 1 / 8 and load >= 1 / 2 else WARN if near <= 1 / 3 and load >= 1 / 4 else WATCH
+        level = WATCH if near > 1 / 3 or load < 1 / 2 else WARN if near > 1 / 8 else ACT
         steps = math.ceil(left)
-        what = f"a logit is off by {load:.2g} nats" if tensor == LOGITS else f"its cast has {load:.2g} of the noise that costs a bit"
+        what = f"its cast has {load:.2g} of the noise that costs a bit"
+        if tensor == LOGITS:
+            largest = self._largest_logits.get(("attention_scores", layer))
+            what = f"a logit is off by {load:.2g} nats" + ("" if largest is None else f", the largest is {largest:.3g}")
         grows = "out of range" if not steps else f"growth {law}"
         return Alarm(step, level, tensor, layer, f"{what}, {grows}", steps, round(steps * tokens / step), *_advice(tensor))
 
@@ -250,8 +256,8 @@ def _advice(tensor: str) -> tuple[str, str]:
     if tensor in (GRADIENT, TENSORS, RATE):
         return "lower the learning rate, or roll back", ""
     if tensor == LOGITS:
-        return ("normalise queries and keys, with frozen gains (model.qk_regulariser=rmsnorm_frozen), or move attention_scores to BF16",
-                "attention_scores")
+        return ("normalise queries and keys, with frozen gains (model.qk_regulariser=rmsnorm_frozen), or move attention and qkv to BF16",
+                "qkv,attention_scores,attention_values")
     if not operand:
         return "add a norm after the branch (model.branch_output=rmsnorm), or freeze QK gains", ""
     if operand in ("g", "ds", "do", "w"):

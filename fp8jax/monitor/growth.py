@@ -16,6 +16,7 @@ import numpy as np
 
 LAWS = ("constant", "logarithmic", "power", "exponential")
 TRAINED = 2 / 3  # of the window is fitted when laws are compared
+FAR = 60.0  # in the coordinates of a law: where a forecast is never
 SIMPLER = 1.5  # a slower law is taken if its squared error is at most this multiple of the best
 
 
@@ -42,10 +43,9 @@ class Growth(NamedTuple):
     def reaches(self, limits: np.ndarray) -> np.ndarray:
         """Tokens at which each series grows past its limit, float64 [k]; inf for those that do not grow."""
         y = np.where(self.law == LAWS.index("logarithmic"), limits, np.log(limits))
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            x = np.where(self.slope > 0, (y - self.intercept) / self.slope, np.inf)
-            tokens = self.unit * np.where(self.law == LAWS.index("exponential"), x, np.exp(x))
-        return np.where(self.law == LAWS.index("constant"), np.inf, tokens)
+        x = np.divide(y - self.intercept, self.slope, out=np.full(len(y), np.inf), where=self.slope > 1e-300)
+        times = np.where(self.law == LAWS.index("exponential"), x, np.exp(np.minimum(x, FAR)))
+        return np.where((self.law == LAWS.index("constant")) | (x >= FAR), np.inf, self.unit * times)
 
 
 def fit(tokens: np.ndarray, values: np.ndarray) -> Growth:

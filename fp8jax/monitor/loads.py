@@ -9,9 +9,10 @@ Two things end a tensor's stay in FP8, and both have a unit of their own:
   one bit of its mantissa to the range.
 - **Attention's logits lose their meaning.** A softmax takes differences of logits, so what counts is their absolute error, in nats:
   at 1, a weight is off by a factor of e. Errors of rounding are relative, so this one grows with queries times keys, however
-  well each of the two is held. With errors of q and k independent of their directions, it has the standard deviation
-  rms(q) rms(k) softmax_scale sqrt(head_dim) sqrt(1/snr_q + 1/snr_k); the log does not say the two factors in the middle, whose
-  product is 1 unless the config says otherwise.
+  well each of the two is held. Queries and keys are rounded twice: as products of a rounded input and a rounded weight, and when
+  they are cast themselves. With all four errors independent of the directions of q and k, a logit's has the standard deviation
+  rms(q) rms(k) softmax_scale sqrt(head_dim) sqrt(1/snr_q + 1/snr_k + 2/snr_x + 2/snr_w); the log does not say the two factors in
+  the middle, whose product is 1 unless the config says otherwise.
 """
 
 import math
@@ -51,11 +52,11 @@ def loads(entry: Mapping[str, Any]) -> dict[Place, float]:
 
 
 def _logit_error(entry: Mapping[str, Any], layer: str) -> float:
-    """Standard deviation of a logit's error in nats; attention that is not in FP8 rounds to BF16."""
+    """Standard deviation of a logit's error in nats; what is not in FP8 rounds to BF16."""
     noise = 0.0
-    for operand in ("q", "k"):
-        snr = entry.get(f"snr/attention_scores.{operand}_layer{layer}", math.nan)
-        noise += _ratio(-(ROUNDING["bf16"] if math.isnan(snr) else snr))
+    for operand, times in (("attention_scores.q", 1), ("attention_scores.k", 1), ("qkv.x", 2), ("qkv.w", 2)):
+        snr = entry.get(f"snr/{operand}_layer{layer}", math.nan)
+        noise += times * _ratio(-(ROUNDING["bf16"] if math.isnan(snr) else snr))
     size = entry[f"rms/q_layer{layer}"] * entry.get(f"rms/k_layer{layer}", math.nan)
     return size * math.sqrt(noise)
 

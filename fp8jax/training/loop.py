@@ -51,7 +51,7 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
           allow_config_change: Sequence[str] = ()) -> int:
     """Trains to `config.training.steps`; returns the process's exit code.
 
-    0: finished; 3: stopped by bad numbers, after saving; 4: stopped by a signal, after saving.
+    0: finished; 3: stopped by bad numbers or the early warning, after saving; 4: stopped by a signal, after saving.
 
     Args:
         config: validated configuration.
@@ -162,9 +162,10 @@ class _Run:
         evaluate = _due(step, config.evaluation.every) or last
         if _due(step, config.log.every) or collect or evaluate:
             bad = self._log(step, metrics, taps, self._evaluate(step, state) if evaluate else {})
-        if self._save_is_due(step) and not last:
+        state = self._react(step, state)
+        if self._save_is_due(step) and not last and self.ended != "rollback":  # which goes to a checkpoint from before the warning
             self._save(step, state)
-        return self._react(step, state), bad
+        return state, bad
 
     def _react(self, step: int, state: TrainState) -> TrainState:
         """Does what the early warning asks for; the state to go on with."""
@@ -206,7 +207,9 @@ class _Run:
             self.writer.event("finished", step)
             return FINISHED
         if not self.stop:
-            self._tell(f"stopped by the early warning after step {step}; saved" if self.ended == "stop" else None)
+            if self.ended == "stop":
+                self.writer.event("stopped", step, by="early warning")
+                self.progress.message(f"stopped by the early warning after step {step}; saved")
             return BAD_NUMBERS
         name = signal.Signals(self.stop[0]).name
         self.writer.event("stopped", step, signal=name)

@@ -36,7 +36,8 @@ def _gemms(audit: Audit) -> Table:
         rows = groups[key]
         largest = max(rows, key=lambda row: row["flops"] / max(row["executions"], 1))
         known = "" if all(row["executions_known"] for row in rows) else "at least "
-        table.add_row(*key, ", ".join(map(str, largest["shape_bmnk"])), known + str(sum(row["executions"] for row in rows)),
+        shape = ", ".join(map(str, largest["shape_bmnk"])) if any(largest["shape_bmnk"]) else "in a fused kernel"
+        table.add_row(*key, shape, known + str(sum(row["executions"] for row in rows)),
                       _si(sum(row["flops"] for row in rows), "FLOP"))
     return table
 

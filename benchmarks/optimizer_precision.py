@@ -61,7 +61,8 @@ def summarise(logs: dict[tuple[str, int], list[dict]]) -> dict:
     for variant in others:
         seeds = sorted(final[base].keys() & final[variant].keys())
         differences = {f"seed {seed}": final[variant][seed] / final[base][seed] - 1 for seed in seeds}
-        found[f"{variant} against {base}"] = differences | {"mean": sum(differences.values()) / max(len(seeds), 1)}
+        if seeds:
+            found[f"{variant} against {base}"] = differences | {"mean": sum(differences.values()) / len(seeds)}
     return found
 
 
@@ -76,10 +77,11 @@ def plot(logs: dict[tuple[str, int], list[dict]], title: str, path: pathlib.Path
         if variant != variants[0] and logs[variants[0], seed]:
             base = _smooth([entry["loss"] for entry in logs[variants[0], seed]])
             right.plot(steps[: len(base)], [100 * (a / b - 1) for a, b in zip(losses, base, strict=False)], color=colour, linewidth=1)
-    left.set(xlabel="step", ylabel="training loss, nats a token", title=title)
+    left.set(xlabel="step", ylabel="training loss, nats a token")
     right.axhline(0, color="#999999", linewidth=0.8)
-    right.set(xlabel="step", ylabel=f"difference from {variants[0]}, %", title=f"means of {SMOOTHING} logged steps, each seed against its own")
+    right.set(xlabel="step", ylabel=f"difference from {variants[0]}, %", title=f"means of {SMOOTHING} logged steps, seed by seed")
     left.legend(frameon=False)
+    figure.suptitle(title)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 

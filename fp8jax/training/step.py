@@ -233,6 +233,13 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
     return loss, grads, amaxes, statistics.combine(taps) | of_weights
 
 
+def _after(grads: Params, params: Params, opt_state: Any) -> tuple[Params, Any]:
+    """The state, tied to the gradients: unpacked before they are there, it would lie in memory in float32 during the backward pass."""
+    if not jax.tree.leaves(opt_state.scales):
+        return params, opt_state
+    return jax.lax.optimization_barrier((params, opt_state, grads))[:2]
+
+
 def _losses(model: Transformer, part: Batch, recipes: ModelRecipes, prepared: PreparedGemms, options: ForwardOptions,
             config: Config) -> tuple[jax.Array, jax.Array, Taps]:
     """Negative log-likelihoods and log-partitions, float32 [b, t], and taps."""
@@ -251,7 +258,7 @@ def train_step(state: TrainState, batch: Batch, config: Config, definition: Defi
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         squares = bad_steps.squares(grads)
         grad_norm = jnp.sqrt(sum(jnp.sum(square) for square in squares))
-        params, moments = precision.unpack(state.params, state.opt_state)
+        params, moments = precision.unpack(*_after(grads, state.params, state.opt_state))
         update, moments = make_transform(config.optimizer).update(grads, moments, params)
         rate = learning_rate(config, state.step)
         params = jax.tree.map(lambda p, u: p - rate * u, params, update)

@@ -12,7 +12,7 @@ them so: read the compiled program), or see through arithmetic (`q.astype(bfloat
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.extend import core
@@ -111,7 +111,11 @@ def _inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
     values = []
     for value in eqn.params.values():
         values += value if isinstance(value, (tuple, list)) else [value]
-    return [getattr(v, "jaxpr", v) for v in values if isinstance(v, (core.Jaxpr, core.ClosedJaxpr))]
+    return [_opened(v) for v in values if isinstance(v, (core.Jaxpr, core.ClosedJaxpr))]
+
+
+def _opened(jaxpr: Any) -> core.Jaxpr:
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _call(eqn: core.JaxprEqn, inner: list[core.Jaxpr], inputs: Origins, place: _Place) -> tuple[list[Gemm], Origins]:
@@ -137,10 +141,16 @@ def _shards(eqn: core.JaxprEqn) -> int:
 
 
 def _scan(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> tuple[list[Gemm], Origins]:
-    params = eqn.params
-    consts, carry = params["num_consts"], params["num_consts"] + params["num_carry"]
-    place = place._replace(count=place.count * params["length"])
-    return _loop(params["jaxpr"].jaxpr, inputs[:consts], inputs[consts:carry], inputs[carry:], place)
+    body, place = _opened(eqn.params["jaxpr"]), place._replace(count=place.count * eqn.params["length"])
+    # By shapes, because JAX's versions name these numbers differently: what is stacked has one dimension more outside.
+    slices = sum(_ndim(outer) != _ndim(inner) for outer, inner in zip(eqn.invars, body.invars, strict=True))
+    carried = sum(_ndim(outer) == _ndim(inner) for outer, inner in zip(eqn.outvars, body.outvars, strict=True))
+    last = len(inputs) - slices
+    return _loop(body, inputs[: last - carried], inputs[last - carried : last], inputs[last:], place)
+
+
+def _ndim(atom: core.Var | core.Literal) -> int:
+    return getattr(atom.aval, "ndim", 0)
 
 
 def _while(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> tuple[list[Gemm], Origins]:
@@ -148,7 +158,7 @@ def _while(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> tuple[list[Gem
     skipped = params["cond_nconsts"]
     carry = skipped + params["body_nconsts"]
     place = place._replace(known=False)
-    return _loop(params["body_jaxpr"].jaxpr, inputs[skipped:carry], inputs[carry:], [], place)
+    return _loop(_opened(params["body_jaxpr"]), inputs[skipped:carry], inputs[carry:], [], place)
 
 
 _LOOPS = {"scan": _scan, "while": _while}

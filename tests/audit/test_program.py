@@ -1,6 +1,7 @@
 """Reading a compiled training step on devices that are there: memory against what the state really holds, FLOPs, names."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,3 +74,20 @@ def test_fallbacks_name_the_gemm():
     assert program.fallbacks(asked, found) == [
         "mlp_up.wgrad: no GEMM of this name in the compiled program", "qkv.dgrad: bfloat16 x float8_e4m3fn, cuBLASLt BF16"]
     assert program.fallbacks(asked, asked) == []
+
+
+def test_origins_go_through_a_scan_s_constants_carry_and_slices():
+    """Whichever JAX numbers them: w8 is a constant, x8 a carry, xs are slices."""
+    def run(w8, x8, xs, total):
+        def body(carry, x):
+            y = jax.lax.dot_general(x.astype(jnp.bfloat16), w8.astype(jnp.bfloat16), (((1,), (0,)), ((), ())))
+            z = jax.lax.dot_general(carry[1], w8, (((1,), (0,)), ((), ())), preferred_element_type=jnp.bfloat16)
+            return (carry[0] + y, carry[1]), (y, z)
+
+        return jax.lax.scan(body, (total, x8), xs)
+
+    e4m3 = jnp.float8_e4m3fn
+    found = program.traced_gemms(jax.make_jaxpr(run)(*(jnp.ones(shape, kind) for shape, kind in (
+        ((8, 8), e4m3), ((8, 8), e4m3), ((5, 8, 8), e4m3), ((8, 8), jnp.bfloat16)))))
+    assert [(gemm.lhs_dtype, gemm.rhs_dtype, gemm.kernel, gemm.count) for gemm in found] == [
+        ("float8_e4m3fn", "float8_e4m3fn", "dot (FP8 emulated)", 5), ("float8_e4m3fn", "float8_e4m3fn", "dot", 5)]

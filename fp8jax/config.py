@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import json
 import math
+import pathlib
 import types
 import typing
 from typing import Any
@@ -36,6 +37,7 @@ REMAT_POLICIES = ("none", "full", "save_fp8", "offload_fp8")
 WARNING_ACTIONS = ("log", "checkpoint", "fallback", "rollback", "stop")
 WARNING_LEVELS = ("watch", "warn", "act")
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+_LARGE = (1 << 24) + 1  # sizes from here on are mistakes, or a damaged file's, and no memory should be asked for them
 
 
 class ConfigError(ValueError):
@@ -43,6 +45,10 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class DataError(ConfigError):
+    """Training data that cannot be used where a run has come to it; the message names the file and the place in it."""
 
 
 def _field(default: Any, doc: str, *, choices: tuple = (), at_least: float | None = None, above: float | None = None,
@@ -56,14 +62,14 @@ class ModelConfig:
     """The decoder. Switches left at None take the value that `architecture` gives them (models/architectures.py)."""
 
     architecture: str = _field("fog_max", "row of the architecture table that fills the switches", choices=ARCHITECTURES)
-    layers: int = _field(4, "number of blocks", at_least=1)
-    width: int = _field(256, "model width d", at_least=1)
-    ffn_width: int = _field(512, "width of a gated FFN; a two-layer FFN takes 1.5 times this", at_least=1)
-    ffn_hidden: int | None = _field(None, "hidden features of the FFN, whatever its kind; None: by ffn_width", at_least=1)
-    heads: int = _field(2, "query heads", at_least=1)
-    kv_heads: int = _field(1, "key and value heads", at_least=1)
-    head_dim: int | None = _field(None, "features a head; None: width / heads", at_least=1)
-    vocab_size: int | None = _field(None, "rows of the embedding; None: the tokenizer's, up to a multiple of 128", at_least=1)
+    layers: int = _field(4, "number of blocks", at_least=1, below=10_001)
+    width: int = _field(256, "model width d", at_least=1, below=_LARGE)
+    ffn_width: int = _field(512, "width of a gated FFN; a two-layer FFN takes 1.5 times this", at_least=1, below=_LARGE)
+    ffn_hidden: int | None = _field(None, "hidden features of the FFN, whatever its kind; None: by ffn_width", at_least=1, below=_LARGE)
+    heads: int = _field(2, "query heads", at_least=1, below=_LARGE)
+    kv_heads: int = _field(1, "key and value heads", at_least=1, below=_LARGE)
+    head_dim: int | None = _field(None, "features a head; None: width / heads", at_least=1, below=_LARGE)
+    vocab_size: int | None = _field(None, "rows of the embedding; None: the tokenizer's, up to a multiple of 128", at_least=1, below=_LARGE)
     tied_embeddings: bool = _field(True, "the head is the embedding, transposed")
     init_std: float = _field(0.02, "sigma0: standard deviation of every matrix at the start", at_least=0.0)
     norm_eps: float = _field(1e-5, "epsilon of RMSNorm", at_least=0.0)
@@ -119,6 +125,7 @@ class DataConfig:
     packing: str = _field("concat", "concat: documents run on from window to window; best_fit: whole documents, padded",
                           choices=("concat", "best_fit"))
     document_masks: bool = _field(False, "packed documents do not attend to each other")
+    on_fault: str = _field("fail", "a shard cut off, a token id that is none: fail, or skip its sequences, counted", choices=("fail", "skip"))
     read_threads: int = _field(1, "background reading threads; 0 reads in the loop", at_least=0)
 
 
@@ -157,7 +164,9 @@ class TrainingConfig:
     batch_size: int = _field(16, "sequences a step, over all devices and microbatches", at_least=1)
     microbatches: int = _field(1, "parts into which a step's batch is split, one after another", at_least=1)
     seed: int = _field(0, "seed of initial weights and of the data order", at_least=0, below=2**32)
-    hang_limit: int = _field(1800, "seconds a step, a compilation or a save may take before the process ends; 0: any", at_least=0)
+    start_limit: int = _field(3600, "seconds until the first step may begin, compilation included; then the process ends; 0: any", at_least=0)
+    step_limit: int = _field(1800, "seconds a step may take, evaluation included; then the process ends; 0: any", at_least=0)
+    save_limit: int = _field(3600, "seconds a save may take, in the background or not; then the process ends; 0: any", at_least=0)
     bad_steps: int = _field(20, "bad steps in a row after which the run goes back to its newest checkpoint", at_least=1)
     rollbacks: int = _field(2, "times a run may go back, passing over the batches it could not digest, before it stops", at_least=0)
     skip_spikes: float = _field(0.0, "skip a step whose loss or gradient norm lies this many robust standard deviations above the "
@@ -186,6 +195,7 @@ class CheckpointConfig:
     minutes: int = _field(60, "minutes after the last checkpoint at which another is saved; 0: only by steps", at_least=0)
     keep: int = _field(2, "newest checkpoints kept", at_least=1)
     keep_every: int = _field(0, "checkpoints of steps that this divides are kept for good; 0: none", at_least=0)
+    keep_best: int = _field(0, "checkpoints of the lowest held-out loss kept, of those saved at an evaluated step", at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +317,30 @@ def from_dict(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
     return config
 
 
+def read_json(path: pathlib.Path, most: int = 1 << 26) -> Any:
+    """The JSON of a file that anyone may have written.
+
+    Args:
+        path: of the file.
+        most: bytes that are read at all.
+
+    Raises:
+        ConfigError: it cannot be read, is larger than `most`, or is not JSON. A missing file is a FileNotFoundError.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise ConfigError(f"{path}: has more than {most} bytes")
+        return json.loads(content.decode("utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{path}: cannot be read as JSON: {str(error)[:100]}") from None
+
+
 def _build_section(section: str, kind: Any, values: dict[str, Any]) -> Any:
     known = {field.name: field for field in dataclasses.fields(kind)}
     checked = {}
@@ -320,7 +354,7 @@ def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
     kind, optional = _kind(field.type)
     if value is None and optional:
         return None
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**1000:
         value = float(value)
     if type(value) is not kind:
         raise ConfigError(f"{path}: {value!r} is not {kind.__name__}{' or None' if optional else ''}: {field.metadata['doc']}")
@@ -362,7 +396,7 @@ def _nearest(name: str, known: Any) -> str:
 
 
 def _did_you_mean(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+    close = difflib.get_close_matches(name[:200], list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

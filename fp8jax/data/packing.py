@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fp8jax.config import ConfigError, DataConfig
+from fp8jax.config import ConfigError, DataConfig, DataError
 from fp8jax.data import shards
 from fp8jax.data.sources import TokenStream
 from fp8jax.data.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ class BestFitWindows:
         """Window `index`, arrays [T].
 
         Raises:
-            ValueError: pieces that the stream or a window cannot hold; the message names the file.
+            DataError: pieces that the stream or a window cannot hold; the message names the file.
         """
         length, end = self.data.sequence_length, self.stream.tokenizer.end_of_document
         inputs, targets = np.full(length, end, np.int32), np.full(length, end, np.int32)
@@ -106,8 +106,14 @@ class BestFitWindows:
         found = [(int(start), int(count)) for start, count in self.packed.pieces[first:last]]
         sound = all(count > 0 and start + count <= len(self.stream) for start, count in found)
         if not found or not sound or sum(count for _, count in found) > self.data.sequence_length:
-            raise ValueError(f"{self.packed.path}: window {index} (piece {first} and on) has pieces that do not fit; prepare it again")
+            raise DataError(f"{self.packed.path}: window {index} (piece {first} and on) has pieces that do not fit; prepare it again")
         return found
+
+
+def padding(stream: TokenStream, data: DataConfig) -> Batch:
+    """A window of padding alone, arrays [T]."""
+    ends = np.full(data.sequence_length, stream.tokenizer.end_of_document, np.int32)
+    return _window(ends, ends, 0, None, np.arange(data.sequence_length, dtype=np.int32))
 
 
 def _with_predecessor(stream: TokenStream, start: int, count: int) -> np.ndarray:

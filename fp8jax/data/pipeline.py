@@ -11,17 +11,18 @@ A sequence is a window of a source (`packing`), and sources take turns by their 
 are shuffled anew every epoch (Grain's index shuffle: nothing is kept in memory); batches run on across epochs. Nothing
 depends on what was read before, so any step is read at once, and processes that share a batch need not know of each other.
 
-A batch is a dictionary of numpy arrays [batch, T], as described in `packing`. There is no worker process here.
+A batch is a dictionary of numpy arrays [batch, T], as described in `packing`. With `config.data.on_fault=skip` a sequence that
+cannot be read is padding, and the batch has `faults`, a list of a line for each. There is no worker process here.
 """
 
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from fp8jax.config import Config, ConfigError
+from fp8jax.config import Config, ConfigError, DataConfig, DataError
 from fp8jax.data import mixing, packing, sources
 from fp8jax.data.packing import Batch
 
@@ -62,15 +63,15 @@ class _Order:
 class _Batches:
     """One process's slice of every batch, by step: a random-access source for Grain."""
 
-    def __init__(self, order: _Order, batch_size: int, rows: range):
-        self._order, self._batch_size, self._rows = order, batch_size, rows
+    def __init__(self, order: _Order, config: Config, rows: range):
+        self._order, self._data, self._batch_size, self._rows = order, config.data, config.training.batch_size, rows
 
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> dict[str, Any]:
         places = [self._order[step * self._batch_size + row] for row in self._rows]
-        return _stack([self._order.windows[source][window] for source, _, window in places])
+        return _read([(self._order.windows[source], window) for source, _, window in places], self._data)
 
 
 def train_batches(config: Config, process_index: int = 0, process_count: int = 1) -> grain.MapDataset:
@@ -88,7 +89,7 @@ def train_batches(config: Config, process_index: int = 0, process_count: int = 1
         ConfigError: data that cannot be read, or a batch size that the processes do not divide.
     """
     rows = _rows(config.training.batch_size, process_index, process_count)
-    return grain.MapDataset.source(_Batches(_Order(config), config.training.batch_size, rows))
+    return grain.MapDataset.source(_Batches(_Order(config), config, rows))
 
 
 def train_iterator(
@@ -156,11 +157,11 @@ def held_out_batches(
 
 
 def _in_order(windows: packing.ConcatWindows, batch_size: int, rows: range) -> Iterator[tuple[Batch, int]]:
-    stream, span = windows.stream, batch_size * windows.data.sequence_length
+    token_bytes, every = windows.stream.tokenizer.token_bytes, range(batch_size)
     for first in range(0, len(windows), batch_size):
-        batch = _stack([windows[first + row] for row in rows])
-        targets = stream.read(first // batch_size * span, (first // batch_size + 1) * span)
-        yield batch, int(stream.tokenizer.token_bytes[targets].sum())
+        whole = _read([(windows, first + row) for row in every], windows.data)
+        batch = {name: values if name == "faults" else values[rows.start : rows.stop] for name, values in whole.items()}
+        yield batch, int((token_bytes[whole["targets"]] * (whole["mask"] > 0)).sum())
 
 
 def _windows(config: Config, source: sources.Source) -> packing.ConcatWindows | packing.BestFitWindows:
@@ -171,6 +172,20 @@ def _windows(config: Config, source: sources.Source) -> packing.ConcatWindows | 
         raise ConfigError(f"config.data.packing: {data.packing!r} needs directories of prepared token shards, not {source.name!r}")
     packed = packing.open_best_fit(source.name, data.sequence_length, len(source.stream))
     return packing.BestFitWindows(source.stream, data, packed)
+
+
+def _read(windows: list[tuple[Any, int]], data: DataConfig) -> dict[str, Any]:
+    """A batch of windows, each given by its source's windows and its number there."""
+    read, faults = [], []
+    for source, number in windows:
+        try:
+            read.append(source[number])
+        except DataError as fault:
+            if data.on_fault == "fail":
+                raise
+            read.append(packing.padding(source.stream, data))
+            faults.append(str(fault))
+    return _stack(read) | ({"faults": faults} if faults else {})
 
 
 def _stack(windows: list[Batch]) -> Batch:

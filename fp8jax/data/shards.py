@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fp8jax.config import ConfigError
+from fp8jax.config import ConfigError, read_json
 from fp8jax.data.tokenizer import Tokenizer, dtype
 
 SPLITS = ("train", "held_out")
@@ -194,6 +194,29 @@ def open_shards(
     return arrays, tuple(str(directory / shard["file"]) for shard in listed)
 
 
+def open_what_is_there(
+    directory: str | os.PathLike, tokenizer: Tokenizer, split: str
+) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
+    """As `open_shards`, but what is missing of a shard's tokens is an array of -1, which no reader takes for tokens.
+
+    Raises:
+        ConfigError: the index cannot be used; the message names it.
+    """
+    directory, kind = pathlib.Path(directory), dtype(tokenizer.vocab_size)
+    arrays, names = [], []
+    for shard in _listed(directory, read_index(directory, tokenizer), split):
+        path = directory / shard["file"]
+        size = path.stat().st_size if path.is_file() else 0
+        there = min(size // kind.itemsize, shard["tokens"])
+        if there:
+            arrays.append(np.memmap(path, kind, mode="r", shape=(there,)))
+            names.append(str(path))
+        if there < shard["tokens"]:
+            arrays.append(np.broadcast_to(np.int32(-1), (shard["tokens"] - there,)))  # takes no memory
+            names.append(f"{path}, cut off at byte {size}" if path.is_file() else f"{path}, which is missing")
+    return tuple(arrays), tuple(names)
+
+
 def open_ends(directory: str | os.PathLike, tokenizer: Tokenizer, split: str) -> tuple[np.ndarray, ...]:
     """For every shard of a split, memory-mapped: uint64 [documents], where in the shard each document ends.
 
@@ -225,11 +248,11 @@ def read_index(directory: pathlib.Path, tokenizer: Tokenizer | None = None) -> d
     """
     path = pathlib.Path(directory) / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
     except FileNotFoundError:
         raise _error(path, "no such file; source is 'embedded' or a directory of prepared token shards") from None
-    except (OSError, ValueError) as error:
-        raise _error(path, f"cannot be read: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"config.data.source: {error}") from None
     if not isinstance(index, dict):
         raise _error(path, "is not an index of token shards")
     expected = header(tokenizer) if tokenizer else {"format": FORMAT}

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fp8jax.config import DataConfig, parse_sources
+from fp8jax.config import DataConfig, DataError, parse_sources
 from fp8jax.data import megatron, shards
 from fp8jax.data import tokenizer as tokenizers
 
@@ -65,7 +65,7 @@ class TokenStream:
         """Tokens `start` (at least 0) to `stop - 1`, int32; fewer where the stream ends.
 
         Raises:
-            ValueError: a shard holds an id that is not in the vocabulary; the message names the file.
+            DataError: a shard holds an id that is not in the vocabulary; the message names the file and the byte.
         """
         pieces, starts = [], self._starts
         stop = min(stop, starts[-1])
@@ -80,10 +80,9 @@ class TokenStream:
         tokens, size = self._plain[which][first:last], self.tokenizer.vocab_size
         if tokens.max() >= size or tokens.min() < 0:  # JAX would clamp such an id in silence
             bad = int(np.argmax((tokens >= size) | (tokens < 0)))
-            raise ValueError(
-                f"{self.names[which]}: token {first + bad} is {tokens[bad]}, outside the vocabulary of {size}; "
-                "prepare it again"
-            )
+            at = (first + bad) * self.arrays[which].itemsize
+            raise DataError(f"{self.names[which]}: token {first + bad} is {tokens[bad]}, outside the vocabulary of {size} (byte {at}); "
+                            "prepare it again, or set config.data.on_fault=skip")
         return tokens.astype(np.int32)
 
 
@@ -109,7 +108,7 @@ def load(data: DataConfig, split: str) -> TokenStream:
     names = [name for name, _ in parse_sources(data.source)]
     if split == "held_out":
         names = [name for name in names if not is_directory(name) or shards.has_split(name, split)] or names[:1]
-    streams = [_load(name, tokenizers.of(data), split) for name in names]
+    streams = [_load(name, tokenizers.of(data), split, data.on_fault == "skip") for name in names]
     if len(streams) == 1:
         return streams[0]
     arrays, paths = (sum((getattr(one, field) for one in streams), ()) for field in ("arrays", "names"))
@@ -122,8 +121,8 @@ def load_each(data: DataConfig, split: str) -> list[Source]:
     Raises:
         ConfigError: as `load`.
     """
-    tokenizer = tokenizers.of(data)
-    return [Source(name, weight, _load(name, tokenizer, split)) for name, weight in parse_sources(data.source)]
+    tokenizer, tolerant = tokenizers.of(data), data.on_fault == "skip"
+    return [Source(name, weight, _load(name, tokenizer, split, tolerant)) for name, weight in parse_sources(data.source)]
 
 
 def is_directory(name: str) -> bool:
@@ -131,7 +130,7 @@ def is_directory(name: str) -> bool:
     return name != "embedded" and not megatron.is_dataset(name)
 
 
-def _load(name: str, tokenizer: tokenizers.Tokenizer, split: str) -> TokenStream:
+def _load(name: str, tokenizer: tokenizers.Tokenizer, split: str, tolerant: bool) -> TokenStream:
     if split not in shards.SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(shards.SPLITS)}")
     if name == "embedded":
@@ -139,7 +138,8 @@ def _load(name: str, tokenizer: tokenizers.Tokenizer, split: str) -> TokenStream
     if megatron.is_dataset(name):
         array = megatron.open_stream(name, tokenizer, split)
         return TokenStream((array,), (f"{os.fspath(name)}.bin",), tokenizer)
-    return TokenStream(*shards.open_shards(name, tokenizer, split), tokenizer)
+    opened = shards.open_what_is_there(name, tokenizer, split) if tolerant else shards.open_shards(name, tokenizer, split)
+    return TokenStream(*opened, tokenizer)
 
 
 def embedded_documents(split: str) -> list[bytes]:

@@ -29,6 +29,8 @@ import numpy as np
 
 from fp8jax.config import Config, ConfigError, DataConfig, parse_sources
 
+# Ids that a vocabulary may have; a larger one is a damaged file, for which no memory should be asked.
+_MOST_IDS = 1 << 24
 END_OF_DOCUMENT_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 
 
@@ -92,6 +94,8 @@ class HuggingFaceTokenizer:
             raise _error(path, f"has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT_NAMES)}, special")
         self.end_of_document = ends[0]
         self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > _MOST_IDS:
+            raise _error(path, f"has id {self.vocab_size - 1}; ids go up to {_MOST_IDS - 1}")
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
         for token, index in vocab.items():  # a byte-level vocabulary spells every byte as one character
             self.token_bytes[index] = len(token)
@@ -143,6 +147,8 @@ class TekkenTokenizer:
             values = json.loads(content)
             config, vocab = values["config"], values["vocab"]
             self.vocab_size, self._special = config["default_vocab_size"], config["default_num_special_tokens"]
+            if not 0 <= self._special <= self.vocab_size <= min(len(vocab) + self._special, _MOST_IDS):
+                raise ValueError(f"{self.vocab_size} ids, {self._special} of them special, of {len(vocab)} tokens")
             texts = [base64.b64decode(token["token_bytes"]) for token in vocab[: self.vocab_size - self._special]]
             ranks = {text: rank for rank, text in enumerate(texts)}
             self._encoding = tiktoken.Encoding("tekken", pat_str=config["pattern"], mergeable_ranks=ranks, special_tokens={})
@@ -261,11 +267,12 @@ def _read(path: str) -> tuple[Any, str]:
     try:
         content = pathlib.Path(path).read_bytes()
         tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        decoder = json.dumps(json.loads(content).get("decoder"))
     except FileNotFoundError:
         raise _error(path, "no such file; use 'byte' or the path of a tokenizer.json") from None
     except Exception as error:  # the library raises bare Exception
         raise _error(path, f"is not a tokenizer.json: {str(error).splitlines()[0]}") from None
-    if '"ByteLevel"' not in json.dumps(json.loads(content).get("decoder")):
+    if '"ByteLevel"' not in decoder:
         raise _error(path, "is not byte-level (its decoder is not ByteLevel); use a byte-level tokenizer or 'byte'")
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()

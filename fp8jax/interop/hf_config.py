@@ -73,7 +73,7 @@ def from_config(values: Mapping[str, Any]) -> tuple[ModelConfig, str]:
         HuggingFaceError: an unknown model_type or key, a missing key, a value that the models here do not have.
     """
     model_type = values.get("model_type")
-    if model_type not in FORMATS:
+    if not isinstance(model_type, str) or model_type not in FORMATS:
         raise HuggingFaceError(f"config.json: model_type: {model_type!r} is not one of {', '.join(FORMATS)}")
     form = FORMATS[model_type]
     _check_keys(values, form)
@@ -160,6 +160,8 @@ def _number(values: Mapping[str, Any], key: str, kind: type = float) -> Any:
         raise HuggingFaceError(f"config.json: {key}: {value!r} is not {kind.__name__}")
     if kind is int and value < 1:
         raise HuggingFaceError(f"config.json: {key}: {value!r} is below 1")
+    if abs(value) > 1e300 or value != value:
+        raise HuggingFaceError(f"config.json: {key}: {str(value)[:20]} is not a finite number")
     return kind(value)
 
 

@@ -8,6 +8,8 @@
 `metrics.jsonl` is the source of truth: one strict JSON object a logged step, `step` first; JSON has no word for a
 non-finite number, so it is the string "nan", "inf" or "-inf". The TensorBoard files say the same.
 
+Storage that fails does not fail the run: lines wait in memory until they can be written (`patient_file.py`).
+
 One process of a run writes; nothing here decides which. Nothing is averaged or computed here. Followers, such as the report
 and Weights & Biases, get what is written and are closed with the writer.
 """
@@ -21,12 +23,29 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import tensorboardX
+from tensorboardX import record_writer
 from tensorboardX.proto.summary_pb2 import Summary
+
+from fp8jax.monitor.patient_file import PatientFile
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 # tensorboardX prints a warning for every NaN. A diverging run has many, and its own log already says so.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+_PATIENT = "patient"
+
+
+class _PatientFiles:
+    """Opens TensorBoard files called `patient:PATH`: a full disk would end tensorboardX's thread, and the next step wait for it for ever."""
+
+    def open(self, path: str) -> PatientFile:
+        return PatientFile(path.partition(":")[2], fresh=True)
+
+    def directory_check(self, path: str) -> None:
+        os.makedirs(path.partition(":")[2], exist_ok=True)
+
+
+record_writer.register_writer_factory(_PATIENT, _PatientFiles())
 
 
 class MetricsError(ValueError):
@@ -65,10 +84,9 @@ class MetricsWriter:
         metrics, events = workdir / "metrics.jsonl", workdir / "events.jsonl"
         _rewrite(metrics, [line for line, record in _lines(metrics) if record["step"] <= start_step])
         _rewrite(events, [line for line, _ in _lines(events)])
-        self._metrics = metrics.open("a", encoding="utf-8")
-        self._events = events.open("a", encoding="utf-8")
+        self._metrics, self._events = PatientFile(metrics), PatientFile(events)
         self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"),
+            f"{_PATIENT}:{workdir / 'tensorboard'}",
             purge_step=start_step + 1,  # TensorBoard hides what earlier files hold from here on
             filename_suffix=f".{start_step:09}",  # names hold seconds only: a quick restart would overwrite a file
             flush_secs=10,
@@ -99,6 +117,10 @@ class MetricsWriter:
         """
         values = {name: _plain(value) for name, value in fields.items()}
         _append(self._events, {"step": int(step), "kind": kind, **values})
+
+    def waiting(self) -> str | None:
+        """Why lines wait to be written, None where none does."""
+        return self._metrics.reason or self._events.reason or None
 
     def close(self) -> None:
         """Close the files; the writer is of no use afterwards."""
@@ -137,10 +159,9 @@ def records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
         yield {name: _number(value) for name, value in record.items()}
 
 
-def _append(file: Any, record: dict[str, Any]) -> None:
+def _append(file: PatientFile, record: dict[str, Any]) -> None:
     finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    file.write(json.dumps(finite, allow_nan=False) + "\n")
-    file.flush()
+    file.write((json.dumps(finite, allow_nan=False) + "\n").encode())
 
 
 def _plain(value: Any) -> Any:
@@ -160,7 +181,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict) and type(record.get("step")) is int:
                 yield line.rstrip("\n") + "\n", record

@@ -19,6 +19,7 @@ Not here: when to save, and what belongs to a state.
 import difflib
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -32,13 +33,15 @@ from orbax.checkpoint import v1
 from fp8jax import config as config_lib
 from fp8jax.training import manifest
 
-_DELETING = "deleting-"
+# What is under way has another name than a checkpoint, so a checkpoint is there whole or not at all.
+_SAVING, _DELETING = "saving-", "deleting-"
 State = dict[str, Any]  # item → pytree
 Names = tuple[str, ...]
 
-# Orbax tells some 70 lines of its inner life a save at INFO, absl's level in any program under absl.app.
+# Orbax tells some 70 lines of its inner life a save at INFO, absl's level in any program under absl.app, and as many stacks at
+# ERROR where one save fails, of which an exception tells as well.
 _ORBAX = os.path.join("orbax", "checkpoint")
-absl_logging.get_absl_logger().addFilter(lambda line: line.levelno >= logging.WARNING or _ORBAX not in line.pathname)
+absl_logging.get_absl_logger().addFilter(lambda line: line.levelno == logging.WARNING or _ORBAX not in line.pathname)
 
 
 class CheckpointError(ValueError):
@@ -52,13 +55,15 @@ class Checkpoints:
         workdir: directory of the run.
         keep: newest checkpoints that stay; older ones go once a newer one is complete. At least 1.
         keep_every: checkpoints of steps that this divides stay too; 0: none.
+        keep_best: so many checkpoints of the lowest held-out loss stay too.
         facts: what the manifest of each checkpoint says about the run.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, keep: int = 1, keep_every: int = 0, facts: dict[str, Any] | None = None):
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 1, keep_every: int = 0, keep_best: int = 0,
+                 facts: dict[str, Any] | None = None):
         # Orbax takes absolute paths only.
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-        self._keep, self._keep_every, self._facts = keep, keep_every, facts or {}
+        self._keep, self._keep_every, self._keep_best, self._facts = keep, keep_every, keep_best, facts or {}
         self._saving: threading.Thread | None = None
         self._failure: str | None = None
         self._cleaned = False
@@ -98,20 +103,21 @@ class Checkpoints:
         """Once, before the first save: removes what interrupted saves and deletions left behind."""
         if not self._cleaned and self.directory.is_dir() and jax.process_index() == 0:
             for path in self.directory.iterdir():
-                if path.name.startswith(_DELETING) or ".orbax-checkpoint-tmp" in path.name:
+                if path.name.startswith((_SAVING, _DELETING)):
                     shutil.rmtree(path, ignore_errors=True)
         self._cleaned = True
 
-    def save(self, step: int, state: State, data_state: dict[str, Any]) -> None:
+    def save(self, step: int, state: State, data_state: dict[str, Any], *, held_out_loss: float | None = None) -> None:
         """Start saving; files are written in the background and get their final name when complete.
 
         Returns when the arrays are copied, so the next step may take their memory (donation). An earlier save still
-        under way is finished first. A step that is already saved stays as it is.
+        under way is finished first: ask `busy`. A step that is already saved stays as it is.
 
         Args:
             step: steps taken so far.
             state: item → pytree of jax arrays, of any dtype, PRNG keys included.
             data_state: where the data stands, as JSON values.
+            held_out_loss: of this state, where it is known: what `keep_best` goes by.
 
         Raises:
             CheckpointError: this save cannot begin, or the earlier one failed.
@@ -126,42 +132,58 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             with jax.transfer_guard("allow"):
                 response = v1.save_checkpointables_async(
-                    self.directory / str(step),
+                    self.directory / f"{_SAVING}{step}",
                     {item: tree for item, tree in items.items() if tree},  # Orbax refuses an empty item
-                    overwrite=True,  # files complete but without a manifest are no checkpoint
+                    overwrite=True,  # an earlier try that failed
                     custom_metadata={"data_state": data_state},
                 )
         except Exception as error:  # whatever Orbax's storage, threads and checks raise
             raise CheckpointError(self._why(error)) from error
-        self._saving = threading.Thread(target=self._finish, args=(step, response), name="checkpoint")
+        facts = {"step": step, **self._facts} | ({} if held_out_loss is None else {"held_out_loss": held_out_loss})
+        self._saving = threading.Thread(target=self._finish, args=(step, response, facts), name="checkpoint")
         self._saving.start()
+
+    def busy(self) -> bool:
+        """Whether a save is under way, for which another would have to wait."""
+        return self._saving is not None and self._saving.is_alive()
 
     def failure(self) -> str | None:
         """Why the last save failed, if it has come to an end and did; asked once. Never waits."""
-        failure, self._failure = (None, self._failure) if self._saving and self._saving.is_alive() else (self._failure, None)
+        failure, self._failure = (None, self._failure) if self.busy() else (self._failure, None)
         return failure
 
-    def _finish(self, step: int, response: Any) -> None:
+    def _finish(self, step: int, response: Any, facts: dict[str, Any]) -> None:
         """In the background: waits for the files, seals them with a manifest, removes what need not be kept."""
         try:
             response.result()
             if jax.process_index() == 0:
-                manifest.write(self.directory / str(step), {"step": step, **self._facts})
+                path = self.directory / f"{_SAVING}{step}"
+                manifest.write(path, facts)
+                os.rename(path, self.directory / str(step))
+                manifest.sync(self.directory)  # before an older one goes
                 self._prune()
         except Exception as error:
             self._failure = self._why(error)
 
     def _prune(self) -> None:
         steps = self.steps()
-        for step in steps[: -self._keep]:
-            if not self._keep_every or step % self._keep_every:
+        kept = {*steps[-self._keep :], *(step for step in steps if self._keep_every and step % self._keep_every == 0), *self._best(steps)}
+        for step in steps:
+            if step not in kept:
                 # Under its own name it would, half deleted, look damaged.
                 going = self.directory / f"{_DELETING}{step}"
                 os.rename(self.directory / str(step), going)
                 shutil.rmtree(going)
 
+    def _best(self, steps: list[int]) -> list[int]:
+        """The steps of the lowest held-out losses, as many as stay."""
+        losses = {step: manifest.fact(self.directory / str(step), "held_out_loss") for step in steps} if self._keep_best else {}
+        known = [(loss, step) for step, loss in losses.items() if isinstance(loss, float) and math.isfinite(loss)]
+        return [step for _, step in sorted(known)[: self._keep_best]]
+
     def _why(self, error: Exception) -> str:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) < 300 else f"{reason[:100]} … {reason[-150:]}"  # TensorStore ends with the system's own words
         return f"{self.directory}: saving failed: {reason}; check free space and permissions"
 
     def dtypes(self, step: int) -> dict[str, str]:
@@ -245,11 +267,15 @@ def load_config(workdir: str | os.PathLike) -> config_lib.Config:
         ConfigError: it is not JSON, or holds an unknown or forbidden field.
     """
     path = pathlib.Path(workdir) / "config.json"
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file; --workdir must be the directory of a run started with train.py")
     try:
-        return config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:  # ConfigError is one
+        values = config_lib.read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; --workdir must be the directory of a run started with train.py") from None
+    if not isinstance(values, dict):
+        raise config_lib.ConfigError(f"{path}: is not an object of sections")
+    try:
+        return config_lib.from_dict(values)
+    except config_lib.ConfigError as error:
         raise config_lib.ConfigError(f"{path}: {error}") from None
 
 

@@ -8,6 +8,7 @@ import pathlib
 import socket
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 from fp8jax.config import ConfigError
 
@@ -17,10 +18,9 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
     """Holds WORKDIR/lock, which names the host and process; the system frees it when the process ends, however it ends.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or the directory cannot be written.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("a+", encoding="utf-8") as file:
+    with _opened(workdir) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -29,7 +29,22 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise ConfigError(f"{workdir}: {holder} is training here; stop it first, or choose another --workdir") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            file.flush()
+        except OSError as error:
+            raise _unwritable(workdir, error) from None
         yield
+
+
+def _opened(workdir: pathlib.Path) -> TextIO:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        return (workdir / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(workdir, error) from None
+
+
+def _unwritable(workdir: pathlib.Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{workdir}: cannot be written: {error.strerror}; mend that, or choose another --workdir")

@@ -8,7 +8,6 @@ save and return 4. What a step computes is in step.py.
 """
 
 import contextlib
-import math
 import pathlib
 import signal
 import time
@@ -20,7 +19,7 @@ import numpy as np
 
 import fp8jax
 from fp8jax import config as config_lib
-from fp8jax.config import Config
+from fp8jax.config import Config, DataError
 from fp8jax.data import pipeline, tokenizer
 from fp8jax.models.definition import define
 from fp8jax.monitor import outliers
@@ -37,14 +36,13 @@ from fp8jax.training.lock import exclusive
 from fp8jax.training.profiling import ProfileWindow
 from fp8jax.training.reaction import Decision, Reaction
 from fp8jax.training.resume import Position, Resumed, check_continues, resume
-from fp8jax.training.start_up import check_attention, describe, describe_compiled, facts, seconds_at_peak
+from fp8jax.training.saving import Saver
+from fp8jax.training.start_up import check_attention, describe, describe_compiled, facts, process_seconds, seconds_at_peak
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
 from fp8jax.training.watchdog import Watchdog
 
 FINISHED, BAD_NUMBERS, STOPPED = 0, 3, 4
-# A save that failed, on a full disk say, is tried again after so many seconds.
-RETRY_SECONDS = 60.0
 
 
 def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Device] | None = None, *,
@@ -62,17 +60,19 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
     Raises:
         ConfigError: the data, mesh or directory does not fit the config.
     """
-    workdir, began = pathlib.Path(workdir), time.monotonic()
+    workdir, first = pathlib.Path(workdir), True
     mesh = mesh_lib.make_mesh(config, devices)
     definition = define(config.model, tokenizer.vocab_size(config))
     program = TrainProgram(config, definition, mesh)
     program.fallen_back(in_bf16(config.warning.fallback))  # what cannot fall back is found now, not when it must
-    origin = {"config": config_lib.digest(config), "fp8jax": fp8jax.__version__, "jax": jax.__version__}
-    with exclusive(workdir), Checkpoints(workdir, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
-                                         facts=origin) as checkpoints, _stop_signals() as stop, \
-            Watchdog(config.training.hang_limit) as watchdog:
-        recalibrate = check_continues(config, workdir, allow_config_change)
+    origin = {"config": config_lib.digest(config), "tokenizer": tokenizer.of(config.data).fingerprint,
+              "fp8jax": fp8jax.__version__, "jax": jax.__version__}
+    keep = config.checkpoint
+    with exclusive(workdir), _stop_signals() as stop, _watchdog(config) as watchdog, \
+            Checkpoints(workdir, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best, facts=origin) as checkpoints:
+        watchdog.begin("start", "start-up")
         lines: list[str] = []
+        recalibrate = check_continues(config, workdir, allow_config_change, lines.append)
         resumed = resume(program, checkpoints, lines.append, recalibrate=recalibrate)
         save_config(workdir, config)
         lines += [*describe(resumed.program), *check_attention(resumed.program)]
@@ -84,10 +84,11 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
                 for line in lines:
                     progress.message(line)
                 run = _Run(config, workdir, resumed, checkpoints, writer, progress, stop, watchdog)
-                code, failed_at = run(resumed, began)
+                code = run(resumed, first=first)
             if code is not None:
                 return code
-            resumed, lines = _roll_back(program, checkpoints, run.position, failed_at)
+            resumed, lines = _roll_back(program, checkpoints, run.position, run.step)
+            first = False
 
 
 def _roll_back(program: TrainProgram, checkpoints: Checkpoints, position: Position, failed_at: int) -> tuple[Resumed, list[str]]:
@@ -104,7 +105,11 @@ def _roll_back(program: TrainProgram, checkpoints: Checkpoints, position: Positi
 
 
 class _Run:
-    """What the loop holds while it runs."""
+    """What the loop holds while it runs; `state` is that after step `step`."""
+
+    state: TrainState
+    step: int
+    position: Position
 
     def __init__(self, config: Config, workdir: pathlib.Path, resumed: Resumed, checkpoints: Checkpoints,
                  writer: MetricsWriter, progress: Progress, stop: list[int], watchdog: Watchdog):
@@ -115,45 +120,52 @@ class _Run:
         self.evaluator = Evaluator(config, self.program.definition, self.program.mesh)
         self.profile = ProfileWindow(config.profile, workdir / "profile")
         self.clock, self.timed = time.perf_counter(), 0
-        self.saved_at, self.save_again_at = time.monotonic(), math.inf
+        self.saver = Saver(config, self.program, checkpoints, writer, progress, watchdog)
+        self.held_out_loss: tuple[int, float] | None = None  # of a step
+        self.waiting: str | None = None
 
-    def __call__(self, resumed: Resumed, began: float) -> tuple[int | None, int]:
-        """Exit code, None where the run must go back to a checkpoint; and the step at which it ended."""
+    def __call__(self, resumed: Resumed, *, first: bool) -> int | None:
+        """Exit code, None where the run must go back to a checkpoint; `first`: of this process."""
         config, program = self.config, self.program
-        state, step, self.position = resumed.state, resumed.step, resumed.position
-        if resumed.calibrate:
-            first = pipeline.train_batches(config)[step + self.position.skipped_batches]
-            state = program.calibrate(state, program.put(first))
-            self.writer.event("calibrated", step)
-        iterator = self.feed = Feed(pipeline.train_iterator(config, start_step=step + self.position.skipped_batches))
+        self.state, self.step, self.position = resumed.state, resumed.step, resumed.position
+        if resumed.calibrate and self.state.scaling:
+            batch = pipeline.train_batches(config)[self.step + self.position.skipped_batches]
+            self.state = program.calibrate(self.state, program.put(batch))
+            self.writer.event("calibrated", self.step)
+            self.progress.message(f"fp8      scales calibrated on the batch of step {self.step + 1}")
+        iterator = self.feed = Feed(pipeline.train_iterator(config, start_step=self.step + self.position.skipped_batches))
         for line in describe_compiled(program):
             self.progress.message(line)
         write_json(self.workdir / "run.json", facts(program))
-        self.writer.event("started", step, seconds=round(time.monotonic() - began, 1))
+        self.writer.event("started", self.step, skipped_batches=self.position.skipped_batches)
         self._restart_clock()
+        self.watchdog.end("start")
         bad, self.ended = 0, ""
-        while step < config.training.steps and not self.stop and not self.ended and bad < config.training.bad_steps:
-            step += 1
-            state, bad = self._step(step, state, iterator)
-        self._tell(self.profile.close())
-        wants_back = bad >= config.training.bad_steps or self.ended == "rollback"
-        if wants_back and not self.stop and self._may_roll_back(step, bad):
-            return None, step
-        self.watchdog.expect(f"saving step {step}")
-        self._save(step, state, final=True)
-        return self._finish(step, bad), step
+        try:
+            while self.step < config.training.steps and not (self.stop or self.ended) and bad < config.training.bad_steps:
+                bad = self._step(iterator)
+                if first:
+                    first = self._tell_first_step()
+        except DataError as fault:
+            self.writer.event("data_fault", self.step, fault=str(fault))
+            if not self.saver.unsound(self.step, self.state):
+                self._save_last()
+            raise
+        return self._end(bad)
 
-    def _step(self, step: int, state: TrainState, iterator: Any) -> tuple[TrainState, int]:
-        """One step and what is due after it; the new state, and bad steps in a row as far as they are known."""
-        config = self.config
-        self.watchdog.expect(f"step {step} (batch {step + self.position.skipped_batches})")
+    def _step(self, iterator: Any) -> int:
+        """One step and what is due after it; returns bad steps in a row as far as they are known."""
+        config, step = self.config, self.step + 1
+        self.watchdog.begin("step", f"step {step} (batch {step + self.position.skipped_batches})")
         collect = _due(step, config.monitor.every)
         if collect:
-            jax.block_until_ready(state.step)
+            jax.block_until_ready(self.state.step)
         self.profile.before(step)
         with self._untimed(collect):
-            batch = self.program.put(next(iterator))
-            state, metrics, taps = self.program.step(state, batch, collect=collect)
+            batch = next(iterator)
+            self._tell_faults(step, batch.get("faults", []))
+            self.state, metrics, taps = self.program.step(self.state, self.program.put(batch), collect=collect)
+            self.step = step
             self.feed.running = metrics["loss"]
             if collect:
                 jax.block_until_ready(metrics)
@@ -161,59 +173,81 @@ class _Run:
         last, bad = step == config.training.steps, 0
         evaluate = _due(step, config.evaluation.every) or last
         if _due(step, config.log.every) or collect or evaluate:
-            bad = self._log(step, metrics, taps, self._evaluate(step, state) if evaluate else {})
-        state = self._react(step, state)
-        if self._save_is_due(step) and not last and self.ended != "rollback":  # which goes to a checkpoint from before the warning
-            self._save(step, state)
-        return state, bad
+            bad = self._log(step, metrics, taps, self._evaluate() if evaluate else {})
+        self._react()
+        due = self.saver.is_due(step) and not last and self.ended != "rollback"  # which goes to a checkpoint from before the warning
+        if due and not self.saver.save(step, self.state, self.position, self._loss_here()):
+            bad = config.training.bad_steps
+        return bad
 
-    def _react(self, step: int, state: TrainState) -> TrainState:
-        """Does what the early warning asks for; the state to go on with."""
+    def _react(self) -> None:
+        """Does what the early warning asks for."""
         decision, self.decision = self.decision, None
         if decision is None:
-            return state
+            return
         if decision.action == "checkpoint":
-            self._save(step, state)
+            self.saver.save(self.step, self.state, self.position, self._loss_here())
         elif decision.action == "fallback":
-            return self._fall_back(state, decision.overrides)
+            self._fall_back(decision.overrides)
         else:
             self.ended = decision.action
-        return state
 
-    def _fall_back(self, state: TrainState, overrides: str) -> TrainState:
+    def _fall_back(self, overrides: str) -> None:
         """Goes on with another program; every scale that is still in use stays."""
         self.progress.message(f"from the next step on: {overrides}; compiling")
-        self.watchdog.expect(f"compiling the step with {overrides}")
+        self.watchdog.begin("step", f"compiling the step with {overrides}")
         together = ",".join(part for part in (self.position.fallback, overrides) if part)
         self.position, self.program = self.position._replace(fallback=together), self.program.fallen_back(overrides)
         self.program.compiled_step()
         self._restart_clock()
-        return self.program.carry(state)
+        self.state = self.program.carry(self.state)
 
-    def _may_roll_back(self, step: int, bad: int) -> bool:
+    def _end(self, bad: int) -> int | None:
+        """Goes back, or saves and stops: the exit code, None for going back."""
+        self.watchdog.end("step")
+        self._tell(self.profile.close())
+        unsound = self.saver.unsound(self.step, self.state)
+        bad_end = bad >= self.config.training.bad_steps or unsound
+        if (bad_end or self.ended == "rollback") and not self.stop and self._may_roll_back(bad):
+            return None
+        if not unsound:
+            self._save_last()
+        return self._finish(bad_end, "not saved" if unsound else "saved")
+
+    def _save_last(self) -> None:
+        self.saver.save_last(self.step, self.state, self.position, self._loss_here())
+
+    def _loss_here(self) -> float | None:
+        """The held-out loss of the present state, where it was evaluated."""
+        step, loss = self.held_out_loss or (None, None)
+        return loss if step == self.step else None
+
+    def _may_roll_back(self, bad: int) -> bool:
         """Whether a run that cannot digest its data may go back to a checkpoint."""
-        self.checkpoints.wait()
+        with contextlib.suppress(CheckpointError):  # then an older one is the newest
+            self.checkpoints.wait()
         limit, latest = self.config.training.rollbacks, self.checkpoints.latest_step()
         allowed = self.position.rollbacks < limit and latest is not None
-        self.writer.event("rollback" if allowed else "bad_numbers", step, bad_steps_in_a_row=bad, rollbacks=self.position.rollbacks)
+        self.writer.event("rollback" if allowed else "bad_numbers", self.step, bad_steps_in_a_row=bad, rollbacks=self.position.rollbacks)
         if not allowed:
             why = "there is no checkpoint to go back to" if latest is None else f"config.training.rollbacks={limit} are used up"
             reason = f"{bad} bad steps in a row" if bad else "the early warning asks to go back"
-            self.progress.message(f"{reason} up to step {step}, and {why}: stopping")
+            self.progress.message(f"{reason} up to step {self.step}, and {why}: stopping")
         return allowed
 
-    def _finish(self, step: int, bad: int) -> int:
-        if step == self.config.training.steps and not self.stop:
-            self.writer.event("finished", step)
-            return FINISHED
+    def _finish(self, bad_end: bool, saved: str) -> int:
+        step = self.step
         if not self.stop:
+            if step == self.config.training.steps and not bad_end:
+                self.writer.event("finished", step)
+                return FINISHED
             if self.ended == "stop":
                 self.writer.event("stopped", step, by="early warning")
-                self.progress.message(f"stopped by the early warning after step {step}; saved")
+                self.progress.message(f"stopped by the early warning after step {step}; {saved}")
             return BAD_NUMBERS
         name = signal.Signals(self.stop[0]).name
         self.writer.event("stopped", step, signal=name)
-        self.progress.message(f"stopped on {name} after step {step}; saved. Run again to continue.")
+        self.progress.message(f"stopped on {name} after step {step}; {saved}. Run again to continue.")
         return STOPPED
 
     def _log(self, step: int, metrics: dict[str, jax.Array], taps: Any, held_out: dict[str, float]) -> int:
@@ -230,44 +264,42 @@ class _Run:
         self.writer.write(step, entry)
         self.progress.update(step, entry)
         self.decision = self.reaction({"step": step, **entry}, self.writer, self.progress)
+        if (waiting := self.writer.waiting()) != self.waiting:
+            self.waiting = waiting
+            self.progress.message(f"logs wait in memory: {waiting}; training goes on" if waiting else "logs are written again")
         if entry["bad_step"]:
             self.writer.event("bad_step", step, first=first, in_a_row=in_a_row)
             self.progress.message(f"step {step} is bad, first in {first}; the update was skipped ({in_a_row} in a row)")
         self._restart_clock()
         return in_a_row
 
-    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        jax.block_until_ready(state.step)
+    def _evaluate(self) -> dict[str, float]:
+        jax.block_until_ready(self.state.step)
         with self._untimed(skip=True):
-            found = self.evaluator(state.params)
-        self.progress.message(f"step {step}  held-out loss {found['loss']:.4f}  bits per byte {found['bits_per_byte']:.4f}")
-        write_json(self.workdir / "eval.json", {"step": step, **found})
+            found = self.evaluator(self.state.params)
+        self.held_out_loss = self.step, found["loss"]
+        self.progress.message(f"step {self.step}  held-out loss {found['loss']:.4f}  bits per byte {found['bits_per_byte']:.4f}")
+        try:
+            write_json(self.workdir / "eval.json", {"step": self.step, **found})
+        except OSError as error:
+            self.progress.message(f"{self.workdir / 'eval.json'} is not written: {error.strerror}; training goes on")
         return {f"held_out/{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte")}
 
-    def _save_is_due(self, step: int) -> bool:
-        if failure := self.checkpoints.failure():
-            self._save_failed(step, failure)
-        now, minutes = time.monotonic(), self.config.checkpoint.minutes
-        late = now > self.save_again_at or (minutes > 0 and now - self.saved_at > 60 * minutes)
-        return _due(step, self.config.checkpoint.every) or late
+    def _tell_faults(self, step: int, faults: list[str]) -> None:
+        if faults:
+            count = self.position.unread_sequences + len(faults)
+            self.position = self.position._replace(unread_sequences=count)
+            self.writer.event("data_fault", step, fault=faults[0], sequences=len(faults), in_all=count)
+            self.progress.message(f"step {step}: {len(faults)} of its sequences skipped ({count} in all): {faults[0]}")
 
-    def _save(self, step: int, state: TrainState, *, final: bool = False) -> None:
-        """Saves in the background; the last one waits for its end, and must succeed."""
-        self.saved_at, self.save_again_at = time.monotonic(), math.inf
-        try:
-            self.checkpoints.save(step, state.items(), {"step": step, **self.position._asdict()})
-            if final:
-                self.checkpoints.wait()
-        except CheckpointError as error:
-            if final:
-                raise
-            self._save_failed(step, str(error))
+    def _tell_first_step(self) -> bool:
+        """How long the process took to get through its first step; returns False, for there is only one."""
+        jax.block_until_ready(self.state.step)
+        seconds = process_seconds()
+        self.writer.event("first_step", self.step, seconds=round(seconds, 2))
+        self.progress.message(f"start    the first step was done {seconds:.1f} s after the process began")
         self._restart_clock()
-
-    def _save_failed(self, step: int, reason: str) -> None:
-        self.save_again_at = time.monotonic() + RETRY_SECONDS
-        self.writer.event("save_failed", step, reason=reason)
-        self.progress.message(f"step {step}: {reason}; training goes on, the next try is in {RETRY_SECONDS:.0f} s")
+        return False
 
     def _tell(self, line: str | None) -> None:
         if line:
@@ -286,6 +318,11 @@ class _Run:
             self.clock, self.feed.waited = self.clock + time.perf_counter() - before, waited
         else:
             self.timed += 1
+
+
+def _watchdog(config: Config) -> Watchdog:
+    training = config.training
+    return Watchdog({"start": training.start_limit, "step": training.step_limit, "save": training.save_limit})
 
 
 def _due(step: int, every: int) -> bool:

@@ -12,6 +12,8 @@ import os
 import pathlib
 from typing import Any
 
+from fp8jax.config import ConfigError, read_json
+
 NAME = "MANIFEST.json"
 _CHUNK = 1 << 22
 
@@ -28,15 +30,32 @@ def write(directory: pathlib.Path, facts: dict[str, Any]) -> None:
     os.replace(temporary, directory / NAME)
 
 
+def fact(directory: pathlib.Path, name: str) -> Any:
+    """What the manifest tells of `name`; None where it does not, or is damaged."""
+    try:
+        return read_json(directory / NAME)["content"][name]
+    except (OSError, ConfigError, KeyError, TypeError):
+        return None
+
+
+def sync(directory: pathlib.Path) -> None:
+    """Makes names in a directory last through a loss of power."""
+    file = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def problem(directory: pathlib.Path) -> str | None:
     """The first difference between a directory and its manifest, in one line; None where there is none. Reads every file."""
     try:
-        manifest = json.loads((directory / NAME).read_text(encoding="utf-8"))
+        manifest = read_json(directory / NAME)
         content, digest = manifest["content"], manifest["digest"]
-        expected = dict(content["files"])
+        expected = {path: (size, wanted) for path, (size, wanted) in content["files"].items()}
     except FileNotFoundError:
         return f"{NAME} is missing"
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{NAME} is damaged: {type(error).__name__}"
     if digest != _digest_of(content):
         return f"{NAME} is damaged: its digest differs"

@@ -4,27 +4,34 @@ Call `check_continues` first, which refuses what would make it another run, then
 """
 
 import dataclasses
+import difflib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from fp8jax import config as config_lib
 from fp8jax.config import Config, ConfigError
+from fp8jax.data import tokenizer
 from fp8jax.training import manifest, precision
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
 
 # Changing one of these on a continued run would make it another run.
-_FIXED = {"model": None, "data": ("sequence_length", "source", "tokenizer", "document_masks"),
+_FIXED = {"model": None, "data": ("sequence_length", "source", "tokenizer", "packing", "document_masks"),
           "training": ("batch_size", "seed"), "optimizer": ("name",)}
 
 
 class Position(NamedTuple):
-    """Where a run stands beyond the step: batches passed over by rollbacks, how many of those, what fell back, as `fp8.overrides`."""
+    """Where a run stands beyond the step.
+
+    Batches passed over by rollbacks, how many of those, what fell back, as `fp8.overrides`, sequences that could not be read.
+    """
 
     skipped_batches: int = 0
     rollbacks: int = 0
     fallback: str = ""
+    unread_sequences: int = 0
 
 
 class Resumed(NamedTuple):
@@ -83,25 +90,52 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     return Resumed(program, state, step, position, recalibrate)
 
 
-def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str] = ()) -> bool:
+def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str] = (),
+                    tell: Callable[[str], None] = lambda line: None) -> bool:
     """Whether the FP8 settings differ from those of the run in this directory.
 
     Args:
         config: of the run that is about to start.
         workdir: its directory, which may hold a run already.
         allowed: fields, like 'data.source', that may differ though they make it another run.
+        tell: receives a line for each field that differs.
 
     Raises:
-        ConfigError: another such field differs.
+        ConfigError: other such fields differ, all of which are named; or a field that there is not is allowed.
     """
+    now = _flat(config)
+    for path in allowed:
+        if path not in now:
+            close = difflib.get_close_matches(path, now, n=1)
+            raise ConfigError(f"--allow_config_change={path}: no such field; {f'did you mean {close[0]!r}?' if close else 'as in data.source'}")
     if not (workdir / "config.json").exists():
         return False
     old = load_config(workdir)
-    for section, names in _FIXED.items():
-        for field in dataclasses.fields(getattr(config, section)):
-            before, now = (getattr(getattr(c, section), field.name) for c in (old, config))
-            path = f"{section}.{field.name}"
-            if (names is None or field.name in names) and before != now and path not in allowed:
-                raise ConfigError(f"config.{path}: {now!r}, but the run in {workdir} has {before!r}; keep it, choose another "
-                                  f"--workdir, or say --allow_config_change={path}")
+    if "data.tokenizer" not in allowed:
+        _check_tokenizer(config, workdir)
+    changed = {path: (before, now[path]) for path, before in _flat(old).items() if before != now[path]}
+    refused = [path for path in changed if _is_fixed(*path.split(".")) and path not in allowed]
+    if refused:
+        listed = ", ".join(f"config.{path}: {changed[path][1]!r}, but the run in {workdir} has {changed[path][0]!r}" for path in refused)
+        raise ConfigError(f"{listed}; keep it, choose another --workdir, or say --allow_config_change={','.join(refused)}")
+    for path, (before, after) in changed.items():
+        tell(f"config.{path} is {after!r}, was {before!r}")
     return dataclasses.replace(old.fp8, backend=config.fp8.backend, attention_backend=config.fp8.attention_backend) != config.fp8
+
+
+def _check_tokenizer(config: Config, workdir: pathlib.Path) -> None:
+    """Raises ConfigError where the tokenizer's file holds another tokenizer than when the run was saved."""
+    checkpoints = Checkpoints(workdir)
+    saved = manifest.fact(checkpoints.directory / str(checkpoints.latest_step()), "tokenizer")
+    if saved is not None and saved != (found := tokenizer.of(config.data).fingerprint):
+        raise ConfigError(f"config.data.tokenizer: is {found}, but the run in {workdir} was trained with {saved}; restore that file, "
+                          "choose another --workdir, or say --allow_config_change=data.tokenizer")
+
+
+def _flat(config: Config) -> dict[str, object]:
+    return {f"{section}.{name}": value for section, values in config_lib.to_dict(config).items() for name, value in values.items()}
+
+
+def _is_fixed(section: str, name: str) -> bool:
+    names = _FIXED.get(section, ())
+    return names is None or name in names

@@ -2,6 +2,9 @@
 
 import functools
 import math
+import os
+import pathlib
+import time
 from typing import Any
 
 import jax
@@ -74,6 +77,18 @@ def describe_compiled(program: TrainProgram) -> list[str]:
         return lines
     lost = audit.fallbacks(_traced(program), found.gemms)
     return lines + [f"warning  not compiled to an FP8 GEMM: {line}" for line in lost]
+
+
+_IMPORTED = time.monotonic()
+
+
+def process_seconds() -> float:
+    """Seconds since this process began; where the system does not tell, since this module was imported."""
+    try:
+        ticks = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.monotonic() - _IMPORTED
 
 
 def facts(program: TrainProgram) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class TrainProgram:
         self.state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.bad_names = bad_steps.names(jax.eval_shape(lambda: gemms.zero_tokens(self.recipes)), definition.shapes)
         self._compiled: dict[bool, Any] = {}
+        self._is_finite: Any = None
 
     def _abstract_batch(self) -> Batch:
         training, data = self.config.training, self.config.data
@@ -164,6 +165,16 @@ class TrainProgram:
             `collect`: name → statistic → float32 [layers].
         """
         return self.compiled_step(collect=collect)(state, batch)
+
+    def unsound(self, state: TrainState) -> str | None:
+        """The first array of a state, of those that every step builds on, that is not finite; None where all are."""
+        items = {"parameter": state.params, "scaling": state.scaling, "optimizer state": state.opt_state}
+        leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(items) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        if self._is_finite is None:
+            self._is_finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
+        finite = jax.device_get(self._is_finite([leaf for _, leaf in leaves]))
+        names = (f"{path[0].key} {jax.tree_util.keystr(path[1:], simple=True, separator='.')}" for path, _ in leaves)
+        return next((name for name, fine in zip(names, finite, strict=True) if not fine), None)
 
     def calibrate(self, state: TrainState, batch: Batch) -> TrainState:
         """Fills empty amax histories from one forward and backward pass with `current` scaling; updates nothing else.

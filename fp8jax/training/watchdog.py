@@ -1,9 +1,12 @@
 """Ends a process that hangs, and tells where: for a pod, a job that ends and restarts beats one that waits for ever.
 
-    with Watchdog(limit=1800) as watchdog:
-        watchdog.expect("step 17")      # from here until the next call may take `limit` seconds
+    with Watchdog({"start": 3600, "step": 1800, "save": 3600}) as watchdog:     # seconds; 0: any
+        watchdog.begin("step", "step 17 (batch 16)")    # takes the place of the step before
+        watchdog.begin("save", "saving step 17")        # beside the steps, in the background
+        watchdog.end("save")
 
-On SIGUSR2 it prints the stacks of all threads, and the process goes on.
+On SIGUSR2 it prints the stacks of all threads, and the process goes on. A crash in native code, such as that of a mapped file
+which was cut off meanwhile, prints them too.
 """
 
 import faulthandler
@@ -12,41 +15,50 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 
 
 class Watchdog:
-    """Prints all stacks and exits with code 1 when what is expected takes too long.
+    """Prints all stacks and exits with code 1 when something under way takes too long.
 
     Args:
-        limit: seconds; 0: never.
+        limits: kind of work → seconds; 0: any time. Names are those of `config.training.KIND_limit`.
     """
 
-    def __init__(self, limit: float):
-        self.limit, self._what, self._since = limit, "start-up", time.monotonic()
+    def __init__(self, limits: Mapping[str, float]):
+        self.limits, self._last = limits, "no step has begun"
+        self._under_way: dict[str, tuple[str, float]] = {}
         self._done = threading.Event()
 
-    def expect(self, what: str) -> None:
-        """What is under way now; starts its time."""
-        self._what, self._since = what, time.monotonic()
+    def begin(self, kind: str, what: str) -> None:
+        """`what` is under way from now on, in the place of anything else of its kind."""
+        self._under_way[kind] = what, time.monotonic()
+        if kind == "step":
+            self._last = f"last begun: {what}"
+
+    def end(self, kind: str) -> None:
+        """Nothing of this kind is under way any more."""
+        self._under_way.pop(kind, None)
 
     def __enter__(self) -> "Watchdog":
         """Starts watching."""
         faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
-        self.expect("start-up")
-        if self.limit:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        faulthandler.enable(file=sys.__stderr__, all_threads=True)
+        if limited := [limit for limit in self.limits.values() if limit]:
+            threading.Thread(target=self._watch, args=(min(*limited, 20.0) / 4,), name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Stops watching."""
         self._done.set()
 
-    def _watch(self) -> None:
-        while not self._done.wait(min(self.limit / 4, 5.0)):
-            waited = time.monotonic() - self._since
-            if waited > self.limit:
-                print(f"error: {self._what} has taken {waited:.0f} s, more than config.training.hang_limit={self.limit:g}; "
-                      "stacks of all threads follow, then the process ends. Run again to continue from the newest checkpoint.",
-                      file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-                os._exit(1)
+    def _watch(self, pause: float) -> None:
+        while not self._done.wait(pause):
+            for kind, (what, since) in list(self._under_way.items()):
+                waited, limit = time.monotonic() - since, self.limits[kind]
+                if limit and waited > limit:
+                    print(f"error: {what} has taken {waited:.0f} s, more than config.training.{kind}_limit={limit:g}; {self._last}; stacks "
+                          "of all threads follow, then the process ends. Run again to continue from the newest checkpoint.",
+                          file=sys.stderr, flush=True)
+                    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+                    os._exit(1)

@@ -110,3 +110,13 @@ def test_kept_for_good(tmp_path):
         checkpoints.wait()
         assert checkpoints.steps() == [20, 40, 60, 70]
         assert checkpoints.newest() == (70, {})
+
+
+def test_the_best_is_kept(tmp_path):
+    """By held-out loss, also over a restart; a loss that is none counts for nothing, nor does a checkpoint without one."""
+    losses = {10: 3.0, 20: 2.5, 30: float("nan"), 40: None, 50: 2.7, 60: 2.9}
+    for step, loss in losses.items():
+        with Checkpoints(tmp_path, keep=1, keep_best=1) as checkpoints:
+            checkpoints.save(step, state(step), {}, held_out_loss=loss)
+    assert Checkpoints(tmp_path).steps() == [20, 60]
+    assert manifest.fact(tmp_path / "checkpoints" / "20", "held_out_loss") == 2.5

@@ -13,7 +13,7 @@ import pytest
 
 from fp8jax.config import ConfigError
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.training import loop, manifest
+from fp8jax.training import manifest, saving
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints
 from fp8jax.training.lock import exclusive
 from tests.training.test_run import micro, train
@@ -52,20 +52,21 @@ def test_a_hang_ends_with_all_stacks():
         from fp8jax.training.watchdog import Watchdog
         def a_step_that_hangs():
             time.sleep(60)
-        with Watchdog(1.0) as watchdog:
-            watchdog.expect("step 17 (batch 16)")
+        with Watchdog({"start": 40, "step": 1, "save": 40}) as watchdog:
+            watchdog.begin("start", "start-up")
+            watchdog.begin("step", "step 17 (batch 16)")
             a_step_that_hangs()
     """)
     _, told = process.communicate(timeout=50)
     assert process.returncode == 1
-    assert "step 17 (batch 16) has taken" in told and "hang_limit=1" in told and "a_step_that_hangs" in told
+    assert "step 17 (batch 16) has taken" in told and "step_limit=1" in told and "a_step_that_hangs" in told
 
 
 def test_sigusr2_shows_stacks_and_the_process_goes_on():
     process = start("""
         import time
         from fp8jax.training.watchdog import Watchdog
-        with Watchdog(0) as watchdog:
+        with Watchdog({"step": 0}) as watchdog:
             print("up", flush=True)
             time.sleep(2)
         print("done")
@@ -80,10 +81,14 @@ def test_progress_keeps_the_watchdog_quiet():
     process = start("""
         import time
         from fp8jax.training.watchdog import Watchdog
-        with Watchdog(1.0) as watchdog:
+        with Watchdog({"start": 1, "step": 1, "save": 1}) as watchdog:
+            watchdog.begin("start", "start-up")
+            watchdog.begin("save", "saving step 0")
+            watchdog.end("start")
             for step in range(8):
-                watchdog.expect(f"step {step}")
+                watchdog.begin("step", f"step {step}")
                 time.sleep(0.3)
+                watchdog.end("save")
     """)
     process.communicate(timeout=50)
     assert process.returncode == 0
@@ -93,15 +98,16 @@ def test_storage_that_fails_does_not_stop_training(tmp_path, monkeypatch, capsys
     """The second save fails; the run goes on, tries again, and the checkpoint before stays until then."""
     original, calls = Checkpoints.save, []
 
-    def save(self, step, state, data_state):
+    def save(self, step, state, data_state, **facts):
         calls.append(step)
         if len(calls) == 2:
             assert self.latest_step() in (None, 2)
             raise CheckpointError("saving failed: No space left on device")
-        return original(self, step, state, data_state)
+        return original(self, step, state, data_state, **facts)
 
     monkeypatch.setattr(Checkpoints, "save", save)
-    monkeypatch.setattr(loop, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(Checkpoints, "busy", lambda self: False)  # or a slow disk would postpone saves
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
     assert train(micro(training={"steps": 8}, checkpoint={"every": 2}), tmp_path) == 0
     assert calls == [2, 4, 5, 6, 8]
     failed = [event for event in read_metrics(tmp_path / "events.jsonl") if event["kind"] == "save_failed"]

@@ -5,7 +5,6 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from fp8jax.cli import early_warnings
 from fp8jax.cli.errors import complain
 from fp8jax.monitor.report import write_report
 
@@ -22,6 +21,8 @@ def main(argv: Sequence[str]) -> int:
         os.nice(15)
     try:
         if options.warnings:
+            from fp8jax.cli import early_warnings  # needs JAX, which a page that a run refreshes should not start
+
             print("\n".join(early_warnings.lines(options.warnings)))
             return 0
         out = write_report(options.workdirs, options.out)

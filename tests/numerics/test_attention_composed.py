@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fp8jax.numerics import attention as attention_lib
 from fp8jax.numerics import attention_composed
 from fp8jax.numerics.attention import SCORES, VALUES, attention
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME
@@ -187,14 +188,14 @@ def test_self_check_refuses_a_wrong_scale(monkeypatch):
     def wrong(call, x):
         return right(call, x._replace(v=Quantised(x.v.data, x.v.scale * 2)))
 
-    monkeypatch.setattr(attention_composed, "forward", wrong)
+    monkeypatch.setitem(attention_lib._FORWARD, "composed", wrong)
     with pytest.raises(ValueError, match=r"'composed' disagrees with 'emulated' on .*cpu.*: relative errors o 1, dq"):
         self_check("composed", recipes_of("current", "current"))
 
 
 def test_self_check_refuses_nan(monkeypatch):
     right = attention_composed.forward
-    monkeypatch.setattr(attention_composed, "forward", lambda call, x: (right(call, x)[0] * jnp.nan, right(call, x)[1]))
+    monkeypatch.setitem(attention_lib._FORWARD, "composed", lambda call, x: (right(call, x)[0] * jnp.nan, right(call, x)[1]))
     with pytest.raises(ValueError, match="relative errors o nan, dq nan"):
         self_check("composed", recipes_of("current", "current"))
 

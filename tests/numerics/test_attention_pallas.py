@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.audit import targets
-from fp8jax.numerics import attention_pallas
+from fp8jax.numerics import attention_pallas, statistics
 from fp8jax.numerics.attention import SCORES, VALUES, attention, check_backend
 from fp8jax.numerics.attention_kernels import Tile
 from fp8jax.numerics.attention_pallas import FORWARD, KEYS, QUERIES
@@ -174,7 +174,7 @@ def test_health_of_the_cast_of_ds():
     arrays, _ = inputs(4, 1, 140, 1, 1, 64)
 
     def health(backend):
-        tokens = {role: jnp.zeros((len(OPERANDS[role]), 8)) for role in recipes}
+        tokens = {role: jnp.zeros((len(OPERANDS[role]), len(statistics.REPORT))) for role in recipes}
 
         def forward(q, k, v, tokens):
             return attention(q, k, v, recipes, softmax_scale=0.3, tokens=tokens, backend=backend)

@@ -30,8 +30,7 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
 
 def traced_step(config: Config, target: targets.Target) -> tuple[TrainProgram, Any]:
     """A config's training step on a target, traced."""
-    definition = define(config.model, tokenizer.vocab_size(config))
-    step = TrainProgram(config, definition, mesh_lib.make_mesh(definition.complete(config), target.devices))
+    step = TrainProgram(config, define(config.model, tokenizer.vocab_size(config)), mesh_lib.make_mesh(config, target.devices))
     return step, step.jitted_step().trace(step.abstract_state, step.abstract_batch)
 
 

@@ -48,7 +48,7 @@ def linear_cross_entropy(x_btd: jax.Array, w_vd: jax.Array, targets_bt: jax.Arra
         shards: equal parts of w's rows that are gone through side by side; must divide their number.
         quantised_w: the weight as `quantise_weight` made it.
         scales: float32 [2], of x and g; needed by delayed scaling.
-        token: as of `dot_general`: float32 [2], or [2, len(HEALTH)], of zeros.
+        token: as of `dot_general`: float32 [2], or [2, len(REPORT)], of zeros; the distribution of the gradient stays unknown, NaN.
         role: name of the GEMMs in profiles and programs.
 
     Returns:
@@ -147,7 +147,8 @@ def _backward(call, residuals, cotangents):
 
     zeros = jnp.zeros((call.shards, *qx.data.shape), call.wide), jnp.zeros(len(statistics.HEALTH))
     (dx, health), dw = _over_chunks(call, qw, chunk, zeros)
-    of_g = jnp.concatenate([jnp.stack([amax, scale]), health[2:]]) if in_full and scale is not None else amax
+    unknown = jnp.full(len(statistics.DISTRIBUTION), jnp.nan)  # chunks of a token's features do not tell its kurtosis
+    of_g = jnp.concatenate([jnp.stack([amax, scale]), health[2:], unknown]) if in_full and scale is not None else amax
     d_token = None if of_x is None else jnp.stack([of_x, of_g])
     return jnp.sum(dx, axis=0).astype(call.x_dtype), dw, None, None, None, d_token
 

@@ -96,4 +96,4 @@ class Saver:
     def _failed(self, step: int, reason: str) -> None:
         self._again_at = time.monotonic() + RETRY_SECONDS
         self.writer.event("save_failed", step, reason=reason)
-        self.progress.message(f"step {step}: {reason}; the run goes on, the next try is in {RETRY_SECONDS:.0f} s")
+        self.progress.message(f"step {step}: {reason}; training goes on, the next try is in {RETRY_SECONDS:.0f} s")

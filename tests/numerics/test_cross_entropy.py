@@ -76,7 +76,7 @@ def test_fp8_gemms_are_those_of_the_plain_head(scaling, shards):
     recipe = GemmRecipe(scaling, static_gradient_scale=2.0**-9)
     scales = jnp.array([2.0**-5, 2.0**-9]) if scaling == "delayed" else None
     # Rounding P to e5m2 moves an element by up to 1/8 where the two logits differ in their last bits.
-    for token in (jnp.zeros(2), jnp.zeros((2, len(statistics.HEALTH)))):
+    for token in (jnp.zeros(2), jnp.zeros((2, len(statistics.REPORT)))):
         def graded(function, token=token, **given):
             return jax.value_and_grad(lambda x, w, token: function(x, w, targets, mask, recipe, scales=scales, token=token, **given),
                                       (0, 1, 2))(x, w, token)
@@ -85,8 +85,9 @@ def test_fp8_gemms_are_those_of_the_plain_head(scaling, shards):
         found, (fx, fw, f_token) = graded(chunked, chunk=24, shards=shards)
         assert abs(found - loss) < 1e-6 * abs(loss)
         assert largest_error((fx, fw), (dx, dw)) < 2e-3
-        np.testing.assert_allclose(f_token, d_token, rtol=1e-5, atol=1e-7)
-        assert scaling == "static" and token.ndim == 1 or float(jnp.abs(d_token).max()) > 0
+        known = d_token if token.ndim == 1 else d_token.at[1, len(statistics.HEALTH):].set(jnp.nan)
+        np.testing.assert_allclose(f_token, known, rtol=1e-5, atol=1e-7)
+        assert scaling == "static" and token.ndim == 1 or float(jnp.nanmax(jnp.abs(d_token))) > 0
     exact = jax.grad(plain, (0, 1))(x, w, targets, mask)
     assert 1e-3 < largest_error((fx, fw), exact) < 0.15  # FP8 it is
 

@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -66,6 +67,8 @@ def test_a_disk_that_is_full_for_a_while(disk, whole, at_batch, monkeypatch, cap
     monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
 
     def fill():
+        while Checkpoints(disk / "run").newest()[0] is None:  # the first save goes on in the background
+            time.sleep(0.05)
         with (disk / "filler").open("wb", buffering=0) as file:
             with pytest.raises(OSError, match="No space left"):
                 while True:

@@ -362,7 +362,7 @@ def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
         raise ConfigError(f"{path}: {value!r} is not a finite number")
     choices, least, above, below = (field.metadata[key] for key in ("choices", "at_least", "above", "below"))
     if choices and value not in choices:
-        raise ConfigError(f"{path}: {value!r} is not one of {', '.join(choices)}{_did_you_mean(value, choices)}")
+        raise ConfigError(f"{path}: {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
     if least is not None and value < least:
         raise ConfigError(f"{path}: {value!r} is below {least}: {field.metadata['doc']}")
     if above is not None and value <= above:
@@ -392,10 +392,11 @@ def check_name(section: str, field: str | None = None) -> None:
 
 def _nearest(name: str, known: Any) -> str:
     """'; did you mean X?' or the list of what is known."""
-    return _did_you_mean(name, known) or f"; known: {', '.join(known)}"
+    return did_you_mean(name, known) or f"; known: {', '.join(known)}"
 
 
-def _did_you_mean(name: str, known: Any) -> str:
+def did_you_mean(name: str, known: Any) -> str:
+    """Like "; did you mean 'steps'?", or nothing if no known name is near."""
     close = difflib.get_close_matches(name[:200], list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

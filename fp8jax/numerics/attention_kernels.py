@@ -14,6 +14,7 @@ whole numbers of tiles. `factors` are the scalars that the scales fold into.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +23,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fp8jax.numerics import formats
+from fp8jax.numerics.attention_rows import P_SCALE
 from fp8jax.numerics.triton_dot import dot, exp2, fma
 
-# P's scale of 1/256 as a power of two, added to exponents.
-P_BITS = 8
+# P's scale is a power of two, which is added to exponents.
+P_BITS = -int(math.log2(P_SCALE))
 
 
 class Tile(NamedTuple):

@@ -62,7 +62,7 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
     of_k = _factors(*shared, of_ds * _scale(x.q) * call.softmax_scale, of_do * P_SCALE)
     run = _sharded(call, functools.partial(_backward, call, tiles or TILES),
                    ("", "", "btkgh", "bskh", "bskh", "btkgh", "btkg", "btkg", "bs"), ("btkgh", "bskh", "bskh", "bkgt"))
-    offset, shift = -math.log2(P_SCALE) - residuals.lse, residuals.delta * (-P_SCALE / of_ds)
+    offset, shift = attention_kernels.P_BITS - residuals.lse, residuals.delta * (-P_SCALE / of_ds)
     dq, dk, dv, largest = run(of_q, of_k, x.q.data, x.k.data, x.v.data, residuals.do.data, offset, shift, x.segment_ids)
     if call.health:
         return dq, dk, dv, attention_composed.backward(call, x, residuals, scale)[3]
@@ -94,7 +94,7 @@ def _sharded(call: Call, function: Callable, inputs: tuple[str, ...], outputs: t
 
 def _forward(call: Call, tiles: Tiles, factors, q, k, v, segments) -> tuple[jax.Array, jax.Array]:
     (b, t, kv, g, h), shape = q.shape, _shape(call, tiles, FORWARD, q)
-    q, k, v, segments = (_padded(a, 1) for a in (q, k, v, segments))
+    q, k, v, segments = (_padded(a) for a in (q, k, v, segments))
     of_head, of_keys, of_keys_ht, of_rows, of_batch = _query_specs(shape, g, h)
     o, lse = _call(
         attention_kernels.forward, shape, (shape.length // shape.tile.queries, kv * g, b), ("attention_scores.fprop", "attention_values.fprop"),
@@ -106,8 +106,8 @@ def _forward(call: Call, tiles: Tiles, factors, q, k, v, segments) -> tuple[jax.
 
 def _backward(call: Call, tiles: Tiles, of_q, of_k, q, k, v, do, offset, shift, segments) -> tuple[jax.Array, ...]:
     t = q.shape[1]
-    q, k, v, do, shift, segments = (_padded(a, 1) for a in (q, k, v, do, shift, segments))
-    offset = _padded(offset, 1, value=-jnp.inf)  # so that P of a padded query is 0
+    q, k, v, do, shift, segments = (_padded(a) for a in (q, k, v, do, shift, segments))
+    offset = _padded(offset, value=-jnp.inf)  # so that P of a padded query is 0
     offset, shift = (jnp.moveaxis(a, 1, 3) for a in (offset, shift))
     dq, largest = _query_gradient(call, _shape(call, tiles, QUERIES, q), of_q, q, k, v, do, offset, shift, segments)
     dk, dv = _key_gradients(call, _shape(call, tiles, KEYS, q), of_k, q, k, v, do, offset, shift, segments)
@@ -163,10 +163,10 @@ def _whole(size: int) -> pl.BlockSpec:
 
 def _call(kernel: Callable, shape: Shape, grid: tuple[int, ...], gemms: tuple[str, ...], *, in_specs: list, repeats: int = 1,
           **options: Any) -> Callable:
-    """The kernel as a function of arrays; the last one, segments, may be None. The audit reads `gemms` and their FLOPs from the scope."""
+    """The kernel as a function of arrays: factors, queries or keys, ..., segments or None; the audit reads `gemms` from the scope."""
     def run(*arrays):
         specs = in_specs if arrays[-1] is not None else [*in_specs[:-1], None]
-        head_dim = next(array.shape[-1] for array in arrays[1:] if array.ndim > 1)
+        head_dim = arrays[1].shape[-1]
         names, flops = "+".join(gemms), 2 * _pairs(shape) * head_dim * math.prod(grid[1:]) * repeats
         with jax.named_scope(f"fp8jax.fused[{names}][{flops}]"):
             return pl.pallas_call(functools.partial(kernel, shape), grid=grid, in_specs=specs, interpret=shape.interpret,
@@ -185,11 +185,11 @@ def _pairs(shape: Shape) -> int:
     return sum(-(-(first + rows) // keys) * rows * keys for first in range(0, shape.length, rows))
 
 
-def _padded(x: jax.Array | None, axis: int, value: float = 0.0) -> jax.Array | None:
-    """Padded at the end to whole tiles; keys there are hidden by the causal mask, queries contribute zeros."""
-    if x is None or x.shape[axis] % _PAD == 0:
+def _padded(x: jax.Array | None, value: float = 0.0) -> jax.Array | None:
+    """[b, t, ...] padded at the end to whole tiles; keys there are hidden by the causal mask, queries contribute zeros."""
+    if x is None or x.shape[1] % _PAD == 0:
         return x
-    widths = [(0, -x.shape[axis] % _PAD) if i == axis else (0, 0) for i in range(x.ndim)]
+    widths = [(0, -x.shape[1] % _PAD) if i == 1 else (0, 0) for i in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=value)
 
 

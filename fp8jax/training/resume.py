@@ -4,7 +4,6 @@ Call `check_continues` first, which refuses what would make it another run, then
 """
 
 import dataclasses
-import difflib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -106,8 +105,7 @@ def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str
     now = _flat(config)
     for path in allowed:
         if path not in now:
-            close = difflib.get_close_matches(path, now, n=1)
-            raise ConfigError(f"--allow_config_change={path}: no such field; {f'did you mean {close[0]!r}?' if close else 'as in data.source'}")
+            raise ConfigError(f"--allow_config_change={path}: no such field{config_lib.did_you_mean(path, now) or '; as in data.source'}")
     if not (workdir / "config.json").exists():
         return False
     old = load_config(workdir)

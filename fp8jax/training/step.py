@@ -37,7 +37,8 @@ from fp8jax.training.state_statistics import state_statistics
 
 Batch = dict[str, jax.Array]
 
-# Triton GEMMs lose FP8 on patterns that cuBLASLt takes, and write transposes apart (measured on compiled programs).
+# Triton GEMMs lose FP8 on patterns that cuBLASLt takes, and write transposes apart (measured on compiled programs). Excess precision
+# leaves out roundings to bfloat16 between fusions, and then moves float32 through memory in their place.
 COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_allow_excess_precision": False}
 
 

@@ -45,7 +45,13 @@ _PAD = 128
 
 
 def forward(call: Call, x: Operands, tiles: Tiles | None = None) -> tuple[jax.Array, jax.Array]:
-    """O, [b, t, k, g, h], and the log-sum-exp, [b, t, k, g], as `attention_rows.output` of all rows."""
+    """O, [b, t, k, g, h], and the log-sum-exp, [b, t, k, g], as `attention_rows.output` of all rows.
+
+    Raises:
+        ValueError: a softmax scale that is not positive: the kernel takes a row's maximum before it scales.
+    """
+    if call.softmax_scale <= 0:
+        raise ValueError(f"pallas needs a positive softmax scale, not {call.softmax_scale}; composed and emulated take any")
     factors = _factors(call.softmax_scale * LOG2_E * (_scale(x.q) * _scale(x.k)), _scale(x.v))
     run = _sharded(call, functools.partial(_forward, call, tiles or TILES), ("", "btkgh", "bskh", "bskh", "bs"), ("btkgh", "btkg"))
     return run(factors, x.q.data, x.k.data, x.v.data, x.segment_ids)

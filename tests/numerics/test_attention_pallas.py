@@ -192,6 +192,8 @@ def test_what_it_cannot_do_is_said():
         check_backend("pallas", {SCORES: fp8, VALUES: plain}, 128)
     with pytest.raises(ValueError, match="no heads of 96 features, only 64, 128, 256"):
         check_backend("pallas", {SCORES: fp8, VALUES: fp8}, 96)
+    with pytest.raises(ValueError, match="positive softmax scale, not 0.0; composed and emulated take any"):
+        run("pallas", fp8, inputs(0, 1, 8, 1, 1, 64)[0], softmax_scale=0.0)
 
 
 @pytest.mark.parametrize("scaling", ["delayed", "current", "static"])

@@ -38,6 +38,7 @@ class Collective:
     sent: bytes that one device sends in a ring, one execution.
     count: executions in a step.
     scope: name stack of the JAX operation.
+    reduction: opcode that combines the parts of a reduction, such as `add` or `maximum`; empty where nothing is reduced.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Collective:
     sent: int
     count: int
     scope: str = ""
+    reduction: str = ""
 
 
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
@@ -58,11 +60,12 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
         for inner in (run, *hlo.nested(module, run)):
             kind = inner.instruction.opcode.removesuffix("-start")
             if kind in KINDS:
-                found += _read(inner, kind, names, math.prod(mesh.values()))
+                by = module.computations.get(inner.instruction.called("to_apply") or "", {})
+                found += _read(inner, kind, names, math.prod(mesh.values()), hlo.root(by).opcode if by else "")
     return found
 
 
-def _read(run: Executed, kind: str, names: Mapping[frozenset, tuple[str, ...]], devices: int) -> list[Collective]:
+def _read(run: Executed, kind: str, names: Mapping[frozenset, tuple[str, ...]], devices: int, reduction: str) -> list[Collective]:
     groups = replica_groups(run.instruction.attributes, devices)
     size = max((len(group) for group in groups), default=1)
     if kind == "collective-permute":
@@ -73,7 +76,7 @@ def _read(run: Executed, kind: str, names: Mapping[frozenset, tuple[str, ...]], 
         for shape in operand.shapes:
             by_dtype[shape.dtype] = by_dtype.get(shape.dtype, 0) + shape.bytes * (size if kind == "all-gather" else 1)
     sent = _SENT.get(kind, lambda n: (n - 1) / n)(size)
-    return [Collective(kind, dtype, axes, size, total, round(sent * total), run.count, run.instruction.scope)
+    return [Collective(kind, dtype, axes, size, total, round(sent * total), run.count, run.instruction.scope, reduction)
             for dtype, total in by_dtype.items() if size > 1]
 
 

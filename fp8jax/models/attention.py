@@ -13,7 +13,8 @@ from fp8jax.models.layers import Dense, RMSNorm, Tanh, apply_rope
 from fp8jax.models.taps import record, tap
 from fp8jax.numerics.attention import SCORES, attention
 from fp8jax.numerics.attention_statistics import score_statistics
-from fp8jax.parallel.sharding import RULES, constrain
+from fp8jax.numerics.placement import Partition
+from fp8jax.parallel.sharding import RULES, attention_axes
 
 
 class Attention(nnx.Module):
@@ -42,7 +43,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         tap("q", q)
         tap("k", k)
-        q, k = (constrain(a, "batch", None, "kv_heads", *([None] * (a.ndim - 3))) for a in (apply_rope(q, rope), apply_rope(k, rope)))
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
         given = gemms.inputs
         spread = functools.partial(score_statistics, recipe=gemms.recipes[SCORES], softmax_scale=self.softmax_scale,
                                    scales=given.scales.get(SCORES), segment_ids=segment_ids)
@@ -55,7 +56,7 @@ class Attention(nnx.Module):
         else:
             o = attention(q, k, v, gemms.recipes, softmax_scale=self.softmax_scale, segment_ids=segment_ids,
                           scales=given.scales, tokens=given.tokens, backend=gemms.attention_backend,
-                          partition=(RULES["batch"], RULES["kv_heads"]))
+                          partition=Partition(RULES["batch"], RULES["sequence"], RULES["kv_heads"], attention_axes(k.shape[2])))
         return self.out(o, gemms), cache
 
 

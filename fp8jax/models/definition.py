@@ -51,6 +51,11 @@ class Definition:
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self.graph, state)
 
+    def complete(self, config: Config) -> Config:
+        """A run's config with every size of the model filled in."""
+        hidden = architectures.ffn_hidden(self.config)
+        return dataclasses.replace(config, model=dataclasses.replace(self.config, ffn_hidden=hidden, vocab_size=self.vocab_size))
+
     def parameter_count(self) -> int:
         """Trained numbers, embedding and head included."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))

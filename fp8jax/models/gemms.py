@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from fp8jax.config import Config, ConfigError, head_dim
 from fp8jax.numerics import attention as attention_lib
@@ -174,12 +175,27 @@ def update_scaling(scaling: scaling_lib.Scaling, amaxes: scaling_lib.Tokens, rec
     return scaling_lib.update(scaling, amaxes, {role: recipe for role, (_, recipe) in recipes.by_role().items()})
 
 
-def zero_tokens(recipes: ModelRecipes) -> scaling_lib.Tokens:
-    """One token a GEMM call site in FP8, stacked over layers."""
+def zero_tokens(recipes: ModelRecipes, *, by_device: bool = False) -> scaling_lib.Tokens:
+    """One token a GEMM call site in FP8, stacked over layers.
+
+    With `by_device`, the blocks' tokens of delayed scaling, which waits for no amax, have a dimension for each mesh axis: no device asks
+    another for its amaxes before `over_devices`, once a step.
+    """
     out: scaling_lib.Tokens = {}
     for role, (layers, recipe) in recipes.by_role().items():
         out |= scaling_lib.zero_tokens({role: recipe}, layers)
-    return out
+    mesh = jax.sharding.get_abstract_mesh()
+    if not by_device or mesh.empty or mesh.size == 1:
+        return out
+    delayed = {role for role, (_, recipe) in recipes.by_role().items() if recipe.scaling == "delayed" and role != HEAD}
+    spec = PartitionSpec(None, None, *mesh.axis_names)
+    return {role: jax.lax.with_sharding_constraint(jnp.zeros((*token.shape, *mesh.axis_sizes)), spec) if role in delayed else token
+            for role, token in out.items()}
+
+
+def over_devices(amaxes: scaling_lib.Tokens) -> scaling_lib.Tokens:
+    """Amaxes of whole tensors, [layers, operands], from those of all devices."""
+    return {role: jnp.max(amax, axis=tuple(range(2, amax.ndim))) for role, amax in amaxes.items()}
 
 
 def zero_reports(recipes: ModelRecipes) -> scaling_lib.Tokens:

@@ -16,6 +16,9 @@ from fp8jax.config import ModelConfig, head_dim
 from fp8jax.models.activations import pointwise
 from fp8jax.models.gemms import Gemms
 from fp8jax.numerics.dot_general import dot_general
+from fp8jax.numerics.placement import Placement
+from fp8jax.parallel.lookup import lookup
+from fp8jax.parallel.sharding import activation_specs
 
 Axes = tuple[str | None, ...]
 
@@ -38,6 +41,7 @@ class Dense(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, role: str, shape: tuple[int, ...], axes: Axes, *, std: float, inputs: int = 1):
         self.role, self.inputs = role, inputs
+        self.features = axes[0], axes[inputs]
         self.w = matrix(rngs, shape, axes, std)
 
     def __call__(self, x: jax.Array, gemms: Gemms) -> jax.Array:
@@ -52,7 +56,8 @@ class Dense(nnx.Module):
         weight = given.weights[role]
         y = dot_general(x, self.w[...].reshape(flat), (((lead,), (0,)), ((), ())), recipe,
                         quantised_w=weight._replace(data=weight.data.reshape(flat)), scales=scales,
-                        token=given.tokens.get(role), role=role)
+                        token=given.tokens.get(role), placements=tuple(Placement(*activation_specs(name)) for name in self.features),
+                        role=role)
         return y.reshape(*y.shape[:lead], *outputs)
 
 
@@ -64,7 +69,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids_bt: jax.Array, scale: float, dtype: jnp.dtype) -> jax.Array:
         """Rows of the table times `scale`, [b, t, d]."""
-        return (self.w[...][ids_bt] * scale).astype(dtype)
+        return lookup(self.w[...], ids_bt, scale, dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -66,7 +66,7 @@ class Block(nnx.Module):
         with jax.named_scope("feed_forward"):
             branch = self.feed_forward(_apply(self.pre_ffn, x_btd), gemms)
             x_btd = x_btd + _apply(self.post_ffn, branch)
-        x_btd = constrain(x_btd, "batch", "sequence", None)
+        x_btd = constrain(x_btd, "batch", "residual", None)
         taps_lib.tap("activation", x_btd)
         return x_btd, cache
 
@@ -174,9 +174,9 @@ class Transformer(nnx.Module):
         positions = batch["positions"] if "positions" in batch else jnp.arange(inputs.shape[1])[None]
         rope = rope_table(positions, rope_frequencies(self.config))
         x_btd = self.embedding(inputs, self.config.input_scale, self.dtype)
-        x_btd = constrain(x_btd, "batch", "sequence", None)
+        x_btd = constrain(x_btd, "batch", "residual", None)
         x_btd, taps, cache = self._run_blocks(x_btd, rope, batch.get("segment_ids"), recipes, prepared, options, cache)
-        return _apply(self.final_norm, x_btd), taps, cache
+        return constrain(_apply(self.final_norm, x_btd), "batch", "sequence", None), taps, cache
 
     def _run_blocks(self, x, rope, segment_ids, recipes, prepared, options, cache):
         graph, params = nnx.split(self.blocks)

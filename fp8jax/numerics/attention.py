@@ -29,15 +29,15 @@ scores, hidden ones zero.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax.numerics import attention_composed, attention_pallas, attention_rows, statistics
+from fp8jax.numerics import attention_composed, attention_pallas, attention_rows, formats, statistics
 from fp8jax.numerics.attention_rows import Call, Operands, Residuals
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME, as_bytes, from_bytes, named, report_cast
+from fp8jax.numerics.placement import Partition, Placement, moved, pin, report_amax
 from fp8jax.numerics.recipes import GemmRecipe
 
 SCORES, VALUES = "attention_scores", "attention_values"
@@ -50,7 +50,7 @@ SCALINGS = ("delayed", "current", "static", "bf16")  # those with one scale a te
 def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes: Mapping[str, GemmRecipe], *,
               softmax_scale: float, segment_ids: jax.Array | None = None, scales: Mapping[str, jax.Array] | None = None,
               tokens: Mapping[str, jax.Array] | None = None, backend: str = "emulated",
-              partition: tuple[Any, Any] | None = None) -> jax.Array:
+              partition: Partition | None = None) -> jax.Array:
     """Causal grouped-query attention.
 
     Args:
@@ -62,10 +62,10 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
         softmax_scale: factor on the scores.
         segment_ids: int32 [b, t]; tokens attend within their own segment only. None: one segment.
         scales: role → float32 scales, in the order of `recipes.OPERANDS`; needed by delayed scaling.
-        tokens: role → zeros of the same shapes, whose cotangents are raw amaxes; or [..., len(statistics.REPORT)].
+        tokens: role → zeros of the same shapes, whose cotangents are raw amaxes; or as in `dot_general`, with room for more.
         backend: one of BACKENDS. Whether a recipe's GEMMs are FP8 or emulated is the recipe's business, with any.
             Or CUDNN, on a GPU, for recipes in `bf16` and without segment_ids.
-        partition: mesh axes along which the batch and the KV heads are split; `pallas` needs to know them.
+        partition: mesh axes that split the operands; `pallas` needs to know them. Their FP8 values are what is moved between devices.
 
     Returns:
         O, [b, t, k, g, h], in the dtype of q.
@@ -117,16 +117,18 @@ def _attention(backend, call, q, k, v, segment_ids, scales, tokens):
 
 
 def _forward(backend, call, q, k, v, segment_ids, scales, tokens):
+    many, few = _placements(call, "btkgh", "bskh")
+    q, k, v = pin(q, many.cast), pin(k, few.cast), pin(v, few.cast)
     qq, amax_q = call.scores.quantise(q, _scale(scales, SCORES, 0), "q")
     qk, amax_k = call.scores.quantise(k, _scale(scales, SCORES, 1), "k")
     qv, amax_v = call.values.quantise(v, _scale(scales, VALUES, 0), "v")
+    qq, qk, qv = moved(qq, many.cast), moved(qk, few.cast), moved(qv, few.cast)
     qq, qk = (named(qq), named(qk)) if call.scores.fp8 else (qq, qk)
     qv = named(qv) if call.values.fp8 else qv
-    operands = Operands(qq, qk, qv, segment_ids)
-    o, lse = _FORWARD[backend](call, operands)
-    scores, values = tokens.get(SCORES), tokens.get(VALUES)
-    reports = {SCORES: (report_cast(scores, q, qq, amax_q), report_cast(scores, k, qk, amax_k)),
-               VALUES: (report_cast(values, v, qv, amax_v),)}
+    o, lse = _FORWARD[backend](call, Operands(moved(qq, many.gemm), moved(qk, few.gemm), moved(qv, few.gemm), segment_ids))
+    o, scores, values = pin(o, many.cast), tokens.get(SCORES), tokens.get(VALUES)
+    reports = {SCORES: (report_cast(scores, q, qq, amax_q, many.cast), report_cast(scores, k, qk, amax_k, few.cast)),
+               VALUES: (report_cast(values, v, qv, amax_v, few.cast),)}
     o, lse, reports = checkpoint_name((o, lse, reports), CHECKPOINT_NAME)
     kept = Operands(as_bytes(qq), as_bytes(qk), as_bytes(qv), segment_ids)
     return o, (kept, o, lse, reports, scales, tokens)
@@ -134,14 +136,27 @@ def _forward(backend, call, q, k, v, segment_ids, scales, tokens):
 
 def _backward(backend, call, saved, do):
     kept, o, lse, reports, scales, tokens = saved
-    operands = Operands(from_bytes(kept.q), from_bytes(kept.k), from_bytes(kept.v), kept.segment_ids)
+    many, few, rows, heads = _placements(call, "btkgh", "bskh", "btkg", "bk")
+    operands = Operands(*(moved(from_bytes(q), *place) for q, place in zip(kept[:3], (many, few, few), strict=True)), kept.segment_ids)
+    do = pin(do, many.cast)
     qdo, amax_do = call.values.quantise(do, _scale(scales, VALUES, 1), "do")
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
     scale = call.scores.static_scale("ds") if call.scores.scaling == "static" else _scale(scales, SCORES, 2)
-    dq, dk, dv, of_ds = _BACKWARD[backend](call, operands, Residuals(qdo, lse, delta), scale)
-    of_ds = jnp.pad(of_ds, (0, len(statistics.DISTRIBUTION)), constant_values=jnp.nan) if call.health else of_ds
-    found = {SCORES: (*reports[SCORES], of_ds), VALUES: (*reports[VALUES], report_cast(tokens.get(VALUES), do, qdo, amax_do, spread=True))}
+    residuals = Residuals(moved(qdo, *many), lse, pin(delta, rows.gemm))
+    dq, dk, dv, of_ds = _BACKWARD[backend](call, operands, residuals, scale)
+    if call.health:
+        of_ds = jnp.pad(of_ds, (0, len(statistics.DISTRIBUTION)), constant_values=jnp.nan)
+    elif SCORES in tokens and of_ds is not None:
+        of_ds = report_amax(of_ds, heads.gemm, formats.amax(of_ds), tokens[SCORES][2])
+    of_do = report_cast(tokens.get(VALUES), do, qdo, amax_do, many.cast, spread=True)
+    found = {SCORES: (*reports[SCORES], of_ds), VALUES: (*reports[VALUES], of_do)}
+    dq, dk, dv = pin(dq, many.cast), pin(dk, few.cast), pin(dv, few.cast)
     return dq, dk, dv, None, None, {role: _stacked(found[role], token) for role, token in tokens.items()}
+
+
+def _placements(call: Call, *letters: str) -> list[Placement]:
+    """Of arrays with these dimensions."""
+    return [Placement(None, None) if call.partition is None else call.partition.of(word) for word in letters]
 
 
 def _stacked(reports: tuple[jax.Array | None, ...], token: jax.Array) -> jax.Array:
@@ -159,13 +174,14 @@ def _all_forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
 
 
 def _all_backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v in the dtype of activations, and the raw amax of dS (None if it is not measured) or its health."""
+    """Gradients of q, k, v in the dtype of activations, and dS's amax by head, [b, k] (None if it is not measured), or its health."""
     length = x.q.data.shape[1]
     mask = attention_rows.visible(0, length, length, x.segment_ids)
     p, ds = attention_rows.score_gradient(call, x.q, x.k, x.v, residuals, mask)
-    qds, largest = call.scores.quantise(ds if call.scores.fp8 else ds.astype(call.dtype), scale, "ds")
+    qds, _ = call.scores.quantise(ds if call.scores.fp8 else ds.astype(call.dtype), scale, "ds")
     dq, dk, dv = attention_rows.input_gradients(call, p, qds, x.q, x.k, residuals.do)
     dk, dv = attention_rows.swap_heads(dk), attention_rows.swap_heads(dv)
+    largest = attention_rows.amax_by_head(ds) if call.scores.measured else None
     return *(d.astype(call.dtype) for d in (dq, dk, dv)), statistics.health(ds, qds) if call.health else largest
 
 

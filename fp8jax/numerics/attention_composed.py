@@ -48,7 +48,7 @@ def forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
 
 
 def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v in the dtype of activations and the raw amax of dS (None if it is not measured) or, if the call asks, its health.
+    """Gradients of q, k, v in the dtype of activations and dS's amax by head, [b, k] (None if not measured) or, if the call asks, its health.
 
     Args:
         call: recipes and softmax scale.
@@ -68,7 +68,7 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
         if call.scores.fp8:
             qds = formats.quantise(ds, scale, call.scores.format("ds"), emulated=call.scores.emulated)
         if call.scores.measured or call.health:
-            largest = jnp.maximum(largest, _amax_by_head(ds))
+            largest = jnp.maximum(largest, attention_rows.amax_by_head(ds))
         if call.health:
             health += statistics.health(ds, qds, elements=elements)
         q, k = rows_of(x.q, start, rows), rows_of(x.k, 0, keys)
@@ -83,7 +83,7 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
     dk, dv = (attention_rows.swap_heads(d).astype(call.dtype) for d in (dk, dv))
     if call.health:
         return dq, dk, dv, _whole(health, jnp.max(largest), scale, t)
-    return dq, dk, dv, jnp.max(largest) if call.scores.measured else None
+    return dq, dk, dv, largest if call.scores.measured else None
 
 
 def _whole(health: jax.Array, amax: jax.Array, scale: jax.Array | None, length: int) -> jax.Array:
@@ -107,15 +107,10 @@ def _chunk_ds(call: Call, x: Operands, residuals: Residuals, start: Any, rows: i
 def largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
     """Largest |dS| over all chunks."""
     def chunk(largest, start, rows, keys):
-        return jnp.maximum(largest, _amax_by_head(_chunk_ds(call, x, residuals, start, rows, keys)[1]))
+        return jnp.maximum(largest, attention_rows.amax_by_head(_chunk_ds(call, x, residuals, start, rows, keys)[1]))
 
     b, length, k = x.q.data.shape[:3]
     return jnp.max(over_chunks(length, chunk, x.q.data, jnp.zeros((b, k), jnp.float32)))
-
-
-def _amax_by_head(ds: jax.Array) -> jax.Array:
-    """Amax of each sequence and KV head, [b, k]: both may be sharded, so one reduction over devices at the end does."""
-    return jax.vmap(jax.vmap(formats.amax))(ds)
 
 
 def over_chunks(length: int, body: Callable, like: jax.Array, carry: Any) -> Any:

@@ -24,9 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.sharding import PartitionSpec
 
-from fp8jax.numerics import attention_composed, attention_kernels, formats, triton_dot
+from fp8jax.numerics import attention_composed, attention_kernels, attention_rows, triton_dot
 from fp8jax.numerics.attention_kernels import Shape, Tile
 from fp8jax.numerics.attention_rows import LOG2_E, P_SCALE, Call, Operands, Residuals
 from fp8jax.numerics.formats import Quantised
@@ -59,7 +58,7 @@ def forward(call: Call, x: Operands, tiles: Tiles | None = None) -> tuple[jax.Ar
 
 def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None,
              tiles: Tiles | None = None) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v in the dtype of activations and the raw amax of dS, or its health; as `attention_composed.backward`."""
+    """Gradients of q, k, v in the dtype of activations and dS's amax by head, or its health; as `attention_composed.backward`."""
     if call.scores.scaling == "current":
         scale = call.scores.scale(attention_composed.largest_ds(call, x, residuals), call.scores.format("ds"))
     of_do, of_ds = _scale(residuals.do), _scale(Quantised(x.q.data, scale))
@@ -72,7 +71,7 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
     dq, dk, dv, largest = run(of_q, of_k, x.q.data, x.k.data, x.v.data, residuals.do.data, offset, shift, x.segment_ids)
     if call.health:
         return dq, dk, dv, attention_composed.backward(call, x, residuals, scale)[3]
-    return dq, dk, dv, formats.amax(largest) * of_ds if call.scores.measured else None
+    return dq, dk, dv, attention_rows.amax_by_head(largest) * of_ds if call.scores.measured else None
 
 
 def _scale(q: Quantised) -> jax.Array:
@@ -90,12 +89,8 @@ def _sharded(call: Call, function: Callable, inputs: tuple[str, ...], outputs: t
     mesh = jax.sharding.get_abstract_mesh()
     if call.partition is None or mesh.empty or mesh.size == 1:
         return function
-    axes = dict(zip("bk", call.partition, strict=True))
-
-    def spec(letters: str) -> PartitionSpec:
-        return PartitionSpec(*(axes.get(letter) for letter in letters))
-
-    return jax.shard_map(function, mesh=mesh, in_specs=tuple(map(spec, inputs)), out_specs=tuple(map(spec, outputs)), check_vma=False)
+    of_inputs, of_outputs = (tuple(call.partition.of(letters).gemm for letters in arrays) for arrays in (inputs, outputs))
+    return jax.shard_map(function, mesh=mesh, in_specs=of_inputs, out_specs=of_outputs, check_vma=False)
 
 
 def _forward(call: Call, tiles: Tiles, factors, q, k, v, segments) -> tuple[jax.Array, jax.Array]:

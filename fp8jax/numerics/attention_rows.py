@@ -12,7 +12,7 @@ It does not quantise inputs or dS: their scales belong to whole tensors, and so 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from fp8jax.numerics import formats
 from fp8jax.numerics.dot_general import gemm
 from fp8jax.numerics.formats import Quantised
+from fp8jax.numerics.placement import Partition
 from fp8jax.numerics.recipes import GemmRecipe
 
 # P is at most 1, so 1/256 uses e4m3 up to 256 of 448: the next power of two would saturate.
@@ -36,7 +37,7 @@ class Call(NamedTuple):
     """What is static about one attention: recipes of the two roles, the factor on scores, the dtype of activations.
 
     health: backends report all of `statistics.HEALTH` for the cast of dS, not only its amax.
-    partition: mesh axes that split the batch and the KV heads, for kernels that a compiler cannot split; None: no mesh.
+    partition: how operands lie on the mesh; None: no mesh, or as the compiler sees fit.
     """
 
     scores: GemmRecipe
@@ -44,7 +45,7 @@ class Call(NamedTuple):
     softmax_scale: float
     dtype: jnp.dtype
     health: bool = False
-    partition: tuple[Any, Any] | None = None
+    partition: Partition | None = None
 
 
 class Operands(NamedTuple):
@@ -126,6 +127,11 @@ def spread_of_scores(call: Call, q: Quantised, k: Quantised, mask: jax.Array) ->
     below = jnp.sum(jnp.where(p > 0, p * (logits - top), 0.0), axis=-1)  # a hidden key has 0 * -inf
     largest = jnp.where(jnp.isnan(top), jnp.inf, top)  # a maximum over devices drops NaN
     return jnp.max(largest, axis=(2, 3, 4)) / LOG2_E, jnp.sum(jnp.log2(total) - below / total, axis=(2, 3)) / LOG2_E
+
+
+def amax_by_head(x: jax.Array) -> jax.Array:
+    """Amax of each sequence and KV head of [b, k, ...]: both may be sharded, so one reduction over devices at the end does."""
+    return jax.vmap(jax.vmap(formats.amax))(x)
 
 
 def swap_heads(x: jax.Array) -> jax.Array:

@@ -15,9 +15,9 @@ contracts tokens: there g is quantised a second time, and x again from its FP8 r
 
 State goes in and out without side effects. Scales of delayed scaling are an argument; the raw amaxes of x and of the
 output gradient come back as the *cotangent of `token`*, a float32 array of zeros (zeros again with `static` scaling, which
-takes none). A token with room for it brings back all of `statistics.REPORT`, in BF16 as well. Give each call its own token: cotangents of a
-token used twice are summed. The weight may come already quantised (once a step, `quantise_weight`); then `w` only receives
-the gradient.
+takes none). A token with room for it brings back all of `statistics.REPORT`, in BF16 as well, or the amaxes of every device
+apart. Give each call its own token: cotangents of a token used twice are summed. The weight may come already quantised (once
+a step, `quantise_weight`); then `w` only receives the gradient.
 """
 
 import functools
@@ -28,9 +28,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from fp8jax.numerics import blockwise, statistics
 from fp8jax.numerics.formats import E4M3, E5M2, Quantised
+from fp8jax.numerics.placement import Placement, moved, pin, report_amax
 from fp8jax.numerics.recipes import GemmRecipe
 
 # The name that quantised tensors carry for remat policies (jax.checkpoint_policies.save_only_these_names).
@@ -114,7 +116,7 @@ def quantise_weight(w: jax.Array, recipe: GemmRecipe, dtype: Any) -> Quantised:
 
 def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers, recipe: GemmRecipe, *,
                 quantised_w: Quantised | None = None, scales: jax.Array | None = None, token: jax.Array | None = None,
-                out_dtype: Any = None, role: str = "linear") -> jax.Array:
+                placements: tuple[Placement, Placement] | None = None, out_dtype: Any = None, role: str = "linear") -> jax.Array:
     """`lax.dot_general(x, w)` with FP8 operands, forward and backward.
 
     Args:
@@ -125,7 +127,9 @@ def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers,
         quantised_w: the weight as `quantise_weight` made it.
         scales: float32 [2], scales of x and of the output gradient; needed by delayed scaling.
         token: float32 [2] of zeros, whose cotangent is (amax of x, amax of the output gradient); or [2, len(REPORT)], which
-            brings back what the two casts did, and how the output gradient is spread.
+            brings back what the two casts did, and how the output gradient is spread; or [2, ...] with a dimension for each
+            mesh axis, for amaxes by device.
+        placements: of x and the output gradient on a mesh; their FP8 values are what is moved between devices.
         out_dtype: dtype of the result; None: that of x.
         role: name of the GEMM in profiles and programs.
 
@@ -141,7 +145,8 @@ def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers,
     if quantised_w is None:
         quantised_w = quantise_weight(lax.stop_gradient(w), recipe, x.dtype)
     dims = (tuple(x_contract), tuple(w_contract)), (tuple(x_batch), tuple(w_batch))  # hashable, whatever was given
-    call = _Call(dims, recipe, role, jnp.dtype(out_dtype or x.dtype), x.dtype, w.dtype)
+    places = placements or (Placement(None, None),) * 2
+    call = _Call(dims, recipe, role, jnp.dtype(out_dtype or x.dtype), x.dtype, w.dtype, *places)
     return _dot_general(call, x, w, quantised_w, scales, token)
 
 
@@ -154,6 +159,8 @@ class _Call(NamedTuple):
     out_dtype: Any
     x_dtype: Any
     w_dtype: Any
+    of_x: Placement
+    of_g: Placement
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -162,21 +169,24 @@ def _dot_general(call, x, w, qw, scales, token):
 
 
 def _forward(call, x, w, qw, scales, token):
-    recipe = call.recipe
+    recipe, x = call.recipe, pin(x, call.of_x.cast)
     qx, amax_x = recipe.quantise(x, None if scales is None else scales[0], "x", axes=call.dims[0][0])
+    qx = moved(qx, call.of_x.cast)
     qx = named(qx) if recipe.fp8 else qx
-    report = checkpoint_name(report_cast(token, x, qx, amax_x), CHECKPOINT_NAME)
-    y = gemm(*_operands(recipe, qx, qw), call.dims, out_dtype=call.out_dtype, name=f"{call.role}.fprop", **_options(recipe, "fprop"))
-    return y, (as_bytes(qx), qw, scales, token, report)
+    report = checkpoint_name(report_cast(token, x, qx, amax_x, call.of_x.cast), CHECKPOINT_NAME)
+    y = gemm(*_operands(recipe, moved(qx, call.of_x.gemm), qw), call.dims, out_dtype=call.out_dtype, name=f"{call.role}.fprop",
+             **_options(recipe, "fprop"))
+    return pin(y, call.of_g.cast), (as_bytes(qx), qw, scales, token, report)
 
 
 def _backward(call, residuals, g):
     qx, qw, scales, token, of_x = residuals
-    qx = from_bytes(qx)
+    qx = moved(from_bytes(qx), *call.of_x)  # moved a second time: kept, it would take its place for every layer
     recipe, dims = call.recipe, call.dims
-    g = g if recipe.fp8 else g.astype(call.x_dtype)
+    g = pin(g if recipe.fp8 else g.astype(call.x_dtype), call.of_g.cast)
     qg, amax_g = recipe.quantise(g, None if scales is None else scales[1], "g", axes=(g.ndim - 1,))
-    of_g = report_cast(token, g, qg, amax_g, spread=True)
+    of_g = report_cast(token, g, qg, amax_g, call.of_g.cast, spread=True)
+    qg = moved(qg, *call.of_g)
     dx = _transposed_lhs(*_operands(recipe, qg, qw), dims, qx.data.ndim, out_dtype=call.x_dtype, name=f"{call.role}.dgrad",
                          **_options(recipe, "dgrad"))
     if recipe.scaling == "blockwise":
@@ -184,7 +194,7 @@ def _backward(call, residuals, g):
     dw = _transposed_rhs(*_operands(recipe, qg, qx), dims, qw.data.ndim, out_dtype=call.w_dtype, name=f"{call.role}.wgrad",
                          **_options(recipe, "wgrad"))
     d_token = None if of_x is None else jnp.stack([of_x, of_g])
-    return dx, dw, None, None, d_token
+    return pin(dx, call.of_x.cast), dw, None, None, d_token
 
 
 _dot_general.defvjp(_forward, _backward)
@@ -212,14 +222,17 @@ def _options(recipe: GemmRecipe, gemm_pass: str) -> dict[str, Any]:
     return {"emulated": recipe.emulated, "precise": recipe.fp8 and recipe.precise(gemm_pass)}
 
 
-def report_cast(token: jax.Array | None, x: jax.Array, q: Quantised, amax: jax.Array | None, *, spread: bool = False) -> jax.Array | None:
+def report_cast(token: jax.Array | None, x: jax.Array, q: Quantised, amax: jax.Array | None, spec: PartitionSpec | None = None, *,
+                spread: bool = False) -> jax.Array | None:
     """What a token brings back of one operand: its amax, None if that is not taken; or, if the token has room, statistics.REPORT.
 
-    spread: whether its distribution belongs to that.
+    spec: how x is split. spread: whether its distribution belongs to the report.
     """
     if token is None:
         return None
-    return amax if token.ndim == 1 else statistics.report(x, q, spread=spread)
+    if token.ndim == 2:
+        return statistics.report(x, q, spread=spread)
+    return None if amax is None else report_amax(x, spec, amax, token[0])
 
 
 def named(q: Quantised) -> Quantised:

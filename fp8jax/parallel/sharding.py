@@ -3,7 +3,11 @@
 Parameters and activations name their dimensions (`embed`, `heads`, ...); `RULES` says along which mesh axes each is split.
 
     sharding = named_sharding(mesh, ("layers", "embed", "mlp"))
-    x_btd = constrain(x_btd, "batch", "sequence", None)      # inside jit, under jax.set_mesh(mesh)
+    x_btd = constrain(x_btd, "batch", "residual", None)      # inside jit, under jax.set_mesh(mesh)
+
+The sequence has two names. Between GEMMs, where only tokens matter, it is `residual` and split as far as it goes, so norms,
+residual additions and what they keep for the backward pass take a part of the memory; within GEMMs whose features are split
+over `tensor` it is `sequence`. Attention takes whole sequences, with heads split over `sequence` instead where they divide.
 """
 
 import math
@@ -14,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "sequence": "sequence",
+    "residual": ("sequence", "tensor"),
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -48,3 +53,16 @@ def shards(axis: str) -> int:
     if mesh.empty or names is None:
         return 1
     return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+
+
+def activation_specs(features: str | None) -> tuple[PartitionSpec, PartitionSpec]:
+    """Specs of [b, t, features] between GEMMs, and as a GEMM of the block takes it; `features`: their logical axis."""
+    if features == "embed":
+        return partition_spec(("batch", "residual", None)), partition_spec(("batch", "sequence", None))
+    return (partition_spec(("batch", "sequence", features)),) * 2
+
+
+def attention_axes(kv_heads: int) -> tuple[str, ...]:
+    """Mesh axes that split the KV heads while attention has whole sequences: those of `sequence` too, if the heads suffice."""
+    sizes, axes = jax.sharding.get_abstract_mesh().shape, ("tensor", "sequence")
+    return axes if kv_heads % math.prod(sizes.get(axis, 1) for axis in axes) == 0 else axes[:1]

@@ -4,8 +4,11 @@ import importlib.util
 
 import pytest
 
-from fp8jax.audit import targets
+from fp8jax.audit import program, targets
 from fp8jax.cli.audit import audit
+from fp8jax.models.definition import define
+from fp8jax.parallel.mesh import make_mesh
+from fp8jax.training.step import TrainProgram
 
 pytestmark = pytest.mark.audit
 needs_gpus, needs_tpus = (
@@ -77,6 +80,41 @@ def test_the_share_falls_by_exactly_the_role_that_is_not_fp8(make_config, h100s,
     expected = {name: 6 * 2 * 512 * weights for name, weights in linear.items()} | dict.fromkeys(
         ("attention_scores", "attention_values"), 6 * 2 * d * pairs)
     assert flops_by_role(found) == expected
+
+
+NODES = {"data 2 x fsdp 4": dict(mesh__data=2, mesh__fsdp=4), "sequence 2 x fsdp 4": dict(mesh__sequence=2, mesh__fsdp=4),
+         "data 2 x fsdp 2 x tensor 2": dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
+         "data 2 x tensor 4": dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=4)}
+
+
+@needs_gpus
+@pytest.mark.parametrize("mesh", [pytest.param(mesh, marks=[] if name == "data 2 x fsdp 2 x tensor 2" else pytest.mark.slow)
+                                  for name, mesh in NODES.items()], ids=NODES)
+def test_what_two_nodes_of_h100s_send_each_other(make_config, mesh):
+    """Weights and activations of the blocks move as FP8; amaxes are compared once a step, not in the loop over layers."""
+    config = make_config("390m", **FEW, **mesh)
+    target = targets.resolve("h100:2x4")
+    vocab_size = config.model.vocab_size
+    step = TrainProgram(config, define(config.model, vocab_size), make_mesh(config, target.devices))
+    compiled, _ = targets.compile_step(step.jitted_step().trace(step.abstract_state, step.abstract_batch), target)
+    found = program.read(compiled, step.mesh).collectives
+    model, rows = config.model, config.training.batch_size // (step.mesh.shape["data"] * step.mesh.shape["fsdp"])
+    activation = rows * config.data.sequence_length * model.width // step.mesh.shape["sequence"]  # elements, as a GEMM takes it
+    weight = model.width**2 // step.mesh.shape["tensor"]  # the smallest matrix of a block, as a GEMM takes it
+
+    in_layers = [c for c in found if c.count % model.layers == 0]
+    gathers = [c for c in in_layers if c.kind == "all-gather"]
+    wide = [c for c in gathers if not c.dtype.startswith("float8")]
+    assert sum(c.bytes for c in wide) < weight / 8, wide  # gains of norms
+    assert {c.reduction for c in in_layers if c.reduction} == {"add"}
+    assert all(c.bytes < activation for c in found if c.kind == "all-gather" and c.dtype == "float32"), found
+    largest = [c for c in found if c.reduction == "maximum"]
+    assert 1 <= len(largest) <= 4 and all(c.count == 1 for c in largest)
+    if step.mesh.shape["tensor"] > 1:  # what column-parallel layers take, and the gradients that row-parallel layers are given
+        kinds = {c.dtype for c in gathers if c.axes == ("tensor",) and c.bytes >= activation}
+        assert kinds == {"float8_e4m3fn", "float8_e5m2"}
+    if step.mesh.shape["fsdp"] > 1:
+        assert any(c.axes == ("fsdp",) and c.bytes >= weight for c in gathers)
 
 
 @pytest.mark.slow

@@ -1,0 +1,82 @@
+"""Where operands of GEMMs lie on a mesh: cast where they are, moved between devices only when they are bytes.
+
+    x = pin(x, placement.cast)                       # as it comes: tokens split over all that split the residual stream
+    q = moved(recipe.quantise(x, ...)[0], *placement)     # as the GEMM takes it: the gather is one of FP8 bytes
+    token = amax_by_device(x, placement.cast)        # no communication; the maximum over devices is taken later
+
+Without a mesh (`jax.set_mesh`) nothing is pinned. Which mesh axes there are is not known here: specs come from
+parallel/sharding.py.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from fp8jax.numerics import formats
+from fp8jax.numerics.formats import Quantised
+
+
+class Placement(NamedTuple):
+    """Of one operand: how it is split where it is cast, and how the GEMM takes it."""
+
+    cast: PartitionSpec | None
+    gemm: PartitionSpec | None
+
+
+class Partition(NamedTuple):
+    """Mesh axes that split attention's operands: batch, sequence and KV heads outside; KV heads inside, where sequences are whole."""
+
+    batch: Any
+    sequence: Any
+    heads: Any
+    inner_heads: Any
+
+    def of(self, letters: str) -> Placement:
+        """Of an array with these dimensions, such as 'btkgh': outside, and where attention is computed."""
+        outside = {"b": self.batch, "t": self.sequence, "s": self.sequence, "k": self.heads}
+        inside = {"b": self.batch, "k": self.inner_heads}
+        return Placement(*(PartitionSpec(*(axes.get(letter) for letter in letters)) for axes in (outside, inside)))
+
+
+def pin(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    """Constrains an array to a spec; None leaves it to the compiler."""
+    if spec is None or jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def moved(q: Quantised, *specs: PartitionSpec | None) -> Quantised:
+    """Brings values from one place to the next. Unless they are pinned where they are cast, what they are cast from is moved instead."""
+    for spec in specs:
+        q = q._replace(data=pin(q.data, spec))
+    return q
+
+
+def amax_by_device(x: jax.Array, spec: PartitionSpec | None, like: jax.Array) -> jax.Array:
+    """Each device's largest magnitude in its own part of an array: a reduction without communication.
+
+    Args:
+        x: an array split by `spec`.
+        spec: of x; None: replicated.
+        like: float32, a dimension for each mesh axis, of the axis's size.
+
+    Returns:
+        float32, the shape of `like`, one number on each device; its maximum is `formats.amax(x)`, bit for bit.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def of_part(part: jax.Array) -> jax.Array:
+        return formats.amax(part).reshape((1,) * like.ndim)
+
+    return jax.shard_map(of_part, mesh=mesh, in_specs=spec or PartitionSpec(), out_specs=PartitionSpec(*mesh.axis_names), check_vma=False)(x)
+
+
+def report_amax(x: jax.Array, spec: PartitionSpec | None, largest: jax.Array, token: jax.Array) -> jax.Array:
+    """What one entry of a token brings back: the amax, or, if the entry has a dimension for each mesh axis, that of each device."""
+    if token.ndim == 0:
+        return largest
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.broadcast_to(largest, token.shape)
+    return amax_by_device(x, spec, token)

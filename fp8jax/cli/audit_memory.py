@@ -30,7 +30,8 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
 
 def traced_step(config: Config, target: targets.Target) -> tuple[TrainProgram, Any]:
     """A config's training step on a target, traced."""
-    step = TrainProgram(config, define(config.model, tokenizer.vocab_size(config)), mesh_lib.make_mesh(config, target.devices))
+    definition = define(config.model, tokenizer.vocab_size(config))
+    step = TrainProgram(config, definition, mesh_lib.make_mesh(definition.complete(config), target.devices))
     return step, step.jitted_step().trace(step.abstract_state, step.abstract_batch)
 
 

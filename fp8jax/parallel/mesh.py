@@ -3,15 +3,18 @@
     mesh = make_mesh(config)              # over all devices
     mesh = make_mesh(config, devices)     # over some, or over compile-only ones
 
-Sizes come from `config.mesh`; one of them may be -1 and takes what is left. Says nothing about what is sharded: see
-sharding.py.
+Sizes come from `config.mesh`; one of them may be -1 and takes what is left. The axes are laid out node by node, `data`
+outermost and `sequence` innermost: what crosses the slow links between nodes is `data` first, `fsdp` next. Says nothing about
+what is sharded: see sharding.py.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from fp8jax.config import MESH_AXES, Config, ConfigError, head_dim
@@ -22,6 +25,10 @@ HOST_MEMORY = "pinned_host"  # JAX's name of the memory of the host that devices
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over the given devices (default: all).
 
+    Args:
+        config: as `Definition.complete` returns it, so that the FFN's and the vocabulary's sizes are known too.
+        devices: of all processes.
+
     Raises:
         ConfigError: the sizes do not multiply to the number of devices, the mesh does not divide the model or batch, or the devices
             have no memory to offload to.
@@ -29,16 +36,50 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(config, len(devices))
     _check_divides(config, sizes)
-    _check_offloads(config, devices[0])
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    _check_offloads(config, devices)
+    return Mesh(_arrange(devices, tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices as an array of this shape: neighbours in the inner axes, nodes or TPU slices along the outer ones."""
+    nodes = _nodes(devices)
+    if devices[0].platform == "tpu" and len(nodes) > 1:
+        if shape[0] % len(nodes):
+            raise ConfigError(f"config.mesh.data: {shape[0]} is not a multiple of the {len(nodes)} TPU slices; only data goes between slices")
+        inner, outer = (shape[0] // len(nodes), *shape[1:]), (len(nodes), 1, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    if devices[0].platform == "tpu":
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # A launcher may deal processes out to nodes in turn, so that numbers alone do not say who is near.
+    return np.asarray([device for node in nodes.values() for device in node]).reshape(shape)
+
+
+def _nodes(devices: Sequence[jax.Device]) -> dict[int, list[jax.Device]]:
+    """Devices that share fast links: a TPU slice; a host of GPUs, as its slice index tells, or a process of them."""
+    slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
+    by_slice = len(slices) > 1 or devices[0].platform == "tpu"
+    found: dict[int, list[jax.Device]] = {}
+    for device in sorted(devices, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.process_index, device.id)):
+        found.setdefault((getattr(device, "slice_index", 0) or 0) if by_slice else device.process_index, []).append(device)
+    return found
 
 
 def describe(mesh: Mesh) -> str:
-    """Like 'fsdp 4 x tensor 2 (8 devices)'; axes of size 1 are left out."""
+    """Like 'data 2 x fsdp 4 (8 devices on 2 nodes; data goes between nodes)'; axes of size 1 are left out."""
     parts = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
-    count = math.prod(mesh.shape.values())
-    return f"{' x '.join(parts) or 'no sharding'} ({count} device{'s' if count > 1 else ''})"
+    nodes = _nodes(list(mesh.devices.flat))
+    count = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
+    if len(nodes) > 1:
+        crossing = ", ".join(axis for i, axis in enumerate(mesh.axis_names) if mesh.devices.shape[i] > 1 and _crosses(mesh.devices, i, nodes))
+        count += f" on {len(nodes)} nodes; {crossing} goes between nodes"
+    return f"{' x '.join(parts) or 'no sharding'} ({count})"
+
+
+def _crosses(devices: np.ndarray, axis: int, nodes: Mapping[int, list[jax.Device]]) -> bool:
+    """Whether neighbours along an axis are on different nodes."""
+    node = {device: name for name, members in nodes.items() for device in members}
+    lines = np.moveaxis(devices, axis, -1).reshape(-1, devices.shape[axis])
+    return any(len({node[device] for device in line}) > 1 for line in lines)
 
 
 def _sizes(config: Config, count: int) -> dict[str, int]:
@@ -49,28 +90,56 @@ def _sizes(config: Config, count: int) -> dict[str, int]:
             sizes[axis] = max(count // fixed, 1)
     if math.prod(sizes.values()) != count:
         wanted = " x ".join(f"{axis}={getattr(config.mesh, axis)}" for axis in MESH_AXES)
-        raise ConfigError(f"config.mesh: {wanted} does not make {count} devices; change a size, or set one axis to -1 to fill")
+        raise ConfigError(f"config.mesh: {wanted} does not make {count} devices; {_nearest(config, sizes, count)}")
     return sizes
 
 
 def _check_divides(config: Config, sizes: dict[str, int]) -> None:
-    model, training = config.model, config.training
-    replicas = sizes["data"] * sizes["fsdp"]
-    per_microbatch = training.batch_size // training.microbatches
-    checks = [
-        ("training.batch_size / training.microbatches", per_microbatch, "data * mesh.fsdp", replicas),
-        ("model.width", model.width, "fsdp", sizes["fsdp"]),
-        ("model.kv_heads", model.kv_heads, "tensor", sizes["tensor"]),
-        ("model.ffn_width", model.ffn_width, "tensor", sizes["tensor"]),
-        ("data.sequence_length", config.data.sequence_length, "sequence", sizes["sequence"]),
-    ]
-    for field, value, axis, size in checks:
+    for field, value, axes in _divided(config):
+        size = math.prod(sizes[axis] for axis in axes)
         if value % size:
-            smaller = max(n for n in range(1, size + 1) if value % n == 0)
-            raise ConfigError(f"config.{field}: {value} is not divisible by mesh.{axis}={size}; the nearest size that works is {smaller}")
+            split = " * ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+            raise ConfigError(f"config.{field}: {value} is not divisible by {split}; {_nearest(config, sizes, math.prod(sizes.values()))}")
 
 
-def _check_offloads(config: Config, device: jax.Device) -> None:
+def _divided(config: Config) -> list[tuple[str, int, tuple[str, ...]]]:
+    """Fields, their values, and the mesh axes that must divide them."""
+    model, training = config.model, config.training
+    hidden = "ffn_width" if model.ffn_hidden is None else "ffn_hidden"
+    found = [
+        ("training.batch_size / training.microbatches", training.batch_size // training.microbatches, ("data", "fsdp")),
+        ("model.width", model.width, ("fsdp",)),
+        ("model.kv_heads", model.kv_heads, ("tensor",)),
+        (f"model.{hidden}", getattr(model, hidden), ("tensor",)),
+        ("data.sequence_length", config.data.sequence_length, ("sequence", "tensor")),
+    ]
+    return found if model.vocab_size is None else [*found, ("model.vocab_size", model.vocab_size, ("tensor",))]
+
+
+def _nearest(config: Config, asked: Mapping[str, int], count: int) -> str:
+    """The mesh of this many devices that the model and batch allow and whose sizes differ least from those asked for."""
+    def works(sizes: dict[str, int]) -> bool:
+        return all(value % math.prod(sizes[axis] for axis in axes) == 0 for _, value, axes in _divided(config))
+
+    def distance(sizes: dict[str, int]) -> float:
+        return sum(abs(math.log2(sizes[axis] / asked[axis])) for axis in MESH_AXES)
+
+    possible = [sizes for sizes in _factorisations(count) if works(sizes)]
+    if not possible:
+        return f"no mesh of {count} devices divides this model and batch: change training.batch_size or the number of devices"
+    best = min(possible, key=distance)
+    return "the nearest mesh that works is " + " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.items())
+
+
+def _factorisations(count: int) -> Iterator[dict[str, int]]:
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    for first in itertools.product(divisors, repeat=len(MESH_AXES) - 1):
+        if count % math.prod(first) == 0:
+            yield dict(zip(MESH_AXES, (*first, count // math.prod(first)), strict=True))
+
+
+def _check_offloads(config: Config, devices: Sequence[jax.Device]) -> None:
+    device = next((device for device in devices if device.process_index == jax.process_index()), devices[0])
     memories = {memory.kind for memory in device.addressable_memories()}  # none: a device to compile for, which does not tell
     if config.training.remat == "offload_fp8" and memories and HOST_MEMORY not in memories:
         raise ConfigError(f"config.training.remat: offload_fp8 needs {HOST_MEMORY} memory, which {device.device_kind} does not have; "

@@ -96,8 +96,8 @@ def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequ
     if not (workdir / "config.json").exists():
         raise CheckpointError(f"{workdir}: no config.json there; give the --workdir of a run")
     config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
-    mesh = make_mesh(config, devices)
     definition = define(config.model, tokenizer.vocab_size(config))
+    mesh = make_mesh(definition.complete(config), devices)
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.latest_step() if step is None else step
         if step is None:

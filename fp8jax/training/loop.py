@@ -61,8 +61,8 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
         ConfigError: the data, mesh or directory does not fit the config.
     """
     workdir, first = pathlib.Path(workdir), True
-    mesh = mesh_lib.make_mesh(config, devices)
     definition = define(config.model, tokenizer.vocab_size(config))
+    mesh = mesh_lib.make_mesh(definition.complete(config), devices)
     program = TrainProgram(config, definition, mesh)
     program.fallen_back(in_bf16(config.warning.fallback))  # what cannot fall back is found now, not when it must
     origin = {"config": config_lib.digest(config), "tokenizer": tokenizer.of(config.data).fingerprint,

@@ -225,7 +225,7 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
             return loss + config.optimizer.z_loss * jnp.sum(lse**2 * part["mask"]) / total, (loss, taps)
 
     def one(part: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
-        tokens = gemms.zero_reports(recipes) if collect else gemms.zero_tokens(recipes)
+        tokens = gemms.zero_reports(recipes) if collect else gemms.zero_tokens(recipes, by_device=True)
         (_, (loss, taps)), (grads, found) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(view, tokens, part)
         amaxes, health = gemms.read_reports(found, recipes, pooled=options.pooled_kurtosis) if collect else (found, {})
         return loss, sums.narrow(grads), amaxes, taps | health
@@ -233,16 +233,16 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
     sums = GradientSums(config.optimizer, state.step)
     of_weights = model.weight_health(recipes, prepared) if collect else {}
     if config.training.microbatches == 1:
-        *found, taps = one(jax.tree.map(lambda a: a[0], batch))
-        return *found, taps | of_weights
+        loss, grads, amaxes, taps = one(jax.tree.map(lambda a: a[0], batch))
+        return loss, grads, gemms.over_devices(amaxes), taps | of_weights
 
     def accumulate(carry: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Taps]:
         loss, grads, amaxes, taps = one(numbered[1])
         return (carry[0] + loss, sums.add(carry[1], grads, numbered[0]), jax.tree.map(jnp.maximum, carry[2], amaxes)), taps
 
-    zeros = jnp.zeros((), jnp.float32), sums.zeros(view), gemms.zero_tokens(recipes)
+    zeros = jnp.zeros((), jnp.float32), sums.zeros(view), gemms.zero_tokens(recipes, by_device=not collect)
     (loss, grads, amaxes), taps = jax.lax.scan(accumulate, zeros, (jnp.arange(config.training.microbatches), batch))
-    return loss, grads, amaxes, statistics.combine(taps) | of_weights
+    return loss, grads, gemms.over_devices(amaxes), statistics.combine(taps) | of_weights
 
 
 def _after(grads: Params, params: Params, opt_state: Any) -> tuple[Params, Any]:

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 from absl import flags
 
+from fp8jax.cli import processes
 from fp8jax.cli.flags import run
 from fp8jax.config import ConfigError
 from fp8jax.interop.inference import Inference
+from fp8jax.parallel import distributed
 from fp8jax.training import evaluation
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
@@ -19,17 +21,26 @@ _STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the
 _TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-evaluation-harness, separated by commas; 'fog': those of the FOG paper")
 _TASK_DIR = flags.DEFINE_string("task_dir", None, "directory with task files of your own, for --tasks")
 
+flags.adopt_module_key_flags(processes)
+
 
 def main(argv: Sequence[str], usage: str) -> int:
     """Runs eval.py, whose --help begins with `usage`; returns the exit code."""
     flags.mark_flag_as_required("workdir")
-    return run(argv, lambda: _evaluate_tasks() if _TASKS.value else _evaluate(), usage)
+    return run(argv, _joined, usage)
+
+
+def _joined() -> int:
+    with processes.joined():
+        return _evaluate_tasks() if _TASKS.value else _evaluate()
 
 
 def _evaluate() -> int:
     if _TASK_DIR.value is not None:
         raise ConfigError(f"--task_dir={_TASK_DIR.value}: needs --tasks, the names of tasks there")
     found = evaluation.evaluate_run(pathlib.Path(_WORKDIR.value), _STEP.value)
+    if not distributed.is_first():
+        return 0
     print(f"step {found['step']}: loss {found['loss']:.4f}  perplexity {found['perplexity']:.4f}  "
           f"bits per byte {found['bits_per_byte']:.4f}  ({found['tokens']:,} tokens, {found['bytes']:,} bytes)")
     return 0

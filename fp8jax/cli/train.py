@@ -1,5 +1,6 @@
 """The command line of train.py."""
 
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -10,13 +11,19 @@ from ml_collections import config_flags
 
 from configs import common
 from fp8jax import config as config_lib
+from fp8jax.cli import processes
 from fp8jax.cli.errors import complain
 from fp8jax.cli.flags import run
+from fp8jax.config import Config
+from fp8jax.monitor.writers import Silent
+from fp8jax.parallel import distributed
 from fp8jax.training import loop
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file and size, e.g. configs/fp8_base.py:tiny")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default runs/CONFIG-SIZE")
 _ALLOW = flags.DEFINE_list("allow_config_change", [], "fields, e.g. data.source, that may differ from those of the run in the directory")
+
+flags.adopt_module_key_flags(processes)
 
 
 def main(argv: Sequence[str], usage: str) -> int:
@@ -30,14 +37,20 @@ def main(argv: Sequence[str], usage: str) -> int:
 
 def _train(name: str, size: str) -> int:
     config = config_lib.from_dict(_CONFIG.value)
+    with processes.joined():
+        return _train_joined(config, name, size)
+
+
+def _train_joined(config: Config, name: str, size: str) -> int:
+    tell = functools.partial(print, flush=True) if distributed.is_first() else Silent().message
     if not size:
         size = common.default_size()
-        print(f"size     {size}, chosen for this machine; --config={name}:SIZE sets another", flush=True)
+        tell(f"size     {size}, chosen for this machine; --config={name}:SIZE sets another")
     # A restart compiles nothing that an earlier run on this machine has compiled.
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/fp8jax"))
     workdir = _WORKDIR.value or f"runs/{pathlib.Path(name).stem}-{size}"
-    print(f"workdir  {workdir}", flush=True)
+    tell(f"workdir  {workdir}")
     return loop.train(config, workdir, allow_config_change=_ALLOW.value)
 
 

@@ -16,7 +16,7 @@ cannot be read is padding, and the batch has `faults`, a list of a line for each
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -63,7 +63,7 @@ class _Order:
 class _Batches:
     """One process's slice of every batch, by step: a random-access source for Grain."""
 
-    def __init__(self, order: _Order, config: Config, rows: range):
+    def __init__(self, order: _Order, config: Config, rows: Sequence[int]):
         self._order, self._data, self._batch_size, self._rows = order, config.data, config.training.batch_size, rows
 
     def __len__(self) -> int:
@@ -74,27 +74,25 @@ class _Batches:
         return _read([(self._order.windows[source], window) for source, _, window in places], self._data)
 
 
-def train_batches(config: Config, process_index: int = 0, process_count: int = 1) -> grain.MapDataset:
+def train_batches(config: Config, rows: Sequence[int] | None = None) -> grain.MapDataset:
     """All training batches, endless; `[step]` is the batch of a step, whatever was read before.
 
     Args:
         config: reads `data`, `training.batch_size` and `training.seed`.
-        process_index: which slice of every batch to load.
-        process_count: slices, in order of process_index, that make up the batch of training.batch_size.
+        rows: which sequences of every batch to load, in this order: a process's share; None: all.
 
     Returns:
-        A dataset of batches of training.batch_size / process_count sequences.
+        A dataset of batches of len(rows) sequences.
 
     Raises:
-        ConfigError: data that cannot be read, or a batch size that the processes do not divide.
+        ConfigError: data that cannot be read.
+        ValueError: rows that the batch does not have.
     """
-    rows = _rows(config.training.batch_size, process_index, process_count)
+    rows = _rows(config.training.batch_size, rows)
     return grain.MapDataset.source(_Batches(_Order(config), config, rows))
 
 
-def train_iterator(
-    config: Config, start_step: int = 0, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
+def train_iterator(config: Config, start_step: int = 0, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
     """Iterator over `train_batches` from `start_step` on, read ahead in `config.data.read_threads` threads.
 
     `get_state()` is a small JSON dictionary that a checkpoint can hold, though start_step says as much.
@@ -106,7 +104,7 @@ def train_iterator(
     threads = config.data.read_threads
     # Two batches a thread: Grain's own default of 500 elements would be 500 batches.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    iterator = iter(train_batches(config, process_index, process_count).to_iter_dataset(options))
+    iterator = iter(train_batches(config, rows).to_iter_dataset(options))
     iterator.set_state({"next_index": start_step})
     return iterator
 
@@ -136,31 +134,29 @@ def describe(config: Config) -> list[str]:
     return lines
 
 
-def held_out_batches(
-    config: Config, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[tuple[Batch, int]]:
+def held_out_batches(config: Config, batch_size: int, rows: Sequence[int] | None = None) -> Iterator[tuple[Batch, int]]:
     """The held-out split in order, every token a target exactly once; all batches have the same shapes.
 
     Documents run on here whatever config.data.packing is. The splits of several sources follow one another.
 
     Yields:
-        A batch [batch_size / process_count, T], the last one padded with sequences of mask 0; and how many bytes of
-        text the targets of the whole batch, over all processes, stand for. Over a whole pass, bits per byte is
+        A batch [len(rows), T], the last one padded with sequences of mask 0; and how many bytes of text the targets
+        of the whole batch, over all processes, stand for. Over a whole pass, bits per byte is
         nats summed under the mask / ln 2 / bytes: an end of document costs bits but is no byte.
 
     Raises:
         ConfigError: as `train_batches`.
     """
-    rows = _rows(batch_size, process_index, process_count)
+    rows = _rows(batch_size, rows)
     windows = packing.ConcatWindows(sources.load(config.data, "held_out"), config.data)
     return _in_order(windows, batch_size, rows)
 
 
-def _in_order(windows: packing.ConcatWindows, batch_size: int, rows: range) -> Iterator[tuple[Batch, int]]:
+def _in_order(windows: packing.ConcatWindows, batch_size: int, rows: Sequence[int]) -> Iterator[tuple[Batch, int]]:
     token_bytes, every = windows.stream.tokenizer.token_bytes, range(batch_size)
     for first in range(0, len(windows), batch_size):
         whole = _read([(windows, first + row) for row in every], windows.data)
-        batch = {name: values if name == "faults" else values[rows.start : rows.stop] for name, values in whole.items()}
+        batch = {name: values if name == "faults" else values[list(rows)] for name, values in whole.items()}
         yield batch, int((token_bytes[whole["targets"]] * (whole["mask"] > 0)).sum())
 
 
@@ -192,13 +188,9 @@ def _stack(windows: list[Batch]) -> Batch:
     return {name: np.stack([window[name] for window in windows]) for name in windows[0]}
 
 
-def _rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """The rows of a batch that a process loads."""
-    if batch_size % process_count:
-        raise ConfigError(
-            f"config.training.batch_size: {batch_size} sequences are not divisible by {process_count} processes"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
-    rows = batch_size // process_count
-    return range(process_index * rows, (process_index + 1) * rows)
+def _rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
+    """The rows of a batch to load, all of them by default."""
+    rows = range(batch_size) if rows is None else rows
+    if len(rows) == 0 or not 0 <= min(rows) <= max(rows) < batch_size:
+        raise ValueError(f"rows {list(rows)[:8]} are not rows of a batch of {batch_size}")
+    return rows

@@ -10,8 +10,8 @@ non-finite number, so it is the string "nan", "inf" or "-inf". The TensorBoard f
 
 Storage that fails does not fail the run: lines wait in memory until they can be written (`patient_file.py`).
 
-One process of a run writes; nothing here decides which. Nothing is averaged or computed here. Followers, such as the report
-and Weights & Biases, get what is written and are closed with the writer.
+One process of a run writes, the others are `Silent`; nothing here decides which. Nothing is averaged or computed here. Followers,
+such as the report and Weights & Biases, get what is written and are closed with the writer.
 """
 
 import json
@@ -19,7 +19,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import tensorboardX
@@ -201,3 +201,17 @@ def _rewrite(path: pathlib.Path, lines: list[str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+class Silent:
+    """Takes the place of whatever writes or shows something, in processes that do not: any method of it does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+    def __enter__(self) -> "Silent":
+        """Return itself."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing."""

@@ -31,6 +31,7 @@ from absl import logging as absl_logging
 from orbax.checkpoint import v1
 
 from fp8jax import config as config_lib
+from fp8jax.parallel.distributed import from_first
 from fp8jax.training import manifest
 
 # What is under way has another name than a checkpoint, so a checkpoint is there whole or not at all.
@@ -124,7 +125,7 @@ class Checkpoints:
         """
         self.wait()
         self._clean()
-        if step in self.steps():
+        if from_first(step in self.steps()):
             return
         items = {item: _nested(tree) for item, tree in state.items()}
         # A training loop may forbid implicit transfers to the host; copying the state there is what a save is for.

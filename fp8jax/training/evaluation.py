@@ -19,7 +19,9 @@ from fp8jax.config import Config, MeshConfig
 from fp8jax.data import pipeline, tokenizer
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, LoadedModel, Params, define
+from fp8jax.parallel import distributed
 from fp8jax.parallel.mesh import emulates_fp8, make_mesh
+from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
 from fp8jax.training import precision
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
@@ -35,16 +37,17 @@ class Evaluator:
         emulated = emulates_fp8(config, mesh.devices.flat[0])
         recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=emulated, recipe="bf16")
 
-        def total_loss(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+        def total_loss(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 model = definition.bind(as_float32(params))
                 prepared, chunk = model.prepare(recipes, {}, {}), config.training.loss_chunk
                 if chunk:
-                    return jnp.sum(model.chunked_losses(batch, recipes, prepared, chunk)[0] * batch["mask"])
-                logits, _ = model(batch, recipes, prepared)
-                return jnp.sum(token_losses(logits, batch["targets"]) * batch["mask"])
+                    losses = model.chunked_losses(batch, recipes, prepared, chunk)[0]
+                else:
+                    losses = token_losses(model(batch, recipes, prepared)[0], batch["targets"])
+                return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
 
-        self._total_loss = jax.jit(total_loss, compiler_options=COMPILER_OPTIONS)
+        self._total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=COMPILER_OPTIONS)
 
     def __call__(self, params: Params) -> dict[str, float]:
         """Metrics over `config.evaluation.batches` batches, or the whole split.
@@ -54,12 +57,11 @@ class Evaluator:
         """
         nats, tokens, text_bytes = 0.0, 0.0, 0
         names = ["inputs", "targets", "mask"] + (["segment_ids", "positions"] if self.config.data.document_masks else [])
-        batches = pipeline.held_out_batches(self.config, self.config.training.batch_size // self.config.training.microbatches)
-        for count, (batch, size) in enumerate(batches, 1):
-            on_device: dict[str, Any] = {name: jax.device_put(batch[name], self.sharding) for name in names}
-            nats += float(jax.device_get(self._total_loss(params, on_device)))
-            tokens += float(batch["mask"].sum())
-            text_bytes += size
+        size = self.config.training.batch_size // self.config.training.microbatches
+        rows = Rows((size, self.config.data.sequence_length), self.sharding)
+        for count, (batch, read) in enumerate(pipeline.held_out_batches(self.config, size, rows.numbers), 1):
+            loss, scored = jax.device_get(self._total_loss(params, {name: rows.put(batch[name]) for name in names}))
+            nats, tokens, text_bytes = nats + float(loss), tokens + float(scored), text_bytes + read
             if count == self.config.evaluation.batches:
                 break
         loss = nats / tokens
@@ -99,8 +101,8 @@ def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequ
     definition = define(config.model, tokenizer.vocab_size(config))
     mesh = make_mesh(definition.complete(config), devices)
     with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.latest_step() if step is None else step
-        if step is None:
+        step = distributed.from_first(-1 if (latest := checkpoints.latest_step()) is None else latest) if step is None else step
+        if step < 0:
             raise CheckpointError(f"{workdir}: no complete checkpoint there yet")
         saved = precision.saved_as(config.optimizer, checkpoints.dtypes(step))
         program = TrainProgram(dataclasses.replace(config, optimizer=saved), definition, mesh)
@@ -115,7 +117,9 @@ def as_float32(params: Params) -> Params:
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all; on process 0 alone."""
+    if not distributed.is_first():
+        return
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(values, indent=2) + "\n")
     temporary.replace(path)

@@ -26,8 +26,9 @@ from fp8jax.monitor import outliers
 from fp8jax.monitor.progress import Progress
 from fp8jax.monitor.report import Refresher
 from fp8jax.monitor.wandb_sink import open_sink
-from fp8jax.monitor.writers import MetricsWriter
+from fp8jax.monitor.writers import MetricsWriter, Silent
 from fp8jax.numerics.recipes import in_bf16
+from fp8jax.parallel import distributed
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, save_config
 from fp8jax.training.evaluation import Evaluator, write_json
@@ -67,20 +68,19 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
     program.fallen_back(in_bf16(config.warning.fallback))  # what cannot fall back is found now, not when it must
     origin = {"config": config_lib.digest(config), "tokenizer": tokenizer.of(config.data).fingerprint,
               "fp8jax": fp8jax.__version__, "jax": jax.__version__}
-    keep = config.checkpoint
-    with exclusive(workdir), _stop_signals() as stop, _watchdog(config) as watchdog, \
+    keep, alone = config.checkpoint, exclusive(workdir) if distributed.is_first() else contextlib.nullcontext()
+    with alone, _stop_signals() as stop, _watchdog(config) as watchdog, \
             Checkpoints(workdir, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best, facts=origin) as checkpoints:
         watchdog.begin("start", "start-up")
         lines: list[str] = []
-        recalibrate = check_continues(config, workdir, allow_config_change, lines.append)
+        recalibrate = distributed.is_first() and check_continues(config, workdir, allow_config_change, lines.append)
+        recalibrate = bool(distributed.from_first(recalibrate))
         resumed = resume(program, checkpoints, lines.append, recalibrate=recalibrate)
-        save_config(workdir, config)
+        if distributed.is_first():
+            save_config(workdir, config)
         lines += [*describe(resumed.program), *check_attention(resumed.program)]
         while True:
-            sink = open_sink(config.log, workdir, config_lib.to_dict(config))
-            followers = [Refresher(workdir, config.log.report_minutes)] + ([sink] if sink else [])
-            with MetricsWriter(workdir, resumed.step, followers) as writer, \
-                    Progress(config.training.steps, resumed.step, seconds_at_peak=seconds_at_peak(program)) as progress:
+            with _writers(program, workdir, resumed.step) as (writer, progress):
                 for line in lines:
                     progress.message(line)
                 run = _Run(config, workdir, resumed, checkpoints, writer, progress, stop, watchdog)
@@ -89,6 +89,20 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
                 return code
             resumed, lines = _roll_back(program, checkpoints, run.position, run.step)
             first = False
+
+
+@contextlib.contextmanager
+def _writers(program: TrainProgram, workdir: pathlib.Path, step: int) -> Iterator[tuple[MetricsWriter | Silent, Progress | Silent]]:
+    """What writes logs and shows progress: on process 0 alone."""
+    if not distributed.is_first():
+        yield Silent(), Silent()
+        return
+    config = program.config
+    sink = open_sink(config.log, workdir, config_lib.to_dict(config))
+    followers = [Refresher(workdir, config.log.report_minutes)] + ([sink] if sink else [])
+    with MetricsWriter(workdir, step, followers) as writer, \
+            Progress(config.training.steps, step, seconds_at_peak=seconds_at_peak(program)) as progress:
+        yield writer, progress
 
 
 def _roll_back(program: TrainProgram, checkpoints: Checkpoints, position: Position, failed_at: int) -> tuple[Resumed, list[str]]:
@@ -112,13 +126,14 @@ class _Run:
     position: Position
 
     def __init__(self, config: Config, workdir: pathlib.Path, resumed: Resumed, checkpoints: Checkpoints,
-                 writer: MetricsWriter, progress: Progress, stop: list[int], watchdog: Watchdog):
+                 writer: MetricsWriter | Silent, progress: Progress | Silent, stop: list[int], watchdog: Watchdog):
         self.config, self.workdir, self.program, self.checkpoints = config, workdir, resumed.program, checkpoints
         self.writer, self.progress, self.stop, self.watchdog = writer, progress, stop, watchdog
         self.reaction = Reaction(config.warning, workdir, resumed.step, resumed.position.fallback)
         self.decision: Decision | None = None
         self.evaluator = Evaluator(config, self.program.definition, self.program.mesh)
-        self.profile = ProfileWindow(config.profile, workdir / "profile")
+        self.profile = ProfileWindow(config.profile, workdir / "profile") if distributed.is_first() else Silent()
+        self.agreement, self.stopping, self.busy = distributed.Agreement(3), bool(stop), False
         self.clock, self.timed = time.perf_counter(), 0
         self.saver = Saver(config, self.program, checkpoints, writer, progress, watchdog)
         self.held_out_loss: tuple[int, float] | None = None  # of a step
@@ -129,11 +144,12 @@ class _Run:
         config, program = self.config, self.program
         self.state, self.step, self.position = resumed.state, resumed.step, resumed.position
         if resumed.calibrate and self.state.scaling:
-            batch = pipeline.train_batches(config)[self.step + self.position.skipped_batches]
+            batch = pipeline.train_batches(config, program.rows.numbers)[self.step + self.position.skipped_batches]
             self.state = program.calibrate(self.state, program.put(batch))
             self.writer.event("calibrated", self.step)
             self.progress.message(f"fp8      scales calibrated on the batch of step {self.step + 1}")
-        iterator = self.feed = Feed(pipeline.train_iterator(config, start_step=self.step + self.position.skipped_batches))
+        ahead = pipeline.train_iterator(config, start_step=self.step + self.position.skipped_batches, rows=program.rows.numbers)
+        iterator = self.feed = Feed(ahead)
         for line in describe_compiled(program):
             self.progress.message(line)
         write_json(self.workdir / "run.json", facts(program))
@@ -142,7 +158,7 @@ class _Run:
         self.watchdog.end("start")
         bad, self.ended = 0, ""
         try:
-            while self.step < config.training.steps and not (self.stop or self.ended) and bad < config.training.bad_steps:
+            while self.step < config.training.steps and not (self.stopping or self.ended) and bad < config.training.bad_steps:
                 bad = self._step(iterator)
                 if first:
                     first = self._tell_first_step()
@@ -174,10 +190,13 @@ class _Run:
         evaluate = _due(step, config.evaluation.every) or last
         if _due(step, config.log.every) or collect or evaluate:
             bad = self._log(step, metrics, taps, self._evaluate() if evaluate else {})
+        self.stopping, late, self.busy = self.agreement((bool(self.stop), self.saver.is_late(step), self.checkpoints.busy()))
         self._react()
-        due = self.saver.is_due(step) and not last and self.ended != "rollback"  # which goes to a checkpoint from before the warning
-        if due and not self.saver.save(step, self.state, self.position, self._loss_here()):
-            bad = config.training.bad_steps
+        # A rollback goes to a checkpoint from before the warning.
+        if (late or self.saver.is_due(step)) and not last and self.ended != "rollback":
+            self.agreement.forget()
+            if not self.saver.save(step, self.state, self.position, self._loss_here(), busy=self.busy):
+                bad = config.training.bad_steps
         return bad
 
     def _react(self) -> None:
@@ -186,7 +205,7 @@ class _Run:
         if decision is None:
             return
         if decision.action == "checkpoint":
-            self.saver.save(self.step, self.state, self.position, self._loss_here())
+            self.saver.save(self.step, self.state, self.position, self._loss_here(), busy=self.busy)
         elif decision.action == "fallback":
             self._fall_back(decision.overrides)
         else:
@@ -208,7 +227,7 @@ class _Run:
         self._tell(self.profile.close())
         unsound = self.saver.unsound(self.step, self.state)
         bad_end = bad >= self.config.training.bad_steps or unsound
-        if (bad_end or self.ended == "rollback") and not self.stop and self._may_roll_back(bad):
+        if (bad_end or self.ended == "rollback") and not self.stopping and self._may_roll_back(bad):
             return None
         if not unsound:
             self._save_last()
@@ -227,7 +246,7 @@ class _Run:
         with contextlib.suppress(CheckpointError):  # then an older one is the newest
             self.checkpoints.wait()
         limit, latest = self.config.training.rollbacks, self.checkpoints.latest_step()
-        allowed = self.position.rollbacks < limit and latest is not None
+        allowed = bool(distributed.from_first(self.position.rollbacks < limit and latest is not None))
         self.writer.event("rollback" if allowed else "bad_numbers", self.step, bad_steps_in_a_row=bad, rollbacks=self.position.rollbacks)
         if not allowed:
             why = "there is no checkpoint to go back to" if latest is None else f"config.training.rollbacks={limit} are used up"
@@ -237,7 +256,7 @@ class _Run:
 
     def _finish(self, bad_end: bool, saved: str) -> int:
         step = self.step
-        if not self.stop:
+        if not self.stopping:
             if step == self.config.training.steps and not bad_end:
                 self.writer.event("finished", step)
                 return FINISHED
@@ -245,7 +264,7 @@ class _Run:
                 self.writer.event("stopped", step, by="early warning")
                 self.progress.message(f"stopped by the early warning after step {step}; {saved}")
             return BAD_NUMBERS
-        name = signal.Signals(self.stop[0]).name
+        name = signal.Signals(self.stop[0]).name if self.stop else "a signal to another process"
         self.writer.event("stopped", step, signal=name)
         self.progress.message(f"stopped on {name} after step {step}; {saved}. Run again to continue.")
         return STOPPED

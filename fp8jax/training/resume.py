@@ -11,6 +11,7 @@ from typing import NamedTuple
 from fp8jax import config as config_lib
 from fp8jax.config import Config, ConfigError
 from fp8jax.data import tokenizer
+from fp8jax.parallel import distributed
 from fp8jax.training import manifest, precision
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.state import TrainState
@@ -55,13 +56,8 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     Raises:
         CheckpointError: there are only damaged checkpoints.
     """
-    step, passed = checkpoints.newest()
-    if step is None and any(not reason.startswith(manifest.NAME) for reason in passed.values()):
-        reasons = "; ".join(f"step {number}: {reason}" for number, reason in passed.items())
-        raise CheckpointError(f"{checkpoints.directory}: no checkpoint is undamaged ({reasons}); to train anew choose another --workdir")
-    for number, reason in passed.items():
-        tell(f"checkpoint of step {number} passed over: {reason}; now in {checkpoints.set_aside(number)}")
-    if step is None:
+    step = distributed.from_first(_choose(checkpoints, tell) if distributed.is_first() else 0)
+    if step < 0:
         return Resumed(program, program.init(), 0, Position(), True)
     program = program.fallen_back(checkpoints.data_state(step).get("fallback", ""))
     optimizer = program.config.optimizer
@@ -87,6 +83,17 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
         tell(f"optimizer state kept as {precision.describe(saved)} in the checkpoint, as {precision.describe(optimizer)} from here on")
         state = program.keep_as_configured(state)
     return Resumed(program, state, step, position, recalibrate)
+
+
+def _choose(checkpoints: Checkpoints, tell: Callable[[str], None]) -> int:
+    """The newest undamaged checkpoint's step, damaged newer ones set aside; -1 where there is none. For one process alone."""
+    step, passed = checkpoints.newest()
+    if step is None and any(not reason.startswith(manifest.NAME) for reason in passed.values()):
+        reasons = "; ".join(f"step {number}: {reason}" for number, reason in passed.items())
+        raise CheckpointError(f"{checkpoints.directory}: no checkpoint is undamaged ({reasons}); to train anew choose another --workdir")
+    for number, reason in passed.items():
+        tell(f"checkpoint of step {number} passed over: {reason}; now in {checkpoints.set_aside(number)}")
+    return -1 if step is None else step
 
 
 def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str] = (),

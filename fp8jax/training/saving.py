@@ -1,8 +1,8 @@
 """When a run saves, and what it does where it cannot: training goes on, and the last good checkpoint stays.
 
     saver = Saver(config, program, checkpoints, writer, progress, watchdog)
-    if saver.is_due(step):
-        sound = saver.save(step, state, position, held_out_loss)     # in the background; False: this state must not be saved
+    if saver.is_due(step) or saver.is_late(step):
+        sound = saver.save(step, state, position, held_out_loss, busy=False)     # in the background; False: must not be saved
     saver.save_last(step, state, position, held_out_loss)            # waits; raises if it fails again and again
 
 A save is postponed while the one before is still under way (slow storage), and in the middle of bad steps: a checkpoint
@@ -16,7 +16,7 @@ import jax
 
 from fp8jax.config import Config
 from fp8jax.monitor.progress import Progress
-from fp8jax.monitor.writers import MetricsWriter
+from fp8jax.monitor.writers import MetricsWriter, Silent
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints
 from fp8jax.training.resume import Position
 from fp8jax.training.state import TrainState
@@ -30,25 +30,32 @@ RETRY_SECONDS, LAST_TRIES = 60.0, 10
 class Saver:
     """Saves the states of a run, and tells what became of it."""
 
-    def __init__(self, config: Config, program: TrainProgram, checkpoints: Checkpoints, writer: MetricsWriter, progress: Progress,
-                 watchdog: Watchdog):
+    def __init__(self, config: Config, program: TrainProgram, checkpoints: Checkpoints, writer: MetricsWriter | Silent,
+                 progress: Progress | Silent, watchdog: Watchdog):
         self.config, self.program, self.checkpoints = config.checkpoint, program, checkpoints
         self.writer, self.progress, self.watchdog = writer, progress, watchdog
         self._saved_at, self._again_at, self._postponed = time.monotonic(), math.inf, False
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step: by step, by time, or because an earlier one failed or was postponed."""
+        """Whether a checkpoint is due after this step by its number, or because one was postponed; the same on all processes."""
+        every = self.config.every
+        return (every > 0 and step % every == 0) or self._postponed
+
+    def is_late(self, step: int) -> bool:
+        """Whether one is due by this process's clock, or because an earlier one failed here: processes must agree on it."""
         if failure := self.checkpoints.failure():
             self._failed(step, failure)
         if not self.checkpoints.busy():
             self.watchdog.end("save")
-        now, every, minutes = time.monotonic(), self.config.every, self.config.minutes
-        late = now > self._again_at or (minutes > 0 and now - self._saved_at > 60 * minutes)
-        return (every > 0 and step % every == 0) or late or self._postponed
+        now, minutes = time.monotonic(), self.config.minutes
+        return now > self._again_at or (minutes > 0 and now - self._saved_at > 60 * minutes)
 
-    def save(self, step: int, state: TrainState, position: Position, held_out_loss: float | None) -> bool:
-        """Begins to save, or leaves it for a later step; False if the state must not be saved at all."""
-        if self.checkpoints.busy():
+    def save(self, step: int, state: TrainState, position: Position, held_out_loss: float | None, *, busy: bool) -> bool:
+        """Begins to save, or leaves it for a later step; False if the state must not be saved at all.
+
+        busy: whether an earlier save is still under way, on any process.
+        """
+        if busy:
             if not self._postponed:
                 self.writer.event("save_postponed", step)
                 self.progress.message(f"step {step}: the save before is still under way; this one is postponed, training goes on")

@@ -14,10 +14,12 @@ positions.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.config import Config, OptimizerConfig
@@ -28,6 +30,7 @@ from fp8jax.models.taps import Taps
 from fp8jax.models.transformer import ForwardOptions, PreparedGemms, Transformer
 from fp8jax.numerics import statistics
 from fp8jax.parallel.mesh import emulates_fp8, has_cudnn_attention, runs_kernels
+from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
 from fp8jax.training import bad_steps, precision
 from fp8jax.training.gradients import GradientSums, gradient_view
@@ -135,9 +138,13 @@ class TrainProgram:
         return dataclasses.replace(state, scaling={role: state.scaling[role] for role in self.abstract_state.scaling})
 
     def put(self, batch: dict[str, Any]) -> Batch:
-        """Moves a host batch [batch, t] to the devices, split into microbatches."""
-        shapes = self.abstract_batch
-        return {name: jax.device_put(batch[name].reshape(leaf.shape), leaf.sharding) for name, leaf in shapes.items()}
+        """Moves a host batch, this process's `rows` of [batch, t], to the devices, split into microbatches."""
+        return {name: self.rows.put(batch[name]) for name in self.abstract_batch}
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The rows of a batch that this process loads."""
+        return Rows(self.abstract_batch["inputs"].shape, self.batch_sharding)
 
     def lower_step(self, *, collect: bool = False) -> Any:
         """The step, traced and lowered but not compiled; `.compile()` it."""
@@ -149,7 +156,8 @@ class TrainProgram:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 return train_step(state, batch, self.config, self.definition, self.recipes, collect=collect)
 
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, None, None), compiler_options=COMPILER_OPTIONS)
+        whole = NamedSharding(self.mesh, PartitionSpec())  # every process logs, or knows, all metrics
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, whole, whole), compiler_options=COMPILER_OPTIONS)
 
     def compiled_step(self, *, collect: bool = False) -> Any:
         """The step's executable, compiled at the first request: one without statistics, one with."""
@@ -172,7 +180,8 @@ class TrainProgram:
         items = {"parameter": state.params, "scaling": state.scaling, "optimizer state": state.opt_state}
         leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(items) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         if self._is_finite is None:
-            self._is_finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
+            self._is_finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]),
+                                      out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         finite = jax.device_get(self._is_finite([leaf for _, leaf in leaves]))
         names = (f"{path[0].key} {jax.tree_util.keystr(path[1:], simple=True, separator='.')}" for path, _ in leaves)
         return next((name for name, fine in zip(names, finite, strict=True) if not fine), None)
@@ -191,8 +200,9 @@ class TrainProgram:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 return gradients(state, batch, self.config, self.definition, current)[2]
 
-        found = jax.jit(amaxes, compiler_options=COMPILER_OPTIONS)(state, batch)
-        bad = [role for role, amax in found.items() if not bool(jnp.isfinite(amax).all())]
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        found = jax.jit(amaxes, out_shardings=whole, compiler_options=COMPILER_OPTIONS)(state, batch)
+        bad = [role for role, amax in jax.device_get(found).items() if not np.isfinite(amax).all()]
         if bad:
             raise FloatingPointError(f"calibration: amax of {', '.join(bad)} is not finite on the first batch; check the initial "
                                      "weights or the checkpoint for NaN")

@@ -156,7 +156,8 @@ def test_a_step_far_in_is_there_at_once(data):
 def test_slices_of_processes_concatenate_to_the_batch(processes):
     config = make_config(batch=8)
     whole = pipeline.train_iterator(config, start_step=5)
-    parts = [pipeline.train_iterator(config, 5, index, processes) for index in range(processes)]
+    share = 8 // processes
+    parts = [pipeline.train_iterator(config, 5, range(index * share, (index + 1) * share)) for index in range(processes)]
     for _ in range(3):
         local = [next(part) for part in parts]
         assert local[0]["inputs"].shape == (8 // processes, 64)
@@ -178,18 +179,17 @@ def test_held_out_is_scored_once_in_order_in_constant_shapes():
 def test_held_out_slices_concatenate_and_count_the_whole_batch(small):
     config = make_config(length=4, source=small)
     whole = list(pipeline.held_out_batches(config, 4))
-    parts = [list(pipeline.held_out_batches(config, 4, index, 2)) for index in range(2)]
+    parts = [list(pipeline.held_out_batches(config, 4, rows)) for rows in ([0, 1], [2, 3])]
     assert len(whole) == 3 and sum(count for _, count in whole) == 39
     for number, (batch, count) in enumerate(whole):
         assert equal(concatenate([part[number][0] for part in parts]), batch)
         assert [part[number][1] for part in parts] == [count, count]
 
 
-def test_processes_must_divide_the_batch():
-    with pytest.raises(configs.ConfigError, match="config.training.batch_size: 4 sequences"):
-        pipeline.train_batches(make_config(batch=4), 0, 3)
-    with pytest.raises(ValueError, match="process_index 2 is not one of 2"):
-        pipeline.train_batches(make_config(batch=4), 2, 2)
+@pytest.mark.parametrize("rows", [[], [3, 4], [-1]])
+def test_rows_must_be_of_the_batch(rows):
+    with pytest.raises(ValueError, match="are not rows of a batch of 4"):
+        pipeline.train_batches(make_config(batch=4), rows)
 
 
 def test_process_with_reading_threads_exits_cleanly_without_flags():

@@ -74,8 +74,8 @@ def poison(monkeypatch):
     original = pipeline.train_iterator
 
     def arm(bad):
-        def iterate(config, start_step=0):
-            for index, batch in enumerate(original(config, start_step=start_step), start_step):
+        def iterate(config, start_step, rows):
+            for index, batch in enumerate(original(config, start_step, rows), start_step):
                 yield batch | {"mask": batch["mask"] * np.float32(np.inf)} if index in bad else batch
 
         monkeypatch.setattr(pipeline, "train_iterator", iterate)

@@ -81,7 +81,10 @@ def stop_at(monkeypatch):
             def get_state(self):
                 return self.iterator.get_state()
 
-        monkeypatch.setattr(pipeline, "train_iterator", lambda config, start_step: Stopping(original(config, start_step), start_step))
+        def stopping(config, start_step, rows):
+            return Stopping(original(config, start_step, rows), start_step)
+
+        monkeypatch.setattr(pipeline, "train_iterator", stopping)
 
     yield arm
     monkeypatch.setattr(pipeline, "train_iterator", original)

@@ -1,0 +1,21 @@
+"""Flags of a run of several processes, shared by train.py and eval.py."""
+
+import contextlib
+import os
+
+from absl import flags
+
+from fp8jax.parallel import distributed, launchers
+
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "several processes: HOST:PORT of process 0, where no launcher tells it; the port "
+                               "after it is used, too")
+_COUNT = flags.DEFINE_integer("num_processes", None, "several processes: how many, one command each", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process_id", None, "several processes: which one this is, from 0", lower_bound=0)
+_START = flags.DEFINE_integer("start_timeout", 300, "seconds to wait at the start for all processes", lower_bound=1)
+_HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 100, "seconds of silence after which JAX gives up a process", lower_bound=5)
+
+
+def joined() -> contextlib.AbstractContextManager[None]:
+    """The other processes of this run, as flags or a launcher tell of them; enter it before anything starts JAX."""
+    launch = launchers.find(os.environ, coordinator_address=_ADDRESS.value, num_processes=_COUNT.value, process_id=_PROCESS.value)
+    return distributed.start(launch, start_timeout=_START.value, heartbeat_timeout=_HEARTBEAT.value)

@@ -23,7 +23,8 @@ from tests.parallel.test_meshes import config_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MICRO = ["--config=configs/fp8_base.py:tiny", "--config.model.layers=2", "--config.model.width=32", "--config.model.ffn_width=32",
-         "--config.model.kv_heads=2", "--config.data.sequence_length=32", "--config.optimizer.warmup_steps=2", "--config.log.every=1",
+         "--config.model.kv_heads=2", "--config.data.sequence_length=32", "--config.optimizer.warmup_steps=2",
+         "--config.optimizer.decay_fraction=0", "--config.log.every=1",
          "--config.monitor.every=0", "--config.evaluation.every=0", "--config.evaluation.batches=2", "--config.checkpoint.every=3"]
 PATIENCE = 900  # seconds; a crowded machine compiles slowly
 
@@ -112,7 +113,7 @@ def test_a_signal_to_one_stops_all(tmp_path):
 
 
 def test_those_who_do_not_come_are_named(tmp_path):
-    [alone, _] = start(tmp_path / "run", tmp_path / "cache", processes=2, devices=1, steps=1, mesh={}, start_timeout=20)
+    [alone, _] = start(tmp_path / "run", tmp_path / "cache", processes=2, devices=1, steps=2, mesh={}, start_timeout=20)
     _.kill()
     _.communicate()
     told = finish([alone], code=2)[0]
@@ -120,7 +121,7 @@ def test_those_who_do_not_come_are_named(tmp_path):
 
 
 def test_process_0_that_does_not_come(tmp_path):
-    [first, second] = start(tmp_path / "run", tmp_path / "cache", processes=2, devices=1, steps=1, mesh={}, start_timeout=3)
+    [first, second] = start(tmp_path / "run", tmp_path / "cache", processes=2, devices=1, steps=2, mesh={}, start_timeout=3)
     first.kill()
     first.communicate()
     told = finish([second], code=2)[0]

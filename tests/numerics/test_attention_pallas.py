@@ -23,10 +23,11 @@ from fp8jax.numerics.attention_kernels import Tile
 from fp8jax.numerics.attention_pallas import FORWARD, KEYS, QUERIES
 from fp8jax.numerics.attention_rows import Call, Operands, Residuals
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME
+from fp8jax.numerics.placement import Partition
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
 from fp8jax.numerics.self_check import self_check
 
-PARTITION = (("data", "fsdp"), "tensor")
+PARTITION = Partition(("data", "fsdp"), None, "tensor", "tensor")
 
 
 def inputs(seed, batch, length, kv_heads, groups, width, magnitudes=(3, 0.1, 20, 1e-3)):

@@ -89,8 +89,7 @@ def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.A
         y, _ = block(x, rope, None, Gemms(recipes.blocks[0], given, recipes.attention_backend))
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
-    options = COMPILER_OPTIONS if common.on_gpu() else None
-    return functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=options), params, tokens, x)
+    return functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=COMPILER_OPTIONS), params, tokens, x)
 
 
 class Lazy:

@@ -8,14 +8,15 @@ runs of the development half than the early warning does there at `warn`. All ar
 
 A flag is early if it comes before the step at which the loss departs; its lead is the difference. Flags within EPISODE steps of the
 first are one alarm. An alarm is false in a healthy run, and before the disturbance of a disturbed one. Runs whose loss leaves the
-band and comes back are neither healthy nor diverged: they are listed, and not counted.
+band and comes back are neither healthy nor diverged: they are listed, and not counted; nor are BF16 twins, which tell whether FP8
+is the cause: it is where the twin has not diverged.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from early_warning_runs import RUNS, Run, departure
+from early_warning_runs import RUNS, TWIN, Run, departure, twin_of
 
 from fp8jax.config import WARNING_LEVELS
 from fp8jax.monitor.early_warning import EarlyWarning
@@ -90,7 +91,8 @@ def judge(logs: Mapping[str, Log]) -> dict[str, Any]:
         series = {name: [(step, value) for step, value in scores(log) if step > SILENT] for name, log in logs.items()}
         thresholds[rival] = limit = _threshold([series[name] for name in tuned], allowed)
         flags[rival] = {name: [step for step, value in found if value > limit] for name, found in series.items()}
-    rows = [_row(name, RUNS[name], outcomes[name], logs[name][-1]["step"], flags) for name in logs]
+    rows = [_row(name, RUNS[name], outcomes[name], logs[name][-1]["step"], flags)
+            | {"twin": outcomes.get(twin_of(name), (None,))[0], "device": logs[name][0].get("device", "cpu")} for name in logs]
     summary = [_summary(rows, detector, split) for split in dict.fromkeys(row["split"] for row in rows) for detector in flags]
     return {"runs": rows, "thresholds": thresholds, "summary": summary,
             "alarms": {name: [alarm._asdict() for alarm in found] for name, found in alarms.items()}}
@@ -126,13 +128,15 @@ def _row(name: str, run: Run, found: tuple[str, int | None], steps: int, flags: 
 
 
 def _summary(rows: list[dict[str, Any]], detector: str, split: str) -> dict[str, Any]:
-    """Injected drifts are left out."""
-    mine = [row for row in rows if row["split"] == split and row["kind"] != INJECTED]
+    """Injected drifts and BF16 twins are left out."""
+    mine = [row for row in rows if row["split"] == split and row["kind"] not in (INJECTED, TWIN)]
     healthy, diverged = ([row for row in mine if row["outcome"] == kind] for kind in ("healthy", "diverged"))
     leads = [row["detectors"][detector]["lead"] for row in diverged]
     early = [lead for lead in leads if lead is not None and lead > 0]
+    by_fp8 = [lead in early for lead, row in zip(leads, diverged, strict=True) if row["twin"] not in (None, "diverged")]
     false, steps = sum(row["detectors"][detector]["false"] for row in mine), sum(row["steps"] for row in healthy)
     return {"split": split, "detector": detector, "diverged": len(diverged), "flagged_before": len(early),
+            "diverged_by_fp8": len(by_fp8), "of_these_flagged_before": sum(by_fp8),
             "flagged_at_all": sum(lead is not None for lead in leads), "median_lead": float(np.median(early)) if early else None,
             "healthy_runs": len(healthy), "healthy_steps": steps, "false_alarms": false,
             "false_alarms_per_1000_steps": round(1000 * false / max(steps, 1), 2)}
@@ -141,10 +145,11 @@ def _summary(rows: list[dict[str, Any]], detector: str, split: str) -> dict[str,
 def show(found: Mapping[str, Any]) -> None:
     """Prints the tables of docs/early_warning.md."""
     detectors = list(found["runs"][0]["detectors"])
-    print("| run | kind | outcome | departs | " + " | ".join(detectors) + " |\n|" + "---|" * (4 + len(detectors)))
+    print("| run | kind | outcome | departs | BF16 twin | device | " + " | ".join(detectors) + " |\n|" + "---|" * (6 + len(detectors)))
     for row in found["runs"]:
         cells = [_cell(row, row["detectors"][name]) for name in detectors]
-        print(f"| {row['run']} ({row['split']}) | {row['kind']} | {row['outcome']} | {row['departs'] or ''} | " + " | ".join(cells) + " |")
+        facts = f"{row['run']} ({row['split']})", row["kind"], row["outcome"], row["departs"] or "", row["twin"] or "", row["device"]
+        print(f"| {' | '.join(map(str, facts))} | " + " | ".join(cells) + " |")
     columns = list(found["summary"][0])
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in found["summary"]:

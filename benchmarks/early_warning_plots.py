@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from early_warning_runs import TWIN, twin_of
 
 from fp8jax.monitor.loads import LOGITS, loads
 
@@ -19,8 +20,8 @@ COLUMNS = 4
 
 
 def catalogue(logs: Mapping[str, Log], found: Mapping[str, Any], path: pathlib.Path) -> None:
-    """The loss of every run, its warnings, and where it departs."""
-    rows = found["runs"]
+    """The loss of every run, its warnings, and where it departs; that of its BF16 twin in the same panel."""
+    rows = [row for row in found["runs"] if row["kind"] != TWIN]
     figure, panels = plt.subplots(math.ceil(len(rows) / COLUMNS), COLUMNS, figsize=(13, 2.1 * math.ceil(len(rows) / COLUMNS)),
                                   layout="constrained", squeeze=False)
     for axes in panels.flat[len(rows):]:
@@ -29,6 +30,9 @@ def catalogue(logs: Mapping[str, Log], found: Mapping[str, Any], path: pathlib.P
         log = logs[row["run"]]
         steps, loss = [entry["step"] for entry in log], np.array([float(entry["loss"]) for entry in log])
         low = float(np.nanmin(loss))
+        if twin := logs.get(twin_of(row["run"])):
+            axes.plot([entry["step"] for entry in twin], np.clip([float(entry["loss"]) for entry in twin], low, 5.6), color="#0072b2",
+                      linewidth=0.6)
         axes.plot(steps, np.clip(loss, None, 5.6), color="#444444", linewidth=0.8)
         for alarm in found["alarms"][row["run"]]:
             colour, marker = LEVELS[alarm["level"]]
@@ -44,6 +48,8 @@ def catalogue(logs: Mapping[str, Log], found: Mapping[str, Any], path: pathlib.P
         panels.flat[0].plot([], [], color=colour, marker=marker, linestyle="", label=level)
     panels.flat[0].plot([], [], color="black", linestyle="--", label="loss departs")
     panels.flat[0].plot([], [], color="#999999", linestyle=":", label="disturbed")
+    if any(row["kind"] == TWIN for row in found["runs"]):
+        panels.flat[0].plot([], [], color="#0072b2", label="BF16 twin")
     panels.flat[0].legend(frameon=False, fontsize=6)
     figure.supxlabel("step")
     figure.supylabel("training loss, nats a byte (cut at 5.6)")

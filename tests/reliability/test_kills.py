@@ -1,46 +1,103 @@
-"""Killed without warning at random moments and started again until done: as if nothing had happened."""
+"""Killed without warning at random moments and started again until done: as if nothing had happened. Every other run is of two processes."""
 
 import collections
 import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
 
 import pytest
 
+from fp8jax.parallel.launchers import Launch
 from fp8jax.training.checkpoint import Checkpoints
 from tests.training.test_run import logged, micro, saved
 
 STEPS, KILLS, PHASES = 60, 10, ("start-up", "step", "save")
+MEETING, LIMIT = 30, 60  # seconds in which processes must meet, and in which one must end that has lost the other
+PATIENCE = 600  # seconds for a run without kills; a crowded machine compiles slowly
 # Forked from one process that has imported everything, as a shell and Python would do it, only sooner.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["fp8jax.training.loop", "tests.training.test_run"])
+FORKS.set_forkserver_preload(["fp8jax.cli.errors", "fp8jax.training.loop", "tests.training.test_run"])
+
+
+def processes_of(seed):
+    return 1 + seed % 2
 
 
 def config_of(seed):
     return micro(training={"steps": STEPS, "seed": seed}, checkpoint={"every": 5, "keep": 2, "keep_every": 20, "keep_best": 1},
-                 evaluation={"every": 20, "batches": 1}, monitor={"every": 0})
+                 evaluation={"every": 20, "batches": 1}, monitor={"every": 0}, mesh={"data": processes_of(seed), "fsdp": 1})
 
 
-def run(workdir, cache, seed):
-    """The process that is killed."""
+def run(workdir, cache, seed, launch, log):
+    """A process that is killed; as train.py, all it says goes to a file."""
     os.environ["XLA_FLAGS"] = ""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     import jax
 
+    from fp8jax.cli.errors import complain
+    from fp8jax.config import ConfigError
+    from fp8jax.parallel import distributed
     from fp8jax.training import loop
 
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    sys.exit(loop.train(config_of(seed), workdir))
+    try:
+        with distributed.start(launch, start_timeout=MEETING, heartbeat_timeout=100):
+            code = loop.train(config_of(seed), workdir)
+    except ConfigError as error:
+        sys.exit(complain(str(error)))
+    jax.distributed.shutdown()  # a forked process leaves without what Python does at its end
+    sys.exit(code)
 
 
-def start(*arguments):
-    process = FORKS.Process(target=run, args=arguments)
-    process.start()
-    return process
+def free_port():
+    """One below those that the system gives to whoever asks for any, and the next one, which is used, too."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as one, socket.socket() as next_one:
+            try:
+                one.bind(("", port))
+                next_one.bind(("", port + 1))
+                return port
+            except OSError:
+                continue
+
+
+def start(workdir, cache, seed):
+    """The processes of a run."""
+    count, port = processes_of(seed), free_port()
+    launches = [Launch("test", f"127.0.0.1:{port}", count, process) if count > 1 else None for process in range(count)]
+    processes = [FORKS.Process(target=run, args=(workdir, cache, seed, launch, log_of(workdir, i))) for i, launch in enumerate(launches)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def log_of(workdir, process):
+    return workdir.with_name(f"{workdir.name}-{process}.log")
+
+
+def finish(processes, workdir, seconds=PATIENCE):
+    """Exit codes; a process that does not end is a failure."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0.0))
+    hang = [i for i, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not hang, f"processes {hang} have not ended within {seconds} s\n{told(workdir, len(processes))}"
+    return [process.exitcode for process in processes]
+
+
+def told(workdir, count):
+    return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')}" for log in (log_of(workdir, i) for i in range(count)) if log.exists())
 
 
 def seen(phase, workdir):
@@ -52,7 +109,7 @@ def seen(phase, workdir):
 
 
 def kill(process, phase, workdir, rng):
-    """Kills the run at a random moment of a phase; False if it ended before."""
+    """Kills a process at a random moment of a phase of its run; False if it ended before."""
     before = seen(phase, workdir)
     while process.is_alive() and phase != "start-up" and not seen(phase, workdir) - before:
         time.sleep(0.002)
@@ -62,33 +119,43 @@ def kill(process, phase, workdir, rng):
     return process.exitcode == -signal.SIGKILL
 
 
+def check_survivor(processes, victim, workdir):
+    """The other process of a run has ended by itself, with one line that names the lost one; or, if both had done all, in good order."""
+    codes = finish(processes, workdir, LIMIT)
+    if len(codes) == 1:
+        return
+    code, said = codes[1 - victim], log_of(workdir, 1 - victim).read_text(errors="replace")
+    lost = f"error: process {victim} (pid {processes[victim].pid} on {socket.gethostname()}) is lost"
+    early = ("1 of 2 processes have not come within", "process 1 has not reached process 0", "process 1 was let go")[victim == 0 :]
+    done = Checkpoints(workdir).latest_step() == STEPS
+    assert (code == 1 and lost in said) or (code == 2 and any(line in said for line in early)) or (code == 0 and done), \
+        f"process {victim} was killed, the other ended with {code}\n{told(workdir, 2)}"
+
+
 def run_to_the_end(workdir, cache, seed):
     """Starts the run again and again; each start but the last is killed. Returns the kills by phase."""
     rng, killed = random.Random(seed), collections.Counter()
     while killed.total() < KILLS:
-        phase, process = rng.choice(PHASES), start(workdir, cache, seed)
-        if kill(process, phase, workdir, rng):
-            killed[phase] += 1
-        else:
-            assert process.exitcode == 0
+        phase, processes = rng.choice(PHASES), start(workdir, cache, seed)
+        victim = rng.randrange(len(processes))
+        if not kill(processes[victim], phase, workdir, rng):
+            assert not any(finish(processes, workdir)), told(workdir, len(processes))
             break
-    process = start(workdir, cache, seed)
-    process.join()
-    assert process.exitcode == 0
+        killed[phase] += 1
+        check_survivor(processes, victim, workdir)
+    assert not any(finish(start(workdir, cache, seed), workdir)), told(workdir, processes_of(seed))
     return killed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("FP8JAX_KILL_RUNS", "10"))))
 def test_killed_at_random_moments(tmp_path, tmp_path_factory, seed):
-    cache = tmp_path_factory.getbasetemp() / "kills_cache"
-    process = start(tmp_path / "whole", cache, seed)
-    process.join()
-    assert process.exitcode == 0
+    cache = tmp_path_factory.getbasetemp() / f"kills_cache_{processes_of(seed)}"
+    assert not any(finish(start(tmp_path / "whole", cache, seed), tmp_path / "whole")), told(tmp_path / "whole", processes_of(seed))
     killed = run_to_the_end(tmp_path / "killed", cache, seed)
     if tally := os.environ.get("FP8JAX_KILL_TALLY"):
         with open(tally, "a", encoding="utf-8") as file:
-            file.write(f"seed {seed}: {killed.total()} kills, {dict(killed)}\n")
+            file.write(f"seed {seed}, processes {processes_of(seed)}: {killed.total()} kills, {dict(killed)}\n")
     (whole, _), (parts, _) = saved(config_of(seed), tmp_path / "whole"), saved(config_of(seed), tmp_path / "killed")
     assert any("history" in name for name in whole)
     for name, array in whole.items():

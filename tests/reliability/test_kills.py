@@ -6,16 +6,19 @@ import os
 import random
 import signal
 import socket
+import statistics
 import sys
 import time
+import types
 
 import pytest
 
+from fp8jax.monitor.writers import read_metrics
 from fp8jax.parallel.launchers import Launch
 from fp8jax.training.checkpoint import Checkpoints
 from tests.training.test_run import logged, micro, saved
 
-STEPS, KILLS, PHASES = 60, 10, ("start-up", "step", "save")
+STEPS, KILLS, PHASES = 80, 10, ("start-up", "step", "save")
 MEETING, LIMIT = 30, 60  # seconds in which processes must meet, and in which one must end that has lost the other
 PATIENCE = 600  # seconds for a run without kills; a crowded machine compiles slowly
 # Forked from one process that has imported everything, as a shell and Python would do it, only sooner.
@@ -39,6 +42,7 @@ def run(workdir, cache, seed, launch, log):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     import jax
+    from jax._src import compiler
 
     from fp8jax.cli.errors import complain
     from fp8jax.config import ConfigError
@@ -47,6 +51,8 @@ def run(workdir, cache, seed, launch, log):
 
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # JAX lets process 0 alone write to the cache; on CPUs, unlike GPUs, another process finds nothing of that and would compile at each start.
+    compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
     try:
         with distributed.start(launch, start_timeout=MEETING, heartbeat_timeout=100):
             code = loop.train(config_of(seed), workdir)
@@ -101,22 +107,37 @@ def told(workdir, count):
 
 
 def seen(phase, workdir):
-    """What changes when a run comes to a phase: the size of its log, or the checkpoints under way, which a killed run leaves behind."""
+    """What changes when a run comes to a phase: how many starts have done a step, or the checkpoints under way, which a killed run leaves."""
     if phase == "save":
         return {path.stat().st_ino for path in (workdir / "checkpoints").glob("saving-*") if path.exists()}
-    log = workdir / "metrics.jsonl"
-    return {log.stat().st_size} if phase == "step" and log.exists() else set()
+    return {len(first_steps(workdir))} if phase == "step" else set()
 
 
-def kill(process, phase, workdir, rng):
-    """Kills a process at a random moment of a phase of its run; False if it ended before."""
-    before = seen(phase, workdir)
-    while process.is_alive() and phase != "start-up" and not seen(phase, workdir) - before:
+def first_steps(workdir):
+    """Seconds from the start to the first step, of each start that came so far."""
+    events = workdir / "events.jsonl"
+    return [event["seconds"] for event in read_metrics(events) if event["kind"] == "first_step"] if events.exists() else []
+
+
+def pace(workdir):
+    """Seconds a step, saves included, in the second half of a run."""
+    return statistics.mean(entry["step_seconds"] for entry in read_metrics(workdir / "metrics.jsonl")[STEPS // 2 :])
+
+
+def kill(process, phase, workdir, rng, seconds):
+    """Kills a process at a random moment of a phase of its run; returns the phase it was in, None if it ended before.
+
+    seconds: what a step takes, from which follows how long to wait.
+    """
+    before = {phase: seen(phase, workdir) for phase in PHASES}
+    while process.is_alive() and phase != "start-up" and not seen(phase, workdir) - before[phase]:
         time.sleep(0.002)
-    process.join({"start-up": rng.uniform(0.0, 4.0), "step": rng.uniform(0.0, 0.5), "save": rng.uniform(0.0, 0.2)}[phase])
+    longest = {"start-up": (first_steps(workdir) or [4.0])[-1], "step": 12 * seconds, "save": 10 * seconds}[phase]
+    process.join(rng.uniform(0.0, longest))
     process.kill()
     process.join()
-    return process.exitcode == -signal.SIGKILL
+    there = [phase for phase in ("save", "step") if seen(phase, workdir) - before[phase]] + ["start-up"]
+    return there[0] if process.exitcode == -signal.SIGKILL else None
 
 
 def check_survivor(processes, victim, workdir):
@@ -132,13 +153,14 @@ def check_survivor(processes, victim, workdir):
         f"process {victim} was killed, the other ended with {code}\n{told(workdir, 2)}"
 
 
-def run_to_the_end(workdir, cache, seed):
+def run_to_the_end(workdir, cache, seed, seconds):
     """Starts the run again and again; each start but the last is killed. Returns the kills by phase."""
     rng, killed = random.Random(seed), collections.Counter()
     while killed.total() < KILLS:
         phase, processes = rng.choice(PHASES), start(workdir, cache, seed)
         victim = rng.randrange(len(processes))
-        if not kill(processes[victim], phase, workdir, rng):
+        phase = kill(processes[victim], phase, workdir, rng, seconds)
+        if phase is None:
             assert not any(finish(processes, workdir)), told(workdir, len(processes))
             break
         killed[phase] += 1
@@ -152,10 +174,11 @@ def run_to_the_end(workdir, cache, seed):
 def test_killed_at_random_moments(tmp_path, tmp_path_factory, seed):
     cache = tmp_path_factory.getbasetemp() / f"kills_cache_{processes_of(seed)}"
     assert not any(finish(start(tmp_path / "whole", cache, seed), tmp_path / "whole")), told(tmp_path / "whole", processes_of(seed))
-    killed = run_to_the_end(tmp_path / "killed", cache, seed)
+    killed = run_to_the_end(tmp_path / "killed", cache, seed, pace(tmp_path / "whole"))
+    resumed = [event["step"] for event in read_metrics(tmp_path / "killed" / "events.jsonl") if event["kind"] == "started"]
     if tally := os.environ.get("FP8JAX_KILL_TALLY"):
         with open(tally, "a", encoding="utf-8") as file:
-            file.write(f"seed {seed}, processes {processes_of(seed)}: {killed.total()} kills, {dict(killed)}\n")
+            file.write(f"seed {seed}, {processes_of(seed)} processes: {killed.total()} kills, {dict(killed)}; went on from {resumed}\n")
     (whole, _), (parts, _) = saved(config_of(seed), tmp_path / "whole"), saved(config_of(seed), tmp_path / "killed")
     assert any("history" in name for name in whole)
     for name, array in whole.items():

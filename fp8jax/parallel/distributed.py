@@ -8,14 +8,16 @@
 
 Each process keeps a connection to process 0, at the port after the coordinator's. When a process is killed or its machine
 fails, the connection ends, process 0 tells the others, and all end with a message that names it; a launcher then restarts the job.
-JAX's own heartbeats come to the same end later, with less to say. Where JAX finds the coordinator by itself (TPU pods) there
-are only those.
+JAX's own heartbeats come to the same end later, and at once where process 0 is gone, with less to say. Where JAX finds the
+coordinator by itself (TPU pods) there are only those.
 """
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -56,6 +58,7 @@ def start(launch: Launch | None, *, start_timeout: int, heartbeat_timeout: int) 
         yield
         return
     with _Peers(launch, start_timeout):
+        _delay_abort()
         jax.distributed.initialize(launch.address, launch.count, launch.process, launch.devices, cluster_detection_method="deactivate",
                                    initialization_timeout=start_timeout, heartbeat_timeout_seconds=heartbeat_timeout)
         yield
@@ -197,6 +200,17 @@ class _Peers:
                 _send(connection, {"lost": reason})
         print(f"error: {reason}; the other processes end. Start all again to continue from the newest checkpoint.", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _delay_abort() -> None:
+    """Leaves `_listen` time to say which process is lost before JAX aborts this one.
+
+    A thread of JAX's calls abort() as soon as it misses process 0, mostly before Python has its turn. The C library's own `sleep`
+    becomes the handler of SIGABRT and takes the signal's number, 6, for seconds; then the process ends as without it.
+    """
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
 
 
 def _own_name() -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import signal
 import socket
 import subprocess
@@ -29,11 +30,22 @@ MICRO = ["--config=configs/fp8_base.py:tiny", "--config.model.layers=2", "--conf
 PATIENCE = 900  # seconds; a crowded machine compiles slowly
 
 
+def free_port():
+    """One below those that the system gives to whoever asks for any, and the next one, which is used, too."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as one, socket.socket() as next_one:
+            try:
+                one.bind(("", port))
+                next_one.bind(("", port + 1))
+                return port
+            except OSError:
+                continue
+
+
 def start(workdir, cache, *, processes, devices, steps, mesh, **flags):
     """The processes of a run, each with so many CPU devices."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1] // 2 * 2 - 2  # the next one is used, too
+    port = free_port()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                                 "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
     options = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()] + [f"--{name}={value}" for name, value in flags.items()]
@@ -98,6 +110,32 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, victim):
     finish(start(tmp_path / "run", cache, processes=2, devices=1, steps=newest + 4, mesh=mesh))
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["kind"] == "started"][-1] >= newest
+
+
+BUSY = """
+import os, signal, sys, time
+from fp8jax.parallel import distributed
+from fp8jax.parallel.launchers import Launch
+process = int(sys.argv[1])
+with distributed.start(Launch("test", sys.argv[2], 2, process), start_timeout=60, heartbeat_timeout=100):
+    sys.setswitchinterval(0.5)  # the thread that listens has to wait for its turn, as in a long trace
+    end = time.monotonic() + (1 if process == 0 else 60)
+    while time.monotonic() < end:
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_process_0_is_named_though_jax_aborts(tmp_path):
+    """A thread of JAX's misses process 0 before Python has its turn."""
+    address, environment = f"127.0.0.1:{free_port()}", os.environ | {"JAX_PLATFORMS": "cpu"}
+    processes = [subprocess.Popen([sys.executable, "-c", BUSY, str(i), address], cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
+                 for i in range(2)]
+    told = str(processes[1].communicate(timeout=PATIENCE)[1])
+    processes[0].communicate()
+    assert processes[1].returncode == 1 and f"error: process 0 (pid {processes[0].pid} on {socket.gethostname()}) is lost" in told
+    assert "JAX distributed service detected fatal errors" in told, "JAX was late, nothing was tested"
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import pytest
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.parallel.launchers import Launch
 from fp8jax.training.checkpoint import Checkpoints
+from tests.parallel.test_processes import free_port
 from tests.training.test_run import logged, micro, saved
 
 STEPS, KILLS, PHASES = 80, 10, ("start-up", "step", "save")
@@ -60,19 +61,6 @@ def run(workdir, cache, seed, launch, log):
         sys.exit(complain(str(error)))
     jax.distributed.shutdown()  # a forked process leaves without what Python does at its end
     sys.exit(code)
-
-
-def free_port():
-    """One below those that the system gives to whoever asks for any, and the next one, which is used, too."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with socket.socket() as one, socket.socket() as next_one:
-            try:
-                one.bind(("", port))
-                next_one.bind(("", port + 1))
-                return port
-            except OSError:
-                continue
 
 
 def start(workdir, cache, seed):

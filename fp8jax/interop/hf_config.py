@@ -199,8 +199,8 @@ def _rope(values: Mapping[str, Any], form: Format) -> dict[str, Any]:
         raise HuggingFaceError(f"config.json: {key}: type {kind!r} is not supported, only 'default' and 'llama3'")
     wanted = _LLAMA3_ROPE if kind == "llama3" else {}
     wrong = next((name for name in (*scaling, *wanted) if name not in wanted or name not in scaling), None)
-    if wrong:
-        raise HuggingFaceError(f"config.json: {key}: {wrong} is {'missing' if wrong in wanted else 'not understood'} for type {kind!r}")
+    if wrong is not None:
+        raise HuggingFaceError(f"config.json: {key}: {wrong!r} is {'missing' if wrong in wanted else 'not understood'} for type {kind!r}")
     return fields | {field: _number(scaling, name, int if field == "rope_original_context" else float) for name, field in wanted.items()}
 
 

@@ -32,6 +32,9 @@ _MAX_HEADER = 100_000_000  # the reference implementation's limit
 class HuggingFaceError(ValueError):
     """A directory that cannot be converted. The message is one line: file, key or tensor, and what is wrong."""
 
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))  # names in files may hold anything
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:

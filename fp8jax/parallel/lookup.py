@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.parallel.sharding import partition_spec
+from fp8jax.parallel.sharding import partition_spec, shards
 
 _TABLE, _IDS, _ROWS = partition_spec(("vocab", "embed")), partition_spec(("batch", "sequence")), partition_spec(("batch", "residual", None))
 
@@ -29,7 +29,7 @@ def lookup(table_vd: jax.Array, ids_bt: jax.Array, scale: float, dtype: Any) -> 
 def _forward(table, ids, scale, dtype):
     mesh = jax.sharding.get_abstract_mesh()
     rows = functools.partial(_rows, scale=scale, dtype=dtype)
-    if mesh.empty or mesh.size == 1:
+    if not _is_split(mesh, ids):
         return rows(table, ids, {}), (ids, table)
     run = jax.shard_map(functools.partial(rows, sizes=dict(mesh.shape)), mesh=mesh, in_specs=(_TABLE, _IDS), out_specs=_ROWS, check_vma=False)
     return run(table, ids), (ids, table)
@@ -39,7 +39,7 @@ def _backward(scale, _, saved, g):
     ids, table = saved
     mesh = jax.sharding.get_abstract_mesh()
     scatter = functools.partial(_scatter, scale=scale, dtype=table.dtype)
-    if mesh.empty or mesh.size == 1:
+    if not _is_split(mesh, ids):
         return scatter(ids, g, vocab=table.shape[0], sizes={}), None
     vocab = table.shape[0] // mesh.shape["tensor"]
     run = jax.shard_map(functools.partial(scatter, vocab=vocab, sizes=dict(mesh.shape)), mesh=mesh, in_specs=(_IDS, _ROWS),
@@ -48,6 +48,13 @@ def _backward(scale, _, saved, g):
 
 
 lookup.defvjp(_forward, _backward)
+
+
+def _is_split(mesh: Any, ids: jax.Array) -> bool:
+    """Whether there are tokens for every device; while text is generated there is one of each sequence, and no gradient."""
+    if mesh.empty or mesh.size == 1:
+        return False
+    return ids.shape[0] % shards("batch") == 0 and ids.shape[1] % shards("residual") == 0
 
 
 def _rows(table: jax.Array, ids: jax.Array, sizes: dict[str, int], *, scale: float, dtype: Any) -> jax.Array:

@@ -77,7 +77,8 @@ def test_batches_follow_the_schedule_and_epochs(directories):
 def test_processes_and_resuming_do_not_change_a_mixture(directories, processes):
     config = make_config(f"{directories[0]}=0.7,{directories[1]}=0.3")
     whole = pipeline.train_iterator(config, 10**7)
-    parts = [pipeline.train_iterator(config, 10**7, index, processes) for index in range(processes)]
+    count = config.training.batch_size // processes
+    parts = [pipeline.train_iterator(config, 10**7, range(index * count, (index + 1) * count)) for index in range(processes)]
     for _ in range(3):
         expected, local = next(whole), [next(part) for part in parts]
         for key, array in expected.items():

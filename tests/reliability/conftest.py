@@ -11,8 +11,8 @@ def at_batch(monkeypatch):
     original = pipeline.train_iterator
 
     def arm(calls):
-        def iterate(config, start_step=0, *others):
-            iterator = original(config, start_step, *others)
+        def iterate(config, start_step=0, rows=None):
+            iterator = original(config, start_step, rows)
             while True:
                 if start_step in calls:
                     calls[start_step]()

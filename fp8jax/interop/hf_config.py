@@ -80,6 +80,8 @@ def from_config(values: Mapping[str, Any]) -> tuple[ModelConfig, str]:
     given = {"tie_word_embeddings": False} | form.defaults | {key: value for key, value in values.items() if value is not None}
     size = {key: _number(given, key, int) for key in (*_REQUIRED, *_OPTIONAL) if key in _REQUIRED or key in given}
     head_dim = size.get("head_dim") or size["hidden_size"] // size["num_attention_heads"]
+    if not head_dim:
+        raise HuggingFaceError(f"config.json: hidden_size: {size['hidden_size']} is less than num_attention_heads, {size['num_attention_heads']}")
     switches = form.switches or _fog_switches(given)
     hidden, gated = size["intermediate_size"], switches["activation"] in architectures.GATED
     fields = dict(
@@ -200,7 +202,8 @@ def _rope(values: Mapping[str, Any], form: Format) -> dict[str, Any]:
     wanted = _LLAMA3_ROPE if kind == "llama3" else {}
     wrong = next((name for name in (*scaling, *wanted) if name not in wanted or name not in scaling), None)
     if wrong is not None:
-        raise HuggingFaceError(f"config.json: {key}: {wrong!r} is {'missing' if wrong in wanted else 'not understood'} for type {kind!r}")
+        fault = "missing" if wrong in wanted else "not understood"
+        raise HuggingFaceError(f"config.json: {key}: {wrong or 'an empty name'} is {fault} for type {kind!r}")
     return fields | {field: _number(scaling, name, int if field == "rope_original_context" else float) for name, field in wanted.items()}
 
 

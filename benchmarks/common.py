@@ -44,15 +44,21 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def surviving(calls: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], dict[str, str]]:
-    """`interleaved` of the candidates whose first call succeeds, and what the others died of: a failure is a result."""
+def surviving(calls: Mapping[str, Callable[[], Any]], rounds: int, *, tell: bool = False) -> tuple[dict[str, float], dict[str, str]]:
+    """`interleaved` of the candidates whose first call succeeds, and what the others died of: a failure is a result.
+
+    With `tell`, says of each when its first call is over.
+    """
     working, failed = {}, {}
     for name, call in calls.items():
+        start = time.perf_counter()
         try:
             jax.block_until_ready(call())
             working[name] = call
         except Exception as error:  # noqa: BLE001  compilers and devices raise what they like
             failed[name] = one_line(error)
+        if tell:
+            print(f"{name}: {failed.get(name, 'ready')} after {time.perf_counter() - start:.0f} s", flush=True)
     return interleaved(working, rounds), failed
 
 

@@ -28,6 +28,10 @@ from fp8jax.parallel.mesh import runs_kernels
 from fp8jax.training.step import COMPILER_OPTIONS
 
 
+# For the peers, too: tuning XLA's own Triton GEMMs at 8b shapes takes minutes for each of them.
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+
+
 class PeerBlock(nn.Module):
     """The block on Flax's own layers, with a peer's dot_general."""
 
@@ -52,9 +56,9 @@ class PeerBlock(nn.Module):
 
 def peer(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
     """Jitted forward and backward pass of a flax model; a call runs it."""
-    variables = model.init(jax.random.key(0), x, rope)
-    run = jax.jit(jax.value_and_grad(lambda v, x: jnp.sum(model.apply(v, x, rope).astype(jnp.float32) ** 2), (0, 1), allow_int=True))
-    return functools.partial(run, variables, x)
+    variables = jax.jit(model.init)(jax.random.key(0), x, rope)
+    run = jax.value_and_grad(lambda v, x: jnp.sum(model.apply(v, x, rope).astype(jnp.float32) ** 2), (0, 1), allow_int=True)
+    return functools.partial(jax.jit(run, compiler_options=CUBLAS), variables, x)
 
 
 def with_qwix(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
@@ -123,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
              "qwix": lambda: with_qwix(PeerBlock(model), x, rope), "torch bf16": lambda: with_torch(config, x.shape, fp8=False),
              "torchao": lambda: with_torch(config, x.shape, fp8=True)}
     made = {name: Lazy(make) for name, make in kinds.items()}
-    found, failed = common.surviving(made, args.rounds)
+    found, failed = common.surviving(made, args.rounds, tell=True)
     rows = [{"peer": name, "ms": seconds * 1e3, "speed": found["bf16"] / seconds} for name, seconds in found.items()]
     rows += [{"peer": name, "error": error} for name, error in failed.items()]
     return common.save(f"peers-{args.size}", rows, args.results, tokens=x.shape[0] * length, scope="block, forward and backward")

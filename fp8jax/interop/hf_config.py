@@ -81,7 +81,7 @@ def from_config(values: Mapping[str, Any]) -> tuple[ModelConfig, str]:
     size = {key: _number(given, key, int) for key in (*_REQUIRED, *_OPTIONAL) if key in _REQUIRED or key in given}
     head_dim = size.get("head_dim") or size["hidden_size"] // size["num_attention_heads"]
     if not head_dim:
-        raise HuggingFaceError(f"config.json: hidden_size: {size['hidden_size']} is less than num_attention_heads, {size['num_attention_heads']}")
+        raise HuggingFaceError(f"config.json: hidden_size: {size['hidden_size']} is less than num_attention_heads")
     switches = form.switches or _fog_switches(given)
     hidden, gated = size["intermediate_size"], switches["activation"] in architectures.GATED
     fields = dict(

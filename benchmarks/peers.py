@@ -27,7 +27,6 @@ from fp8jax.models.transformer import Block
 from fp8jax.parallel.mesh import runs_kernels
 from fp8jax.training.step import COMPILER_OPTIONS
 
-
 # For the peers, too: tuning XLA's own Triton GEMMs at 8b shapes takes minutes for each of them.
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 

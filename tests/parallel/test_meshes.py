@@ -168,7 +168,7 @@ def distances(a, b):
 def one_device():
     """A run on one device, and the largest distances between runs that start one ulp from it."""
     config = config_of(ONE)
-    runs = [train(config, moved=seed) for seed in (None, *range(7))]
+    runs = [train(config, moved=seed) for seed in (None, *range(15))]
     return runs[0], np.max([distances(a, b) for a, b in itertools.combinations(runs, 2)], axis=0)
 
 
@@ -177,13 +177,14 @@ def one_device():
 def test_training_on_a_mesh_is_as_near_as_one_ulp(one_device, mesh):
     """Five steps in FP8 with FP8 attention. A mesh changes the order of sums and rounds parts of them to BF16.
 
-    The spread of eight runs is itself a sample: measured, data 2 x fsdp 2 x tensor 2 lies 0.0012 (loss) and 0.0034 (parameters) from one
-    device, runs moved by one ulp up to 0.0010 and 0.0031 from each other; hence the factor.
+    Measured: runs moved by one ulp lie up to 0.0012 (loss) and 0.0031 (parameters) from each other, meshes 0.0011 to 0.0014 and 0.0034
+    from one device. That is outside by a little: sums of parts, in BF16 or float32, round more numbers otherwise than one ulp of the
+    initial parameters does; with gradients in float32 the loss is within (0.0009), the parameters stay. Hence the factor.
     """
     expected, spread = one_device
     found = train(config_of(mesh))
     print(f"loss and parameters differ by {distances(found, expected)}; runs moved by one ulp by {spread}")
-    assert (distances(found, expected) <= 1.5 * spread).all()
+    assert (distances(found, expected) <= 1.25 * spread).all()
     # The first layer's input depends on no sum: its amax, and what follows from it, is the same to the bit.
     for name in ("history", "scale"):
         np.testing.assert_array_equal(found[2]["qkv"][name][0, 0], expected[2]["qkv"][name][0, 0])

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     args = parser.parse_args(argv)
-    program = make_program(args.model, args.size, None, args.batch, None)
+    program = make_program(args.model, None, size=args.size, batch=args.batch, length=None, remat="none")
     with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=2) as checkpoints:
         row = measure(Run(program), Run(program), checkpoints, args.every, args.rounds)
         row |= {"restart_seconds": min(restart(args.size, pathlib.Path(folder) / "run")[1:])}

@@ -2,7 +2,8 @@
 
     windows = ConcatWindows(stream, config.data)            # documents run on from window to window
     windows = BestFitWindows(stream, config.data, open_best_fit("tokens", 4096, len(stream)))
-    len(windows), windows[17]                               # a dictionary of arrays [T]
+    rows = Rows(8, config.data); windows.fill(17, rows, 0)  # window 17 becomes the first of eight rows
+    rows.batch(); len(windows), windows[17]                 # dictionaries of arrays [8, T] and [T]
 
 A window has T = sequence_length targets; its inputs are the tokens one place before them, and a document is always
 predicted from an end-of-document id onwards. Either way every token of the stream, every document's end included, is a
@@ -37,27 +38,75 @@ PIECE = np.dtype([("start", "<u8"), ("length", "<u4")])
 _TOGETHER = 1 << 21
 
 
-class ConcatWindows:
+class Rows:
+    """A batch under way: what differs from window to window is put in row by row, the rest is made for all rows at once.
+
+    Args:
+        count: rows.
+        data: reads `sequence_length` and `document_masks`.
+
+    Attributes:
+        inputs, targets: int32 [count, T].
+        real: int64 [count]: targets that count, the first ones of a row.
+        opens: bool [count, T]: where documents begin; of interest with document masks only.
+    """
+
+    def __init__(self, count: int, data: DataConfig):
+        shape, self._masked = (count, data.sequence_length), data.document_masks
+        self.inputs, self.targets = np.empty(shape, np.int32), np.empty(shape, np.int32)
+        self.real, self.opens = np.zeros(count, np.int64), np.zeros(shape, bool)
+
+    def pad(self, row: int, end: int) -> None:
+        """Makes a row padding alone."""
+        self.inputs[row] = self.targets[row] = end
+        self.real[row], self.opens[row] = 0, False
+
+    def batch(self) -> Batch:
+        """The batch, arrays [count, T]."""
+        places = np.arange(self.inputs.shape[1], dtype=np.int32)
+        mask = (places < self.real[:, None]).astype(np.float32)
+        if not self._masked:
+            segment_ids, positions = np.zeros_like(self.inputs), np.broadcast_to(places, self.inputs.shape).copy()
+        else:
+            segment_ids = np.cumsum(self.opens, axis=1, dtype=np.int32)
+            segment_ids -= segment_ids[:, :1]
+            positions = places - np.maximum.accumulate(np.where(self.opens, places, 0), axis=1)
+        return {"inputs": self.inputs, "targets": self.targets, "mask": mask, "segment_ids": segment_ids, "positions": positions}
+
+
+class _Windows:
+    """What can fill rows, as single windows."""
+
+    data: DataConfig
+
+    def __getitem__(self, index: int) -> Batch:
+        """Window `index`, arrays [T]."""
+        rows = Rows(1, self.data)
+        self.fill(index, rows, 0)
+        return {name: array[0] for name, array in rows.batch().items()}
+class ConcatWindows(_Windows):
     """The windows of a stream that is cut every T tokens; the last one is padded."""
 
     def __init__(self, stream: TokenStream, data: DataConfig):
         self.stream, self.data = stream, data
-        self._positions = np.arange(data.sequence_length, dtype=np.int32)
 
     def __len__(self) -> int:
         return -(-len(self.stream) // self.data.sequence_length)
 
-    def __getitem__(self, index: int) -> Batch:
-        """Window `index`, arrays [T]; past the end of the stream all padding."""
+    def fill(self, index: int, rows: Rows, row: int) -> None:
+        """Puts window `index` into a row; past the end of the stream all padding.
+
+        Raises:
+            DataError: as `TokenStream.read`.
+        """
         length, end = self.data.sequence_length, self.stream.tokenizer.end_of_document
-        start = index * length
-        tokens = _with_predecessor(self.stream, start, length)
-        real = max(0, min(length, len(self.stream) - start))
+        tokens = _with_predecessor(self.stream, index * length, length)
+        real, inputs = max(len(tokens) - 1, 0), rows.inputs[row]
         if real < length:
             tokens = np.concatenate([tokens, np.full(length + 1 - len(tokens), end, np.int32)])
-        inputs = tokens[:-1]
-        opens = inputs == end if self.data.document_masks else None
-        return _window(inputs, tokens[1:], real, opens, self._positions)
+        inputs[:], rows.targets[row], rows.real[row] = tokens[:-1], tokens[1:], real
+        if self.data.document_masks:
+            np.equal(inputs, end, out=rows.opens[row])
 
 
 class BestFit(NamedTuple):
@@ -74,32 +123,30 @@ class BestFit(NamedTuple):
     path: pathlib.Path
 
 
-class BestFitWindows:
+class BestFitWindows(_Windows):
     """The windows of a stream packed by best fit."""
 
     def __init__(self, stream: TokenStream, data: DataConfig, packed: BestFit):
         self.stream, self.data, self.packed = stream, data, packed
-        self._positions = np.arange(data.sequence_length, dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self.packed.ends)
 
-    def __getitem__(self, index: int) -> Batch:
-        """Window `index`, arrays [T].
+    def fill(self, index: int, rows: Rows, row: int) -> None:
+        """Puts window `index` into a row.
 
         Raises:
             DataError: pieces that the stream or a window cannot hold; the message names the file.
         """
-        length, end = self.data.sequence_length, self.stream.tokenizer.end_of_document
-        inputs, targets = np.full(length, end, np.int32), np.full(length, end, np.int32)
-        opens, filled = np.zeros(length, bool), 0
+        rows.pad(row, self.stream.tokenizer.end_of_document)
+        inputs, targets, opens, filled = rows.inputs[row], rows.targets[row], rows.opens[row], 0
         for start, count in self._pieces(index):
             tokens = _with_predecessor(self.stream, start, count)
             inputs[filled : filled + count], targets[filled : filled + count] = tokens[:-1], tokens[1:]
             opens[filled] = True
             filled += count
         opens[filled : filled + 1] = True  # padding
-        return _window(inputs, targets, filled, opens if self.data.document_masks else None, self._positions)
+        rows.real[row] = filled
 
     def _pieces(self, index: int) -> list[tuple[int, int]]:
         first, last = int(self.packed.ends[index - 1]) if index else 0, int(self.packed.ends[index])
@@ -110,29 +157,11 @@ class BestFitWindows:
         return found
 
 
-def padding(stream: TokenStream, data: DataConfig) -> Batch:
-    """A window of padding alone, arrays [T]."""
-    ends = np.full(data.sequence_length, stream.tokenizer.end_of_document, np.int32)
-    return _window(ends, ends, 0, None, np.arange(data.sequence_length, dtype=np.int32))
-
-
 def _with_predecessor(stream: TokenStream, start: int, count: int) -> np.ndarray:
     """The token before `start` and `count` tokens from there on (fewer at the stream's end), int32."""
     if start:
         return stream.read(start - 1, start + count)
     return np.concatenate([np.array([stream.tokenizer.end_of_document], np.int32), stream.read(0, count)])
-
-
-def _window(inputs: np.ndarray, targets: np.ndarray, real: int, opens: np.ndarray | None, positions: np.ndarray) -> Batch:
-    """A window of `real` targets; `opens`, bool [T], is where documents begin, None where that does not matter."""
-    mask = np.zeros(len(inputs), np.float32)
-    mask[:real] = 1.0
-    segment_ids = np.zeros(len(inputs), np.int32)
-    if opens is not None:
-        segment_ids = np.cumsum(opens, dtype=np.int32)
-        segment_ids -= segment_ids[0]
-        positions = positions - np.maximum.accumulate(np.where(opens, positions, 0))
-    return {"inputs": inputs, "targets": targets, "mask": mask, "segment_ids": segment_ids, "positions": positions}
 
 
 def write_best_fit(directory: str | os.PathLike, tokenizer: Tokenizer, length: int) -> dict[str, Any]:

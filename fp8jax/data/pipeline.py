@@ -172,20 +172,16 @@ def _windows(config: Config, source: sources.Source) -> packing.ConcatWindows | 
 
 def _read(windows: list[tuple[Any, int]], data: DataConfig) -> dict[str, Any]:
     """A batch of windows, each given by its source's windows and its number there."""
-    read, faults = [], []
-    for source, number in windows:
+    rows, faults = packing.Rows(len(windows), data), []
+    for row, (source, number) in enumerate(windows):
         try:
-            read.append(source[number])
+            source.fill(number, rows, row)
         except DataError as fault:
             if data.on_fault == "fail":
                 raise
-            read.append(packing.padding(source.stream, data))
+            rows.pad(row, source.stream.tokenizer.end_of_document)
             faults.append(str(fault))
-    return _stack(read) | ({"faults": faults} if faults else {})
-
-
-def _stack(windows: list[Batch]) -> Batch:
-    return {name: np.stack([window[name] for window in windows]) for name in windows[0]}
+    return rows.batch() | ({"faults": faults} if faults else {})
 
 
 def _rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:

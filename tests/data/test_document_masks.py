@@ -22,8 +22,8 @@ def windows(directory, kind):
     stream = sources.load(data, "train")
     made = packing.ConcatWindows(stream, data) if kind == "concat" else packing.BestFitWindows(
         stream, data, packing.open_best_fit(directory, 64, len(stream)))
-    alone = [packing.ConcatWindows(sources.TokenStream((shards.ended(BYTE.encode(text), BYTE),), ("",), BYTE), data)[0] for text in TEXTS]
-    return pipeline._stack([made[index] for index in range(len(made))]), pipeline._stack(alone)
+    alone = [packing.ConcatWindows(sources.TokenStream((shards.ended(BYTE.encode(text), BYTE),), ("",), BYTE), data) for text in TEXTS]
+    return pipeline._read([(made, index) for index in range(len(made))], data), pipeline._read([(windows, 0) for windows in alone], data)
 
 
 @pytest.mark.parametrize("kind", ["concat", "best_fit"])

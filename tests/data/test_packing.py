@@ -54,7 +54,7 @@ def test_best_fit_makes_every_token_a_target_once(tmp_path_factory, documents, l
         patch.setattr(packing, "_TOGETHER", together)
         entry = prepared(directory, documents, length)
     windows = windows_of(directory, length)
-    packed = pipeline._stack([windows[index] for index in range(len(windows))])
+    packed = pipeline._read([(windows, index) for index in range(len(windows))], windows.data)
     real = packed["mask"] == 1
     assert entry["padding"] == pytest.approx(1 - real.mean()) and entry["windows"] == len(windows)
     rows = []

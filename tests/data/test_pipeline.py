@@ -54,7 +54,7 @@ def test_packing_makes_every_token_a_target_once(documents, length, document_mas
     stream = sources.TokenStream((np.array(stream_tokens, np.uint16),), ("",), BYTE)
     data = configs.DataConfig(sequence_length=length, document_masks=document_masks)
     windows = packing.ConcatWindows(stream, data)
-    packed = pipeline._stack([windows[index] for index in range(len(windows))])
+    packed = pipeline._read([(windows, index) for index in range(len(windows))], windows.data)
     real = packed["mask"] == 1
     assert set(packed["mask"].flat) <= {0.0, 1.0}
     assert packed["targets"][real].tolist() == stream_tokens

@@ -113,18 +113,18 @@ def _proportional_kib(process: pathlib.Path) -> float:
     return next((float(line.split()[1]) for line in lines if line.startswith("Pss:")), 0.0)
 
 
-def reading(kind: str, directory: pathlib.Path, batches: int) -> dict[str, Any]:
-    """Batches of 8 x 4096 tokens at STEP, by one core; seconds until the first of them is there."""
+def reading(kind: str, directory: pathlib.Path, batches: int, length: int = LENGTH) -> dict[str, Any]:
+    """Batches of 32,768 tokens at STEP, by one core; seconds until the first of them is there."""
     values = configs.make("tiny", architecture="fog_max", recipe="fp8_dpa")
-    values.data.update(source=str(directory), sequence_length=LENGTH, read_threads=0, **KINDS[kind])
-    values.training.batch_size = 8
+    values.data.update(source=str(directory), sequence_length=length, read_threads=0, **KINDS[kind])
+    values.training.batch_size = 8 * LENGTH // length
     start = time.perf_counter()
     iterator = pipeline.train_iterator(config_lib.from_dict(values), start_step=STEP)
     next(iterator)
     resumed, cpu = time.perf_counter() - start, time.process_time()
     tokens = sum(next(iterator)["inputs"].size for _ in range(batches))
-    return {"measure": f"batches, {kind}", "tokens": tokens, "mtok_per_cpu_second": tokens / (time.process_time() - cpu) / 1e6,
-            "seconds_to_first_batch_of_step_1e7": resumed}
+    return {"measure": f"batches, {kind}, sequences of {length}", "tokens": tokens,
+            "mtok_per_cpu_second": tokens / (time.process_time() - cpu) / 1e6, "seconds_to_first_batch_of_step_1e7": resumed}
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
             out.writelines(json.dumps({"text": passage}) + "\n" for passage in texts)
         rows = [library_alone(file, texts), prepare(file, text, shards, texts)]
         rows += [reading(kind, shards, args.batches) for kind in KINDS]
+        rows += [reading(kind, shards, args.batches, 256) for kind in ("concat", "concat, document masks")]
     return common.save("data", rows, args.results, cores=len(os.sched_getaffinity(0)), vocabulary=VOCABULARY)
 
 

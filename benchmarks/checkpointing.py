@@ -20,9 +20,28 @@ from typing import Any
 
 import common
 import jax
-from train_step import Run, make_program
+import numpy as np
+from train_step import VOCABULARY, make_program
 
 from fp8jax.training.checkpoint import Checkpoints
+from fp8jax.training.step import TrainProgram
+
+
+class Run:
+    """A run in memory, calibrated, on one batch over and over; a call is a step."""
+
+    def __init__(self, program: TrainProgram):
+        config = program.config
+        shape = config.training.batch_size, config.data.sequence_length
+        tokens = np.random.default_rng(0).integers(0, VOCABULARY, shape, np.int32)
+        self._program, self._step = program, program.compiled_step()
+        self._batch = program.put({"inputs": tokens, "targets": np.roll(tokens, -1, 1), "mask": np.ones(shape, np.float32)})
+        self.state = program.calibrate(program.init(), self._batch)
+
+    def __call__(self) -> Any:
+        """The step's metrics."""
+        self.state, metrics, _ = self._step(self.state, self._batch)
+        return metrics
 
 
 def timed(call: Any) -> float:

@@ -4,7 +4,7 @@
     python benchmarks/early_warning.py run --only=llama3_hot,held_out_2     # runs, or all of a split
     python benchmarks/early_warning.py run --only=held_out_3 --parallel=12 --seconds=220    # at once, on one GPU
     python benchmarks/early_warning.py evaluate                # table, benchmarks/results/early_warning.json
-    python benchmarks/early_warning.py plot                    # docs/early_warning_*.png
+    python benchmarks/early_warning.py plot                    # docs/early_warning_*.png, one a split, and the rescue
 
 Logs are kept beside the code, in benchmarks/early_warning/NAME.jsonl.xz: every logged value that the warning or the rivals
 read, to four digits, and in its first entry the device; a log that is there is not made again. With `--parallel` each run is a
@@ -141,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
         path.write_text(json.dumps(found, indent=1) + "\n")
         scores.show(found)
     else:
-        plots.catalogue(logs, found, ROOT / "docs" / "early_warning_catalogue.png")
+        for split in dict.fromkeys(row["split"] for row in found["runs"]):
+            plots.catalogue(logs, found, split, ROOT / "docs" / f"early_warning_{split}.png")
         rescued = {name: read(name) for name in ("llama3_hot", *RESCUES) if log_of(name).exists()}
         plots.rescue(rescued, ROOT / "docs" / "early_warning_rescue.png")
 

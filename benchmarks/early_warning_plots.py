@@ -11,50 +11,64 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from early_warning_runs import TWIN, twin_of
+from matplotlib.lines import Line2D
 
 from fp8jax.monitor.loads import LOGITS, loads
 
 Log = list[dict[str, Any]]
 LEVELS = {"watch": ("#56b4e9", "v"), "warn": ("#e69f00", "^"), "act": ("#d55e00", "s")}
-COLUMNS = 4
+MOMENTS = {"departs": ("loss departs", {"color": "black", "linestyle": "--", "linewidth": 0.9}),
+           "departs_calm": ("by the spread of calm", {"color": "#cc79a7", "linestyle": "-.", "linewidth": 0.9}),
+           "disturbed": ("disturbed from", {"color": "#999999", "linestyle": ":", "linewidth": 0.9})}
+COLUMNS, CUT, TWINS = 4, 5.6, "#0072b2"
 
 
-def catalogue(logs: Mapping[str, Log], found: Mapping[str, Any], path: pathlib.Path) -> None:
-    """The loss of every run, its warnings, and where it departs; that of its BF16 twin in the same panel."""
-    rows = [row for row in found["runs"] if row["kind"] != TWIN]
-    figure, panels = plt.subplots(math.ceil(len(rows) / COLUMNS), COLUMNS, figsize=(13, 2.1 * math.ceil(len(rows) / COLUMNS)),
-                                  layout="constrained", squeeze=False)
+def catalogue(logs: Mapping[str, Log], found: Mapping[str, Any], split: str, path: pathlib.Path) -> None:
+    """The loss of every run of a split, its warnings, and where it departs; that of its BF16 twin in the same panel."""
+    rows = [row for row in found["runs"] if row["split"] == split and row["kind"] != TWIN]
+    high = math.ceil(len(rows) / COLUMNS)
+    figure, panels = plt.subplots(high, COLUMNS, figsize=(13, 2.3 * high + 0.5), layout="constrained", squeeze=False)
     for axes in panels.flat[len(rows):]:
         axes.set_axis_off()
     for axes, row in zip(panels.flat, rows, strict=False):
-        log = logs[row["run"]]
-        steps, loss = [entry["step"] for entry in log], np.array([float(entry["loss"]) for entry in log])
-        low = float(np.nanmin(loss))
-        if twin := logs.get(twin_of(row["run"])):
-            axes.plot([entry["step"] for entry in twin], np.clip([float(entry["loss"]) for entry in twin], low, 5.6), color="#0072b2",
-                      linewidth=0.6)
-        axes.plot(steps, np.clip(loss, None, 5.6), color="#444444", linewidth=0.8)
-        for alarm in found["alarms"][row["run"]]:
-            colour, marker = LEVELS[alarm["level"]]
-            axes.plot(alarm["step"], low - 0.25, marker=marker, color=colour, markersize=5, clip_on=False)
-        if row["departs"]:
-            axes.axvline(row["departs"], color="black", linestyle="--", linewidth=0.9)
-        if row["disturbed"]:
-            axes.axvline(row["disturbed"], color="#999999", linestyle=":", linewidth=0.9)
-        axes.set_title(f"{row['run']}: {row['outcome']}", fontsize=8)
-        axes.set(ylim=(low - 0.45, 5.7))
-        axes.tick_params(labelsize=7)
-    for level, (colour, marker) in LEVELS.items():
-        panels.flat[0].plot([], [], color=colour, marker=marker, linestyle="", label=level)
-    panels.flat[0].plot([], [], color="black", linestyle="--", label="loss departs")
-    panels.flat[0].plot([], [], color="#999999", linestyle=":", label="disturbed")
-    if any(row["kind"] == TWIN for row in found["runs"]):
-        panels.flat[0].plot([], [], color="#0072b2", label="BF16 twin")
-    panels.flat[0].legend(frameon=False, fontsize=6)
-    figure.supxlabel("step")
-    figure.supylabel("training loss, nats a byte (cut at 5.6)")
+        _panel(axes, row, logs, found["alarms"][row["run"]])
+    figure.legend(handles=_legend(rows), loc="outside upper center", ncols=7, frameon=False, fontsize=8)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel(f"training loss, nats a byte (cut at {CUT})", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _panel(axes: Any, row: Mapping[str, Any], logs: Mapping[str, Log], alarms: list[dict[str, Any]]) -> None:
+    steps, loss = _curve(logs[row["run"]])
+    low = float(loss.min())
+    title = f"{row['run']}: {row['outcome']}"
+    if twin := logs.get(twin_of(row["run"])):
+        axes.plot(*_curve(twin), color=TWINS, linewidth=0.6)
+        title += f" (BF16: {row['twin']})"
+    axes.plot(steps, loss, color="#444444", linewidth=0.8)
+    for alarm in alarms:
+        colour, marker = LEVELS[alarm["level"]]
+        axes.plot(alarm["step"], low - 0.25, marker=marker, color=colour, markersize=5, clip_on=False)
+    for key, (_, style) in MOMENTS.items():
+        if row[key]:
+            axes.axvline(row[key], **style)
+    axes.set_title(title, fontsize=7.5)
+    axes.set(ylim=(low - 0.45, CUT + 0.1))
+    axes.tick_params(labelsize=7)
+
+
+def _curve(log: Log) -> tuple[list[int], np.ndarray]:
+    """Steps, and losses up to CUT: what is not finite stands there too."""
+    loss = np.array([float(entry["loss"]) for entry in log])
+    return [entry["step"] for entry in log], np.clip(np.where(np.isfinite(loss), loss, CUT), None, CUT)
+
+
+def _legend(rows: list[Mapping[str, Any]]) -> list[Line2D]:
+    """What the panels show, and no more."""
+    out = [Line2D([], [], color=colour, marker=marker, linestyle="", label=level) for level, (colour, marker) in LEVELS.items()]
+    out += [Line2D([], [], label=label, **style) for key, (label, style) in MOMENTS.items() if any(row[key] for row in rows)]
+    return out + [Line2D([], [], color=TWINS, label="BF16 twin")] * any(row["twin"] for row in rows)
 
 
 def rescue(logs: Mapping[str, Log], path: pathlib.Path) -> None:

@@ -202,26 +202,35 @@ def disturbed(disturbance: Disturbance | None) -> Iterator[None]:
 
 
 class Departure(NamedTuple):
-    """When the loss left its band for good, None if it did not; `spiked`: it left it and came back."""
+    """When the loss left its band for good, None if it did not; `spiked`: it left it and came back; `calm`: when, by the spread of calm."""
 
     step: int | None
     spiked: bool
+    calm: int | None
 
 
 def departure(steps: Sequence[int], losses: Sequence[float]) -> Departure:
     """The moment of divergence, from the whole curve: hindsight is allowed here, and nowhere else.
 
     A loss that is not finite counts as infinite. The curve is smoothed by a centred running median, so that the moment is where
-    the middle of the window stands, not its end.
+    the middle of the window stands, not its end. The spread is that of the whole curve, which a loss of 1e18 inflates until nothing
+    leaves the band; `calm` takes that of the steps up to the lowest smoothed loss. It was added when all logs were there.
     """
     loss = np.where(np.isfinite(losses), losses, np.inf)
     half = WINDOW // 2
     smooth = np.array([np.median(loss[max(i - half, 0):i + half + 1]) for i in range(len(loss))])
     finite = np.isfinite(smooth) & np.isfinite(loss)
-    spread = 1.4826 * float(np.median(np.abs(loss[finite] - smooth[finite])))
+    step, spiked = _leaves(steps, loss, smooth, finite)
+    calm, _ = _leaves(steps, loss, smooth, finite & (np.arange(len(loss)) <= np.argmin(smooth)))
+    return Departure(step, spiked, calm)
+
+
+def _leaves(steps: Sequence[int], loss: np.ndarray, smooth: np.ndarray, counted: np.ndarray) -> tuple[int | None, bool]:
+    """The step at which the smoothed loss leaves its band for good, and whether it ever left it; `counted` losses make the spread."""
+    spread = 1.4826 * float(np.median(np.abs(loss[counted] - smooth[counted])))
     best = np.minimum.accumulate(smooth)
     out = smooth > best + LEAVES * spread
     for i in np.flatnonzero(out):
         if (len(loss) - i >= LASTS or not np.isfinite(smooth[-1])) and smooth[i:].min() > best[i] + RETURNS * spread:
-            return Departure(int(steps[i]), False)
-    return Departure(None, bool(out.any()))
+            return int(steps[i]), False
+    return None, bool(out.any())

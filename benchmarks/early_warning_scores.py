@@ -6,7 +6,8 @@ Rivals are thresholds: on the loss (robust standard deviations above the median 
 on the kurtosis of qkv in the worst layer. Each gets the lowest threshold with which it raises no more false alarms on the healthy
 runs of the development half than the early warning does there at `warn`. All are silent for the first SILENT steps.
 
-A flag is early if it comes before the step at which the loss departs; its lead is the difference. Flags within EPISODE steps of the
+A flag is early if it comes before the step at which the loss departs; its lead is the difference. Both are also given by the
+spread of calm (early_warning_runs.py), whose departures come earlier where the loss explodes. Flags within EPISODE steps of the
 first are one alarm. An alarm is false in a healthy run, and before the disturbance of a disturbed one. Runs whose loss leaves the
 band and comes back are neither healthy nor diverged: they are listed, and not counted; nor are BF16 twins, which tell whether FP8
 is the cause: it is where the twin has not diverged.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from early_warning_runs import RUNS, TWIN, Run, departure, twin_of
+from early_warning_runs import RUNS, TWIN, Departure, Run, departure, twin_of
 
 from fp8jax.config import WARNING_LEVELS
 from fp8jax.monitor.early_warning import EarlyWarning
@@ -72,10 +73,10 @@ def episodes(steps: Sequence[int]) -> list[int]:
     return out
 
 
-def outcome(log: Log) -> tuple[str, int | None]:
-    """healthy, diverged or recovered; and the step at which the loss departs."""
+def outcome(log: Log) -> tuple[str, Departure]:
+    """healthy, diverged or recovered; and when the loss departs."""
     found = departure([entry["step"] for entry in log], [float(entry["loss"]) for entry in log])
-    return ("diverged" if found.step else "recovered" if found.spiked else "healthy"), found.step
+    return ("diverged" if found.step else "recovered" if found.spiked else "healthy"), found
 
 
 def judge(logs: Mapping[str, Log]) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def judge(logs: Mapping[str, Log]) -> dict[str, Any]:
         thresholds[rival] = limit = _threshold([series[name] for name in tuned], allowed)
         flags[rival] = {name: [step for step, value in found if value > limit] for name, found in series.items()}
     rows = [_row(name, RUNS[name], outcomes[name], logs[name][-1]["step"], flags)
-            | {"twin": outcomes.get(twin_of(name), (None,))[0], "device": logs[name][0].get("device", "cpu")} for name in logs]
+            | {"twin": outcomes.get(twin_of(name), (None, None))[0], "device": logs[name][0].get("device", "cpu")} for name in logs]
     summary = [_summary(rows, detector, split) for split in dict.fromkeys(row["split"] for row in rows) for detector in flags]
     return {"runs": rows, "thresholds": thresholds, "summary": summary,
             "alarms": {name: [alarm._asdict() for alarm in found] for name, found in alarms.items()}}
@@ -114,7 +115,7 @@ def _threshold(healthy: list[list[tuple[int, float]]], allowed: int) -> float:
     return best
 
 
-def _row(name: str, run: Run, found: tuple[str, int | None], steps: int, flags: Mapping[str, Mapping[str, list[int]]]) -> dict[str, Any]:
+def _row(name: str, run: Run, found: tuple[str, Departure], steps: int, flags: Mapping[str, Mapping[str, list[int]]]) -> dict[str, Any]:
     kind, departs = found
     begins = run.disturbance.first if run.disturbance else 0
     detectors = {}
@@ -122,34 +123,46 @@ def _row(name: str, run: Run, found: tuple[str, int | None], steps: int, flags: 
         false = by_run[name] if kind == "healthy" else [step for step in by_run[name] if step < begins]
         true = [] if kind == "healthy" else [step for step in by_run[name] if step >= begins]
         detectors[detector] = {"false": len(episodes(false)), "first": true[0] if true else None,
-                               "lead": departs - true[0] if departs and true else None}
+                               "lead": departs.step - true[0] if departs.step and true else None,
+                               "lead_calm": departs.calm - true[0] if departs.calm and true else None}
     return {"run": name, "split": run.split, "kind": run.kind, "architecture": run.architecture, "steps": steps, "outcome": kind,
-            "departs": departs, "disturbed": begins or None, "detectors": detectors}
+            "departs": departs.step, "departs_calm": departs.calm, "disturbed": begins or None, "detectors": detectors}
 
 
 def _summary(rows: list[dict[str, Any]], detector: str, split: str) -> dict[str, Any]:
     """Injected drifts and BF16 twins are left out."""
     mine = [row for row in rows if row["split"] == split and row["kind"] not in (INJECTED, TWIN)]
     healthy, diverged = ([row for row in mine if row["outcome"] == kind] for kind in ("healthy", "diverged"))
-    leads = [row["detectors"][detector]["lead"] for row in diverged]
-    early = [lead for lead in leads if lead is not None and lead > 0]
-    by_fp8 = [lead in early for lead, row in zip(leads, diverged, strict=True) if row["twin"] not in (None, "diverged")]
+    by_fp8 = [row for row in diverged if row["twin"] not in (None, "diverged")]
+    early, calm, early_fp8 = (_early(runs, detector, lead) for runs, lead in ((diverged, "lead"), (diverged, "lead_calm"), (by_fp8, "lead")))
     false, steps = sum(row["detectors"][detector]["false"] for row in mine), sum(row["steps"] for row in healthy)
     return {"split": split, "detector": detector, "diverged": len(diverged), "flagged_before": len(early),
-            "diverged_by_fp8": len(by_fp8), "of_these_flagged_before": sum(by_fp8),
-            "flagged_at_all": sum(lead is not None for lead in leads), "median_lead": float(np.median(early)) if early else None,
+            "diverged_by_fp8": len(by_fp8), "of_these_flagged_before": len(early_fp8),
+            "flagged_at_all": sum(row["detectors"][detector]["first"] is not None for row in diverged), "median_lead": _median(early),
+            "flagged_before_calm": len(calm), "median_lead_calm": _median(calm),
             "healthy_runs": len(healthy), "healthy_steps": steps, "false_alarms": false,
             "false_alarms_per_1000_steps": round(1000 * false / max(steps, 1), 2)}
+
+
+def _early(rows: Sequence[Mapping[str, Any]], detector: str, lead: str) -> list[int]:
+    """The leads that are leads."""
+    found = (row["detectors"][detector][lead] for row in rows)
+    return [value for value in found if value is not None and value > 0]
+
+
+def _median(leads: Sequence[int]) -> float | None:
+    return float(np.median(leads)) if leads else None
 
 
 def show(found: Mapping[str, Any]) -> None:
     """Prints the tables of docs/early_warning.md."""
     detectors = list(found["runs"][0]["detectors"])
-    print("| run | kind | outcome | departs | BF16 twin | device | " + " | ".join(detectors) + " |\n|" + "---|" * (6 + len(detectors)))
+    heads = ["run", "kind", "outcome", "departs", "by calm", "BF16 twin", "device", *detectors]
+    print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))
     for row in found["runs"]:
         cells = [_cell(row, row["detectors"][name]) for name in detectors]
-        facts = f"{row['run']} ({row['split']})", row["kind"], row["outcome"], row["departs"] or "", row["twin"] or "", row["device"]
-        print(f"| {' | '.join(map(str, facts))} | " + " | ".join(cells) + " |")
+        facts = [row[name] or "" for name in ("kind", "outcome", "departs", "departs_calm", "twin", "device")]
+        print(f"| {row['run']} ({row['split']}) | {' | '.join(map(str, facts + cells))} |")
     columns = list(found["summary"][0])
     print("\n| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in found["summary"]:

@@ -166,3 +166,13 @@ def test_the_command_prints_them_and_asks_for_one_thing(tmp_path, capsys):
     for arguments in ([], [str(tmp_path), "--warnings", str(path)]):
         with pytest.raises(SystemExit, match="2"):
             report.main(arguments)
+
+
+def test_a_loss_that_explodes_departs_where_it_leaves_not_where_its_spread_has_grown(monkeypatch):
+    """A spread of the whole curve, 1.8e6 nats, put the departure at 85, where the loss was 7e5."""
+    monkeypatch.syspath_prepend(str(CATALOGUE.parent))
+    from early_warning_runs import departure  # a module of benchmarks/, which is no package
+
+    entries = catalogue("large_op_hot")
+    found = departure([entry["step"] for entry in entries], [float(entry["loss"]) for entry in entries])
+    assert (found.step, found.calm) == (85, 51) and max(entry["loss"] for entry in entries[20:51]) < 3 < entries[58]["loss"]

@@ -5,6 +5,8 @@
 All are float32 scalars, computed in float32 from any floating input, and differentiable by nobody: callers stop gradients.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -109,10 +111,22 @@ def health(x: jax.Array, q: Quantised, *, elements: int | None = None) -> jax.Ar
     amax = lax.bitcast_convert_type(jnp.max(top, initial=0), jnp.float32)
     scaled = x * (1.0 / scale)
     error = scaled - q.data.astype(jnp.float32) * (by_element / scale)
-    fractions = (_count(rows) / elements for rows in counts)
+    return from_rows(amax, scale, counts, [jnp.sum(part**2, axis=-1) for part in (scaled, error)], elements)
+
+
+def from_rows(amax: jax.Array, scale: jax.Array, counts: Sequence[jax.Array], energies: Sequence[jax.Array], elements: int) -> jax.Array:
+    """HEALTH from sums over the rows of a tensor.
+
+    Args:
+        amax: of the tensor.
+        scale: its largest.
+        counts: int32, any shape: overflow, underflow, zero, negative zero; at most 2**31 a row.
+        energies: float32: squares of the tensor and of the cast's error, in units of `scale`.
+        elements: what they refer to.
+    """
     # Far beyond the scale everything is error, and its square must stay finite.
-    energies = (jnp.sum(jnp.minimum(jnp.sum(part**2, axis=-1), 2.0**100)) / elements for part in (scaled, error))
-    return jnp.stack([amax, scale, *fractions, *energies])
+    means = (jnp.sum(jnp.minimum(rows, 2.0**100)) / elements for rows in energies)
+    return jnp.stack([amax, scale, *(_count(rows) / elements for rows in counts), *means])
 
 
 def _by_row(largest: jax.Array, *parts: jax.Array) -> list[jax.Array]:

@@ -127,9 +127,10 @@ def from_rows(amax: jax.Array, scale: jax.Array, counts: Sequence[jax.Array], en
         energies: float32: squares of the tensor and of the cast's error, in units of `scale`.
         elements: what they refer to.
     """
+    rows, whole = jnp.stack(energies), tuple(range(1, energies[0].ndim + 1))
     # Far beyond the scale everything is error, and its square must stay finite.
-    means = (jnp.sum(jnp.minimum(rows, 2.0**100)) / elements for rows in energies)
-    return jnp.stack([amax, scale, *(_count(rows) / elements for rows in counts), *means])
+    sums = jnp.concatenate([_count(jnp.stack(counts)), jnp.sum(jnp.minimum(rows, 2.0**100), axis=whole)])
+    return jnp.concatenate([jnp.stack([amax, scale]), sums / elements])
 
 
 def _by_row(largest: jax.Array, *parts: jax.Array) -> list[jax.Array]:
@@ -146,8 +147,9 @@ def _by_row(largest: jax.Array, *parts: jax.Array) -> list[jax.Array]:
 
 
 def _count(rows: jax.Array) -> jax.Array:
-    """Sum of counts, float32, by way of integers that do not overflow below 2**39 in all or 2**23 rows."""
-    return jnp.sum(rows >> 8).astype(jnp.float32) * 256 + jnp.sum(rows & 0xFF).astype(jnp.float32)
+    """Sums of counts over all but the first dimension, float32, by way of integers that do not overflow below 2**39 in all or 2**23 rows."""
+    high, low = (jnp.sum(part, axis=tuple(range(1, rows.ndim))).astype(jnp.float32) for part in (rows >> 8, rows & 0xFF))
+    return high * 256 + low
 
 
 def combine(parts: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:

@@ -54,7 +54,7 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def entries(taps: Any) -> dict[str, float]:
     """What the loop logs."""
-    return outliers.flatten(jax.tree.map(np.asarray, jax.device_get(taps)))
+    return outliers.flatten(taps)
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:

@@ -45,8 +45,10 @@ class Attention(nnx.Module):
         tap("k", k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         given = gemms.inputs
+        partition = Partition(RULES["batch"], RULES["sequence"], RULES["kv_heads"], attention_axes(k.shape[2]))
         spread = functools.partial(score_statistics, recipe=gemms.recipes[SCORES], softmax_scale=self.softmax_scale,
-                                   scales=given.scales.get(SCORES), segment_ids=segment_ids)
+                                   scales=given.scales.get(SCORES), segment_ids=segment_ids, backend=gemms.attention_backend,
+                                   partition=partition)
         record(SCORES, spread, q, k)
         if cache is not None:
             cache = kv_cache.append(cache, k, v)
@@ -55,8 +57,7 @@ class Attention(nnx.Module):
             o = kv_cache.attend(q, cache, gemms.recipes, self.softmax_scale)
         else:
             o = attention(q, k, v, gemms.recipes, softmax_scale=self.softmax_scale, segment_ids=segment_ids,
-                          scales=given.scales, tokens=given.tokens, backend=gemms.attention_backend,
-                          partition=Partition(RULES["batch"], RULES["sequence"], RULES["kv_heads"], attention_axes(k.shape[2])))
+                          scales=given.scales, tokens=given.tokens, backend=gemms.attention_backend, partition=partition)
         return self.out(o, gemms), cache
 
 

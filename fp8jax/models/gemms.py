@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec
 
 from fp8jax.config import Config, ConfigError, head_dim
 from fp8jax.numerics import attention as attention_lib
+from fp8jax.numerics import formats, statistics
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics import scaling as scaling_lib
-from fp8jax.numerics import statistics
 from fp8jax.numerics.dot_general import quantise_weight
 from fp8jax.numerics.formats import Quantised
 from fp8jax.numerics.recipes import GemmRecipe
@@ -232,8 +232,16 @@ def weight_health(weights: Mapping[str, jax.Array], quantised: list[dict[str, Qu
         recipes: of the model.
     """
     def one(role: str, first: int, last: int, recipe: GemmRecipe, q: Quantised) -> jax.Array:
-        cast = q if recipe.fp8 else Quantised(q.data, None)
-        return jax.vmap(lambda w, q: statistics.health(_matrix(role, w), q))(weights[role][first:last], cast)
+        stacked = weights[role][first:last]
+        if not recipe.fp8 or recipe.scaling == "blockwise":
+            cast = q if recipe.fp8 else Quantised(q.data, None)
+            return jax.vmap(lambda w, q: statistics.health(_matrix(role, w), q))(stacked, cast)
+        # Layer by layer and cast again: what the GEMMs take lies transposed, and beside it XLA for GPUs writes the weight in float32
+        # and integers in that order, too: 54 bytes an element where here it is 7 (counted in a program for an H100).
+        return jax.lax.map(lambda given: again(_matrix(role, given[0]), given[1], q.data.dtype, recipe), (stacked, q.scale))
+
+    def again(w: jax.Array, scale: jax.Array, dtype: jnp.dtype, recipe: GemmRecipe) -> jax.Array:
+        return statistics.health(w, formats.quantise(w, scale, dtype, emulated=recipe.emulated))
 
     out = {}
     for role in weights:

@@ -11,7 +11,11 @@ the operands of GEMMs comes back through tokens instead (models/gemms.py), for g
 
 import contextlib
 import contextvars
+import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,34 @@ from fp8jax.numerics import statistics
 
 Taps = dict[str, dict[str, jax.Array]]
 _found: contextvars.ContextVar[tuple[Taps, bool] | None] = contextvars.ContextVar("found", default=None)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["layout"])
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Taps as one array: hundreds of scalars, each carried through a scan or brought to the host by itself, cost more than what they are of.
+
+    values: float32 [..., n], a JAX or a NumPy array. layout: of each statistic, in the order of names: tensor, statistic, shape, dtype.
+    """
+
+    values: Any
+    layout: tuple[tuple[str, str, tuple[int, ...], Any], ...]
+
+    def unpack(self) -> Taps:
+        """The taps again, with the dimensions in front that `values` has got since."""
+        out, end = {}, 0
+        for name, statistic, shape, dtype in self.layout:
+            start, end = end, end + math.prod(shape)
+            part = self.values[..., start:end].reshape(*self.values.shape[:-1], *shape)
+            out.setdefault(name, {})[statistic] = part.astype(dtype)
+        return out
+
+
+def pack(taps: Taps) -> Packed:
+    """All statistics in one array."""
+    leaves = [(name, statistic, taps[name][statistic]) for name in sorted(taps) for statistic in sorted(taps[name])]
+    values = [leaf.astype(jnp.float32).reshape(-1) for _, _, leaf in leaves]
+    return Packed(jnp.concatenate(values or [jnp.zeros(0)]), tuple((*names, leaf.shape, leaf.dtype) for *names, leaf in leaves))
 
 
 @contextlib.contextmanager

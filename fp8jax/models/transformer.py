@@ -188,7 +188,7 @@ class Transformer(nnx.Module):
                     block = nnx.merge(graph, params)
                     given = Gemms(roles, GemmInputs(weights, scales, tokens), recipes.attention_backend)
                     y, cached = block(x, rope, segment_ids, given, cached and KVCache(*cached, cache.filled))
-                return y, (taps, cached and cached[:2])
+                return y, (taps_lib.pack(taps) if taps else taps, cached and cached[:2])
 
             # An amax or scale of a role that is not in FP8 in these layers is not touched, and stays at zero.
             mine = {role for role, recipe in roles.items() if recipe.fp8}
@@ -198,7 +198,7 @@ class Transformer(nnx.Module):
             stacked = *gemms_lib.layers_of((params, kv), first, last), weights, *gemms_lib.layers_of((scales, tokens), first, last)
             x, (taps, kv) = jax.lax.scan(_rematerialised(layer, options.remat), x, stacked,
                                          unroll=1 if self.config.scan_layers else last - first)
-            found.append(taps)
+            found.append(taps.unpack() if taps else {})
             caches.append(kv)
         if cache is not None:
             cache = cache._replace(k=jnp.concatenate([k for k, _ in caches]), v=jnp.concatenate([v for _, v in caches]))

@@ -7,6 +7,7 @@ What the numbers are is said in numerics/statistics.py; activations' are taken b
 'qkv.w', 'qkv.g', 'attention_scores.ds', ...) come back through the GEMMs' tokens.
 """
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -28,14 +29,20 @@ def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
         for statistic, values in _with_snr(stats).items():
             known = values[~np.isnan(values)]
             whole, reduce = ("max", np.max) if statistic in ("amax", "max_logit") else ("avg", np.mean)
+            keys = _names(statistic, name, len(values))
             if known.size:
                 out[f"{statistic}/{name}_{whole}"] = float(reduce(known))
-            out |= {f"{statistic}/{name}_layer{i:03d}": float(value) for i, value in enumerate(values)}
+            out.update(zip(keys, values.tolist(), strict=True))
     for key, statistic in (("fp8/saturated_fraction", "overflow"), ("fp8/underflow_fraction", "underflow")):
         found = [stats[statistic] for stats in taps.values() if statistic in stats]
         if found:
             out[key] = float(np.nanmean(np.concatenate(found)))
     return out
+
+
+@functools.cache
+def _names(statistic: str, name: str, layers: int) -> list[str]:
+    return [f"{statistic}/{name}_layer{i:03d}" for i in range(layers)]
 
 
 def _with_snr(stats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -33,6 +33,7 @@ NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 # tensorboardX prints a warning for every NaN. A diverging run has many, and its own log already says so.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 _PATIENT = "patient"
+_KEPT_SUMMARIES = 8  # sets of names: steps with statistics, without, with an evaluation
 
 
 class _PatientFiles:
@@ -85,6 +86,7 @@ class MetricsWriter:
         _rewrite(metrics, [line for line, record in _lines(metrics) if record["step"] <= start_step])
         _rewrite(events, [line for line, _ in _lines(events)])
         self._metrics, self._events = PatientFile(metrics), PatientFile(events)
+        self._summaries: dict[tuple[str, ...], Summary] = {}
         self._board = tensorboardX.SummaryWriter(
             f"{_PATIENT}:{workdir / 'tensorboard'}",
             purge_step=start_step + 1,  # TensorBoard hides what earlier files hold from here on
@@ -101,11 +103,24 @@ class MetricsWriter:
         """
         values = {name: _plain(value) for name, value in metrics.items()}
         _append(self._metrics, {"step": int(step), **values})
-        # One event: a call of add_scalar a value takes longer than a small model's step where there are thousands.
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._board.file_writer.add_summary(summary, int(step))
+        self._board.file_writer.add_summary(self._summary(values), int(step))
         for follower in self._followers:
             follower.write(int(step), values)
+
+    def _summary(self, values: dict[str, float | int]) -> Summary:
+        """All values as one event: a call of add_scalar a value takes longer than a small model's step where there are thousands.
+
+        Steps log the same names again and again, so what they are put into is kept; add_summary copies it.
+        """
+        names = tuple(values)
+        if names not in self._summaries:
+            if len(self._summaries) == _KEPT_SUMMARIES:
+                self._summaries.clear()
+            self._summaries[names] = Summary(value=[Summary.Value(tag=name) for name in names])
+        summary = self._summaries[names]
+        for entry, value in zip(summary.value, values.values(), strict=True):
+            entry.simple_value = value
+        return summary
 
     def event(self, kind: str, step: int, **fields: Any) -> None:
         """Log an incident: a warning, a restart, a rollback.
@@ -160,8 +175,11 @@ def records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
 
 
 def _append(file: PatientFile, record: dict[str, Any]) -> None:
-    finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    file.write((json.dumps(finite, allow_nan=False) + "\n").encode())
+    try:
+        line = json.dumps(record, allow_nan=False)
+    except ValueError:  # seldom: looking at each of thousands of values beforehand takes as long as writing them
+        line = json.dumps({k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}, allow_nan=False)
+    file.write((line + "\n").encode())
 
 
 def _plain(value: Any) -> Any:

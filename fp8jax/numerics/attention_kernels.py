@@ -1,4 +1,4 @@
-"""Flash attention in FP8 as Pallas kernels for Triton: forward, dQ, and dK with dV. Host side: attention_pallas.py.
+"""Flash attention in FP8 as Pallas kernels for Triton: forward, dQ, and dK with dV; and its statistics. Host side: attention_pallas.py.
 
 Every GEMM is a product of two FP8 tiles. Hopper's tensor cores read both operands of one with the contracted dimension
 contiguous, so a GEMM that contracts tokens takes a transposed copy: V in the forward pass, K for dQ, Q and dO for dK and dV
@@ -11,6 +11,8 @@ the softmax scale. All arithmetic between the GEMMs is float32. Tiles above the 
 
 A kernel sees one head of one sequence (for dK and dV one KV head with its `g` query heads). Letters as in `attention`; lengths are
 whole numbers of tiles. `factors` are the scalars that the scales fold into.
+
+In steps with statistics the dQ kernel also counts what the cast of dS does, and `scores` takes the largest logit and the entropy of each query.
 """
 
 import functools
@@ -44,7 +46,7 @@ class Shape(NamedTuple):
 
     tile, length: in tokens. ds_dtype: format of dS. interpret: whether Pallas interprets it. precise: names of the passes
     (`fprop`, `dgrad`, `wgrad`) whose sums over tiles are float32; the others stay in the tensor cores' accumulators, whose
-    14 bits a term suffice for a tile, and which cost neither registers nor a wait.
+    14 bits a term suffice for a tile, and which cost neither registers nor a wait. health: whether the cast of dS is counted.
     """
 
     tile: Tile
@@ -52,6 +54,12 @@ class Shape(NamedTuple):
     ds_dtype: Any
     interpret: bool
     precise: tuple[str, ...] = ()
+    health: bool = False
+
+
+# What the dQ kernel sums over the keys of each query, and its dtypes; beside the largest |dS| that it takes anyhow.
+TALLY = ("overflow", "underflow", "nonzero", "negative_zero", "signal", "noise")
+TALLY_DTYPES = (jnp.int32,) * 4 + (jnp.float32,) * 2
 
 
 def forward(shape: Shape, factors, q, k, v_ht, segments, o, lse):
@@ -84,8 +92,8 @@ def forward(shape: Shape, factors, q, k, v_ht, segments, o, lse):
     lse[...] = jnp.where(empty, jnp.inf, peak + jnp.log2(sums) - P_BITS)
 
 
-def query_gradient(shape: Shape, factors, q, k, k_ht, v, do, offset, shift, segments, dq, largest):
-    """dQ, [queries, h], and the largest |dS| of each query, in units of its scale, [queries].
+def query_gradient(shape: Shape, factors, q, k, k_ht, v, do, offset, shift, segments, dq, largest, *tally):
+    """dQ, [queries, h], and the largest |dS| of each query, in units of its scale, [queries]; and its TALLY, in the same units, if asked.
 
     factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of k * softmax scale.
     offset, shift: 8 - log-sum-exp; -rowsum(dO * O) / scale of dS / 256; so that dS = 2**(s factor + offset) * (dp factor + shift).
@@ -97,19 +105,26 @@ def query_gradient(shape: Shape, factors, q, k, k_ht, v, do, offset, shift, segm
     own = None if segments is None else segments[pl.ds(first, rows)]
 
     def step(j, carry, masked):
-        total, peak = carry
+        total, peak, *sums = carry
         at = pl.ds(j * keys, keys)
         s = dot(q_tile, k[at, :].T, interpret=shape.interpret)
+        seen = _visible(first, j * keys, rows, keys, own, segments) if masked else None
         if masked:
-            s = jnp.where(_visible(first, j * keys, rows, keys, own, segments), s, -jnp.inf)
+            s = jnp.where(seen, s, -jnp.inf)
         dp = dot(do_tile, v[at, :].T, interpret=shape.interpret)
         p = _exponentials(s, factors[0], row_offset[:, None], shape)
         ds = p * fma(dp, factors[1], row_shift[:, None], interpret=shape.interpret)
-        total = _add(total, _cast(ds, shape.ds_dtype, shape), k_ht[:, at].T, shape, "dgrad")
-        return total, jnp.maximum(peak, jnp.max(jnp.abs(ds), axis=1))
+        qds = _cast(ds, shape.ds_dtype, shape)
+        total = _add(total, qds, k_ht[:, at].T, shape, "dgrad")
+        if shape.health:
+            sums = [a + b for a, b in zip(sums, _tally(ds, qds, seen), strict=True)]
+        return total, jnp.maximum(peak, jnp.max(jnp.abs(ds), axis=1)), *sums
 
     init = jnp.zeros((rows, q_tile.shape[1]), jnp.float32), jnp.zeros(rows, jnp.float32)
-    total, peak = _over_keys(shape, first, segments is not None, step, init)
+    init += tuple(jnp.zeros(rows, dtype) for dtype in TALLY_DTYPES if shape.health)
+    total, peak, *sums = _over_keys(shape, first, segments is not None, step, init)
+    for out, value in zip(tally, sums, strict=True):
+        out[...] = value
     dq[...] = (total * factors[2]).astype(dq.dtype)
     # A GPU's maximum drops NaN, but a NaN in dS is one in dQ.
     bad = jnp.max(jnp.where(jnp.isnan(total), 1.0, 0.0), axis=1) > 0
@@ -150,6 +165,44 @@ def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, offset, shift
     total_k, total_v = lax.fori_loop(0, q.shape[1], one_head, (zeros, zeros))
     dk[...] = (total_k * factors[2]).astype(dk.dtype)
     dv[...] = (total_v * factors[3]).astype(dv.dtype)
+
+
+def scores(shape: Shape, factors, q, k, segments, top, entropy):
+    """The largest scaled logit of each query, infinite if one is not finite, and the entropy of its probabilities, in base 2, [queries].
+
+    factors: softmax scale * log2(e) * scale of q * scale of k.
+    """
+    rows, keys = shape.tile.queries, shape.tile.keys
+    first = _from_the_end(0) * rows
+    q_tile, factor = q[...], factors[0]
+    own = None if segments is None else segments[pl.ds(first, rows)]
+
+    def step(j, carry, masked):
+        peak, sums, below = carry
+        s = dot(q_tile, k[pl.ds(j * keys, keys), :].T, interpret=shape.interpret) * factor
+        if masked:
+            s = jnp.where(_visible(first, j * keys, rows, keys, own, segments), s, -jnp.inf)
+        level = jnp.maximum(peak, jnp.max(s, axis=1))
+        depth, shift = s - level[:, None], peak - level
+        p, moved = exp2(depth, interpret=shape.interpret), jnp.exp2(shift)
+        weighted = jnp.sum(jnp.where(depth == -jnp.inf, 0.0, p * depth), axis=1)  # a hidden key has 0 * -inf
+        return level, sums * moved + jnp.sum(p, axis=1), (below + shift * sums) * moved + weighted
+
+    zeros = jnp.zeros(rows, jnp.float32)
+    # Not -inf: a query that sees no key yet has to move by a finite number to the level of its first.
+    peak, sums, below = _over_keys(shape, first, segments is not None, step, (jnp.full(rows, -(2.0**100), jnp.float32), zeros, zeros))
+    top[...] = jnp.where(jnp.isnan(sums), jnp.inf, peak)
+    entropy[...] = jnp.log2(sums) - below / sums
+
+
+def _tally(ds: jax.Array, qds: jax.Array, seen: jax.Array | None) -> list[jax.Array]:
+    """TALLY of a tile, [queries]; what is hidden is zero and not -0."""
+    magnitude, wide = jnp.abs(ds), qds.astype(jnp.float32)
+    nonzero = magnitude >= 2.0**-126
+    negative_zero = ~nonzero & (lax.bitcast_convert_type(ds, jnp.int32) < 0)
+    masks = magnitude > formats.max_value(qds.dtype), nonzero & (wide == 0), nonzero, negative_zero if seen is None else negative_zero & seen
+    error = ds - wide
+    return [jnp.sum(mask.astype(jnp.int32), axis=1) for mask in masks] + [jnp.sum(part * part, axis=1) for part in (ds, error)]
 
 
 def _exponentials(s: jax.Array, factor: jax.Array, offset: jax.Array, shape: Shape) -> jax.Array:

@@ -11,8 +11,7 @@ With a recipe that emulates, Pallas interprets the kernels: exact FP8 products o
 kernels run in `shard_map` over batch and KV heads, `Call.partition`: a compiler cannot split a kernel by itself.
 
 What it does not do: roles in BF16 (both of attention must be FP8), head dims other than HEAD_DIMS, skip the tiles between
-documents of a packed sequence (they are masked). `current` scaling measures dS by `composed`'s chunks first, and the
-health of dS, in steps with statistics, comes from there as well.
+documents of a packed sequence (they are masked). `current` scaling measures dS by `composed`'s chunks first.
 """
 
 import functools
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from fp8jax.numerics import attention_composed, attention_kernels, attention_rows, triton_dot
+from fp8jax.numerics import attention_composed, attention_kernels, attention_rows, statistics, triton_dot
 from fp8jax.numerics.attention_kernels import Shape, Tile
 from fp8jax.numerics.attention_rows import LOG2_E, P_SCALE, Call, Operands, Residuals
 from fp8jax.numerics.formats import Quantised
@@ -63,15 +62,31 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
         scale = call.scores.scale(attention_composed.largest_ds(call, x, residuals), call.scores.format("ds"))
     of_do, of_ds = _scale(residuals.do), _scale(Quantised(x.q.data, scale))
     shared = call.softmax_scale * LOG2_E * (_scale(x.q) * _scale(x.k)), of_do * _scale(x.v) / of_ds * P_SCALE
+    tally = ("bkgt",) * len(attention_kernels.TALLY) * call.health
     of_q = _factors(*shared, of_ds * _scale(x.k) * call.softmax_scale)
     of_k = _factors(*shared, of_ds * _scale(x.q) * call.softmax_scale, of_do * P_SCALE)
     run = _sharded(call, functools.partial(_backward, call, tiles or TILES),
-                   ("", "", "btkgh", "bskh", "bskh", "btkgh", "btkg", "btkg", "bs"), ("btkgh", "bskh", "bskh", "bkgt"))
+                   ("", "", "btkgh", "bskh", "bskh", "btkgh", "btkg", "btkg", "bs"), ("btkgh", "bskh", "bskh", "bkgt", *tally))
     offset, shift = attention_kernels.P_BITS - residuals.lse, residuals.delta * (-P_SCALE / of_ds)
-    dq, dk, dv, largest = run(of_q, of_k, x.q.data, x.k.data, x.v.data, residuals.do.data, offset, shift, x.segment_ids)
+    dq, dk, dv, largest, *sums = run(of_q, of_k, x.q.data, x.k.data, x.v.data, residuals.do.data, offset, shift, x.segment_ids)
     if call.health:
-        return dq, dk, dv, attention_composed.backward(call, x, residuals, scale)[3]
+        return dq, dk, dv, _health(jnp.max(attention_rows.amax_by_head(largest)) * of_ds, of_ds, sums, x.q.data.shape[1])
     return dq, dk, dv, attention_rows.amax_by_head(largest) * of_ds if call.scores.measured else None
+
+
+def _health(amax: jax.Array, scale: jax.Array, sums: list[jax.Array], length: int) -> jax.Array:
+    """`statistics.HEALTH` of dS, over the whole square of scores, from its TALLY, [b, k, g, t] each."""
+    of = {name: rows[..., :length] for name, rows in zip(attention_kernels.TALLY, sums, strict=True)}
+    zero = length - of["nonzero"] - of["negative_zero"]
+    counts, energies = (of["overflow"], of["underflow"], zero, of["negative_zero"]), (of["signal"], of["noise"])
+    return statistics.from_rows(amax, scale, counts, energies, max(zero.size * length, 1))
+
+
+def scores(call: Call, q: Quantised, k: Quantised, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """As `attention_rows.spread_of_scores`, but of each query: float32 [b, k, g, t], natural logits and nats."""
+    run = _sharded(call, functools.partial(_scores, call), ("", "btkgh", "bskh", "bs"), ("bkgt", "bkgt"))
+    top, entropy = run(_factors(call.softmax_scale * LOG2_E * (_scale(q) * _scale(k))), q.data, k.data, segment_ids)
+    return top / LOG2_E, entropy / LOG2_E
 
 
 def _scale(q: Quantised) -> jax.Array:
@@ -110,19 +125,30 @@ def _backward(call: Call, tiles: Tiles, of_q, of_k, q, k, v, do, offset, shift, 
     q, k, v, do, shift, segments = (_padded(a) for a in (q, k, v, do, shift, segments))
     offset = _padded(offset, value=-jnp.inf)  # so that P of a padded query is 0
     offset, shift = (jnp.moveaxis(a, 1, 3) for a in (offset, shift))
-    dq, largest = _query_gradient(call, _shape(call, tiles, QUERIES, q), of_q, q, k, v, do, offset, shift, segments)
+    dq, *largest = _query_gradient(call, _shape(call, tiles, QUERIES, q), of_q, q, k, v, do, offset, shift, segments)
     dk, dv = _key_gradients(call, _shape(call, tiles, KEYS, q), of_k, q, k, v, do, offset, shift, segments)
-    return dq[:, :t], dk[:, :t], dv[:, :t], largest
+    return dq[:, :t], dk[:, :t], dv[:, :t], *largest
+
+
+def _scores(call: Call, factors, q, k, segments) -> list[jax.Array]:
+    (b, t, kv, g, h), shape = q.shape, _shape(call, TILES, FORWARD, q)
+    q, k, segments = (_padded(a) for a in (q, k, segments))
+    of_head, of_keys, _, of_rows, of_batch = _query_specs(shape, g, h)
+    found = _call(attention_kernels.scores, shape, (shape.length // shape.tile.queries, kv * g, b), ("attention_scores.fprop",),
+                  in_specs=[_whole(8), of_head, of_keys, of_batch], out_specs=[of_rows] * 2,
+                  out_shape=[jax.ShapeDtypeStruct((b, kv, g, shape.length), jnp.float32)] * 2)(factors, q, k, segments)
+    return [rows[..., :t] for rows in found]
 
 
 def _query_gradient(call, shape, factors, q, k, v, do, offset, shift, segments) -> list[jax.Array]:
-    b, t, kv, g, h = q.shape
+    (b, t, kv, g, h), tally = q.shape, attention_kernels.TALLY_DTYPES if shape.health else ()
     of_head, of_keys, of_keys_ht, of_rows, of_batch = _query_specs(shape, g, h)
     return _call(
         attention_kernels.query_gradient, shape, (t // shape.tile.queries, kv * g, b),
         ("attention_scores.fprop*", "attention_values.dgrad*", "attention_scores.dgrad"),
-        in_specs=[_whole(8), of_head, of_keys, of_keys_ht, of_keys, of_head, of_rows, of_rows, of_batch], out_specs=[of_head, of_rows],
-        out_shape=[jax.ShapeDtypeStruct(q.shape, call.dtype), jax.ShapeDtypeStruct((b, kv, g, t), jnp.float32)],
+        in_specs=[_whole(8), of_head, of_keys, of_keys_ht, of_keys, of_head, of_rows, of_rows, of_batch],
+        out_specs=[of_head, of_rows, *[of_rows] * len(tally)],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, call.dtype)] + [jax.ShapeDtypeStruct((b, kv, g, t), dtype) for dtype in (jnp.float32, *tally)],
     )(factors, q, k, _ht(k), v, do, offset, shift, segments)
 
 
@@ -145,7 +171,7 @@ def _shape(call: Call, tiles: Tiles, kernel: str, q: jax.Array) -> Shape:
     head_dim = q.shape[-1]
     length = -(-q.shape[1] // _PAD) * _PAD
     precise = tuple(name for name in ("fprop", "dgrad", "wgrad") if call.scores.precise(name) or call.values.precise(name))
-    return Shape(tiles[kernel, head_dim], length, call.scores.format("ds"), call.scores.emulated, precise)
+    return Shape(tiles[kernel, head_dim], length, call.scores.format("ds"), call.scores.emulated, precise, call.health)
 
 
 def _query_specs(shape: Shape, groups: int, h: int) -> tuple[pl.BlockSpec, ...]:

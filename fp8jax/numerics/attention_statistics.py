@@ -3,21 +3,24 @@
     found = score_statistics(q_btkgh, k_bskh, recipe, softmax_scale=0.125, scales=scales)
     found["max_logit"], found["entropy"]
 
-The scores are computed again, from operands cast as attention casts them, in chunks of queries: one GEMM more, in steps with
-statistics only. So they are the same for every backend, a kernel's too, which never shows its scores.
+The scores are computed again, from operands cast as attention casts them: one GEMM more, in steps with statistics only. So attention
+itself is the same in every step. Where attention runs our kernels, a kernel does this as well; else it is done in chunks of queries.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.numerics import attention_composed, attention_rows
+from fp8jax.numerics import attention_composed, attention_pallas, attention_rows
 from fp8jax.numerics.attention_rows import Call
+from fp8jax.numerics.formats import Quantised
+from fp8jax.numerics.placement import Partition, Placement, moved, pin
 from fp8jax.numerics.recipes import GemmRecipe
 
 
 def score_statistics(q_btkgh: jax.Array, k_bskh: jax.Array, recipe: GemmRecipe, *, softmax_scale: float,
-                     scales: jax.Array | None = None, segment_ids: jax.Array | None = None) -> dict[str, jax.Array]:
+                     scales: jax.Array | None = None, segment_ids: jax.Array | None = None, backend: str = "composed",
+                     partition: Partition | None = None) -> dict[str, jax.Array]:
     """`max_logit`, the largest scaled score that any query sees, and `entropy`, in nats, a mean over queries and heads.
 
     Args:
@@ -27,20 +30,32 @@ def score_statistics(q_btkgh: jax.Array, k_bskh: jax.Array, recipe: GemmRecipe, 
         softmax_scale: factor on the scores.
         scales: of q, k and dS; needed by delayed scaling.
         segment_ids: int32 [b, t], or None.
+        backend: that of `attention`, of whose operands this is told; only `pallas` makes a difference.
+        partition: as `attention` takes it.
 
     Returns:
         float32 scalars; of scores that are not finite, infinity or NaN.
     """
-    q, k = (recipe.quantise(x, None if scales is None else scales[i], name)[0] for i, (x, name) in enumerate(((q_btkgh, "q"), (k_bskh, "k"))))
-    call = Call(recipe, recipe, softmax_scale, q_btkgh.dtype)
+    call = Call(recipe, recipe, softmax_scale, q_btkgh.dtype, partition=partition)
+    scale_q, scale_k = (None, None) if scales is None else (scales[0], scales[1])
+    if backend == "pallas":
+        many, few = (Placement(None, None),) * 2 if partition is None else (partition.of("btkgh"), partition.of("bskh"))
+        q, k = (moved(recipe.quantise(pin(x, place.cast), scale, name)[0], *place)
+                for x, place, scale, name in ((q_btkgh, many, scale_q, "q"), (k_bskh, few, scale_k, "k")))
+        top, entropy = attention_pallas.scores(call, q, k, segment_ids)
+        return {"max_logit": jnp.max(top), "entropy": jnp.mean(entropy)}
+    q, k = recipe.quantise(q_btkgh, scale_q, "q")[0], recipe.quantise(k_bskh, scale_k, "k")[0]
+    return _in_chunks(call, q, k, segment_ids)
 
+
+def _in_chunks(call: Call, q: Quantised, k: Quantised, segment_ids: jax.Array | None) -> dict[str, jax.Array]:
     def chunk(carry, start, rows, keys):
         mask = attention_rows.visible(start, rows, keys, segment_ids)
         some = attention_composed.rows_of(q, start, rows), attention_composed.rows_of(k, 0, keys)
         top, entropy = attention_rows.spread_of_scores(call, *some, mask)
         return jnp.maximum(carry[0], top), carry[1] + entropy
 
-    b, t, heads, groups, _ = q_btkgh.shape
+    b, t, heads, groups, _ = q.data.shape
     init = jnp.full((b, heads), -jnp.inf), jnp.zeros((b, heads))
     top, entropy = attention_composed.over_chunks(t, chunk, lax.stop_gradient(q.data), init)
     return {"max_logit": jnp.max(top), "entropy": jnp.sum(entropy) / (b * t * heads * groups)}

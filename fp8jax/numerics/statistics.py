@@ -5,6 +5,8 @@
 All are float32 scalars, computed in float32 from any floating input, and differentiable by nobody: callers stop gradients.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -30,7 +32,8 @@ def distribution(x: jax.Array) -> dict[str, jax.Array]:
         x: [batch, tokens, ..., features], floating.
     """
     x = _as_stored(x).astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1)
+    # Behind a barrier, or XLA takes maximum and sum of everything in a pass of its own, from x, and not from these.
+    largest, total = lax.optimization_barrier((jnp.max(jnp.abs(x), axis=-1), jnp.sum(x, axis=-1)))
     square = (x * (1.0 / _not_zero(largest))[..., None]) ** 2
     second, fourth = jnp.mean(square, axis=-1), jnp.mean(square**2, axis=-1)
     within = tuple(range(1, largest.ndim))
@@ -38,12 +41,12 @@ def distribution(x: jax.Array) -> dict[str, jax.Array]:
     pooled = jnp.mean(weight * second, axis=within), jnp.mean(weight**2 * fourth, axis=within)
     top = jnp.max(largest)
     rms = top * jnp.sqrt(jnp.mean((largest / _not_zero(top)) ** 2 * second))
-    return {"mean": jnp.mean(x), "rms": rms, "kurtosis": _mean_ratio(second, fourth), "pooled_kurtosis": _mean_ratio(*pooled)}
+    return {"mean": jnp.sum(total) / x.size, "rms": rms, "kurtosis": _mean_ratio(second, fourth), "pooled_kurtosis": _mean_ratio(*pooled)}
 
 
 def _as_stored(x: jax.Array) -> jax.Array:
     """The tensor rounded to its dtype: XLA is free to go on with what it had before the rounding (1e-4 of a kurtosis, measured)."""
-    return lax.optimization_barrier(x)
+    return x if x.dtype == jnp.float32 else lax.optimization_barrier(x)
 
 
 def _not_zero(x: jax.Array) -> jax.Array:
@@ -98,21 +101,36 @@ def health(x: jax.Array, q: Quantised, *, elements: int | None = None) -> jax.Ar
     x = _as_stored(x).astype(jnp.float32)
     scale, elements = jnp.max(q.scale), elements or max(x.size, 1)
     by_element = blockwise.spread(q.scale, x.shape)
-    # Some devices take subnormal numbers for zero, and the CPU's compiler makes a float comparison of (bits << 1) != 0.
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    nonzero, negative = (bits & 0x7FFFFFFF) >= 0x800000, (bits >> 31) == 1
+    # From bits, as some devices take subnormal numbers for zero. Integers, not comparisons: XLA for GPUs writes booleans that several
+    # counts share to memory, two bytes an element (seen in programs for H100s).
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    magnitude = bits & 0x7FFFFFFF
+    nonzero = jnp.minimum(magnitude >> 23, 1)
     vanished = (lax.bitcast_convert_type(q.data, jnp.uint8) & 0x7F) == 0
     clipped = jnp.abs(x * (1.0 / by_element)) > formats.max_value(q.data.dtype)
-    masks = clipped, nonzero & vanished, ~nonzero & ~negative, ~nonzero & negative
-    largest = jnp.minimum(bits & 0x7FFFFFFF, jnp.uint32(0x7F800000)).astype(jnp.int32)  # NaN is as infinity
-    top, *counts = _by_row(largest, *(mask.astype(jnp.int32) for mask in masks))
+    negative_zero = (1 - nonzero) & (bits >> 31)
+    largest = jnp.minimum(magnitude, 0x7F800000)  # NaN is as infinity
+    top, *counts = _by_row(largest, clipped.astype(jnp.int32), nonzero & vanished.astype(jnp.int32), 1 - nonzero - negative_zero, negative_zero)
     amax = lax.bitcast_convert_type(jnp.max(top, initial=0), jnp.float32)
     scaled = x * (1.0 / scale)
     error = scaled - q.data.astype(jnp.float32) * (by_element / scale)
-    fractions = (_count(rows) / elements for rows in counts)
+    return from_rows(amax, scale, counts, [jnp.sum(part**2, axis=-1) for part in (scaled, error)], elements)
+
+
+def from_rows(amax: jax.Array, scale: jax.Array, counts: Sequence[jax.Array], energies: Sequence[jax.Array], elements: int) -> jax.Array:
+    """HEALTH from sums over the rows of a tensor.
+
+    Args:
+        amax: of the tensor.
+        scale: its largest.
+        counts: int32, any shape: overflow, underflow, zero, negative zero; at most 2**31 a row.
+        energies: float32: squares of the tensor and of the cast's error, in units of `scale`.
+        elements: what they refer to.
+    """
+    rows, whole = jnp.stack(energies), tuple(range(1, energies[0].ndim + 1))
     # Far beyond the scale everything is error, and its square must stay finite.
-    energies = (jnp.sum(jnp.minimum(jnp.sum(part**2, axis=-1), 2.0**100)) / elements for part in (scaled, error))
-    return jnp.stack([amax, scale, *fractions, *energies])
+    sums = jnp.concatenate([_count(jnp.stack(counts)), jnp.sum(jnp.minimum(rows, 2.0**100), axis=whole)])
+    return jnp.concatenate([jnp.stack([amax, scale]), sums / elements])
 
 
 def _by_row(largest: jax.Array, *parts: jax.Array) -> list[jax.Array]:
@@ -129,8 +147,9 @@ def _by_row(largest: jax.Array, *parts: jax.Array) -> list[jax.Array]:
 
 
 def _count(rows: jax.Array) -> jax.Array:
-    """Sum of counts, float32, by way of integers that do not overflow below 2**39 in all or 2**23 rows."""
-    return jnp.sum(rows >> 8).astype(jnp.float32) * 256 + jnp.sum(rows & 0xFF).astype(jnp.float32)
+    """Sums of counts over all but the first dimension, float32, by way of integers that do not overflow below 2**39 in all or 2**23 rows."""
+    high, low = (jnp.sum(part, axis=tuple(range(1, rows.ndim))).astype(jnp.float32) for part in (rows >> 8, rows & 0xFF))
+    return high * 256 + low
 
 
 def combine(parts: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:

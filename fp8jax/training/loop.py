@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 import fp8jax
 from fp8jax import config as config_lib
@@ -271,7 +270,7 @@ class _Run:
 
     def _log(self, step: int, metrics: dict[str, jax.Array], taps: Any, held_out: dict[str, float]) -> int:
         """Writes and shows a step; returns how many in a row were bad."""
-        metrics, taps = jax.device_get((metrics, taps))
+        metrics = jax.device_get(metrics)
         tokens = self.config.training.batch_size * self.config.data.sequence_length
         entry: dict[str, Any] = {name: value.item() for name, value in metrics.items()} | {"tokens": step * tokens}
         first, in_a_row = self.program.bad_names[entry.pop("first_bad")], entry.pop("bad_steps_in_a_row")
@@ -279,7 +278,7 @@ class _Run:
             seconds, waited = (time.perf_counter() - self.clock) / self.timed, self.feed.waited / self.timed
             entry |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_wait_seconds": waited}
             self._tell(self.feed.warning(seconds, waited))
-        entry |= held_out | outliers.flatten(jax.tree.map(np.asarray, taps))
+        entry |= held_out | outliers.flatten(taps)
         self.writer.write(step, entry)
         self.progress.update(step, entry)
         self.decision = self.reaction({"step": step, **entry}, self.writer, self.progress)

@@ -26,7 +26,7 @@ from fp8jax.config import Config, OptimizerConfig
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, Params
 from fp8jax.models.gemms import ModelRecipes
-from fp8jax.models.taps import Taps
+from fp8jax.models.taps import Packed, Taps, pack
 from fp8jax.models.transformer import ForwardOptions, PreparedGemms, Transformer
 from fp8jax.numerics import statistics
 from fp8jax.parallel.mesh import emulates_fp8, has_cudnn_attention, runs_kernels
@@ -152,9 +152,10 @@ class TrainProgram:
 
     def jitted_step(self, *, collect: bool = False) -> Any:
         """The jitted step, for tracing."""
-        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array], Taps]:
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array], Packed | None]:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return train_step(state, batch, self.config, self.definition, self.recipes, collect=collect)
+                new, metrics, taps = train_step(state, batch, self.config, self.definition, self.recipes, collect=collect)
+                return new, metrics, pack(taps) if collect else None
 
         whole = NamedSharding(self.mesh, PartitionSpec())  # every process logs, or knows, all metrics
         return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, whole, whole), compiler_options=COMPILER_OPTIONS)
@@ -166,14 +167,15 @@ class TrainProgram:
         return self._compiled[collect]
 
     def step(self, state: TrainState, batch: Batch, *, collect: bool = False) -> tuple[TrainState, dict[str, jax.Array], Taps]:
-        """One update. Donates `state`.
+        """One update. Donates `state`. With `collect`, waits until it is done.
 
         Returns:
             New state; metrics (float32 scalars `loss`, `grad_norm`, `learning_rate`; int32 `bad_step`, `bad_steps_in_a_row`
             and `first_bad`, an index into `bad_names` that means something in a bad step only); taps, empty unless
-            `collect`: name → statistic → float32 [layers].
+            `collect`: name → statistic → NumPy float32 [layers].
         """
-        return self.compiled_step(collect=collect)(state, batch)
+        state, metrics, packed = self.compiled_step(collect=collect)(state, batch)
+        return state, metrics, jax.device_get(packed).unpack() if collect else {}
 
     def unsound(self, state: TrainState) -> str | None:
         """The first array of a state, of those that every step builds on, that is not finite; None where all are."""

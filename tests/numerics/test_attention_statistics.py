@@ -17,10 +17,10 @@ from .reference import E4M3
 SCALES = np.asarray([2.0**-5, 2.0**-9, 1.0], np.float32)
 
 
-def operands(length, heads=2, groups=3, size=1.0):
+def operands(length, heads=2, groups=3, size=1.0, width=16):
     rng = np.random.default_rng(length)
-    return (jnp.asarray(rng.standard_normal((2, length, heads, groups, 16)) * size, jnp.bfloat16),
-            jnp.asarray(rng.standard_normal((2, length, heads, 16)) * 0.3, jnp.bfloat16))
+    return (jnp.asarray(rng.standard_normal((2, length, heads, groups, width)) * size, jnp.bfloat16),
+            jnp.asarray(rng.standard_normal((2, length, heads, width)) * 0.3, jnp.bfloat16))
 
 
 def exact(q, k, scales, softmax_scale, segments=None):
@@ -52,6 +52,21 @@ def test_equal_to_float64(scaling, length):
     largest, entropy = exact(q, k, scales, 0.4)
     np.testing.assert_allclose(found["max_logit"], largest, rtol=1e-5)
     np.testing.assert_allclose(found["entropy"], entropy, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "segmented"), [(1, False), (300, True), (530, False)])
+def test_the_kernel_equals_float64(length, segmented):
+    """Interpreted; also of queries whose first tiles of keys are all hidden."""
+    q, k = operands(length, size=30.0 if length == 300 else 2.0, width=64)
+    segments = np.sort(np.random.default_rng(0).integers(0, 3, (2, length)), axis=1) if segmented else None
+    run = jax.jit(functools.partial(score_statistics, recipe=GemmRecipe("delayed"), softmax_scale=0.4, backend="pallas",
+                                    segment_ids=None if segments is None else jnp.asarray(segments, jnp.int32)))
+    largest, entropy = exact(q, k, SCALES, 0.4, segments)
+    found = run(q, k, scales=jnp.asarray(SCALES))
+    np.testing.assert_allclose(found["max_logit"], largest, rtol=1e-5)
+    np.testing.assert_allclose(found["entropy"], entropy, rtol=2e-5, atol=1e-5)
+    found = run(q, k.at[1, 0, 0, 3].set(jnp.nan), scales=jnp.asarray(SCALES))
+    assert np.isinf(found["max_logit"]) and np.isnan(found["entropy"])
 
 
 def test_documents_are_seen_apart():

@@ -1,6 +1,7 @@
 """Does an attention backend compute on this device what the definition says? Asked once, before training starts.
 
     errors = self_check("composed", {"attention_scores": recipe, "attention_values": recipe})
+    errors = self_check("pallas", recipes, statistics=True)      # also what steps with statistics run
 
 Runs the backend with the recipes as they are, and `emulated` with the same recipes emulated, on random inputs: grouped
 queries, two documents a sequence, more than one chunk, an odd last one, and operands whose scales all differ, so that a
@@ -17,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax.numerics.attention import SCORES, VALUES, attention
+from fp8jax.numerics.attention_statistics import score_statistics
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
+from fp8jax.numerics.statistics import HEALTH, REPORT
 
 # Where the accumulation differs, some elements of P and dS round to the neighbour in FP8. The worst accumulation known,
 # Hopper's fast one, is accurate to 1e-3 or so at this length; a wrong scale is off by 0.5 or more.
@@ -26,7 +29,7 @@ LENGTH = 640
 _MAGNITUDES = {"q": 3.0, "k": 0.05, "v": 20.0, "do": 1e-3}
 
 
-def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int = 64,
+def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int = 64, statistics: bool = False,
                tolerance: float = TOLERANCE) -> dict[str, float]:
     """Compares a backend with `emulated` on the default device.
 
@@ -34,11 +37,13 @@ def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int
         backend: one of `attention.BACKENDS`.
         recipes: of `attention_scores` and `attention_values`, as training will use them.
         head_dim: width of a head.
+        statistics: as a step with statistics runs it.
         tolerance: largest relative error that passes.
 
     Returns:
         Relative errors (norm of the difference over norm) of `o`, `dq`, `dk`, `dv`, and, where they are measured, of `amax_q`,
-        `amax_k`, `amax_ds`, `amax_v`, `amax_do`.
+        `amax_k`, `amax_ds`, `amax_v`, `amax_do`. With `statistics`, of output and gradients, of what the cast of dS does, `underflow_ds`,
+        `signal_ds` and `noise_ds`, and of `max_logit` and `entropy`.
 
     Raises:
         ValueError: an error is above the tolerance or not a number; names the backend, the device, every such error.
@@ -47,7 +52,8 @@ def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int
     emulated = {role: dataclasses.replace(recipe, emulated=True) for role, recipe in recipes.items()}
     inputs = _inputs(head_dim)
     scales = _scales(emulated, inputs)
-    expected, found = _run("emulated", emulated, inputs, scales), _run(backend, recipes, inputs, scales)
+    run = _run_with_statistics if statistics else _run
+    expected, found = run("emulated", emulated, inputs, scales), run(backend, recipes, inputs, scales)
     errors = {name: _relative(found[name], expected[name]) for name in expected}
     wrong = ", ".join(f"{name} {error:.3g}" for name, error in errors.items() if not error <= tolerance)
     if wrong:
@@ -80,28 +86,50 @@ def _scales(recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array]) 
     return {role: jnp.stack([scale(recipe, name) for name in OPERANDS[role]]) for role, recipe in delayed.items()}
 
 
+def _softmax_scale(head_dim: int) -> float:
+    """Brings the scores to a standard deviation of about 1."""
+    return 1 / (_MAGNITUDES["q"] * _MAGNITUDES["k"] * head_dim**0.5)
+
+
 def _run(backend: str, recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array],
          scales: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Output, gradients and amaxes by name."""
-    q, k, v, do = (inputs[name] for name in ("q", "k", "v", "do"))
-    # Brings the scores to a standard deviation of about 1.
-    softmax_scale = 1 / (_MAGNITUDES["q"] * _MAGNITUDES["k"] * q.shape[-1] ** 0.5)
     tokens = {role: jnp.zeros(len(OPERANDS[role]), jnp.float32) for role, recipe in recipes.items() if recipe.measured}
+    found, amaxes = _attend(backend, recipes, inputs, scales, tokens)
+    return found | {f"amax_{name}": amaxes[role][i] for role in tokens for i, name in enumerate(OPERANDS[role])}
+
+
+def _run_with_statistics(backend: str, recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array],
+                         scales: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Output, gradients, what the cast of dS does, and the spread of scores, by name."""
+    tokens = {role: jnp.zeros((len(OPERANDS[role]), len(REPORT)), jnp.float32) for role in recipes}
+    found, reports = _attend(backend, recipes, inputs, scales, tokens)
+    ds = reports[SCORES][OPERANDS[SCORES].index("ds")]
+    spread = jax.jit(lambda q, k: score_statistics(q, k, recipes[SCORES], softmax_scale=_softmax_scale(q.shape[-1]), scales=scales.get(SCORES),
+                                                   segment_ids=inputs["segment_ids"], backend=backend))(inputs["q"], inputs["k"])
+    casts = {f"{name}_ds": ds[HEALTH.index(name)] for name in ("underflow", "signal", "noise") if recipes[SCORES].fp8}
+    return found | casts | jax.device_get(spread)
+
+
+def _attend(backend: str, recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array], scales: Mapping[str, jax.Array],
+            tokens: Mapping[str, jax.Array]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Output and gradients by name, and what the tokens bring back."""
+    q, k, v, do = (inputs[name] for name in ("q", "k", "v", "do"))
 
     @jax.jit
     def both(q, k, v, do, segment_ids, scales, tokens):
         def forward(q, k, v, tokens):
-            return attention(q, k, v, recipes, softmax_scale=softmax_scale, segment_ids=segment_ids, scales=scales,
+            return attention(q, k, v, recipes, softmax_scale=_softmax_scale(q.shape[-1]), segment_ids=segment_ids, scales=scales,
                              tokens=tokens, backend=backend)
 
         o, backward = jax.vjp(forward, q, k, v, tokens)
         return o, *backward(do)
 
-    o, dq, dk, dv, amaxes = jax.device_get(both(q, k, v, do, inputs["segment_ids"], scales, tokens))
-    named = {f"amax_{name}": amaxes[role][i] for role in tokens for i, name in enumerate(OPERANDS[role])}
-    return {"o": o, "dq": dq, "dk": dk, "dv": dv} | named
+    o, dq, dk, dv, reports = jax.device_get(both(q, k, v, do, inputs["segment_ids"], scales, dict(tokens)))
+    return {"o": o, "dq": dq, "dk": dk, "dv": dv}, reports
 
 
 def _relative(found: np.ndarray, expected: np.ndarray) -> float:
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+    difference = np.linalg.norm(found - expected)
+    return float(difference / np.linalg.norm(expected)) if difference else 0.0

@@ -56,8 +56,11 @@ def check_attention(program: TrainProgram) -> list[str]:
     fp8 = [pair for pair in pairs if any(recipe.fp8 for recipe in pair)]
     if not fp8 or backend == "emulated":
         return [f"         attention in FP8 by backend {backend}"] if fp8 else []
+    # Only `pallas` has kernels of their own for steps with statistics.
+    kinds = (False, True) if backend == "pallas" and program.config.monitor.every else (False,)
     try:
-        errors = [max(self_check(backend, dict(zip((SCORES, VALUES), pair, strict=True)), head_dim=head_dim).values()) for pair in fp8]
+        errors = [max(self_check(backend, dict(zip((SCORES, VALUES), pair, strict=True)), head_dim=head_dim, statistics=statistics).values())
+                  for pair in fp8 for statistics in kinds]
     except ValueError as error:
         raise ConfigError(f"config.fp8.attention_backend: {error}") from None
     return [f"         attention in FP8 by backend {backend}, within {max(errors):.1g} of the definition on this device"]

@@ -85,6 +85,13 @@ def test_attention_equals_the_definition(backend, scaling, power_of_two, figures
     figures.append({"check": "attention", "backend": backend, "scaling": scaling, "power_of_two": power_of_two, **errors})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_of_a_step_with_statistics_equals_the_definition(backend, figures):
+    recipe = GemmRecipe("delayed", emulated=False)
+    errors = self_check(backend, {SCORES: recipe, VALUES: recipe}, head_dim=128, statistics=True)
+    figures.append({"check": "attention with statistics", "backend": backend, **errors})
+
+
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "emulated"])
 def test_all_gemms_of_attention_are_fp8(backend, figures):
     recipe = GemmRecipe("delayed", emulated=False)

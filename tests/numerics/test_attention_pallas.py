@@ -213,6 +213,16 @@ def test_the_self_check_passes(scaling):
     assert max(errors.values()) < 2e-3
 
 
+def test_the_self_check_with_statistics_passes_and_refuses_a_wrong_count(monkeypatch):
+    recipes = {SCORES: GemmRecipe("delayed"), VALUES: GemmRecipe("delayed")}
+    errors = self_check("pallas", recipes, statistics=True)
+    assert max(errors.values()) < 2e-3 and {"signal_ds", "noise_ds", "max_logit", "entropy"} < errors.keys()
+    original = attention_pallas.scores
+    monkeypatch.setattr(attention_pallas, "scores", lambda *arguments: [rows * 1.1 for rows in original(*arguments)])
+    with pytest.raises(ValueError, match=r"'pallas' disagrees .* entropy 0\.1, max_logit 0\.1"):
+        self_check("pallas", recipes, statistics=True)
+
+
 needs_gpus = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="no compiler for GPUs: requirements-audit.txt")
 
 

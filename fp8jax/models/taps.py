@@ -29,7 +29,7 @@ _found: contextvars.ContextVar[tuple[Taps, bool] | None] = contextvars.ContextVa
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Taps as one array: hundreds of scalars, each carried through a scan or brought to the host by itself, cost more than what they are of.
+    """Taps as one array: hundreds of scalars would each be carried through the scan over layers, and brought to the host, by themselves.
 
     values: float32 [..., n], a JAX or a NumPy array. layout: of each statistic, in the order of names: tensor, statistic, shape, dtype.
     """

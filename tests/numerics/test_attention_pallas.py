@@ -22,6 +22,7 @@ from fp8jax.numerics.attention import SCORES, VALUES, attention, check_backend
 from fp8jax.numerics.attention_kernels import Tile
 from fp8jax.numerics.attention_pallas import FORWARD, KEYS, QUERIES
 from fp8jax.numerics.attention_rows import Call, Operands, Residuals
+from fp8jax.numerics.attention_statistics import score_statistics
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME
 from fp8jax.numerics.placement import Partition
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
@@ -228,10 +229,14 @@ needs_gpus = pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is
 
 @needs_gpus
 @pytest.mark.audit
-@pytest.mark.parametrize(("head_dim", "gradient_format"), [(128, "e5m2"), pytest.param(64, "e5m2", marks=pytest.mark.slow),
-                                                           pytest.param(256, "e4m3", marks=pytest.mark.slow)])
-def test_compiles_for_an_h100_in_linear_memory(head_dim, gradient_format):
-    """Three kernels forward and backward, no square of scores anywhere, four times the temporaries for four times the tokens."""
+@pytest.mark.parametrize(("head_dim", "gradient_format", "health"), [
+    (128, "e5m2", False), pytest.param(128, "e5m2", True, marks=pytest.mark.slow),
+    pytest.param(64, "e5m2", False, marks=pytest.mark.slow), pytest.param(256, "e4m3", False, marks=pytest.mark.slow)])
+def test_compiles_for_an_h100_in_linear_memory(head_dim, gradient_format, health):
+    """Three kernels forward and backward, no square of scores anywhere, four times the temporaries for four times the tokens.
+
+    In steps with statistics, too, with one kernel more for the spread of the scores.
+    """
     mesh = Mesh(np.array(targets.resolve("h100:1").devices), ("data",), axis_types=(AxisType.Auto,))
     recipe = GemmRecipe("delayed", emulated=False, gradient_format=gradient_format)
     recipes = {SCORES: recipe, VALUES: recipe}
@@ -244,15 +249,17 @@ def test_compiles_for_an_h100_in_linear_memory(head_dim, gradient_format):
             return attention(q, k, v, recipes, softmax_scale=0.1, scales=scales, tokens=tokens, backend="pallas")
 
         o, pull = jax.vjp(forward, q, k, v, tokens)
-        return o, *pull(do)
+        spread = score_statistics(q, k, recipe, softmax_scale=0.1, scales=scales[SCORES], backend="pallas") if health else None
+        return o, *pull(do), spread
 
     def compiled(length):
         q, k = array(1, length, 2, 4, head_dim), array(1, length, 2, head_dim)
-        scales = {role: array(len(OPERANDS[role]), dtype=jnp.float32) for role in recipes}
-        return targets.compile_step(jax.jit(both).trace(q, k, k, q, scales, scales), targets.resolve("h100:1"))[0]
+        scales, tokens = ({role: array(len(OPERANDS[role]), *room, dtype=jnp.float32) for role in recipes}
+                          for room in ((), (len(statistics.REPORT),) * health))
+        return targets.compile_step(jax.jit(both).trace(q, k, k, q, scales, tokens), targets.resolve("h100:1"))[0]
 
     programs = [compiled(length) for length in (1024, 4096)]
     text = programs[1].as_text()
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3 and "4096,4096" not in text and "__cublas" not in text
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 3 + health and "4096,4096" not in text and "__cublas" not in text
     sizes = [program.memory_analysis().temp_size_in_bytes for program in programs]
     assert 3.5 < sizes[1] / sizes[0] < 4.5

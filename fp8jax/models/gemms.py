@@ -194,8 +194,9 @@ def zero_tokens(recipes: ModelRecipes, *, by_device: bool = False) -> scaling_li
 
 
 def over_devices(amaxes: scaling_lib.Tokens) -> scaling_lib.Tokens:
-    """Amaxes of whole tensors, [layers, operands], from those of all devices."""
-    return {role: jnp.max(amax, axis=tuple(range(2, amax.ndim))) for role, amax in amaxes.items()}
+    """Amaxes of whole tensors, [layers, operands], from those of all devices; infinite where one is not a number, which a maximum may lose."""
+    known = {role: jnp.where(jnp.isnan(amax), jnp.inf, amax) for role, amax in amaxes.items()}
+    return {role: jnp.max(amax, axis=tuple(range(2, amax.ndim))) for role, amax in known.items()}
 
 
 def zero_reports(recipes: ModelRecipes) -> scaling_lib.Tokens:

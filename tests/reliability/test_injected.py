@@ -10,7 +10,7 @@ import pytest
 
 from fp8jax.models.feed_forward import FeedForward
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.numerics import formats
+from fp8jax.numerics import placement
 from fp8jax.training import step as step_lib
 from fp8jax.training.checkpoint import Checkpoints
 from fp8jax.training.step import TrainProgram
@@ -57,9 +57,9 @@ def break_microbatch(patch):
 
 
 def break_amax_on_one_device(patch):
-    """Rows 4 of a microbatch of 8 are on the fifth of eight devices; the tensor itself stays as it is."""
-    original = formats.amax
-    patch.setattr(formats, "amax", lambda x: original(x.at[4].set(jnp.nan) if x.ndim == 3 and x.shape[0] == 8 else x))
+    """The fifth of eight devices, data 2 x fsdp 4, has another amax of every operand; the tensors themselves stay as they are."""
+    original = placement.amax_by_device
+    patch.setattr(placement, "amax_by_device", lambda x, spec, like: original(x, spec, like).at[1, 0].set(jnp.nan))
 
 
 def inject(monkeypatch, break_program):
@@ -134,6 +134,7 @@ def test_a_weight_lost_in_memory_is_gone_back_from(tmp_path, monkeypatch, whole)
     """The state itself holds a NaN, without a bad step before: it never becomes a checkpoint, and the run goes back to the one before."""
     config = micro(**BASE)
     clean, original, broken = whole("one", config), TrainProgram.step, []
+    monkeypatch.setattr(Checkpoints, "busy", lambda self: False)  # or a slow disk would postpone saves
 
     def step(self, state, batch, *, collect=False):
         state, metrics, taps = original(self, state, batch, collect=collect)

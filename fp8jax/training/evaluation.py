@@ -25,7 +25,7 @@ from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
 from fp8jax.training import precision
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
-from fp8jax.training.step import COMPILER_OPTIONS, TrainProgram, token_losses
+from fp8jax.training.step import TrainProgram, compiler_options, token_losses
 
 
 class Evaluator:
@@ -47,7 +47,7 @@ class Evaluator:
                     losses = token_losses(model(batch, recipes, prepared)[0], batch["targets"])
                 return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
 
-        self._total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=COMPILER_OPTIONS)
+        self._total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=compiler_options(mesh))
 
     def __call__(self, params: Params) -> dict[str, float]:
         """Metrics over `config.evaluation.batches` batches, or the whole split.

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from configs import common as configs
 from fp8jax.numerics.attention import BACKENDS, SCORES, VALUES, attention
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
-from fp8jax.training.step import COMPILER_OPTIONS
+from fp8jax.training.step import compiler_options
 
 PASSES = {"forward": 2, "forward+backward": 7}
 
@@ -48,7 +48,7 @@ def jitted(forward: Callable[..., jax.Array], passes: str) -> Callable[..., Any]
         o, pull = jax.vjp(forward, q, k, v)
         return o, pull(do)
 
-    return jax.jit(run, compiler_options=COMPILER_OPTIONS)
+    return jax.jit(run, compiler_options=compiler_options(jax.default_backend()))
 
 
 def candidates(head: int, scalings: Sequence[str]) -> dict[str, Callable[..., jax.Array]]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from configs import common as configs
 from fp8jax.numerics.dot_general import dot_general
 from fp8jax.numerics.recipes import GemmRecipe
-from fp8jax.training.step import COMPILER_OPTIONS
+from fp8jax.training.step import compiler_options
 
 SCALINGS = ("bf16", "delayed", "current", "static")
 
@@ -42,7 +42,7 @@ def linear(recipe: GemmRecipe, backward: bool):
         y, pull = jax.vjp(lambda x, w, token: forward(x, w, scales, token), x, w, token)
         return y, pull(dy)
 
-    return jax.jit(both, compiler_options=COMPILER_OPTIONS)
+    return jax.jit(both, compiler_options=compiler_options(jax.default_backend()))
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:

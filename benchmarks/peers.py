@@ -25,7 +25,7 @@ from fp8jax.models.gemms import GemmInputs, Gemms
 from fp8jax.models.layers import apply_rope, rope_frequencies, rope_table
 from fp8jax.models.transformer import Block
 from fp8jax.parallel.mesh import runs_kernels
-from fp8jax.training.step import COMPILER_OPTIONS
+from fp8jax.training.step import compiler_options
 
 # For the peers, too: tuning XLA's own Triton GEMMs at 8b shapes takes minutes for each of them.
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
@@ -92,7 +92,8 @@ def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.A
         y, _ = block(x, rope, None, Gemms(recipes.blocks[0], given, recipes.attention_backend))
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
-    return functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=COMPILER_OPTIONS), params, tokens, x)
+    options = compiler_options(jax.default_backend())
+    return functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=options), params, tokens, x)
 
 
 class Lazy:

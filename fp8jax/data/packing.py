@@ -22,7 +22,7 @@ A window is a dictionary of numpy arrays [T]:
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,15 +75,18 @@ class Rows:
 
 
 class _Windows:
-    """What can fill rows, as single windows."""
+    """Windows that fill rows, read singly."""
 
     data: DataConfig
+    fill: Callable[[int, Rows, int], None]
 
     def __getitem__(self, index: int) -> Batch:
         """Window `index`, arrays [T]."""
         rows = Rows(1, self.data)
         self.fill(index, rows, 0)
         return {name: array[0] for name, array in rows.batch().items()}
+
+
 class ConcatWindows(_Windows):
     """The windows of a stream that is cut every T tokens; the last one is padded."""
 

@@ -37,7 +37,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fp8jax.numerics import attention_composed, attention_pallas, attention_rows, formats, statistics
 from fp8jax.numerics.attention_rows import Call, Operands, Residuals
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME, as_bytes, from_bytes, named, report_cast
-from fp8jax.numerics.placement import Partition, Placement, moved, pin, report_amax
+from fp8jax.numerics.placement import Partition, moved, pin, placements, report_amax
 from fp8jax.numerics.recipes import GemmRecipe
 
 SCORES, VALUES = "attention_scores", "attention_values"
@@ -117,7 +117,7 @@ def _attention(backend, call, q, k, v, segment_ids, scales, tokens):
 
 
 def _forward(backend, call, q, k, v, segment_ids, scales, tokens):
-    many, few = _placements(call, "btkgh", "bskh")
+    many, few = placements(call.partition, "btkgh", "bskh")
     q, k, v = pin(q, many.cast), pin(k, few.cast), pin(v, few.cast)
     qq, amax_q = call.scores.quantise(q, _scale(scales, SCORES, 0), "q")
     qk, amax_k = call.scores.quantise(k, _scale(scales, SCORES, 1), "k")
@@ -136,7 +136,7 @@ def _forward(backend, call, q, k, v, segment_ids, scales, tokens):
 
 def _backward(backend, call, saved, do):
     kept, o, lse, reports, scales, tokens = saved
-    many, few, rows, heads = _placements(call, "btkgh", "bskh", "btkg", "bk")
+    many, few, rows, heads = placements(call.partition, "btkgh", "bskh", "btkg", "bk")
     operands = Operands(*(moved(from_bytes(q), *place) for q, place in zip(kept[:3], (many, few, few), strict=True)), kept.segment_ids)
     do = pin(do, many.cast)
     qdo, amax_do = call.values.quantise(do, _scale(scales, VALUES, 1), "do")
@@ -152,11 +152,6 @@ def _backward(backend, call, saved, do):
     found = {SCORES: (*reports[SCORES], of_ds), VALUES: (*reports[VALUES], of_do)}
     dq, dk, dv = pin(dq, many.cast), pin(dk, few.cast), pin(dv, few.cast)
     return dq, dk, dv, None, None, {role: _stacked(found[role], token) for role, token in tokens.items()}
-
-
-def _placements(call: Call, *letters: str) -> list[Placement]:
-    """Of arrays with these dimensions."""
-    return [Placement(None, None) if call.partition is None else call.partition.of(word) for word in letters]
 
 
 def _stacked(reports: tuple[jax.Array | None, ...], token: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from jax import lax
 from fp8jax.numerics import attention_composed, attention_pallas, attention_rows
 from fp8jax.numerics.attention_rows import Call
 from fp8jax.numerics.formats import Quantised
-from fp8jax.numerics.placement import Partition, Placement, moved, pin
+from fp8jax.numerics.placement import Partition, moved, pin, placements
 from fp8jax.numerics.recipes import GemmRecipe
 
 
@@ -38,14 +38,13 @@ def score_statistics(q_btkgh: jax.Array, k_bskh: jax.Array, recipe: GemmRecipe, 
     """
     call = Call(recipe, recipe, softmax_scale, q_btkgh.dtype, partition=partition)
     scale_q, scale_k = (None, None) if scales is None else (scales[0], scales[1])
-    if backend == "pallas":
-        many, few = (Placement(None, None),) * 2 if partition is None else (partition.of("btkgh"), partition.of("bskh"))
-        q, k = (moved(recipe.quantise(pin(x, place.cast), scale, name)[0], *place)
-                for x, place, scale, name in ((q_btkgh, many, scale_q, "q"), (k_bskh, few, scale_k, "k")))
-        top, entropy = attention_pallas.scores(call, q, k, segment_ids)
-        return {"max_logit": jnp.max(top), "entropy": jnp.mean(entropy)}
-    q, k = recipe.quantise(q_btkgh, scale_q, "q")[0], recipe.quantise(k_bskh, scale_k, "k")[0]
-    return _in_chunks(call, q, k, segment_ids)
+    many, few = placements(partition if backend == "pallas" else None, "btkgh", "bskh")
+    q, k = (moved(recipe.quantise(pin(x, place.cast), scale, name)[0], *place)
+            for x, place, scale, name in ((q_btkgh, many, scale_q, "q"), (k_bskh, few, scale_k, "k")))
+    if backend != "pallas":
+        return _in_chunks(call, q, k, segment_ids)
+    top, entropy = attention_pallas.scores(call, q, k, segment_ids)
+    return {"max_logit": jnp.max(top), "entropy": jnp.mean(entropy)}
 
 
 def _in_chunks(call: Call, q: Quantised, k: Quantised, segment_ids: jax.Array | None) -> dict[str, jax.Array]:

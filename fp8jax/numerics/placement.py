@@ -40,6 +40,11 @@ class Partition(NamedTuple):
         return Placement(*(PartitionSpec(*(axes.get(letter) for letter in letters)) for axes in (outside, inside)))
 
 
+def placements(partition: Partition | None, *letters: str) -> list[Placement]:
+    """Of attention's arrays with these dimensions; without a partition, as the compiler sees fit."""
+    return [Placement(None, None) if partition is None else partition.of(word) for word in letters]
+
+
 def pin(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
     """Constrains an array to a spec; None leaves it to the compiler."""
     if spec is None or jax.sharding.get_abstract_mesh().empty:

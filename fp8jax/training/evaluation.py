@@ -47,7 +47,8 @@ class Evaluator:
                     losses = token_losses(model(batch, recipes, prepared)[0], batch["targets"])
                 return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
 
-        self._total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=compiler_options(mesh))
+        self._total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()),
+                                   compiler_options=compiler_options(mesh.devices.flat[0].platform))
 
     def __call__(self, params: Params) -> dict[str, float]:
         """Metrics over `config.evaluation.batches` batches, or the whole split.

@@ -42,15 +42,15 @@ Batch = dict[str, jax.Array]
 
 # Triton GEMMs lose FP8 on patterns that cuBLASLt takes, and write transposes apart (measured on compiled programs). Excess precision
 # leaves out roundings to bfloat16 between fusions, and then moves float32 through memory in their place.
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_allow_excess_precision": False}
+_EVERYWHERE = {"xla_gpu_enable_triton_gemm": False, "xla_allow_excess_precision": False}
 # XLA's CPU compiler gives reductions, with what leads to them, to a library that keeps more digits than bfloat16 has (jax 0.10.2, seen in
 # the backward pass of QK norms), on one device and not on eight. GEMMs may stay there: what goes into them is rounded before.
 _ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
-    """What programs that train or evaluate on a mesh are compiled with."""
-    return COMPILER_OPTIONS | (_ON_CPU if mesh.devices.flat[0].platform == "cpu" else {})
+def compiler_options(platform: str) -> dict[str, str | bool]:
+    """What programs that train or evaluate are compiled with, on devices of this `jax.Device.platform`."""
+    return _EVERYWHERE | (_ON_CPU if platform == "cpu" else {})
 
 
 @jax.custom_vjp
@@ -99,6 +99,7 @@ class TrainProgram:
         self.abstract_batch = self._abstract_batch()
         self.state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.bad_names = bad_steps.names(jax.eval_shape(lambda: gemms.zero_tokens(self.recipes)), definition.shapes)
+        self._options = compiler_options(mesh.devices.flat[0].platform)
         self._compiled: dict[bool, Any] = {}
         self._is_finite: Any = None
 
@@ -166,7 +167,7 @@ class TrainProgram:
                 return new, metrics, pack(taps) if collect else None
 
         whole = NamedSharding(self.mesh, PartitionSpec())  # every process logs, or knows, all metrics
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, whole, whole), compiler_options=compiler_options(self.mesh))
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, whole, whole), compiler_options=self._options)
 
     def compiled_step(self, *, collect: bool = False) -> Any:
         """The step's executable, compiled at the first request: one without statistics, one with."""
@@ -211,7 +212,7 @@ class TrainProgram:
                 return gradients(state, batch, self.config, self.definition, current)[2]
 
         whole = NamedSharding(self.mesh, PartitionSpec())
-        found = jax.jit(amaxes, out_shardings=whole, compiler_options=compiler_options(self.mesh))(state, batch)
+        found = jax.jit(amaxes, out_shardings=whole, compiler_options=self._options)(state, batch)
         bad = [role for role, amax in jax.device_get(found).items() if not np.isfinite(amax).all()]
         if bad:
             raise FloatingPointError(f"calibration: amax of {', '.join(bad)} is not finite on the first batch; check the initial "

@@ -24,7 +24,7 @@ from fp8jax.numerics.dot_general import dot_general
 from fp8jax.numerics.recipes import OPERANDS, ROLES, GemmRecipe
 from fp8jax.numerics.self_check import self_check
 from fp8jax.parallel.mesh import make_mesh
-from fp8jax.training.step import COMPILER_OPTIONS, TrainProgram
+from fp8jax.training.step import TrainProgram, compiler_options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")]
 TOLERANCE = 0.01
@@ -47,7 +47,7 @@ def operands():
     return x.astype(jnp.bfloat16), w, g.astype(jnp.bfloat16), jnp.asarray([2.0**-4, 2.0**-22], jnp.float32), jnp.zeros(2)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILER_OPTIONS)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=compiler_options("gpu"))
 def layer(recipe, x, w, g, scales, token):
     y, pull = jax.vjp(lambda x, w, token: dot_general(x, w, DIMS, recipe, scales=scales, token=token), x, w, token)
     return y, *pull(g)
@@ -103,7 +103,7 @@ def test_all_gemms_of_attention_are_fp8(backend, figures):
         return o, pull(do)
 
     q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 2048, 2, 4, 128), (1, 2048, 2, 128)))
-    gemms = compiled_gemms(hlo.parse(jax.jit(both, compiler_options=COMPILER_OPTIONS).lower(q, k, k, q).compile().as_text()))
+    gemms = compiled_gemms(hlo.parse(jax.jit(both, compiler_options=compiler_options("gpu")).lower(q, k, k, q).compile().as_text()))
     figures.append({"check": "attention, compiled", "backend": backend, "fp8": sum(g.fp8 for g in gemms),
                     "kernels": sorted({f"{g.role}.{g.pass_name}: {g.kernel}" for g in gemms})})
     assert gemms and all(g.fp8 for g in gemms)

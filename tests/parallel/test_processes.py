@@ -156,20 +156,15 @@ def test_a_signal_to_one_stops_all(tmp_path):
     assert "stopped on a signal to another process" in told[0]
 
 
-def test_those_who_do_not_come_are_named(tmp_path):
-    [alone, _] = start(tmp_path / "run", tmp_path / "cache", processes=2, devices=1, steps=2, mesh={}, start_timeout=12)
-    _.kill()
-    _.communicate()
-    told = finish([alone], code=2)[0]
-    assert "1 of 2 processes have not come within 12 s: 1" in told and "Traceback" not in told
-
-
-def test_process_0_that_does_not_come(tmp_path):
-    [first, second] = start(tmp_path / "run", tmp_path / "cache", processes=2, devices=1, steps=2, mesh={}, start_timeout=3)
-    first.kill()
-    first.communicate()
-    told = finish([second], code=2)[0]
-    assert "process 1 has not reached process 0 at 127.0.0.1" in told and "Traceback" not in told
+@pytest.mark.parametrize(("missing", "patience", "expected"), [
+    (1, 12, "1 of 2 processes have not come within 12 s: 1"), (0, 3, "process 1 has not reached process 0 at 127.0.0.1")])
+def test_who_does_not_come_is_named(tmp_path, missing, patience, expected):
+    started = start(tmp_path / "run", tmp_path / "cache", processes=2, devices=1, steps=2, mesh={}, start_timeout=patience)
+    killed = started.pop(missing)
+    killed.kill()
+    killed.communicate()
+    told = finish(started, code=2)[0]
+    assert expected in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize("mesh", [

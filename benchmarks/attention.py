@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from configs import common as configs
 from fp8jax.numerics.attention import BACKENDS, SCORES, VALUES, attention
+from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
-from fp8jax.training.step import compiler_options
 
 PASSES = {"forward": 2, "forward+backward": 7}
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from configs import common as configs
+from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.dot_general import dot_general
 from fp8jax.numerics.recipes import GemmRecipe
-from fp8jax.training.step import compiler_options
 
 SCALINGS = ("bf16", "delayed", "current", "static")
 

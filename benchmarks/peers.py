@@ -24,8 +24,8 @@ from fp8jax.models import activations, architectures, gemms
 from fp8jax.models.gemms import GemmInputs, Gemms
 from fp8jax.models.layers import apply_rope, rope_frequencies, rope_table
 from fp8jax.models.transformer import Block
+from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel.mesh import runs_kernels
-from fp8jax.training.step import compiler_options
 
 # For the peers, too: tuning XLA's own Triton GEMMs at 8b shapes takes minutes for each of them.
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}

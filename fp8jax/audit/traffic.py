@@ -20,8 +20,9 @@ from fp8jax.audit.hlo import Array, Computation, Executed, Instruction, Module
 TRANSPOSED_FP8 = "FP8 transposed copies"
 _FREE = frozenset((
     "after-all", "add-dependency", "async-done", "async-update", "bitcast", "call", "conditional", "constant", "copy-done", "domain",
-    "get-tuple-element", "opt-barrier", "optimization-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
+    "fusion-done", "fusion-update", "get-tuple-element", "opt-barrier", "optimization-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
     *(kind + end for kind in KINDS for end in ("", "-start", "-done"))))
+_FUSIONS = ("fusion", "fusion-start")  # the latter goes on beside others, as XLA of jax 0.11 runs loops' slices and updates
 _NO_WORK = ("AllocateBuffer", "Sharding", "annotate_device_placement")
 _RENAMES = frozenset(("bitcast", "reshape", "copy", "bitcast-convert", "convert"))
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
@@ -75,7 +76,7 @@ def _add(totals: dict, key: tuple[str, str], read: int, written: int, count: int
 
 
 def _is_collective(module: Module, run: Executed) -> bool:
-    if run.instruction.opcode not in ("fusion", "async-start", "custom-call"):
+    if run.instruction.opcode not in (*_FUSIONS, "async-start", "custom-call"):
         return False
     return any(inner.instruction.opcode.removesuffix("-start") in KINDS for inner in hlo.nested(module, run))
 
@@ -93,7 +94,7 @@ def place(scope: str) -> str:
 
 def _moved(module: Module, run: Executed) -> _Moved:
     instruction, operands = run.instruction, run.operands()
-    if instruction.opcode == "fusion":
+    if instruction.opcode in _FUSIONS:
         return _fusion(module.computations.get(instruction.called("calls") or "", {}), operands)
     if instruction.opcode in _SLICES:
         return _Moved(instruction.bytes, instruction.bytes)

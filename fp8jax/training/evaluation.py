@@ -19,13 +19,14 @@ from fp8jax.config import Config, MeshConfig
 from fp8jax.data import pipeline, tokenizer
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, LoadedModel, Params, define
+from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel import distributed
 from fp8jax.parallel.mesh import emulates_fp8, make_mesh
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
 from fp8jax.training import precision
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
-from fp8jax.training.step import TrainProgram, compiler_options, token_losses
+from fp8jax.training.step import TrainProgram, token_losses
 
 
 class Evaluator:

@@ -29,6 +29,7 @@ from fp8jax.models.gemms import ModelRecipes
 from fp8jax.models.taps import Packed, Taps, pack
 from fp8jax.models.transformer import ForwardOptions, PreparedGemms, Transformer
 from fp8jax.numerics import statistics
+from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel.mesh import emulates_fp8, has_cudnn_attention, runs_kernels
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
@@ -39,18 +40,6 @@ from fp8jax.training.state import TrainState, abstract_state, initial_state, sta
 from fp8jax.training.state_statistics import state_statistics
 
 Batch = dict[str, jax.Array]
-
-# Triton GEMMs lose FP8 on patterns that cuBLASLt takes, and write transposes apart (measured on compiled programs). Excess precision
-# leaves out roundings to bfloat16 between fusions, and then moves float32 through memory in their place.
-_EVERYWHERE = {"xla_gpu_enable_triton_gemm": False, "xla_allow_excess_precision": False}
-# XLA's CPU compiler gives reductions, with what leads to them, to a library that keeps more digits than bfloat16 has (jax 0.10.2, seen in
-# the backward pass of QK norms), on one device and not on eight. GEMMs may stay there: what goes into them is rounded before.
-_ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-
-
-def compiler_options(platform: str) -> dict[str, str | bool]:
-    """What programs that train or evaluate are compiled with, on devices of this `jax.Device.platform`."""
-    return _EVERYWHERE | (_ON_CPU if platform == "cpu" else {})
 
 
 @jax.custom_vjp

@@ -73,3 +73,11 @@ def fusion(shape, arguments, body, scope="jit(step)/attention/mul"):
 def test_bytes_by_kind_and_place(line, expected):
     found = [row for row in rows(line) if row.read + row.written]
     assert sorted(found, key=str) == sorted(expected, key=str)
+
+
+def test_a_fusion_that_goes_on_beside_others_counts_once():
+    """As jax 0.11.2 compiles loops for an H100: the result of the start names operands, result and a context."""
+    start = ("%s = ((f32[8,100]{1,0}, bf16[100]{0}, s32[]), f32[8,100]{1,0}, u32[]) fusion-start(%layers, %v, %one), kind=kLoop, "
+             'calls=%update_in_place, metadata={op_name="jit(step)/attention/mul"}')
+    text = FUSIONS.replace("LINE", f"  {start}\n  ROOT %f = f32[8,100]{{1,0}} fusion-done(%s)")
+    assert traffic(hlo.parse(text)) == [Traffic("fusion", "attention", 204, 400, 1)]

@@ -62,13 +62,18 @@ def settled(workdir):
     return found
 
 
+def first_save(workdir):
+    """Wait for it: it goes on in the background, and an outage may begin only then."""
+    while Checkpoints(workdir).newest()[0] is None:
+        time.sleep(0.05)
+
+
 def test_a_disk_that_is_full_for_a_while(disk, whole, at_batch, monkeypatch, capsys):
     """Neither checkpoints nor logs can be written from step 7 to step 13; then everything is there, bit for bit."""
     monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
 
     def fill():
-        while Checkpoints(disk / "run").newest()[0] is None:  # the first save goes on in the background
-            time.sleep(0.05)
+        first_save(disk / "run")
         with (disk / "filler").open("wb", buffering=0) as file:
             with pytest.raises(OSError, match="No space left"):
                 while True:
@@ -92,6 +97,7 @@ def test_storage_that_is_read_only_for_a_while(disk, whole, at_batch, monkeypatc
     path = disk / "run" / "checkpoints"
 
     def lock():
+        first_save(disk / "run")
         assert mount("--bind", path, path) and mount("-o", "remount,ro,bind", path)
 
     def unlock():

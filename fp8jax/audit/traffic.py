@@ -20,8 +20,8 @@ from fp8jax.audit.hlo import Array, Computation, Executed, Instruction, Module
 TRANSPOSED_FP8 = "FP8 transposed copies"
 _FREE = frozenset((
     "after-all", "add-dependency", "async-done", "async-update", "bitcast", "call", "conditional", "constant", "copy-done", "domain",
-    "fusion-done", "fusion-update", "get-tuple-element", "opt-barrier", "optimization-barrier", "parameter", "partition-id", "replica-id", "tuple", "while",
-    *(kind + end for kind in KINDS for end in ("", "-start", "-done"))))
+    "fusion-done", "fusion-update", "get-tuple-element", "opt-barrier", "optimization-barrier", "parameter", "partition-id", "replica-id",
+    "tuple", "while", *(kind + end for kind in KINDS for end in ("", "-start", "-done"))))
 _FUSIONS = ("fusion", "fusion-start")  # the latter goes on beside others, as XLA of jax 0.11 runs loops' slices and updates
 _NO_WORK = ("AllocateBuffer", "Sharding", "annotate_device_placement")
 _RENAMES = frozenset(("bitcast", "reshape", "copy", "bitcast-convert", "convert"))

@@ -25,6 +25,7 @@ import sys
 import time
 from typing import Any
 
+import common
 import early_warning_plots as plots
 import early_warning_scores as scores
 from early_warning_runs import RESCUES, RUNS, config_of, disturbed
@@ -32,7 +33,7 @@ from early_warning_runs import RESCUES, RUNS, config_of, disturbed
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.training import loop
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = common.ROOT
 LOGS, WORKDIRS = ROOT / "benchmarks" / "early_warning", ROOT / "runs" / "early_warning"
 ALL = RUNS | RESCUES
 DROPPED = ("mean/", "zero/", "negative_zero/", "held_out/", "tokens_per_second", "step_seconds")

@@ -4,7 +4,8 @@
 
 Rivals are thresholds: on the loss (robust standard deviations above the median of the last 64 steps), on the gradient's norm, and
 on the kurtosis of qkv in the worst layer. Each gets the lowest threshold with which it raises no more false alarms on the healthy
-runs of the development half than the early warning does there at `warn`. All are silent for the first SILENT steps.
+runs that the rules were made on, all but held_out_4, than the early warning does there at `warn`. All are silent for the first SILENT
+steps.
 
 A flag is early if it comes before the step at which the loss departs; its lead is the difference. Both are also given by the
 spread of calm (early_warning_runs.py), whose departures come earlier where the loss explodes. Flags within EPISODE steps of the
@@ -24,7 +25,7 @@ from fp8jax.monitor.early_warning import EarlyWarning
 
 Log = list[dict[str, Any]]
 SILENT, EPISODE, RECENT = 50, 50, 64
-INJECTED = "injected drift"
+INJECTED, JUDGED = "injected drift", "held_out_4"
 
 
 def warnings(log: Log) -> list[Any]:
@@ -85,7 +86,7 @@ def judge(logs: Mapping[str, Log]) -> dict[str, Any]:
     alarms = {name: warnings(log) for name, log in logs.items()}
     flags = {f"early warning, {level}": {name: [a.step for a in found if WARNING_LEVELS.index(a.level) >= WARNING_LEVELS.index(level)]
                                         for name, found in alarms.items()} for level in ("warn", "act")}
-    tuned = [name for name in logs if RUNS[name].split == "development" and outcomes[name][0] == "healthy"]
+    tuned = [name for name in logs if RUNS[name].split != JUDGED and RUNS[name].kind not in (INJECTED, TWIN) and outcomes[name][0] == "healthy"]
     allowed = sum(len(episodes(flags["early warning, warn"][name])) for name in tuned)
     thresholds = {}
     for rival, scores in RIVALS.items():

@@ -5,15 +5,17 @@
         for alarm in watch.observe(entry):
             print(alarm.text())
 
-Three kinds of evidence, from entries with statistics (every `monitor.every` steps) and, for the gradient, from every entry:
+Evidence, from entries with statistics (every `monitor.every` steps) and, for gradient and loss, from every entry:
 
 - **Range**: each tensor's load (loads.py) is fitted against tokens (growth.py) and forecast to 1, the edge of what FP8 holds.
   A forecast is trusted no further than the window it was made from is long, and only once it has been made CONFIRMED times in
-  a row. `watch`: it leaves within that span and three doublings; `warn`: within a third of it and one doubling; `act`: within an
-  eighth and one doubling, or it has left already.
+  a row. `watch`: a layer leaves within that span and three doublings.
+- **Harm**: to leave the range is no harm by itself. `warn` where a fourth of the layers leaves within a third of the span and one
+  doubling, `act` within an eighth or left already, and the loss has come off its own trend (trend.py) or no longer falls; `warn`
+  also where a single layer has left and the loss has come off its trend.
 - **Breaks**: the gradient's norm, or the growth of many weights and activations at once, leaves what this run itself has shown
-  so far, by robust standard deviations; or the learning rate jumps. One gradient is to `watch`, all else to `warn` of; `act` is
-  for gradients and tensors together, and for a number that is not finite.
+  so far, by robust standard deviations; or the learning rate jumps. One gradient is to `watch`; gradients that stay high while the
+  loss comes off its trend, tensors, rates to `warn` of; `act` is for gradients and tensors together, and for a number that is not finite.
 - **Kurtosis** that grows exponentially in the last layers, long before anything else moves (FOG paper, section 4): `watch`.
 
 Late layers weigh more: what the first layer shows counts half of what the last one does, growing linearly between.
@@ -31,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fp8jax.config import WARNING_LEVELS
-from fp8jax.monitor import growth
+from fp8jax.monitor import growth, trend
 from fp8jax.monitor.loads import LOGITS, Place, loads
 
 WATCH, WARN, ACT = WARNING_LEVELS
@@ -39,7 +41,9 @@ WINDOW = 48  # entries with statistics that are remembered
 SETTLED = 10  # of them before anything but a number that is not finite raises an alarm
 CONFIRMED = 3
 GRADIENTS = 64  # entries whose gradient norm and learning rate are remembered
-SOON = 5  # entries within which a second gradient makes a break of one
+RAISED, SOON = 1.75, 5  # times their median before: gradients of so many entries that stay high
+LAYERS = 0.25  # of a tensor's layers, by weight, that must leave the range for more than `watch`
+HARMED = 10  # entries for which a loss that has come off its trend is remembered
 JUMP = 4.0  # times the median: a learning rate that no warm-up explains, for a line from zero ends at twice its median
 OUTLIER = 8.0  # robust standard deviations that make a break
 SHARE = 0.3  # of the tensors, by weight, that break at once
@@ -79,15 +83,16 @@ class EarlyWarning:
     """What was seen of a run, and what was said about it."""
 
     def __init__(self):
-        self._gradients: collections.deque[float] = collections.deque(maxlen=GRADIENTS)
+        self._gradients: collections.deque[float] = collections.deque(maxlen=GRADIENTS + SOON)
         self._rates: collections.deque[float] = collections.deque(maxlen=GRADIENTS)
+        self._losses: collections.deque[tuple[int, float]] = collections.deque(maxlen=trend.PAST + trend.RECENT)
         self._entries = 0
         self._steps: collections.deque[tuple[int, int]] = collections.deque(maxlen=WINDOW)
         self._loads, self._sizes, self._kurtoses = _History(), _History(), _History()
         self._largest_logits: dict[Place, float] = {}
         self._streak: dict[Place, int] = {}
         self._said: dict[str, tuple[str, int]] = {}
-        self._gradient_broke = -math.inf
+        self._gradient_broke = self._off_trend = -math.inf
 
     def observe(self, entry: Mapping[str, Any]) -> list[Alarm]:
         """Alarms that this entry raises: those that are new, or of a higher level than before.
@@ -96,6 +101,7 @@ class EarlyWarning:
             entry: the next line of metrics.jsonl, as `read_metrics` returns it.
         """
         self._entries += 1
+        self._loss(entry)
         found = self._gradient(entry) + self._rate(entry)
         if any(name.startswith("rms/") for name in entry):
             self._steps.append((entry["step"], entry.get("tokens", entry["step"])))
@@ -119,6 +125,15 @@ class EarlyWarning:
     def _span(self) -> int:
         return self._steps[-1][0] - self._steps[0][0]
 
+    def _loss(self, entry: Mapping[str, Any]) -> None:
+        """Notes the loss, and when it has come off its trend."""
+        self._losses.append((entry["step"], entry.get("loss", math.nan)))
+        if trend.excess(*zip(*self._losses, strict=True)) >= trend.ABOVE:
+            self._off_trend = self._entries
+
+    def _is_off_trend(self) -> bool:
+        return self._entries - self._off_trend < HARMED
+
     def _ranges(self) -> list[Alarm]:
         """Loads that have left the range or are going to: for each tensor, of its layers that which is worst."""
         places, values = self._loads.matrix()
@@ -128,26 +143,45 @@ class EarlyWarning:
         law = growth.fit(np.array([t for _, t in self._steps], float), np.maximum(values, 1e-6))
         out = np.all(values[:, -2:] >= 1, axis=1)
         left = np.where(out, 0.0, np.maximum((law.reaches(np.ones(len(places))) / tokens - 1) * step, 1.0))
-        distance = left / self._loads.weights(places) / max(self._span(), 1)
-        worst: dict[str, tuple[float, int]] = {}
+        weights = self._loads.weights(places)
+        distance = left / weights / max(self._span(), 1)
         for i, place in enumerate(places):
             near = distance[i] <= 1 and values[i, -1] >= 1 / 8
             self._streak[place] = self._streak.get(place, 0) + 1 if near else 0
-            if out[i] or self._streak[place] >= CONFIRMED:
-                worst[place[0]] = min(worst.get(place[0], (math.inf, 0)), (float(distance[i]), i))
-        return [self._range_alarm(places[i], growth.LAWS[law.law[i]], values[i, -1], left[i], near)
-                for near, i in worst.values()]
+            if not out[i] and self._streak[place] < CONFIRMED:
+                distance[i] = math.inf
+        alarms = []
+        for tensor in dict.fromkeys(tensor for tensor, _ in places):
+            layers = np.array([i for i, place in enumerate(places) if place[0] == tensor])
+            worst = layers[np.argmin(distance[layers])]
+            if math.isfinite(distance[worst]):
+                level, harm = self._harm(distance[layers], values[layers, -1], weights[layers])
+                alarms.append(self._range_alarm(places[worst], growth.LAWS[law.law[worst]], values[worst, -1], left[worst], level, harm))
+        return alarms
 
-    def _range_alarm(self, place: Place, law: str, load: float, left: float, near: float) -> Alarm:
+    def _harm(self, distance: np.ndarray, load: np.ndarray, weights: np.ndarray) -> tuple[str, str]:
+        """Level of a tensor whose layers are so far from the edge, and what its harm is seen by."""
+        if self._is_off_trend():
+            harm = "the loss is above its trend"
+        elif trend.stands_still([loss for _, loss in self._losses]):
+            harm = "the loss no longer falls"
+        else:
+            return WATCH, ""
+        near = _quantile(distance, weights)
+        if near <= 1 / 3 and -_quantile(-load, weights) >= 1 / 2:
+            return (WARN if near > 1 / 8 else ACT), harm
+        return (WARN, harm) if self._is_off_trend() and distance.min() == 0 else (WATCH, "")
+
+    def _range_alarm(self, place: Place, law: str, load: float, left: float, level: str, harm: str) -> Alarm:
         (step, tokens), (tensor, layer) = self._steps[-1], place
-        level = WATCH if near > 1 / 3 or load < 1 / 2 else WARN if near > 1 / 8 else ACT
         steps = math.ceil(left)
         what = f"its cast has {load:.2g} of the noise that costs a bit"
         if tensor == LOGITS:
             largest = self._largest_logits.get(("attention_scores", layer))
             what = f"a logit is off by {load:.2g} nats" + ("" if largest is None else f", the largest is {largest:.3g}")
         grows = "out of range" if not steps else f"growth {law}"
-        return Alarm(step, level, tensor, layer, f"{what}, {grows}", steps, round(steps * tokens / step), *_advice(tensor))
+        evidence = ", ".join(filter(None, (what, grows, harm)))
+        return Alarm(step, level, tensor, layer, evidence, steps, round(steps * tokens / step), *_advice(tensor))
 
     def _gradient(self, entry: Mapping[str, Any]) -> list[Alarm]:
         """Whether the gradient's norm is far above what it was."""
@@ -157,16 +191,22 @@ class EarlyWarning:
             return [Alarm(step, ACT, GRADIENT, None, "loss or gradient norm is not finite", None, None, *_advice(GRADIENT))]
         if not norm > 0:
             return []
-        seen, value = np.array(self._gradients), math.log(norm)
-        self._gradients.append(value)
+        self._gradients.append(math.log(norm))
+        logs = np.array(self._gradients)
+        seen, before, now = logs[-GRADIENTS - 1:-1], logs[:-SOON], logs[-SOON:]
         if len(seen) < GRADIENTS // 2:
             return []
-        median = float(np.median(seen))
-        if value - median < max(OUTLIER * _spread(seen), LEAST_GRADIENT):
+        median, raised = float(np.median(seen)), float(np.median(now) - np.median(before))
+        single = logs[-1] - median >= max(OUTLIER * _spread(seen), LEAST_GRADIENT)
+        stays = raised >= math.log(RAISED) and self._is_off_trend()
+        if not single and not stays:
             return []
-        soon, self._gradient_broke = self._entries - self._gradient_broke <= SOON, self._entries
-        evidence = f"norm {norm:.3g}, {math.exp(value - median):.1f} times the median of the last {len(seen)} entries"
-        return [Alarm(step, WARN if soon else WATCH, GRADIENT, None, evidence, None, None, *_advice(GRADIENT))]
+        self._gradient_broke = self._entries
+        evidence = f"norm {norm:.3g}, {math.exp(logs[-1] - median):.1f} times the median of the last {len(seen)} entries"
+        if stays:
+            evidence = (f"norm {math.exp(np.median(now)):.3g} in the last {SOON} entries, {math.exp(raised):.1f} times that of the "
+                        f"{len(before)} before, and the loss is above its trend")
+        return [Alarm(step, WARN if stays else WATCH, GRADIENT, None, evidence, None, None, *_advice(GRADIENT))]
 
     def _rate(self, entry: Mapping[str, Any]) -> list[Alarm]:
         """Whether the learning rate is far above what it was: a restart with another one, say."""
@@ -242,6 +282,13 @@ def _sizes(entry: Mapping[str, Any]) -> dict[Place, float]:
     """Largest weight and root mean square of activations."""
     matches = ((_SIZE.fullmatch(name), value) for name, value in entry.items())
     return {(match["weight"] or match["tap"], int(match["layer"])): value for match, value in matches if match}
+
+
+def _quantile(values: np.ndarray, weights: np.ndarray) -> float:
+    """The least value that LAYERS of the weight do not exceed."""
+    order = np.argsort(values)
+    share = np.cumsum(weights[order]) / weights.sum()
+    return float(values[order][np.searchsorted(share, LAYERS - 1e-9)])
 
 
 def _spread(values: np.ndarray, axis: int | None = None) -> Any:

@@ -1,4 +1,7 @@
-"""The early warning on made-up logs, where what is to come is known; its command line; and that replaying changes nothing."""
+"""The early warning on made-up logs, where what is to come is known; its command line; and that replaying changes nothing.
+
+A loss that stands still makes a range that is left more than `watch`; one that falls on does not.
+"""
 
 import json
 import lzma
@@ -14,17 +17,19 @@ from fp8jax.monitor.writers import MetricsError
 
 CATALOGUE = pathlib.Path(__file__).parents[2] / "benchmarks" / "early_warning"
 LAYERS, EVERY, TOKENS, END = 4, 5, 1000, 400
+STANDS = {"loss": lambda step: 2.0}
 
 
-def log(seed=0, steps=END, **series):
-    """A calm run; `series` are functions of the step: 'q' (rms of queries), 'snr', 'kurtosis', each (step, layer), or 'grad_norm'."""
+def log(seed=0, steps=END, layers=LAYERS, **series):
+    """A calm run; `series` are functions: 'q' (rms of queries), 'snr', 'kurtosis' of step and layer, 'grad_norm' and 'loss' of the step."""
     rng = np.random.default_rng(seed)
     noise = lambda: math.exp(0.02 * rng.normal())
     out = []
     for step in range(1, steps + 1):
-        norm = series.get("grad_norm", lambda step: 0.8)(step)
-        entry = {"step": step, "tokens": step * TOKENS, "loss": 2.0 * noise(), "grad_norm": norm * math.exp(0.2 * rng.normal())}
-        for layer in range(LAYERS) if step % EVERY == 0 else []:
+        norm, loss = (series.get(name, default)(step) for name, default in
+                      (("grad_norm", lambda s: 0.8), ("loss", lambda s: 4 * s**-0.15)))
+        entry = {"step": step, "tokens": step * TOKENS, "loss": loss * noise(), "grad_norm": norm * math.exp(0.2 * rng.normal())}
+        for layer in range(layers) if step % EVERY == 0 else []:
             at = f"_layer{layer:03d}"
             q, snr, kurtosis = (series.get(name, default)(step, layer) for name, default in
                                 (("q", lambda s, n: 1.0), ("snr", lambda s, n: 31.5), ("kurtosis", lambda s, n: 3 + math.log(s))))
@@ -34,6 +39,10 @@ def log(seed=0, steps=END, **series):
             entry |= {f"snr/{o}{at}": 31.5 for o in ("attention_scores.q", "attention_scores.k", "qkv.x", "qkv.w")}
         out.append(entry)
     return out
+
+
+def growing(*layers):
+    return lambda step, layer: math.exp(step / 100) if layer in layers else 1.0
 
 
 def alarms(entries):
@@ -48,7 +57,7 @@ def test_a_calm_run_is_let_alone(seed):
 
 def test_growing_logits_are_forecast_with_layer_and_tokens():
     """1 nat is where rms(q) is 15.3: with this growth, at step 273."""
-    found = [a for a in alarms(log(q=lambda step, layer: math.exp(step / 100) if layer == 3 else 1.0)) if a.tensor == "attention_logits"]
+    found = [a for a in alarms(log(q=growing(3), **STANDS)) if a.tensor == "attention_logits"]
     assert [a.level for a in found] == ["watch", "warn", "act"]
     assert {a.layer for a in found} == {3} and {a.fallback for a in found} == {"qkv,attention_scores,attention_values"}
     for alarm in found[1:]:
@@ -64,13 +73,48 @@ def test_linear_growth_far_from_the_limit_is_none_of_its_business():
 
 def test_the_first_layer_must_be_closer_than_the_last():
     def warned(here):
-        return next(a.step for a in alarms(log(q=lambda step, layer: math.exp(step / 100) if layer == here else 1.0)) if a.level == "warn")
+        return next(a.step for a in alarms(log(q=growing(here, here + 1), **STANDS)) if a.level == "warn")
 
-    assert warned(LAYERS - 1) < warned(0)
+    assert warned(LAYERS - 2) < warned(0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_range_that_is_left_while_the_loss_falls_is_only_watched(seed):
+    assert {a.level for a in alarms(log(seed, q=growing(*range(LAYERS))))} == {"watch"}
+
+
+def test_of_many_layers_one_is_watched_and_a_fourth_is_warned_of():
+    def levels(*grown, **series):
+        return {a.level for a in alarms(log(layers=12, q=growing(*grown), **series)) if a.tensor == "attention_logits"}
+
+    assert levels(11, **STANDS) == {"watch"}
+    assert levels(11, loss=bent(300)) == {"watch", "warn"}  # it has left, and the loss shows it
+    assert levels(9, 10, 11, **STANDS) == {"watch", "warn", "act"}
+
+
+def bent(at, high=1.15):
+    """A loss that comes off its trend."""
+    return lambda step: 4 * step**-0.15 * (high if step >= at else 1)
+
+
+def test_a_loss_off_its_trend_says_so():
+    found = [a for a in alarms(log(q=growing(2, 3), loss=bent(250))) if a.level != "watch"]
+    assert 250 < found[0].step <= 260 and "the loss is above its trend" in found[0].text()
+
+
+def test_a_loss_off_its_trend_is_no_alarm_by_itself():
+    assert alarms(log(loss=bent(250))) == []
+
+
+def test_gradients_that_stay_high_are_warned_of_where_the_loss_shows_it():
+    high = lambda step: 0.8 if step < 250 else 1.6
+    assert {a.level for a in alarms(log(grad_norm=high))} <= {"watch"}
+    found = alarms(log(grad_norm=high, loss=bent(250)))
+    assert ("warn", "gradient") in {(a.level, a.tensor) for a in found} and 250 < found[0].step <= 260
 
 
 def test_a_cast_that_has_lost_a_bit_asks_for_action():
-    found = alarms(log(snr=lambda step, layer: 31.5 if step < 200 or layer != 2 else 20.0))
+    found = alarms(log(snr=lambda step, layer: 31.5 if step < 200 or layer != 2 else 20.0, **STANDS))
     assert [(a.level, a.tensor, a.layer, a.steps) for a in found if a.level == "act"] == [("act", "mlp_down.x", 2, 0)]
     assert found[0].fallback == "mlp_down" and 200 <= found[0].step <= 210
 
@@ -81,13 +125,13 @@ def test_exponential_kurtosis_of_a_late_layer_is_watched():
 
 
 def test_a_gradient_and_all_weights_that_jump_ask_for_action():
-    entries = log(grad_norm=lambda step: 0.8 if step < 203 else 20.0)
+    entries = log(grad_norm=lambda step: 0.8 if step < 203 else 20.0, loss=bent(203))
     for entry in entries:
         for name in entry:
             if entry["step"] > 200 and name.startswith(("amax/mlp_down.w", "rms/activation")):
                 entry[name] *= 2
-    found = alarms(entries)
-    assert [(a.level, a.tensor, a.step) for a in found[:3]] == [("watch", "gradient", 203), ("warn", "gradient", 204), ("act", "tensors", 205)]
+    found = alarms(entries)[:3]
+    assert [(a.level, a.tensor, a.step) for a in found] == [("watch", "gradient", 203), ("warn", "gradient", 205), ("act", "tensors", 205)]
 
 
 def test_a_learning_rate_that_jumps_is_warned_of_and_a_schedule_is_not():
@@ -107,7 +151,7 @@ def test_a_number_that_is_not_finite_asks_for_action_at_once(bad):
 
 
 def test_statistics_that_are_not_finite_do_no_harm():
-    entries = log(q=lambda step, layer: math.exp(step / 100) if layer == 3 else 1.0)
+    entries = log(q=growing(3), **STANDS)
     for entry in entries:
         if "rms/q_layer000" in entry:
             entry |= {"rms/q_layer000": math.inf, "kurtosis/qkv_layer001": math.nan, "snr/mlp_down.x_layer000": math.inf}
@@ -115,7 +159,7 @@ def test_statistics_that_are_not_finite_do_no_harm():
 
 
 def test_replaying_a_log_leads_to_the_same_warnings():
-    entries = log(q=lambda step, layer: math.exp(step / 100))
+    entries = log(q=growing(*range(LAYERS)), **STANDS)
     watch, again = EarlyWarning(), EarlyWarning()
     before = [watch.observe(entry) for entry in entries[:250]]
     for entry in entries[:250]:
@@ -136,7 +180,7 @@ def test_llama_in_fp8_attention_is_warned_of_long_before_its_loss_departs(name, 
 
 def test_a_run_that_explodes_is_followed_to_its_end():
     found = alarms(catalogue("op_gains"))
-    assert found[-1].step > 270 and {alarm.level for alarm in found} == {"watch", "warn", "act"}
+    assert found[-1].step > 270 and {alarm.level for alarm in found} == {"warn", "act"}
 
 
 def write(path: pathlib.Path, entries) -> pathlib.Path:

@@ -95,7 +95,7 @@ class Transformer(nnx.Module):
         self.config, self.dtype = config, jnp.dtype(config.dtype)
         self.embedding = Embedding(rngs, vocab_size, config.width, config.init_std)
         make_blocks = nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0)
-        self.blocks = make_blocks(rngs.fork(split=config.layers))
+        self.blocks = make_blocks(rngs.split(config.layers))
         self.final_norm = RMSNorm((config.width,), ("embed",), eps=config.norm_eps) if config.final_norm else None
         self.head = None if config.tied_embeddings else _Head(config, vocab_size, rngs)
 

@@ -10,6 +10,7 @@ from fp8jax import config as config_lib
 from fp8jax.models import gemms
 from fp8jax.models.definition import define
 from fp8jax.models.transformer import ForwardOptions
+from fp8jax.numerics.compiling import compiler_options
 
 TINY = {"layers": 2, "width": 64, "ffn_width": 64, "heads": 4, "kv_heads": 2, "head_dim": 16}
 
@@ -69,7 +70,8 @@ def run_tiny(overrides: str = "", recipe: str = "fp8_dpa", **model):
         logits, taps = model(batch, recipes, prepared, ForwardOptions(remat=remat, collect=True))
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 3]), taps
 
-    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
+    options = compiler_options(jax.default_backend())  # with excess precision, jax 0.12 rounds unrolled layers elsewhere
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2, compiler_options=options)
     return lambda remat="none": step(params, gemms.zero_tokens(recipes), remat)
 
 

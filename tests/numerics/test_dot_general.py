@@ -353,8 +353,11 @@ def test_scan_changes_nothing(remat):
 
 @pytest.mark.parametrize("scaling", ["current", "bf16"])
 @pytest.mark.parametrize("emulated", [True, False])
-def test_transposed_results_compile_on_the_cpu(scaling, emulated):
-    """Regression: XLA folded the transpose into the bfloat16 GEMM, and its runtime refused ("unsupported element type for DotThunk")."""
+def test_transposed_results_on_the_cpu(scaling, emulated):
+    """Regression: XLA folded the transpose into the bfloat16 GEMM, which jax 0.10.2 then refused to run and jax 0.12 sums in bfloat16.
+
+    What a CPU trains with, emulated, never comes to that. A bfloat16 result asked of XLA itself has no better sum than XLA's.
+    """
     x, w, g = operands(*CASES["matrix"])
     recipe = GemmRecipe(scaling, emulated=emulated)
 
@@ -365,7 +368,8 @@ def test_transposed_results_compile_on_the_cpu(scaling, emulated):
 
     y, dx, dw, _ = run(x, w, g, None, PLAIN, recipe)
     for found, expected in zip(transposed(x, w, g), (y.T, dx.T, dw), strict=True):
-        np.testing.assert_array_equal(found, expected)
+        found, expected = (np.asarray(a, np.float64) for a in (found, expected))
+        assert np.linalg.norm(found - expected) <= (0 if emulated or recipe.fp8 else 0.01) * np.linalg.norm(expected)
 
 
 def test_stacked_calls_have_tokens_of_their_own():

@@ -22,7 +22,7 @@ _LETTERS = {"f": "float", "s": "int", "u": "uint", "c": "complex"}
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)[^}]*\})?")
-_NAME = re.compile(r"%([\w.\-]+)")
+_NAME = re.compile(r"%([\w.\-]+(?:#\d+)?)")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _CALLED = {key: re.compile(rf"\b{key}=%?([\w.\-]+)") for key in ("calls", "body", "condition", "to_apply")}
 _NESTED = re.compile(r"\b(?:calls=%?([\w.\-]+)|called_computations=\{([^}]*)\})")
@@ -54,7 +54,11 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. `shapes` are the leaves of its result; `attributes`: all after the operands."""
+    """One line of a computation. `shapes` are the leaves of its result; `attributes`: all after the operands.
+
+    An operand `tuple.3#2` is an element of `tuple.3`, as newer compilers write `get-tuple-element(%tuple.3), index=2`; `parse` puts
+    that instruction before its first user. `result`: the text that `shapes` was read from.
+    """
 
     name: str
     opcode: str
@@ -63,6 +67,7 @@ class Instruction:
     arguments: str
     attributes: str
     root: bool
+    result: str = ""
 
     @property
     def bytes(self) -> int:
@@ -157,6 +162,7 @@ def parse(text: str) -> Module:
         else:
             instruction = _instruction(line)
             if instruction:
+                current.update(_elements(instruction.operands, current))
                 current[instruction.name] = instruction
     if not entry:
         raise ValueError("not the text of an XLA program: it has no ENTRY computation")
@@ -187,7 +193,7 @@ def _executed(module: Module, name: str, count: int, known: bool) -> Iterator[Ex
         yield Executed(instruction, computation, count, known)
         inner, times, sure = [], count, known
         if instruction.opcode == "while":
-            trips = _trips(module, instruction)
+            trips = _trips(module, Executed(instruction, computation))
             inner, times, sure = [instruction.called("body")], count * (trips or 1), known and trips is not None
         elif instruction.opcode == "conditional":
             inner, sure = instruction.branches(), False
@@ -198,8 +204,9 @@ def _executed(module: Module, name: str, count: int, known: bool) -> Iterator[Ex
                 yield from _executed(module, callee, times, sure)
 
 
-def _trips(module: Module, loop: Instruction) -> int | None:
-    """How often a loop runs: as the compiler noted it, else the one constant that its condition compares with."""
+def _trips(module: Module, run: Executed) -> int | None:
+    """How often a loop runs: as the compiler noted it, else by the one constant that its condition compares with."""
+    loop = run.instruction
     noted = _TRIPS.search(loop.attributes)
     if noted:
         return int(noted.group(1))
@@ -209,7 +216,55 @@ def _trips(module: Module, loop: Instruction) -> int | None:
     compared = [run for run in runs if run.instruction.opcode == "compare" and "direction=LT" in run.instruction.attributes]
     constants = {run.instruction.arguments for run in runs if run.instruction.opcode == "constant"}
     only = constants.pop() if len(compared) == 1 and len(constants) == 1 else ""
-    return int(only) if only.isdigit() else None
+    if not only.isdigit():
+        return None
+    first, step = _counter(module, run, compared[0])
+    return max(-((first - int(only)) // step), 0)
+
+
+def _counter(module: Module, run: Executed, compared: Executed) -> tuple[int, int]:
+    """Where a loop's counter begins and what is added to it, if constants say so; else 0 and 1, as of JAX's own loops."""
+    index = next((number(i.attributes, "index", -1) for i in compared.operands() if i.opcode == "get-tuple-element"), -1)
+    body = module.computations.get(run.instruction.called("body") or "", {})
+    if index < 0 or not body:
+        return 0, 1
+    begin = _tuple_element(next(iter(run.operands()), None), index, run.computation)
+    after = _tuple_element(root(body), index, body)
+    steps = [_constant(body.get(name), body) for name in after.operands] if after and after.opcode == "add" else []
+    return _constant(begin, run.computation) or 0, next((step for step in steps if step), 1)
+
+
+def _tuple_element(value: Instruction | None, index: int, computation: Computation) -> Instruction | None:
+    return computation.get(value.operands[index]) if value and value.opcode == "tuple" else None
+
+
+def _constant(value: Instruction | None, computation: Computation) -> int | None:
+    """A whole number; None for anything else."""
+    while value and value.opcode in ("copy", "bitcast"):
+        value = computation.get(value.operands[0])
+    return int(value.arguments) if value and value.opcode == "constant" and value.arguments.isdigit() else None
+
+
+def _elements(operands: tuple[str, ...], computation: Computation) -> Computation:
+    """Instructions that take elements of tuples, for operands written `name#index`."""
+    found = {}
+    for name in operands:
+        base, _, index = name.partition("#")
+        if index and name not in computation and base in computation:
+            shape = _split(computation[base].result)[int(index)]
+            found[name] = Instruction(name, "get-tuple-element", _shapes(shape), (base,), f"%{base}", f", index={index}", False, shape)
+    return found
+
+
+def _split(shape: str) -> list[str]:
+    """The elements of a tuple's shape, which may be tuples again."""
+    parts, depth, start = [], 0, 1
+    for i, letter in enumerate(shape):
+        depth += (letter in "({[") - (letter in ")}]")
+        if depth == 1 and letter == "," or depth == 0:
+            parts.append(shape[start:i])
+            start = i + 1
+    return parts
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -224,7 +279,7 @@ def _instruction(line: str) -> Instruction | None:
     close = _closing(line, opcode.end() - 1)
     arguments = line[opcode.end():close - 1]
     return Instruction(head.group(2), opcode.group(1), _shapes(line[start:end]), tuple(_NAME.findall(arguments)), arguments,
-                       line[close:], head.group(1) is not None)
+                       line[close:], head.group(1) is not None, line[start:end])
 
 
 def _closing(line: str, start: int) -> int:

@@ -23,8 +23,9 @@ _FREE = frozenset((
     "fusion-done", "fusion-update", "get-tuple-element", "opt-barrier", "optimization-barrier", "parameter", "partition-id", "replica-id",
     "tuple", "while", *(kind + end for kind in KINDS for end in ("", "-start", "-done"))))
 _FUSIONS = ("fusion", "fusion-start")  # the latter goes on beside others, as XLA of jax 0.11 runs loops' slices and updates
-_NO_WORK = ("AllocateBuffer", "Sharding", "annotate_device_placement")
+_NO_WORK = ("AllocateBuffer", "ConcatBitcast", "Sharding", "annotate_device_placement")
 _RENAMES = frozenset(("bitcast", "reshape", "copy", "bitcast-convert", "convert"))
+_SAME = ("bitcast", "copy", "reshape")
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 _PLACES = ("quantise_weight", "optimizer", "loss", "attention", "feed_forward")
 
@@ -95,7 +96,10 @@ def place(scope: str) -> str:
 def _moved(module: Module, run: Executed) -> _Moved:
     instruction, operands = run.instruction, run.operands()
     if instruction.opcode in _FUSIONS:
-        return _fusion(module.computations.get(instruction.called("calls") or "", {}), operands)
+        return _fusion(module, module.computations.get(instruction.called("calls") or "", {}), operands)
+    if instruction.opcode in ("async-start", "call"):  # operands may come with a later async-update
+        body = module.computations.get(instruction.called("calls") or instruction.called("to_apply") or "", {})
+        return _moved(module, Executed(hlo.root(body), body)) if body else _Moved(0, 0)
     if instruction.opcode in _SLICES:
         return _Moved(instruction.bytes, instruction.bytes)
     if instruction.opcode == "dynamic-update-slice":
@@ -114,13 +118,9 @@ def _reorders(instruction: Instruction, operands: list[Instruction]) -> bool:
     return instruction.opcode == "transpose" or instruction.shapes[0].layout != operands[0].shapes[0].layout
 
 
-def _fusion(body: Computation, operands: list[Instruction]) -> _Moved:
-    users: dict[str, list[Instruction]] = {}
-    for instruction in body.values():
-        for name in instruction.operands:
-            users.setdefault(name, []).append(instruction)
-    parameters = {int(i.arguments): i for i in body.values() if i.opcode == "parameter" and i.arguments.isdigit()}
-    read = sum(_read(parameters[n], users) if n in parameters else operand.bytes for n, operand in enumerate(operands))
+def _fusion(module: Module, body: Computation, operands: list[Instruction]) -> _Moved:
+    users, parameters = _users(body), _parameters(body)
+    read = sum(_read(parameters[n], users, module) if n in parameters else operand.bytes for n, operand in enumerate(operands))
     root = hlo.root(body) if body else None
     leaves = [body[name] for name in root.operands if name in body] if root and root.opcode == "tuple" else [root] if root else []
     transposed = sum(leaf.bytes for leaf in leaves if _transposed(leaf, body))
@@ -130,17 +130,36 @@ def _fusion(body: Computation, operands: list[Instruction]) -> _Moved:
     return _Moved(read, written, transposed, only)
 
 
-def _read(value: Instruction, users: dict[str, list[Instruction]]) -> int:
+def _users(body: Computation) -> dict[str, list[Instruction]]:
+    users: dict[str, list[Instruction]] = {}
+    for instruction in body.values():
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
+    return users
+
+
+def _parameters(body: Computation) -> dict[int, Instruction]:
+    return {int(i.arguments): i for i in body.values() if i.opcode == "parameter" and i.arguments.isdigit()}
+
+
+def _read(value: Instruction, users: dict[str, list[Instruction]], module: Module) -> int:
     """Bytes of a fusion's input that are read: only slices of it, where only slices are used."""
     needed = 0
     for user in users.get(value.name, []):
+        body = module.computations.get(user.called("calls") or "", {}) if user.opcode == "fusion" else {}
         if user.opcode in _SLICES:
             needed += user.bytes
-        elif user.opcode in ("bitcast", "reshape"):
-            needed += _read(user, users)
+        elif not user.root and (user.opcode in _SAME or body and _only_renames(body)):  # for TPUs in other tiles
+            needed += _read(user, users, module)
+        elif body:
+            needed += _read(_parameters(body)[user.operands.index(value.name)], _users(body), module)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
             return value.bytes
     return min(needed, value.bytes)
+
+
+def _only_renames(body: Computation) -> bool:
+    return all(instruction.opcode in ("parameter", *_SAME) for instruction in body.values())
 
 
 def _written(leaf: Instruction, body: Computation) -> int:

@@ -51,6 +51,37 @@ def test_loops_are_multiplied_out(note, count):
     assert found["copy.1"].count == 1
 
 
+@pytest.mark.parametrize(("first", "step", "count"), [("", 1, 12), ("%zero", 1, 12), ("%three", 1, 9), ("%three", 2, 5), ("%zero", 2, 6)])
+def test_a_counter_may_begin_and_step_as_it_likes(first, step, count):
+    """Regression: libtpu's loops of partial GEMMs, two turns in one body, were counted twice."""
+    text = TEXT.replace("KNOWN", "").replace("tuple(%j, %x)", "tuple(%next, %x)").replace(
+        "  %j = ", f"  %step = s32[] constant({step})\n  %next = s32[] add(%j, %step)\n  %j = ")
+    if first:
+        text = text.replace('custom-call(), custom_call_target="make"', f"tuple({first}, %made)").replace(
+            "  %start", "  %zero = s32[] constant(0)\n  %three = s32[] constant(3)\n  %start")
+    assert runs(text)["fusion.1"].count == count
+
+
+ELEMENTS = """HloModule jit_step
+
+ENTRY %main.1 (arg: f32[8]) -> f32[8] {
+  %arg = ((f32[8]{0:T(8,128)(4,1)}, s32[]), /*index=1*/f8e4m3fn[4,2]{1,0:T(8,128)(4,1)S(1)}, s32[]{:T(128)}) parameter(0)
+  %q = f8e4m3fn[2,4]{1,0} transpose(%arg#1), dimensions={1,0}
+  %both = (f32[8]{0}, s32[]) copy(%arg#0)
+  ROOT %copy.1 = f32[8]{0} copy(%both#0)
+}
+"""
+
+
+def test_elements_of_tuples_written_in_place():
+    """As libtpu of jax 0.12 writes them; regression: such an operand was the whole tuple."""
+    found = runs(ELEMENTS)
+    assert [found[name].operands()[0].bytes for name in ("q", "both", "copy.1")] == [8, 36, 32]
+    (element,) = found["q"].operands()
+    assert element.shapes == (hlo.Array("float8_e4m3fn", (4, 2), (1, 0)),) and element.opcode == "get-tuple-element"
+    assert hlo.number(element.attributes, "index") == 1 and element.operands == ("arg",)
+
+
 def test_a_loop_of_unknown_length_is_one_uncertain_pass():
     found = runs(TEXT.replace("KNOWN", "").replace("constant(12)", "parameter(1)"))
     assert found["fusion.1"].count == 1 and not found["fusion.1"].known

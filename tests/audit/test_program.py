@@ -91,3 +91,17 @@ def test_origins_go_through_a_scan_s_constants_carry_and_slices():
         ((8, 8), e4m3), ((8, 8), e4m3), ((5, 8, 8), e4m3), ((8, 8), jnp.bfloat16)))))
     assert [(gemm.lhs_dtype, gemm.rhs_dtype, gemm.kernel, gemm.count) for gemm in found] == [
         ("float8_e4m3fn", "float8_e4m3fn", "dot (FP8 emulated)", 5), ("float8_e4m3fn", "float8_e4m3fn", "dot", 5)]
+
+
+def test_largest_arrays_are_results():
+    """What goes on beside other work is written once, by its end; its start names the operands, too."""
+    text = """HloModule m
+
+ENTRY %main (a: f32[100]) -> f32[10] {
+  %a = f32[100]{0} parameter(0)
+  %s = ((f32[100]{0}), f32[10]{0}, u32[]) fusion-start(%a), kind=kLoop, calls=%some
+  %d = f32[10]{0} fusion-done(%s)
+  ROOT %c = f32[10]{0} copy(%d), metadata={op_name="jit(step)/loss/mul"}
+}
+"""
+    assert program.largest_arrays(text) == [{"dtype": "float32", "dims": [10], "bytes": 40, "writers": 2, "where": ""}]

@@ -81,3 +81,67 @@ def test_a_fusion_that_goes_on_beside_others_counts_once():
              'calls=%update_in_place, metadata={op_name="jit(step)/attention/mul"}')
     text = FUSIONS.replace("LINE", f"  {start}\n  ROOT %f = f32[8,100]{{1,0}} fusion-done(%s)")
     assert traffic(hlo.parse(text)) == [Traffic("fusion", "attention", 204, 400, 1)]
+
+
+ON_A_TPU = """HloModule m
+
+%other_tiles (p: u8[8,100]) -> u8[8,100] {
+  %p = u8[8,100]{1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = u8[8,100]{1,0:T(8,128)(4,1)} copy(%p)
+}
+
+%layer (p: u8[8,100], i: s32[]) -> f8e4m3fn[100] {
+  %p = u8[8,100]{1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %t = u8[8,100]{1,0:T(8,128)(4,1)} fusion(%p), kind=kLoop, calls=%other_tiles
+  %d = u8[1,100]{1,0:T(8,128)(4,1)} dynamic-slice(%t, %i, %z), dynamic_slice_sizes={1,100}
+  ROOT %c = f8e4m3fn[100]{0} bitcast-convert(%d)
+}
+
+%whole (p: u8[8,100]) -> u8[8,100] {
+  %p = u8[8,100]{1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %t = u8[8,100]{1,0:T(8,128)(4,1)} fusion(%p), kind=kLoop, calls=%other_tiles
+}
+
+%a_slice (p: s8[800]) -> s8[200] {
+  %p = s8[800]{0} parameter(0)
+  ROOT %s = s8[200]{0:T(128)S(1)} slice(%p), slice={[0:200]}
+}
+
+%turned (p: f8e4m3fn[40,50]) -> f8e4m3fn[40,50] {
+  %p = f8e4m3fn[40,50]{1,0} parameter(0)
+  ROOT %t = f8e4m3fn[40,50]{0,1} copy(%p)
+}
+
+%on_the_side (p: f8e4m3fn[40,50]) -> f8e4m3fn[40,50] {
+  %p = f8e4m3fn[40,50]{1,0} parameter(0)
+  ROOT %s = f8e4m3fn[40,50]{0,1} call(%p), to_apply=%turned
+}
+
+ENTRY %main (a: f32[]) -> f32[] {
+  %state = (u8[8,100]{1,0:T(32,128)(4,1)}, s32[]{:T(128)}, f32[1000]{0}) parameter(0)
+  %bytes = s8[800]{0} parameter(1)
+  %q = f8e4m3fn[40,50]{1,0} parameter(2)
+LINES
+}
+"""
+
+
+@pytest.mark.parametrize(("lines", "expected"), [
+    (["ROOT %f = f8e4m3fn[100]{0} fusion(%state#0, %state#1), kind=kLoop, calls=%layer"], ["fusion", 100 + 4, 100, 1]),
+    (["ROOT %f = u8[8,100]{1,0} fusion(%state#0), kind=kLoop, calls=%whole"], ["fusion", 800, 800, 1]),
+    (["%s = (f32[1000]{0:S(1)}, f32[1000]{0}, u32[]{:S(2)}) copy-start(%state#2)", "ROOT %d = f32[1000]{0:S(1)} copy-done(%s)"],
+     ["copy", 4000, 4000, 1]),
+    (["%s = ((s8[800]{0}), s8[200]{0:S(1)}, s32[]{:S(2)}) async-start(%bytes), calls=%a_slice",
+      "%d = s8[200]{0:S(1)} async-done(%s)", 'ROOT %c = s8[400]{0:S(1)} custom-call(%d, %d), custom_call_target="ConcatBitcast"'],
+     ["other", 200, 200, 1]),
+    (['%s = ((), (), (s32[1]{0})) async-start(), async_execution_thread="sparsecore", calls=%on_the_side',
+      "%u = ((f8e4m3fn[40,50]{1,0}), f8e4m3fn[40,50]{0,1}) async-update(%s, %q)", "ROOT %d = f8e4m3fn[40,50]{0,1} async-done(%u)"],
+     [TRANSPOSED_FP8, 2000, 2000, 1])],
+    ids=["layer", "whole", "prefetch", "slice", "sparsecore"])
+def test_as_libtpu_writes_programs(lines, expected):
+    """Lines of what libtpu 0.0.50 made of a step for TPU7x, made small. Elements of tuples had counted as the tuples, layers as all layers."""
+    kind, *numbers = expected
+    text = ON_A_TPU.replace("LINES", "\n".join(f"  {line}" for line in lines))
+    assert traffic(hlo.parse(text)) == [Traffic(kind, "", *numbers)]

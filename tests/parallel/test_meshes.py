@@ -15,6 +15,7 @@ from fp8jax.models import gemms
 from fp8jax.models.definition import define
 from fp8jax.numerics import formats
 from fp8jax.numerics.attention import SCORES, VALUES, attention
+from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.dot_general import dot_general
 from fp8jax.numerics.placement import Partition, Placement
 from fp8jax.numerics.recipes import GemmRecipe
@@ -105,7 +106,8 @@ def on_mesh(function, mesh, arrays):
     specs = PartitionSpec(RULES["batch"], RULES["sequence"]), PartitionSpec(), PartitionSpec(RULES["batch"], RULES["sequence"])
     placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)]
     with jax.set_mesh(mesh):
-        return jax.jit(lambda *a: function(*a), out_shardings=NamedSharding(mesh, PartitionSpec()))(*placed)
+        return jax.jit(lambda *a: function(*a), out_shardings=NamedSharding(mesh, PartitionSpec()),
+                       compiler_options=compiler_options("cpu"))(*placed)
 
 
 @over_meshes

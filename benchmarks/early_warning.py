@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         for split in dict.fromkeys(row["split"] for row in found["runs"]):
             plots.catalogue(logs, found, split, ROOT / "docs" / f"early_warning_{split}.png")
-        rescued = {name: read(name) for name in ("llama3_hot", *RESCUES) if log_of(name).exists()}
+        rescued = {name: read(name) for name in RESCUES if log_of(name).exists()}
         plots.rescue(rescued, ROOT / "docs" / "early_warning_rescue.png")
 
 

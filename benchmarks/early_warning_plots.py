@@ -73,9 +73,10 @@ def _legend(rows: list[Mapping[str, Any]]) -> list[Line2D]:
 
 def rescue(logs: Mapping[str, Log], path: pathlib.Path) -> None:
     """The same run left alone, in BF16, and with action=fallback: loss, and the error of attention's logits."""
-    names = {"llama3_hot": ("FP8, left alone", "#d55e00"), "llama3_hot_bf16": ("BF16", "#0072b2"),
-             "llama3_hot_fallback": ("qkv and attention fall back", "#009e73"),
-             "llama3_hot_fallback_all": ("everything falls back", "#cc79a7")}
+    names = {"llama3_hot_alone": ("FP8, left alone", "#d55e00"), "llama3_hot_bf16": ("BF16", "#0072b2"),
+             "llama3_hot_fallback": ("qkv and attention fall back at watch", "#009e73"),
+             "llama3_hot_fallback_all": ("everything falls back at watch", "#cc79a7"),
+             "llama3_hot_fallback_act": ("qkv and attention fall back at act", "#e69f00")}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     for name, log in logs.items():
         label, colour = names[name]

@@ -230,13 +230,15 @@ def twin_of(name: str) -> str:
     return twin if twin in RUNS and RUNS[twin].kind == TWIN else ""
 
 
-# llama3_hot again: left in BF16 throughout, and rescued by the early warning.
+# llama3_hot again: left alone, in BF16 throughout, and rescued by the early warning, at once or late.
+_RESCUED = {**_hot(2e-2, 200), "warning.action": "fallback", "warning.level": "watch"}
 RESCUES = {
+    "llama3_hot_alone": Run("rescue", "reference", "llama3", _hot(2e-2, 200)),
     "llama3_hot_bf16": Run("rescue", "reference", "llama3", {**_hot(2e-2, 200), "fp8.recipe": "bf16"}),
-    "llama3_hot_fallback": Run("rescue", "fallback", "llama3", {**_hot(2e-2, 200), "warning.action": "fallback", "warning.level": "watch"}),
-    "llama3_hot_fallback_all": Run("rescue", "fallback", "llama3", {
-        **_hot(2e-2, 200), "warning.action": "fallback", "warning.level": "watch", "warning.fallback": ",".join(
-            ("qkv", "attention_scores", "attention_values", "attention_out", "mlp_gate", "mlp_up", "mlp_down"))}),
+    "llama3_hot_fallback": Run("rescue", "fallback", "llama3", _RESCUED),
+    "llama3_hot_fallback_all": Run("rescue", "fallback", "llama3", {**_RESCUED, "warning.fallback": ",".join(
+        ("qkv", "attention_scores", "attention_values", "attention_out", "mlp_gate", "mlp_up", "mlp_down"))}),
+    "llama3_hot_fallback_act": Run("rescue", "fallback", "llama3", {**_RESCUED, "warning.level": "act"}),
 }
 
 

@@ -23,6 +23,7 @@ _FREE = frozenset((
     "fusion-done", "fusion-update", "get-tuple-element", "opt-barrier", "optimization-barrier", "parameter", "partition-id", "replica-id",
     "tuple", "while", *(kind + end for kind in KINDS for end in ("", "-start", "-done"))))
 _FUSIONS = ("fusion", "fusion-start")  # the latter goes on beside others, as XLA of jax 0.11 runs loops' slices and updates
+_CALLS = ("async-start", "call")
 _NO_WORK = ("AllocateBuffer", "ConcatBitcast", "Sharding", "annotate_device_placement")
 _RENAMES = frozenset(("bitcast", "reshape", "copy", "bitcast-convert", "convert"))
 _SAME = ("bitcast", "copy", "reshape")
@@ -97,9 +98,8 @@ def _moved(module: Module, run: Executed) -> _Moved:
     instruction, operands = run.instruction, run.operands()
     if instruction.opcode in _FUSIONS:
         return _fusion(module, module.computations.get(instruction.called("calls") or "", {}), operands)
-    if instruction.opcode in ("async-start", "call"):  # operands may come with a later async-update
-        body = module.computations.get(instruction.called("calls") or instruction.called("to_apply") or "", {})
-        return _moved(module, Executed(hlo.root(body), body)) if body else _Moved(0, 0)
+    if instruction.opcode in _CALLS:  # operands may come with a later async-update
+        return _called(module, module.computations.get(instruction.called("calls") or instruction.called("to_apply") or "", {}))
     if instruction.opcode in _SLICES:
         return _Moved(instruction.bytes, instruction.bytes)
     if instruction.opcode == "dynamic-update-slice":
@@ -109,6 +109,14 @@ def _moved(module: Module, run: Executed) -> _Moved:
     read, written = sum(operand.bytes for operand in operands), instruction.bytes
     transposes = _reorders(instruction, operands)
     return _Moved(read, written, written if transposes else 0, transposes)
+
+
+def _called(module: Module, body: Computation) -> _Moved:
+    """All of a computation."""
+    work = [i for i in body.values() if i.opcode in _CALLS or i.opcode not in _FREE and i.target not in _NO_WORK]
+    parts = [_moved(module, Executed(i, body)) for i in work]
+    read, written, transposed = (sum(part[n] for part in parts) for n in range(3))
+    return _Moved(read, written, transposed, bool(parts) and all(part.only_transposes for part in parts))
 
 
 def _reorders(instruction: Instruction, operands: list[Instruction]) -> bool:

@@ -119,6 +119,12 @@ ON_A_TPU = """HloModule m
   ROOT %s = f8e4m3fn[40,50]{0,1} call(%p), to_apply=%turned
 }
 
+%further_aside (p: f8e4m3fn[40,50]) -> f8e4m3fn[40,50] {
+  %p = f8e4m3fn[40,50]{1,0} parameter(0)
+  %s = ((f8e4m3fn[40,50]{1,0}), f8e4m3fn[40,50]{0,1}, u32[]{:S(8)}) async-start(%p), calls=%on_the_side
+  ROOT %d = f8e4m3fn[40,50]{0,1} async-done(%s)
+}
+
 ENTRY %main (a: f32[]) -> f32[] {
   %state = (u8[8,100]{1,0:T(32,128)(4,1)}, s32[]{:T(128)}, f32[1000]{0}) parameter(0)
   %bytes = s8[800]{0} parameter(1)
@@ -136,7 +142,7 @@ LINES
     (["%s = ((s8[800]{0}), s8[200]{0:S(1)}, s32[]{:S(2)}) async-start(%bytes), calls=%a_slice",
       "%d = s8[200]{0:S(1)} async-done(%s)", 'ROOT %c = s8[400]{0:S(1)} custom-call(%d, %d), custom_call_target="ConcatBitcast"'],
      ["other", 200, 200, 1]),
-    (['%s = ((), (), (s32[1]{0})) async-start(), async_execution_thread="sparsecore", calls=%on_the_side',
+    (['%s = ((), (), (s32[1]{0})) async-start(), async_execution_thread="sparsecore", calls=%further_aside',
       "%u = ((f8e4m3fn[40,50]{1,0}), f8e4m3fn[40,50]{0,1}) async-update(%s, %q)", "ROOT %d = f8e4m3fn[40,50]{0,1} async-done(%u)"],
      [TRANSPOSED_FP8, 2000, 2000, 1])],
     ids=["layer", "whole", "prefetch", "slice", "sparsecore"])

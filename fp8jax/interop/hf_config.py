@@ -7,7 +7,6 @@ Every key is either understood, fixed to the one value that the models here have
 an error that names it. Keys that are left out have the defaults of transformers.
 """
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -146,9 +145,7 @@ def _check_keys(values: Mapping[str, Any], form: Format) -> None:
     known = {*_REQUIRED, *_OPTIONAL, *_ROPE, "tie_word_embeddings", *form.defaults, *form.fixed, *NO_INFLUENCE}
     for key, value in values.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise HuggingFaceError(f"config.json: {key}: {str(value)[:60]!r} is not understood{hint}")
+            raise HuggingFaceError(f"config.json: {key}: {str(value)[:60]!r} is not understood{config_lib.did_you_mean(key, known)}")
         if key in form.fixed and value is not None and value != form.fixed[key]:
             raise HuggingFaceError(f"config.json: {key}: {value!r} is not supported, only {form.fixed[key]!r}")
     missing = next((key for key in _REQUIRED if values.get(key) is None), None)

@@ -9,7 +9,6 @@ named like a task of the harness takes its place. What is computed is in scoring
 """
 
 import contextlib
-import difflib
 import logging
 import os
 import pathlib
@@ -25,7 +24,7 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from fp8jax.config import ConfigError
+from fp8jax.config import ConfigError, did_you_mean
 from fp8jax.interop import scoring
 from fp8jax.interop.inference import Inference
 
@@ -85,9 +84,8 @@ def load_tasks(names: Sequence[str], task_dir: pathlib.Path | None = None) -> li
     manager = TaskManager(include_path=task_dir and str(task_dir.absolute()))
     for name in names:
         if name not in manager.task_index:
-            close = difflib.get_close_matches(name, [*GROUPS, *manager.all_tasks], n=1)
-            raise ConfigError(f"--tasks: {name!r} is not a task of the harness" + (f"; did you mean {close[0]!r}?" if close else "")
-                            + ("" if task_dir else "; a task file of your own is found with --task_dir=DIR"))
+            raise ConfigError(f"--tasks: {name!r} is not a task of the harness{did_you_mean(name, [*GROUPS, *manager.all_tasks])}"
+                              + ("" if task_dir else "; a task file of your own is found with --task_dir=DIR"))
     datasets.disable_progress_bars()
     for library in ("huggingface_hub", "lm_eval"):  # each retry and each default of a task file is a line otherwise
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -12,7 +12,6 @@ from fp8jax.monitor.writers import read_metrics
 NOTEBOOK = pathlib.Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_quickstart_runs(tmp_path, monkeypatch):
     """Three runs, a plot, the report, two evaluations, a sample; fewer steps than a reader's."""

@@ -17,6 +17,7 @@ from fp8jax.models import gemms
 from fp8jax.models.definition import LoadedModel
 from fp8jax.models.gemms import ModelRecipes
 from fp8jax.models.transformer import PreparedGemms, Transformer
+from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel.mesh import emulates_fp8
 from fp8jax.parallel.sharding import RULES, constrain
 
@@ -43,7 +44,9 @@ class Runner:
         emulated = emulates_fp8(self.config, self._mesh.devices.flat[0])
         self._recipes = gemms.model_recipes(self.config, gated=self._definition.gated(), emulated=emulated, recipe="bf16")
         self._compiled: dict[Callable, Any] = {}
-        self._prepared = jax.jit(lambda params: self._definition.bind(params).prepare(self._recipes, {}, {}))(self._params)
+        self._options = compiler_options(self._mesh.devices.flat[0].platform)
+        prepare = jax.jit(lambda params: self._definition.bind(params).prepare(self._recipes, {}, {}), compiler_options=self._options)
+        self._prepared = prepare(self._params)
 
     def call(self, function: Callable, *arrays: Any) -> Any:
         """function(Bound, *arrays), jitted: compiled once for every function and shapes. Host arrays are equal on all processes."""
@@ -52,7 +55,7 @@ class Runner:
                 with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
                     return function(Bound(self._definition.bind(params), self._recipes, prepared), *arrays)
 
-            self._compiled[function] = jax.jit(run)
+            self._compiled[function] = jax.jit(run, compiler_options=self._options)
         return self._compiled[function](self._params, self._prepared, *arrays)
 
     def put(self, rows: np.ndarray) -> jax.Array:

@@ -4,7 +4,7 @@ import os
 import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # tests/gpu: JAX_PLATFORMS=cuda
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"  # tests/gpu: JAX_PLATFORMS=cuda
 
 import jax
 

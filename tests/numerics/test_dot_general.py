@@ -367,9 +367,10 @@ def test_transposed_results_on_the_cpu(scaling, emulated):
         return y, *vjp(g.T)
 
     y, dx, dw, _ = run(x, w, g, None, PLAIN, recipe)
+    exact = emulated or recipe.fp8 or jax.__version_info__ < (0, 11)
     for found, expected in zip(transposed(x, w, g), (y.T, dx.T, dw), strict=True):
         found, expected = (np.asarray(a, np.float64) for a in (found, expected))
-        assert np.linalg.norm(found - expected) <= (0 if emulated or recipe.fp8 else 0.01) * np.linalg.norm(expected)
+        assert np.linalg.norm(found - expected) <= (0 if exact else 0.01) * np.linalg.norm(expected)
 
 
 def test_stacked_calls_have_tokens_of_their_own():

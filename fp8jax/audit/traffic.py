@@ -25,8 +25,8 @@ _FREE = frozenset((
 _FUSIONS = ("fusion", "fusion-start")  # the latter goes on beside others, as XLA of jax 0.11 runs loops' slices and updates
 _CALLS = ("async-start", "call")
 _NO_WORK = ("AllocateBuffer", "ConcatBitcast", "Sharding", "annotate_device_placement")
-_RENAMES = frozenset(("bitcast", "reshape", "copy", "bitcast-convert", "convert"))
 _SAME = ("bitcast", "copy", "reshape")
+_RENAMES = frozenset((*_SAME, "bitcast-convert", "convert"))
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 _PLACES = ("quantise_weight", "optimizer", "loss", "attention", "feed_forward")
 
@@ -55,8 +55,7 @@ def traffic(module: Module) -> list[Traffic]:
     """Every executed instruction that is neither a GEMM nor a collective, summed by kind and place."""
     totals: dict[tuple[str, str], list[int]] = {}
     for run in hlo.executed(module):
-        opcode = run.instruction.opcode
-        if opcode in _FREE or run.instruction.target in _NO_WORK or _is_collective(module, run) or is_gemm(module, run):
+        if _is_free(run.instruction) or _is_collective(module, run) or is_gemm(module, run):
             continue
         moved, where = _moved(module, run), place(run.instruction.scope)
         read = moved.read if moved.only_transposes else 0
@@ -75,6 +74,10 @@ def _add(totals: dict, key: tuple[str, str], read: int, written: int, count: int
     entry = totals.setdefault(key, [0, 0, 0])
     for i, value in enumerate((read * count, written * count, count)):
         entry[i] += value
+
+
+def _is_free(instruction: Instruction) -> bool:
+    return instruction.opcode in _FREE or instruction.target in _NO_WORK
 
 
 def _is_collective(module: Module, run: Executed) -> bool:
@@ -113,7 +116,7 @@ def _moved(module: Module, run: Executed) -> _Moved:
 
 def _called(module: Module, body: Computation) -> _Moved:
     """All of a computation."""
-    work = [i for i in body.values() if i.opcode in _CALLS or i.opcode not in _FREE and i.target not in _NO_WORK]
+    work = [i for i in body.values() if i.opcode in _CALLS or not _is_free(i)]
     parts = [_moved(module, Executed(i, body)) for i in work]
     read, written, transposed = (sum(part[n] for part in parts) for n in range(3))
     return _Moved(read, written, transposed, bool(parts) and all(part.only_transposes for part in parts))

@@ -150,27 +150,27 @@ class EarlyWarning:
             self._streak[place] = self._streak.get(place, 0) + 1 if near else 0
             if not out[i] and self._streak[place] < CONFIRMED:
                 distance[i] = math.inf
-        alarms = []
+        harm, alarms = self._harm(), []
         for tensor in dict.fromkeys(tensor for tensor, _ in places):
             layers = np.array([i for i, place in enumerate(places) if place[0] == tensor])
             worst = layers[np.argmin(distance[layers])]
             if math.isfinite(distance[worst]):
-                level, harm = self._harm(distance[layers], values[layers, -1], weights[layers])
+                level = self._level(harm, distance[layers], values[layers, -1], weights[layers])
                 alarms.append(self._range_alarm(places[worst], growth.LAWS[law.law[worst]], values[worst, -1], left[worst], level, harm))
         return alarms
 
-    def _harm(self, distance: np.ndarray, load: np.ndarray, weights: np.ndarray) -> tuple[str, str]:
-        """Level of a tensor whose layers are so far from the edge, and what its harm is seen by."""
+    def _harm(self) -> str:
+        """What harm is seen by; empty: there is none."""
         if self._is_off_trend():
-            harm = "the loss is above its trend"
-        elif trend.stands_still([loss for _, loss in self._losses]):
-            harm = "the loss no longer falls"
-        else:
-            return WATCH, ""
+            return "the loss is above its trend"
+        return "the loss no longer falls" if trend.stands_still([loss for _, loss in self._losses]) else ""
+
+    def _level(self, harm: str, distance: np.ndarray, load: np.ndarray, weights: np.ndarray) -> str:
+        """Of a tensor whose layers are so far from the edge."""
         near = _quantile(distance, weights)
-        if near <= 1 / 3 and -_quantile(-load, weights) >= 1 / 2:
-            return (WARN if near > 1 / 8 else ACT), harm
-        return (WARN, harm) if self._is_off_trend() and distance.min() == 0 else (WATCH, "")
+        if harm and near <= 1 / 3 and -_quantile(-load, weights) >= 1 / 2:
+            return WARN if near > 1 / 8 else ACT
+        return WARN if self._is_off_trend() and distance.min() == 0 else WATCH
 
     def _range_alarm(self, place: Place, law: str, load: float, left: float, level: str, harm: str) -> Alarm:
         (step, tokens), (tensor, layer) = self._steps[-1], place
@@ -180,7 +180,7 @@ class EarlyWarning:
             largest = self._largest_logits.get(("attention_scores", layer))
             what = f"a logit is off by {load:.2g} nats" + ("" if largest is None else f", the largest is {largest:.3g}")
         grows = "out of range" if not steps else f"growth {law}"
-        evidence = ", ".join(filter(None, (what, grows, harm)))
+        evidence = ", ".join((what, grows) if level == WATCH else (what, grows, harm))
         return Alarm(step, level, tensor, layer, evidence, steps, round(steps * tokens / step), *_advice(tensor))
 
     def _gradient(self, entry: Mapping[str, Any]) -> list[Alarm]:

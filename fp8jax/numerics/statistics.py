@@ -35,7 +35,7 @@ def distribution(x: jax.Array) -> dict[str, jax.Array]:
     # Behind a barrier, or XLA takes maximum and sum of everything in a pass of its own, from x, and not from these.
     largest, total = lax.optimization_barrier(_by_row(jnp.abs(x), x, maxima=1))
     square = (x * (1.0 / _not_zero(largest))[..., None]) ** 2
-    second, fourth = (total / x.shape[-1] for total in _by_row(square, square**2))
+    second, fourth = (power / x.shape[-1] for power in _by_row(square, square**2))
     within = tuple(range(1, largest.ndim))
     weight = (largest / _not_zero(jnp.max(largest, axis=within, keepdims=True))) ** 2
     pooled = jnp.mean(weight * second, axis=within), jnp.mean(weight**2 * fourth, axis=within)

@@ -9,7 +9,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"  # tests/
 import jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-# A run that is stopped and continued compiles what the uninterrupted one compiled.
+# A run that is stopped and continued compiles what the uninterrupted one compiled. Whoever sets JAX_COMPILATION_CACHE_DIR keeps
+# programs from one session of tests to the next.
 _CACHE = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR") or _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -170,7 +170,8 @@ class TrainingConfig:
     bad_steps: int = _field(20, "bad steps in a row after which the run goes back to its newest checkpoint", at_least=1)
     rollbacks: int = _field(2, "times a run may go back, passing over the batches it could not digest, before it stops", at_least=0)
     skip_spikes: float = _field(0.0, "skip a step whose loss or gradient norm lies this many robust standard deviations above the "
-                                "median of the last 128; 0: never", at_least=0.0)
+                                "median of the last 128, skipped ones included, so that a new level that lasts is accepted; 0: never",
+                                at_least=0.0)
     loss_chunk: int = _field(0, "rows of the vocabulary whose logits are in memory at a time, computed once more in the backward pass; "
                              "0: all", at_least=0)
     remat: str = _field("none", "what the backward pass recomputes: nothing, each block, or all but FP8 tensors, which wait on the device or "

@@ -27,7 +27,7 @@ _MAD = 0.6745
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """What a run remembers of its steps: how many were bad, at all and in a row, and the last good losses and norms.
+    """What a run remembers of its steps: how many were bad, at all and in a row, and the last finite losses and norms.
 
     bad_steps, in_a_row: int32. recent: float32 [2, WINDOW], losses and gradient norms, NaN where there were none yet.
     """
@@ -42,8 +42,12 @@ class Health:
         return Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.full((2, WINDOW), jnp.nan, jnp.float32))
 
     def after(self, bad: jax.Array, values: jax.Array) -> "Health":
-        """After a step: `bad` is bool, `values` float32 [2], its loss and gradient norm."""
-        recent = jnp.where(bad, self.recent, jnp.concatenate([self.recent[:, 1:], values[:, None]], axis=1))
+        """After a step: `bad` is bool, `values` float32 [2], its loss and gradient norm.
+
+        What is finite is remembered even of a skipped step: a new level that lasts is accepted once it fills half the window.
+        """
+        shifted = jnp.concatenate([self.recent[:, 1:], values[:, None]], axis=1)
+        recent = jnp.where(jnp.isfinite(values).all(), shifted, self.recent)
         return Health(self.bad_steps + bad.astype(jnp.int32), jnp.where(bad, self.in_a_row + 1, 0), recent)
 
     def is_spike(self, values: jax.Array, threshold: float) -> jax.Array:

@@ -118,5 +118,18 @@ def test_spikes():
     assert int(health.bad_steps) == 0
     assert bool(health.is_spike(jnp.asarray([2.6, 0.5]), 8.0)) and bool(health.is_spike(jnp.asarray([2.0, 1.6]), 8.0))
     assert not bool(health.is_spike(jnp.asarray([2.2, 0.8]), 8.0)) and not bool(health.is_spike(jnp.asarray([0.1, 0.0]), 8.0))
-    # A bad step does not enter the window.
-    assert np.array_equal(health.after(jnp.asarray(True), jnp.asarray([9.0, 9.0])).recent, health.recent)
+    # What is not finite does not enter the window.
+    for values in ([jnp.nan, 0.5], [2.0, jnp.inf]):
+        assert np.array_equal(health.after(jnp.asarray(True), jnp.asarray(values)).recent, health.recent)
+
+
+def test_a_new_level_that_lasts_is_accepted_and_a_lone_spike_is_not():
+    rng = np.random.default_rng(0)
+    after = jax.jit(lambda health, values: (spike := health.is_spike(values, 8.0), health.after(spike, values)))
+    health, skipped = Health.initial(), []
+    for count in range(WINDOW + 300):
+        loss = 2.0 + 0.3 * (count >= WINDOW + 100) + 3.0 * (count == WINDOW + 50)
+        spike, health = after(health, jnp.asarray(rng.normal((loss, 0.5), (0.02, 0.02)), jnp.float32))
+        skipped += [count - WINDOW] * bool(spike)
+    assert skipped[:2] == [50, 100] and skipped[1:] == list(range(100, 100 + len(skipped) - 1))
+    assert WINDOW // 4 < len(skipped) <= WINDOW // 2 + 1

@@ -131,5 +131,4 @@ def test_a_new_level_that_lasts_is_accepted_and_a_lone_spike_is_not():
         loss = 2.0 + 0.3 * (count >= WINDOW + 100) + 3.0 * (count == WINDOW + 50)
         spike, health = after(health, jnp.asarray(rng.normal((loss, 0.5), (0.02, 0.02)), jnp.float32))
         skipped += [count - WINDOW] * bool(spike)
-    assert skipped[:2] == [50, 100] and skipped[1:] == list(range(100, 100 + len(skipped) - 1))
-    assert WINDOW // 4 < len(skipped) <= WINDOW // 2 + 1
+    assert skipped[:21] == [50, *range(100, 120)] and skipped[-1] <= 100 + WINDOW // 2

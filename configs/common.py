@@ -33,16 +33,24 @@ def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_colle
     if size == "tiny":
         # Training is chaotic, and the noise that it ends with grows with rate over batch: at 2e-3 and 8 sequences any change of
         # rounding moves the final loss by 1-2%, which hides what FP8 does; here by a few tenths.
-        config.optimizer.update(learning_rate=1e-3, warmup_steps=40, decay_fraction=0.7)
-        config.training.update(steps=450, batch_size=16)
+        config.optimizer.update(learning_rate=1e-3, decay_fraction=0.7)
+        config.training.batch_size = 16
         config.data.sequence_length = 256
+        _plan(config, steps=450, warmup_steps=40)
         return config
     batch_size, rate, tokens = _PAPER[size]
     per_step = batch_size * _CONTEXT
     config.data.sequence_length = _CONTEXT
-    config.optimizer.update(learning_rate=rate, warmup_steps=round(2.5e9 / per_step))
-    config.training.update(steps=round(tokens / per_step), batch_size=batch_size, remat="save_fp8")
+    config.optimizer.learning_rate = rate
+    config.training.update(batch_size=batch_size, remat="save_fp8")
+    _plan(config, steps=round(tokens / per_step), warmup_steps=round(2.5e9 / per_step))
     return config
+
+
+def _plan(config: ml_collections.ConfigDict, *, steps: int, warmup_steps: int) -> None:
+    """Sets the length of the run, and the warm-up of a run of this length; a shorter one gets less of it."""
+    config.training.steps = config.preset.training.steps = steps
+    config.preset.optimizer.warmup_steps = warmup_steps
 
 
 def default_size() -> str:

@@ -6,6 +6,7 @@ import pathlib
 import ml_collections
 
 from fp8jax import config as config_lib
+from fp8jax import open_fields
 
 
 def get_config(workdir: str | None = None) -> ml_collections.ConfigDict:
@@ -16,4 +17,11 @@ def get_config(workdir: str | None = None) -> ml_collections.ConfigDict:
     config = config_lib.defaults()
     for section, fields in config_lib.to_dict(config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))).items():
         config[section].update(fields)
+    # The run is a preset here: schedules that the command line leaves alone follow a length that it sets.
+    for section, field in open_fields.PLANNED:
+        config.preset[section][field] = config[section][field]
+        if field != "steps":
+            config[section][field] = None
+    if config.mesh.fsdp == -1:
+        config.mesh.fsdp = None
     return config

@@ -23,7 +23,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from fp8jax.numerics import recipes, storage
+from fp8jax import open_fields
+from fp8jax.numerics import roles
 
 ARCHITECTURES = ("fog_max", "fog_opt", "fog_flash", "op", "op_frozen_qk", "llama3", "llama3_smooth", "olmo2")
 ACTIVATIONS = ("xielu", "gelu", "swiglu", "smooth_swiglu", "relu2")
@@ -94,8 +95,8 @@ class ModelConfig:
 class Fp8Config:
     """What is computed in FP8, and how scales are found."""
 
-    recipe: str = _field("fp8_dpa", "bf16: nothing, fp8: linear GEMMs, fp8_dpa: attention too", choices=recipes.RECIPES)
-    scaling: str = _field("delayed", "how scales are found", choices=recipes.SCALINGS)
+    recipe: str = _field("fp8_dpa", "bf16: nothing, fp8: linear GEMMs, fp8_dpa: attention too", choices=roles.RECIPES)
+    scaling: str = _field("delayed", "how scales are found", choices=roles.SCALINGS)
     history_length: int = _field(1024, "delayed: steps of amax kept", at_least=1, below=1025)
     history_reduction: str = _field("max", "delayed: amax of the history", choices=("max", "most_recent"))
     margin: int = _field(0, "scales are 2**margin times larger than needed: headroom against saturation", at_least=0)
@@ -104,7 +105,7 @@ class Fp8Config:
     static_weight_scale: float | None = _field(None, "static: scale of weights; None: model.init_std. Activations: 1", above=0.0)
     static_gradient_scale: float | None = _field(None, "static: scale of output gradients; None: 1 / tokens a step", above=0.0)
     fast_accumulation: str = _field("fprop", "passes that accumulate fast and less exactly on Hopper",
-                                    choices=recipes.FAST_ACCUMULATION)
+                                    choices=roles.FAST_ACCUMULATION)
     head: bool = _field(False, "the language-model head in FP8 as well; needs untied embeddings")
     backend: str = _field("auto", "native: FP8 GEMMs; emulated: exact FP8 values in BF16 GEMMs; auto: what the device has",
                           choices=("auto", "native", "emulated"))
@@ -151,8 +152,8 @@ class OptimizerConfig:
     master_dtype: str = _field("float32", "dtype in which matrices are kept", choices=MASTER_DTYPES)
     master_rounding: str = _field("stochastic", "of matrices of 16 bits: unbiased, or to nearest with the next 8 bits in a byte",
                                   choices=MASTER_ROUNDINGS)
-    first_moment: str = _field("float32", "how averages of matrices' gradients are kept", choices=tuple(storage.FORMATS))
-    second_moment: str = _field("float32", "how averages of their squares are kept", choices=tuple(storage.FORMATS))
+    first_moment: str = _field("float32", "how averages of matrices' gradients are kept", choices=roles.STORED)
+    second_moment: str = _field("float32", "how averages of their squares are kept", choices=roles.STORED)
     z_loss: float = _field(0.0, "weight of the mean squared log-partition of the logits in the training loss; 0: none", at_least=0.0)
 
 
@@ -264,14 +265,22 @@ class Config:
 
 
 def defaults() -> ml_collections.ConfigDict:
-    """Every field at its default; fields that may be None are typed placeholders, so overrides are type-checked."""
+    """Every field at its default; fields that may be None are typed placeholders, so overrides are type-checked.
+
+    So are those that follow the run's length and the mesh unless they are set (open_fields.py): their defaults are in `preset`.
+    """
     out = ml_collections.ConfigDict()
     for section in dataclasses.fields(Config):
         values = ml_collections.ConfigDict()
         for field in dataclasses.fields(section.type):
-            kind, optional = _kind(field.type)
-            values[field.name] = config_dict.placeholder(kind) if optional and field.default is None else field.default
+            kind, _ = _kind(field.type)
+            unset = field.default is None or (section.name, field.name) in open_fields.OPEN
+            values[field.name] = config_dict.placeholder(kind) if unset else field.default
         out[section.name] = values
+    built = to_dict(Config())
+    out.preset = {section: {} for section, _ in open_fields.PLANNED}
+    for section, field in open_fields.PLANNED:
+        out.preset[section][field] = built[section][field]
     return out
 
 
@@ -296,16 +305,23 @@ def digest(config: Config) -> str:
     return hashlib.blake2b(json.dumps(to_dict(config), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def from_dict(values: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+def from_dict(values: ml_collections.ConfigDict | dict[str, Any], run: Config | None = None) -> Config:
     """Frozen, validated configuration.
 
     Args:
-        values: nested mapping of section → field → value. Missing fields take their defaults.
+        values: nested mapping of section → field → value. Missing fields take their defaults; in a ConfigDict, schedules that
+            nobody set follow the run's length (open_fields.py).
+        run: the configuration of the run in the directory, if it goes on.
 
     Raises:
         ConfigError: an unknown section or field, an ill-typed or forbidden value, an impossible combination.
     """
-    values = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+        if preset := values.pop("preset", None):
+            open_fields.fill(values, preset, run and to_dict(run))
+    elif isinstance(values.get("mesh"), dict):
+        values = values | {"mesh": open_fields.filled_mesh(values["mesh"])}
     sections = {field.name: field.type for field in dataclasses.fields(Config)}
     built = {}
     for name, fields in values.items():
@@ -426,14 +442,15 @@ def check(config: Config) -> None:
         if getattr(config.mesh, axis) == 0:
             raise ConfigError(f"config.mesh.{axis}: 0 devices; allowed: 1 or more, or -1 to take what is left")
     if config.optimizer.warmup_steps > training.steps:
-        raise ConfigError(f"config.optimizer.warmup_steps: {config.optimizer.warmup_steps} exceeds training.steps={training.steps}")
+        raise ConfigError(f"config.optimizer.warmup_steps: {config.optimizer.warmup_steps} exceeds training.steps={training.steps}; "
+                          "leave it out, and it follows the run's length")
     parse_sources(config.data.source)
     try:
-        recipes.parse_overrides(fp8.overrides, layers=model.layers)
+        roles.parse_overrides(fp8.overrides, layers=model.layers)
     except ValueError as error:
         raise ConfigError(f"config.fp8.overrides: {error}") from None
     try:
-        recipes.parse_overrides(recipes.in_bf16(config.warning.fallback), layers=model.layers)
+        roles.parse_overrides(roles.in_bf16(config.warning.fallback), layers=model.layers)
     except ValueError as error:
         raise ConfigError(f"config.warning.fallback: {error}") from None
 

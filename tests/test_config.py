@@ -2,12 +2,18 @@
 
 import dataclasses
 import json
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
-from configs import bf16_base, common, fog_flash, fog_opt, fp8_base, llama3, llama3_smooth, olmo2, op, op_frozen_qk
+from configs import bf16_base, common, fog_flash, fog_opt, fp8_base, from_run, llama3, llama3_smooth, olmo2, op, op_frozen_qk
 from fp8jax import config as config_lib
 from fp8jax.config import ConfigError
+from fp8jax.numerics import roles, storage
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -74,3 +80,78 @@ def test_tiny_fits_every_attention_backend():
 def test_a_wrong_size_is_named():
     with pytest.raises(ValueError, match="'7b' is not one of tiny, 390m"):
         fp8_base.get_config("7b")
+
+
+@pytest.mark.parametrize("steps", [1, 10, 50, 1000])
+@pytest.mark.parametrize("size", list(common.SIZES))
+@pytest.mark.parametrize("module", [bf16_base, fog_flash, fog_opt, fp8_base, llama3, llama3_smooth, olmo2, op, op_frozen_qk])
+def test_every_preset_at_any_length(module, size, steps):
+    """What a preset set follows the length; no preset is changed at its own."""
+    config = module.get_config(size)
+    planned = config_lib.from_dict(config)
+    config.training.steps = steps
+    built = config_lib.from_dict(config)
+    assert built.training.steps == steps >= built.optimizer.warmup_steps
+    if steps < planned.training.steps:
+        assert built.optimizer.warmup_steps == round(planned.optimizer.warmup_steps * steps / planned.training.steps)
+        assert built.checkpoint.every <= steps and built.evaluation.every <= steps
+    else:
+        assert built == dataclasses.replace(planned, training=built.training)
+
+
+@pytest.mark.parametrize(("size", "warmup", "steps"), [("tiny", 40, 450), ("390m", 4768, 95367), ("8b", 1192, 59605)])
+def test_presets_are_the_papers(size, warmup, steps):
+    built = config_lib.from_dict(fp8_base.get_config(size))
+    assert (built.optimizer.warmup_steps, built.training.steps) == (warmup, steps)
+    assert (built.checkpoint.every, built.evaluation.every, built.mesh.fsdp) == (1000, 200, -1)
+
+
+def test_what_the_user_set_stays_and_can_be_wrong():
+    config = fp8_base.get_config("tiny")
+    config.training.steps, config.optimizer.warmup_steps, config.evaluation.every = 30, 40, 200
+    with pytest.raises(ConfigError, match="warmup_steps: 40 exceeds training.steps=30; leave it out"):
+        config_lib.from_dict(config)
+    config.optimizer.warmup_steps = 25
+    built = config_lib.from_dict(config)
+    assert (built.optimizer.warmup_steps, built.evaluation.every, built.checkpoint.every) == (25, 200, 15)
+
+
+def test_a_run_that_goes_on_keeps_its_warm_up():
+    config = fp8_base.get_config("tiny")
+    config.training.steps = 30
+    run = config_lib.from_dict(config)
+    assert run.optimizer.warmup_steps == 3
+    config.training.steps = 900
+    assert config_lib.from_dict(config, run).optimizer.warmup_steps == 3
+    config.training.steps = 20  # too short for a warm-up of 40, if the run has that
+    assert config_lib.from_dict(config, config_lib.from_dict(fp8_base.get_config("tiny"))).optimizer.warmup_steps == 2
+    config.optimizer.warmup_steps = 7
+    assert config_lib.from_dict(config, run).optimizer.warmup_steps == 7
+
+
+def test_a_run_is_a_preset(tmp_path):
+    config = fp8_base.get_config("tiny")
+    config.training.steps, config.optimizer.warmup_steps = 100, 20
+    run = config_lib.from_dict(config)
+    (tmp_path / "config.json").write_text(json.dumps(config_lib.to_dict(run)))
+    again = from_run.get_config(str(tmp_path))
+    assert config_lib.from_dict(again) == run
+    again.training.steps = 50
+    assert config_lib.from_dict(again).optimizer.warmup_steps == 10
+
+
+@pytest.mark.parametrize(("mesh", "fsdp"), [({}, -1), ({"data": -1}, 1), ({"tensor": -1, "data": 2}, 1), ({"data": 2}, -1), ({"fsdp": 4}, 4)])
+def test_the_users_rest_of_devices_wins(mesh, fsdp):
+    config = fp8_base.get_config("tiny")
+    config.mesh.update(mesh)
+    assert config_lib.from_dict(config).mesh.fsdp == fsdp == config_lib.from_dict({"mesh": mesh}).mesh.fsdp
+
+
+def test_names_of_storage_formats():
+    assert tuple(storage.FORMATS) == roles.STORED
+
+
+def test_a_configuration_is_checked_without_jax():
+    """A mistake is known before JAX is loaded, which takes seconds."""
+    code = "import sys, configs.fp8_base, fp8jax.config as c; c.from_dict(configs.fp8_base.get_config('tiny')); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -1,0 +1,72 @@
+"""Names of GEMM roles, scalings and recipes, and the grammar of exceptions by role and layer: words of a configuration.
+
+    parse_overrides("mlp_down=bf16,qkv@0-3=current", layers=4)
+
+Imports nothing, so that a mistake in a configuration is found before JAX is loaded. What the words compute: recipes.py.
+"""
+
+import dataclasses
+
+RECIPES = ("bf16", "fp8", "fp8_dpa")
+SCALINGS = ("delayed", "current", "static", "blockwise")
+FAST_ACCUMULATION = ("fprop", "all", "none")
+
+LINEAR_ROLES = ("qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_down", "lm_head")
+ATTENTION_ROLES = ("attention_scores", "attention_values")
+ROLES = LINEAR_ROLES + ATTENTION_ROLES
+
+# Operands with an amax of their own, in the order in which tokens, histories and scales hold them. Weights have none:
+# they are quantised once a step with the amax of that moment; nor has P, which is at most 1 and has a fixed scale.
+OPERANDS = {role: ("x", "g") for role in LINEAR_ROLES} | {"attention_scores": ("q", "k", "ds"), "attention_values": ("v", "do")}
+GRADIENTS = ("g", "ds", "do")
+
+# How an optimizer's moments may be stored: the keys of storage.FORMATS.
+STORED = ("float32", "bfloat16", "float16", "fp8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """One exception: `role` uses `scaling` in layers `first` to `last`, both included."""
+
+    role: str
+    scaling: str
+    first: int
+    last: int
+
+
+def parse_overrides(text: str, *, layers: int) -> tuple[Override, ...]:
+    """Reads 'role=scaling' pairs, separated by commas; 'role@2-5=scaling' limits one to layers 2 to 5.
+
+    Raises:
+        ValueError: one line that names the part that is wrong and what is allowed.
+    """
+    return tuple(_parse_override(part.strip(), layers) for part in text.split(",") if part.strip())
+
+
+def in_bf16(targets: str) -> str:
+    """Overrides that take 'role' or 'role@2-5', separated by commas, out of FP8."""
+    return ",".join(f"{part.strip()}=bf16" for part in targets.split(",") if part.strip())
+
+
+def _parse_override(part: str, layers: int) -> Override:
+    target, equals, scaling = part.partition("=")
+    role, at, span = target.strip().partition("@")
+    scaling = scaling.strip()
+    if not equals:
+        raise ValueError(f"{part!r} is not role=scaling")
+    if role not in ROLES:
+        raise ValueError(f"{role!r} in {part!r} is not one of {', '.join(ROLES)}")
+    if scaling not in (*SCALINGS, "bf16"):
+        raise ValueError(f"{scaling!r} in {part!r} is not one of {', '.join((*SCALINGS, 'bf16'))}")
+    first, last = _parse_span(span, part, layers) if at else (0, layers - 1)
+    return Override(role, scaling, first, last)
+
+
+def _parse_span(span: str, part: str, layers: int) -> tuple[int, int]:
+    first, dash, last = span.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise ValueError(f"{span!r} in {part!r} is not a layer or a range such as 2-5")
+    bounds = int(first), int(last) if dash else int(first)
+    if not bounds[0] <= bounds[1] < layers:
+        raise ValueError(f"layers {span} in {part!r} are not within 0-{layers - 1}")
+    return bounds

@@ -1,0 +1,54 @@
+"""Fields that nobody has set, and what they become once the rest of a configuration is known: schedules follow the run's length.
+
+    preset = config.pop("preset")                # what a preset plans: its steps, and warm-up and intervals for so many
+    fill(config, preset)                         # in place of None
+
+A preset leaves its warm-up and its intervals open (None) and writes them under `preset`, beside the steps that they are for. A run
+of fewer steps gets less of each. What is not None was set by the user, who alone can therefore ask for too much.
+
+Works on plain dictionaries, before they are checked: config.py does both.
+"""
+
+from typing import Any
+
+WARMUP = ("optimizer", "warmup_steps")
+INTERVALS = (("checkpoint", "every"), ("evaluation", "every"))
+# What a preset plans, and with fsdp all that is None until it is filled in.
+PLANNED = (("training", "steps"), WARMUP, *INTERVALS)
+OPEN = (WARMUP, *INTERVALS, ("mesh", "fsdp"))
+
+Values = dict[str, dict[str, Any]]  # section → field → value
+
+
+def fill(values: Values, preset: Values, run: Values | None = None) -> None:
+    """Fills in what is open.
+
+    Args:
+        values: all sections and fields.
+        preset: values of PLANNED.
+        run: the configuration of the run that goes on, if one does: its warm-up has begun, and stays as it is where it can.
+    """
+    steps, planned = values["training"]["steps"], preset["training"]["steps"]
+    shorter = 0 < steps < planned
+    for section, field in (WARMUP, *INTERVALS):
+        if values[section][field] is None:
+            values[section][field] = preset[section][field]
+            if shorter:
+                values[section][field] = _shortened((section, field), preset[section][field], steps, planned)
+            if run and (section, field) == WARMUP and run[section][field] <= steps:
+                values[section][field] = run[section][field]
+    values["mesh"] = filled_mesh(values["mesh"])
+
+
+def filled_mesh(mesh: dict[str, Any]) -> dict[str, Any]:
+    """The mesh whose fsdp, where it is open, has the devices that are left, unless another axis asks for them."""
+    if mesh.get("fsdp") is not None:
+        return mesh
+    return mesh | {"fsdp": 1 if any(size == -1 for axis, size in mesh.items() if axis != "fsdp") else -1}
+
+
+def _shortened(field: tuple[str, str], value: int, steps: int, planned: int) -> int:
+    """A warm-up of the same share of the run; an interval that comes at least twice. 0, for never, stays."""
+    if field == WARMUP:
+        return round(value * steps / planned)
+    return min(value, (steps + 1) // 2)

@@ -16,12 +16,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from fp8jax.numerics import blockwise, formats
-from fp8jax.numerics.roles import (ATTENTION_ROLES, FAST_ACCUMULATION, GRADIENTS, LINEAR_ROLES, OPERANDS, RECIPES, ROLES, SCALINGS, Override,
-                                   in_bf16, parse_overrides)
+from fp8jax.numerics import blockwise, formats, roles
+from fp8jax.numerics.roles import FAST_ACCUMULATION, GRADIENTS, SCALINGS
 
-__all__ = ["ATTENTION_ROLES", "FAST_ACCUMULATION", "GRADIENTS", "LINEAR_ROLES", "OPERANDS", "RECIPES", "ROLES", "SCALINGS", "GemmRecipe",
-           "Override", "in_bf16", "parse_overrides"]
+# What is in roles.py, which needs no JAX, is found here as well.
+RECIPES, OPERANDS, ROLES, LINEAR_ROLES, ATTENTION_ROLES = roles.RECIPES, roles.OPERANDS, roles.ROLES, roles.LINEAR_ROLES, roles.ATTENTION_ROLES
+Override, parse_overrides, in_bf16 = roles.Override, roles.parse_overrides, roles.in_bf16
+
 
 @dataclasses.dataclass(frozen=True)
 class GemmRecipe:

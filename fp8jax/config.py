@@ -161,7 +161,7 @@ class OptimizerConfig:
 class TrainingConfig:
     """Length and shape of the run."""
 
-    steps: int = _field(600, "optimizer steps", at_least=1)
+    steps: int = _field(600, "optimizer steps", at_least=1, below=2**31)  # counted in int32
     batch_size: int = _field(16, "sequences a step, over all devices and microbatches", at_least=1)
     microbatches: int = _field(1, "parts into which a step's batch is split, one after another", at_least=1)
     seed: int = _field(0, "seed of initial weights and of the data order", at_least=0, below=2**32)

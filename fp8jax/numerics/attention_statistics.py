@@ -57,4 +57,4 @@ def _in_chunks(call: Call, q: Quantised, k: Quantised, segment_ids: jax.Array | 
     b, t, heads, groups, _ = q.data.shape
     init = jnp.full((b, heads), -jnp.inf), jnp.zeros((b, heads))
     top, entropy = attention_composed.over_chunks(t, chunk, lax.stop_gradient(q.data), init)
-    return {"max_logit": jnp.max(top), "entropy": jnp.sum(entropy) / (b * t * heads * groups)}
+    return {"max_logit": jnp.max(top), "entropy": jnp.sum(entropy) / float(b * t * heads * groups)}

@@ -5,6 +5,7 @@
 All are float32 scalars, computed in float32 from any floating input, and differentiable by nobody: callers stop gradients.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -41,7 +42,8 @@ def distribution(x: jax.Array) -> dict[str, jax.Array]:
     pooled = jnp.mean(weight * second, axis=within), jnp.mean(weight**2 * fourth, axis=within)
     top = jnp.max(largest)
     rms = top * jnp.sqrt(jnp.mean((largest / _not_zero(top)) ** 2 * second))
-    return {"mean": jnp.sum(total) / x.size, "rms": rms, "kurtosis": _mean_ratio(second, fourth), "pooled_kurtosis": _mean_ratio(*pooled)}
+    mean = jnp.sum(total) / float(x.size)  # a Python integer becomes an int32, which ends at 2**31
+    return {"mean": mean, "rms": rms, "kurtosis": _mean_ratio(second, fourth), "pooled_kurtosis": _mean_ratio(*pooled)}
 
 
 def _as_stored(x: jax.Array) -> jax.Array:
@@ -57,7 +59,8 @@ def _mean_ratio(second: jax.Array, fourth: jax.Array) -> jax.Array:
     """Mean of fourth / second^2 where second is not 0."""
     ratio = fourth / _not_zero(second) ** 2
     counted = second != 0
-    return jnp.sum(jnp.where(counted, ratio, 0.0)) / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1.0)
+    number = jnp.sum(counted.astype(jnp.int32)).astype(jnp.float32)  # float32 loses ones beyond 2**24
+    return jnp.sum(jnp.where(counted, ratio, 0.0)) / jnp.maximum(number, 1.0)
 
 
 def choose(found: dict[str, jax.Array], *, pooled: bool) -> dict[str, jax.Array]:
@@ -124,14 +127,15 @@ def from_rows(amax: jax.Array, scale: jax.Array, counts: Sequence[jax.Array], en
     Args:
         amax: of the tensor.
         scale: its largest.
-        counts: int32, any shape: overflow, underflow, zero, negative zero; at most 2**31 a row.
+        counts: int32, any shape: overflow, underflow, zero, negative zero; below 2**31 a row.
         energies: float32: squares of the tensor and of the cast's error, in units of `scale`.
-        elements: what they refer to.
+        elements: what they refer to: those of all rows, or more if these rows are a part.
     """
     rows, whole = jnp.stack(energies), tuple(range(1, energies[0].ndim + 1))
-    # Far beyond the scale everything is error, and its square must stay finite.
-    sums = jnp.concatenate([_count(jnp.stack(counts)), jnp.sum(jnp.minimum(rows, 2.0**100), axis=whole)])
-    return jnp.concatenate([jnp.stack([amax, scale]), sums / elements])
+    most = elements // max(energies[0].size, 1)  # of a row
+    # Far beyond the scale everything is error, and its square must stay finite, 2**31 rows of it.
+    sums = jnp.concatenate([_count(jnp.stack(counts), most), jnp.sum(jnp.minimum(rows, 2.0**90), axis=whole)])
+    return jnp.concatenate([jnp.stack([amax, scale]), sums / float(elements)])
 
 
 def _by_row(*parts: jax.Array, maxima: int = 0) -> list[jax.Array]:
@@ -147,10 +151,33 @@ def _by_row(*parts: jax.Array, maxima: int = 0) -> list[jax.Array]:
     return lax.reduce(rows, [row.dtype.type(0) for row in rows], combine, (rows[0].ndim - 1,))
 
 
-def _count(rows: jax.Array) -> jax.Array:
-    """Sums of counts over all but the first dimension, float32, by way of integers that do not overflow below 2**39 in all or 2**23 rows."""
-    high, low = (jnp.sum(part, axis=tuple(range(1, rows.ndim))).astype(jnp.float32) for part in (rows >> 8, rows & 0xFF))
-    return high * 256 + low
+def _count(rows: jax.Array, most: int) -> jax.Array:
+    """Sums of counts over all but the first dimension, float32.
+
+    They are summed as integers that do not wrap: where their sum might, the last dimensions first, then in limbs of few bits.
+
+    Args:
+        rows: int32, [sums, ...], of fewer than 2**31 counts each.
+        most: none of them is larger; below 2**31.
+    """
+    most = min(most, 2**31 - 1)
+    while rows.ndim > 2 and most * rows.shape[-1] < 2**31 <= most * _number(rows):
+        most *= rows.shape[-1]
+        rows = jnp.sum(rows, axis=-1)
+    axes = tuple(range(1, rows.ndim))
+    if most * _number(rows) < 2**31:
+        return jnp.sum(rows, axis=axes).astype(jnp.float32)
+    bits = max(31 - _number(rows).bit_length(), 1)
+    total = jnp.zeros(rows.shape[:1], jnp.float32)
+    for shift in range(0, most.bit_length(), bits):
+        limbs = (rows >> shift) & (2**bits - 1)
+        total += jnp.sum(limbs, axis=axes).astype(jnp.float32) * 2.0**shift
+    return total
+
+
+def _number(rows: jax.Array) -> int:
+    """How many counts a sum has."""
+    return math.prod(rows.shape[1:])
 
 
 def combine(parts: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fp8jax.numerics import statistics
+from fp8jax.numerics import formats, statistics
 from fp8jax.numerics.attention import SCORES, VALUES, attention
 from fp8jax.numerics.dot_general import dot_general
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
@@ -151,10 +151,39 @@ def test_counts_beyond_float32_are_exact():
     """16777217 ones are one more than float32 sums hold; a third of them is still counted to the unit."""
     @jax.jit
     def count(mask):
-        return statistics._count(statistics._by_row(jnp.zeros(mask.shape, jnp.int32), mask.astype(jnp.int32))[1][None])[0]
+        return statistics._count(statistics._by_row(jnp.zeros(mask.shape, jnp.int32), mask.astype(jnp.int32))[1][None], mask.shape[-1])[0]
 
     assert float(count(jnp.ones((2**12 + 1, 2**12), bool))) == (2**12 + 1) * 2**12
     assert float(count(jnp.arange(3 * 2**23) % 3 == 0)) == 2**23
+
+
+@pytest.mark.parametrize(("shape", "most"), [
+    ((3, 1000), 2**30), ((8, 4, 16), 2**26), ((8, 4, 16), 2**28), ((2**12, 5), 2**23), ((7,), 2**31 - 1)])
+def test_counts_beyond_int32_do_not_wrap(shape, most):
+    """Against NumPy's int64: summed in limbs, by dimensions first, or both."""
+    rows = np.random.default_rng(0).integers(most // 2, most, (2, *shape), endpoint=True)
+    found = jax.jit(statistics._count, static_argnums=1)(jnp.asarray(rows, jnp.int32), most)
+    np.testing.assert_allclose(found, rows.reshape(2, -1).sum(axis=1), rtol=3e-7)
+
+
+def test_underflow_of_many_rows():
+    """From 8.4 million rows on the sum of the counts' low bytes does not fit an int32."""
+    number = 2**23 + 2**17
+    counts = [jnp.full((number,), 255, jnp.int32)] * 4
+    energies = [jnp.ones((number,), jnp.float32)] * 2
+    found = statistics.from_rows(jnp.float32(1), jnp.float32(1), counts, energies, 255 * number)
+    np.testing.assert_allclose(found[2:6], 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2**20, 2**11, 2), (2**11, 2**20), (2, 2**16, 2**16), (2**9, 2**13, 2**8, 2**13)])
+def test_statistics_of_tensors_beyond_2_31_elements_are_traced(shape):
+    """A Python integer in an array's arithmetic is an int32."""
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    q = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn)
+    traced = jax.eval_shape(lambda x, q: statistics.health(x, formats.Quantised(q, jnp.float32(1))), x, q)
+    assert traced.shape == (len(statistics.HEALTH),)
+    if len(shape) > 2:
+        assert set(jax.eval_shape(statistics.distribution, x)) == set(statistics.DISTRIBUTION)
 
 
 @pytest.mark.parametrize("scaling", ["static", "current"])

@@ -123,6 +123,8 @@ class DataConfig:
     source: str = _field("embedded", "'embedded' (the novels shipped with fp8jax), a directory of prepared token shards, a Megatron "
                          "prefix, or a mixture of them: 'dirA=0.7,dirB=0.3'")
     tokenizer: str = _field("auto", "auto: the source's own; 'byte', 'tekken' or the path of a tokenizer.json")
+    allow_normalisation: bool = _field(False, "take a tokenizer that brings text into a Unicode form (NFC) first; bits per byte is then of "
+                                       "that text")
     packing: str = _field("concat", "concat: documents run on from window to window; best_fit: whole documents, padded",
                           choices=("concat", "best_fit"))
     document_masks: bool = _field(False, "packed documents do not attend to each other")
@@ -458,22 +460,29 @@ def check(config: Config) -> None:
 def parse_sources(text: str) -> tuple[tuple[str, float], ...]:
     """Names and weights, which add up to 1, of `config.data.source`: 'name' or 'name=weight,name=weight'.
 
+    A name may hold '=' itself (lang=en/tokens): one source without a weight is a name as it stands.
+
     Raises:
         ConfigError: a weight is missing or not above 0, or a name is missing or there twice.
     """
-    if "=" not in text and "," not in text:
+    if "," not in text and (_weight(text.rpartition("=")[2]) is None or pathlib.Path(text).exists()):
         return ((text, 1.0),)
     found: dict[str, float] = {}
     for pair in text.split(","):
         name, _, weight = (part.strip() for part in pair.rpartition("="))
-        try:
-            value = float(weight)
-        except ValueError:
-            value = 0.0
+        value = _weight(weight) or 0.0
         if not name or name in found or not 0.0 < value < math.inf:
             raise ConfigError(f"config.data.source: {pair!r} in {text!r} is not a new source with a weight above 0, as in 'dirA=0.7,dirB=0.3'")
         found[name] = value
     return tuple((name, value / math.fsum(found.values())) for name, value in found.items())
+
+
+def _weight(text: str) -> float | None:
+    """The number that a text is, if it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def head_dim(model: ModelConfig) -> int:

@@ -155,3 +155,9 @@ def test_a_configuration_is_checked_without_jax():
     """A mistake is known before JAX is loaded, which takes seconds."""
     code = "import sys, configs.fp8_base, fp8jax.config as c; c.from_dict(configs.fp8_base.get_config('tiny')); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+def test_a_source_may_hold_an_equals_sign(tmp_path):
+    assert config_lib.parse_sources("/d/lang=en/tokens") == (("/d/lang=en/tokens", 1.0),)
+    assert config_lib.parse_sources("/d/lang=en/tokens=3,other=1") == (("/d/lang=en/tokens", 0.75), ("other", 0.25))
+    (tmp_path / "lang=1").mkdir()
+    assert config_lib.parse_sources(str(tmp_path / "lang=1")) == ((str(tmp_path / "lang=1"), 1.0),)
+    assert config_lib.parse_sources("tokens=0.5") == (("tokens", 1.0),)

@@ -1,6 +1,7 @@
 """`python -m fp8jax prepare`: raw text to token shards; `prepare inspect DIR`: what such a directory holds."""
 
 import argparse
+import functools
 import os
 import pathlib
 import sys
@@ -37,7 +38,8 @@ def _prepare(argv: Sequence[str]) -> int:
         print(f"trained  {tokenizer}", flush=True)
     splits = preparation.prepare(
         options.input, options.out, tokenizer=tokenizer, text_field=options.text_field, workers=options.workers,
-        validation_fraction=options.validation_fraction, best_fit=options.best_fit, tell=_Progress())
+        validation_fraction=options.validation_fraction, best_fit=options.best_fit, tell=_Progress(),
+        allow_normalisation=options.allow_normalisation, note=functools.partial(print, flush=True))
     for split, found in splits.items():
         print(f"{split:<8} {found['documents']:,} documents, {found['tokens']:,} tokens, {found['text_bytes']:,} bytes of text")
     for length, packed in shards.read_index(options.out).get("best_fit", {}).items():
@@ -136,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--validation_fraction", type=float, default=0.01, help="of the documents, held out (default: 0.01)")
     parser.add_argument("--best_fit", type=int, nargs="+", default=(), metavar="LENGTH",
                         help="also pack whole documents into sequences of so many tokens, for --config.data.packing=best_fit")
+    parser.add_argument("--allow_normalisation", action="store_true",
+                        help="take a tokenizer.json that brings text into a Unicode form (NFC) first; bits per byte is then of that text")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
     return parser
 

@@ -16,6 +16,7 @@ with the file and the number of the line. Nothing is cleaned, filtered or dedupl
 import codecs
 import glob
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -31,6 +32,9 @@ from fp8jax.data import hub, token_records
 LINES, TEXT, PARQUET, TOKENS = (".jsonl", ".json"), (".txt", ".md"), (".parquet",), token_records.SUFFIXES
 COMPRESSED = (".gz", ".zst")
 MAX_DOCUMENT = 1 << 29
+# Of a directory of text, what is about the text: dataset cards and what the Hugging Face libraries write beside data.
+_DESCRIBING = frozenset(("readme.md", "readme.txt", "license.txt", "license.md", "dataset_info.json", "dataset_infos.json",
+                         "dataset_dict.json", "state.json", "tokenizer.json", "tokenizer_config.json"))
 _BLOCK = 1 << 18
 
 Progress = Callable[[int], Any]
@@ -54,28 +58,89 @@ class Piece(NamedTuple):
     split: str = ""
 
 
-def find(inputs: Sequence[str | os.PathLike]) -> list[str]:
-    """The files that inputs name, in order and each once: files, directories (their readable files, sorted), patterns.
+def find(
+    inputs: Sequence[str | os.PathLike],
+    *,
+    out: str | os.PathLike | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[str]:
+    """The files that inputs name, in order and each once, whatever the spelling of its path.
+
+    Of a directory, also through links, those that are read, sorted; without hidden files, what only describes a dataset
+    (README.md, dataset_info.json), and prepared shards. A file that is named itself is always read.
+
+    Args:
+        inputs: files, directories, patterns, datasets of the hub.
+        out: a directory to leave out: what is prepared must not be read.
+        tell: receives a line on what was left out.
 
     Raises:
         ConfigError: an input that names nothing, or a file of a kind that is not read.
     """
-    found: dict[str, None] = {}
+    left_out: list[str] = []
+    found: dict[str, str] = {}
+    outside = os.path.realpath(out) if out is not None else None
     for name in map(os.fspath, inputs):
-        matches = [name] if os.path.exists(name) or name.startswith(hub.PREFIX) else sorted(glob.glob(name, recursive=True))
-        files = [file for match in matches for file in (_in_directory(match) if os.path.isdir(match) else [match])]
+        seen: set[str] = set()
+        files = [file for match in _matches(name) for file in _files(match, outside, left_out, seen)]
         if not files:
             raise ConfigError(f"--input={name}: no such file, directory or pattern with matches")
-        found |= dict.fromkeys(files)
-    for path in found:
+        for file in files:
+            real = file if file.startswith(hub.PREFIX) else os.path.realpath(file)
+            found.setdefault(real, file)
+    for path in found.values():
         if not path.startswith(hub.PREFIX) and _kind(path) is None:
             known = ", ".join((*LINES, *TEXT, *PARQUET, *TOKENS[:1]))
             raise ConfigError(f"{path}: {pathlib.Path(path).suffix!r} is not a kind of text file that is read; use one of {known}")
-    return list(found)
+    if left_out:
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        tell(f"left out: {', '.join(left_out[:3])}{more}; name a file itself to have it read")
+    return list(found.values())
 
 
-def _in_directory(directory: str) -> list[str]:
-    return sorted(str(path) for path in pathlib.Path(directory).rglob("*") if path.is_file() and _kind(str(path)))
+def _matches(name: str) -> list[str]:
+    if os.path.exists(name) or name.startswith(hub.PREFIX):
+        return [name]
+    return sorted(filter(os.path.exists, glob.glob(name, recursive=True)))  # links may lead nowhere, or round in circles
+
+
+def _files(match: str, outside: str | None, left_out: list[str], seen: set[str]) -> list[str]:
+    """The file itself, or those of a directory, less directories that were `seen`."""
+    if os.path.isdir(match):
+        return sorted(_in_directory(match, outside, left_out, seen))
+    inside = outside is not None and os.path.realpath(match).startswith(outside + os.sep)
+    return [] if inside else [match]
+
+
+def _in_directory(directory: str, outside: str | None, left_out: list[str], seen: set[str]) -> list[str]:
+    real = os.path.realpath(directory)
+    if real in seen:  # a link back
+        return []
+    if real == outside or _is_prepared(directory):
+        left_out.append(directory)
+        return []
+    seen.add(real)
+    found: list[str] = []
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            left_out.append(entry.path)
+        elif entry.is_dir():
+            found += _in_directory(entry.path, outside, left_out, seen)
+        elif entry.is_file() and _kind(entry.path):
+            describes = entry.name.lower() in _DESCRIBING
+            (left_out if describes else found).append(entry.path)
+    return found
+
+
+def _is_prepared(directory: str) -> bool:
+    """Whether a directory holds token shards, finished or not."""
+    if os.path.isfile(os.path.join(directory, "unfinished", "plan")):
+        return True
+    try:
+        with open(os.path.join(directory, "index.json"), "rb") as file:
+            return b'"format": "fp8jax-tokens' in file.read(200)
+    except OSError:
+        return False
 
 
 def _kind(path: str) -> tuple[str, ...] | None:
@@ -111,6 +176,21 @@ def stat(path: str) -> tuple[int, int]:
     except OSError as error:
         raise _unreadable(path, error) from None
     return found.st_size, found.st_mtime_ns
+
+
+def digest(path: str) -> str:
+    """Hash of an input's content; '' of a dataset of the hub, which has a version of its own.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if path.startswith(hub.PREFIX):
+        return ""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from None
 
 
 def pieces(path: str, piece_bytes: int) -> list[Piece]:

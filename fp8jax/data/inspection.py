@@ -1,6 +1,7 @@
 """What a directory of token shards holds: lengths of documents, and some of them as text."""
 
 import os
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ def tokenizer_of(directory: str | os.PathLike) -> tokenizers.Tokenizer:
         ConfigError: no such directory, or it lacks its tokenizer.json.
     """
     path = os.path.join(directory, shards.TOKENIZER)
-    loaded = tokenizers.load(path if os.path.exists(path) else "byte")
+    loaded = tokenizers.of_directory(pathlib.Path(directory))
     if (expected := shards.read_index(directory).get("tokenizer")) != loaded.fingerprint:
         raise ConfigError(f"{path}: is missing or another tokenizer's: {loaded.fingerprint}, not {expected}")
     return loaded

@@ -49,6 +49,11 @@ class _Job:
     tokenizer: str
     text_field: str
     threshold: int  # documents whose hash is below are held out
+    allow_normalisation: bool = False
+
+    def load(self) -> tokenizers.Tokenizer:
+        """The tokenizer, read once a process."""
+        return tokenizers.load(self.tokenizer, allow_normalisation=self.allow_normalisation)
 
 
 def prepare(
@@ -60,7 +65,9 @@ def prepare(
     validation_fraction: float = 0.01,
     best_fit: Sequence[int] = (),
     workers: int = 1,
+    allow_normalisation: bool = False,
     tell: Tell = lambda done, total: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, Any]]:
     """Tokenises the documents of `inputs` into shards; continues where an earlier call was interrupted.
 
@@ -72,7 +79,9 @@ def prepare(
         validation_fraction: of the documents that are held out; 0: none, and the directory has no held-out split.
         best_fit: sequence lengths for which the training split is packed by best fit; also for a directory that is finished.
         workers: processes; 1 works in the present one. More need a `__main__` guard in a script.
+        allow_normalisation: take a tokenizer that brings text into a Unicode form, such as NFC, first.
         tell: called now and then with the bytes of input that are done, and those that there are.
+        note: receives lines on what was left out of the inputs, and on the tokenizer.
 
     Returns:
         For either split, as in the index: `documents`, `tokens`, `text_bytes` and `shards`.
@@ -84,12 +93,15 @@ def prepare(
         raise ConfigError(f"--validation_fraction: {validation_fraction!r} is not at least 0 and below 1")
     if workers < 1:
         raise ConfigError(f"--workers: {workers} is below 1")
-    loaded, directory = tokenizers.load(tokenizer), pathlib.Path(directory)
-    parts = _parts(documents.find(inputs), validation_fraction)
+    directory = pathlib.Path(directory)
+    job = _Job(directory, str(tokenizer), text_field, int(validation_fraction * _HASHES), allow_normalisation)
+    loaded = job.load()
+    for line in loaded.notes:
+        note(f"tokenizer: {line}")
+    parts = _parts(documents.find(inputs, out=directory, tell=note), validation_fraction)
     plan = _plan(parts, loaded, text_field, validation_fraction)
     if (directory / shards.INDEX).exists():
         return _pack(_finished(directory, plan), directory, loaded, best_fit)
-    job = _Job(directory, str(tokenizer), text_field, int(validation_fraction * _HASHES))
     with _begin(directory, plan, parts):
         _run(job, parts, workers, tell)
         _hold_one_out(job, parts, validation_fraction)
@@ -120,7 +132,7 @@ def train_tokenizer(inputs: Sequence[str | os.PathLike], directory: str | os.Pat
         if (found := tokenizers.load(str(path)).vocab_size) > vocab_size:
             raise ConfigError(f"--train_tokenizer: {vocab_size}, but {path} has {found} ids; remove it, or choose another --out")
         return str(path)
-    parts = _parts(documents.find(inputs), 0.0)
+    parts = _parts(documents.find(inputs, out=directory), 0.0)
     trained = tokenizers.train(_sample(parts, text_field), vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -166,7 +178,18 @@ def _finished(directory: pathlib.Path, plan: str) -> dict[str, Any]:
     index = shards.read_index(directory)
     if index.get("plan") != plan:
         raise ConfigError(f"{directory}: already holds {shards.INDEX} of other inputs or options; choose an empty directory")
+    for source in index.get("sources", ()):
+        _check_unchanged(directory, source)
     return index["splits"]
+
+
+def _check_unchanged(directory: pathlib.Path, source: dict[str, Any]) -> None:
+    """Raises ConfigError where a file's content is not what was prepared; its time of change alone does not matter."""
+    path = source["file"]
+    if source.get("changed") in (None, documents.stat(path)[1]):
+        return
+    if documents.digest(path) != source["digest"]:
+        raise ConfigError(f"{path}: has changed since {directory} was prepared; choose an empty directory, or remove that one")
 
 
 def _begin(directory: pathlib.Path, plan: str, parts: list) -> Any:
@@ -283,7 +306,7 @@ def _work(job: _Job, number: int, part: list[documents.Piece]) -> None:
 
 def _make(job: _Job, number: int, part: list[documents.Piece], progress: documents.Progress) -> None:
     """Makes the shards of a part, and at last its record."""
-    tokenizer = tokenizers.load(job.tokenizer)
+    tokenizer = job.load()
     writers = {split: shards.ShardWriter(job.directory / shards.shard_name(split, number), tokenizer) for split in shards.SPLITS}
     lowest, counts = _HASHES, []
     for piece in part:
@@ -379,7 +402,7 @@ def _record(job: _Job, number: int) -> dict[str, Any] | None:
     """What is known of a part that is done and whose shards are there."""
     try:
         record = json.loads((job.directory / _UNFINISHED / f"{number:05d}.json").read_text())
-        kind = tokenizers.dtype(tokenizers.load(job.tokenizer).vocab_size)
+        kind = tokenizers.dtype(job.load().vocab_size)
         for entry in filter(None, record["shards"].values()):
             path = job.directory / entry["file"]
             shards.map_file(path, kind, entry["tokens"], "tokens")
@@ -414,10 +437,20 @@ def _index(job: _Job, parts: list, tokenizer: tokenizers.Tokenizer, plan: str, f
         raise ConfigError(f"{job.directory}: no documents left to train on; give more, or a lower --validation_fraction")
     sources: dict[str, dict[str, Any]] = {}
     for path, count in (pair for record in records for pair in record["documents"]):
-        source = sources.setdefault(path, {"file": path, "bytes": documents.stat(path)[0], "documents": 0})
+        source = sources.setdefault(path, {"file": path, "documents": 0})
         source["documents"] += count
-    return shards.header(tokenizer) | {"plan": plan, "text_field": job.text_field, "validation_fraction": fraction,
+    with concurrent.futures.ThreadPoolExecutor(4) as executor:  # hashing leaves Python's lock
+        for source, state in zip(sources.values(), executor.map(_state_of, sources), strict=True):
+            source |= state
+    normalised = {"normalised": True} if job.allow_normalisation else {}
+    return shards.header(tokenizer) | normalised | {"plan": plan, "text_field": job.text_field, "validation_fraction": fraction,
                                        "splits": splits, "sources": list(sources.values())}
+
+
+def _state_of(path: str) -> dict[str, Any]:
+    """What tells later whether an input has changed."""
+    size, changed = documents.stat(path)
+    return {"bytes": size, "changed": changed, "digest": documents.digest(path)}
 
 
 def _copy_tokenizer(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> None:

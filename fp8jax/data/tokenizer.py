@@ -12,7 +12,8 @@ All kinds of tokenizer have the attributes of `ByteTokenizer`. Encoding never yi
 is added between documents, and text that spells a special token is encoded as ordinary text.
 
 Only lossless, byte-level tokenizers are read (tokenizer.json files of Llama 3, OLMo 2, GPT-2; Mistral's tekken.json): with
-others, bits per byte is not defined. Nothing is downloaded.
+others, bits per byte is not defined; `lossless` tries each when it is read. One that normalises Unicode (Qwen's) is taken where
+`allow_normalisation` asks for it: the text is then the normalised one. Nothing is downloaded.
 """
 
 import base64
@@ -27,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from fp8jax.config import Config, ConfigError, DataConfig, parse_sources
+from fp8jax.config import Config, ConfigError, DataConfig, parse_sources, read_json
+from fp8jax.data import lossless
 
 # Ids that a vocabulary may have; a larger one is a damaged file, for which no memory should be asked.
 _MOST_IDS = 1 << 24
@@ -44,6 +46,7 @@ class ByteTokenizer:
         end_of_document: the id that ends every document.
         token_bytes: int32 [vocab_size], bytes of text that a token stands for; 0 for special tokens.
         file: that the tokenizer was read from, if any.
+        notes: what a user should know of how the file was read; a line each.
     """
 
     fingerprint: str = "byte"
@@ -51,6 +54,7 @@ class ByteTokenizer:
     end_of_document: int = 256
     token_bytes: np.ndarray = dataclasses.field(default_factory=lambda: np.array([1] * 256 + [0], np.int32))
     file: pathlib.Path | None = None
+    notes: tuple[str, ...] = ()
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Token ids, uint16 [bytes of text]. `bytes` need not be valid UTF-8."""
@@ -74,18 +78,19 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A byte-level tokenizer.json; attributes and methods as of `ByteTokenizer`."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, allow_normalisation: bool = False):
         """Reads the file.
 
         Args:
             path: of a tokenizer.json.
+            allow_normalisation: take one that brings text into a Unicode form, such as NFC, first.
 
         Raises:
-            ConfigError: the `tokenizers` package is missing, the file cannot be read, is not byte-level, or has no
-                special token named like one of END_OF_DOCUMENT_NAMES.
+            ConfigError: the `tokenizers` package is missing, the file cannot be read, is not byte-level, loses text, or
+                has no special token named like one of END_OF_DOCUMENT_NAMES.
         """
         self.file = pathlib.Path(path)
-        self._tokenizer, self.fingerprint = _read(path)
+        self._tokenizer, spec, self.fingerprint = _read(path)
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: index for index, token in added.items() if token.special}
@@ -101,6 +106,14 @@ class HuggingFaceTokenizer:
             self.token_bytes[index] = len(token)
         for index, token in added.items():
             self.token_bytes[index] = 0 if token.special else len(token.content.encode("utf-8"))
+        self.notes = _without_dropout(self._tokenizer)
+        forms = lossless.forms_of(spec.get("normalizer"))
+        if forms and not allow_normalisation:
+            raise _error(path, f"brings text into {' and '.join(forms)}, so that text is not given back as it was; say "
+                         "--allow_normalisation (prepare) or --config.data.allow_normalisation=True to take bits per byte over that text")
+        spelled = [token.content for token in added.values() if not token.special]
+        _check_lossless(path, self, lossless.cause(spec), added=spelled, forms=forms)
+        self.notes += tuple(f"its text is brought into {form} first" for form in forms)
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Token ids, uint16 or uint32 [tokens]; no special tokens are added.
@@ -129,6 +142,7 @@ class TekkenTokenizer:
     """Mistral's tekken.json; attributes and methods as of `ByteTokenizer`. The first ids are special; 2 ends a document."""
 
     end_of_document = 2
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: str):
         """Reads the file.
@@ -155,6 +169,7 @@ class TekkenTokenizer:
         except (ValueError, KeyError, TypeError) as error:
             raise _error(path, f"is not a tekken.json: {error!r}") from None
         self.token_bytes = np.array([0] * self._special + [len(text) for text in texts], np.int32)
+        _check_lossless(path, self, "")
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Token ids, uint16 or uint32 [tokens]; no special tokens are added."""
@@ -179,11 +194,12 @@ Tokenizer = ByteTokenizer | HuggingFaceTokenizer | TekkenTokenizer
 
 
 @functools.lru_cache(maxsize=4)
-def load(name: str) -> Tokenizer:
+def load(name: str, *, allow_normalisation: bool = False) -> Tokenizer:
     """The tokenizer called `name`. Read once a process.
 
     Args:
         name: 'byte', 'tekken' or the path of a tokenizer.json or tekken.json.
+        allow_normalisation: take one that brings text into a Unicode form first.
 
     Raises:
         ConfigError: no such file, or one that cannot be used.
@@ -191,7 +207,9 @@ def load(name: str) -> Tokenizer:
     if name == "byte":
         return ByteTokenizer()
     path = _installed_tekken() if name == "tekken" else name
-    return TekkenTokenizer(path) if _is_tekken(path) else HuggingFaceTokenizer(path)
+    if _is_tekken(path):
+        return TekkenTokenizer(path)
+    return HuggingFaceTokenizer(path, allow_normalisation=allow_normalisation)
 
 
 def of(data: DataConfig) -> Tokenizer:
@@ -202,16 +220,36 @@ def of(data: DataConfig) -> Tokenizer:
     """
     source = parse_sources(data.source)[0][0]
     if data.tokenizer != "auto":
-        return load(data.tokenizer)
+        return load(data.tokenizer, allow_normalisation=data.allow_normalisation)
     if source == "embedded":
         return load("byte")
     directory = pathlib.Path(source)
-    if (directory / "tokenizer.json").is_file():
-        return load(str(directory / "tokenizer.json"))
-    if not (directory / "index.json").is_file():
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "index.json")):
         raise ConfigError(f"config.data.source: {directory / 'index.json'}: no such file; source is 'embedded' or a directory of prepared "
                           "token shards; for Megatron files set config.data.tokenizer")
-    return load("byte")
+    return of_directory(directory, allow_normalisation=data.allow_normalisation)
+
+
+def of_directory(directory: pathlib.Path, *, allow_normalisation: bool = False) -> Tokenizer:
+    """The tokenizer that lies in a directory of token shards; bytes where there is none.
+
+    Whoever prepared it has said whether text may be normalised; the index has their answer.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return load("byte")
+    return load(str(path), allow_normalisation=allow_normalisation or _normalises(directory))
+
+
+def _normalises(directory: pathlib.Path) -> bool:
+    try:
+        index = read_json(directory / "index.json")
+    except (OSError, ConfigError):  # what reads the shards says so
+        return False
+    return isinstance(index, dict) and index.get("normalised") is True
 
 
 def train(texts: Iterable[str], vocab_size: int) -> str:
@@ -258,8 +296,8 @@ def vocab_size(config: Config) -> int:
     return config.model.vocab_size
 
 
-def _read(path: str) -> tuple[Any, str]:
-    """The library's tokenizer, made to encode all of the text and nothing else, and the file's fingerprint."""
+def _read(path: str) -> tuple[Any, dict[str, Any], str]:
+    """The library's tokenizer, made to encode all of the text and nothing else, what the file says, and its fingerprint."""
     try:
         import tokenizers
     except ImportError:
@@ -267,17 +305,42 @@ def _read(path: str) -> tuple[Any, str]:
     try:
         content = pathlib.Path(path).read_bytes()
         tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        decoder = json.dumps(json.loads(content).get("decoder"))
+        spec = json.loads(content)
     except FileNotFoundError:
         raise _error(path, "no such file; use 'byte' or the path of a tokenizer.json") from None
-    except Exception as error:  # the library raises bare Exception
-        raise _error(path, f"is not a tokenizer.json: {str(error).splitlines()[0]}") from None
-    if '"ByteLevel"' not in decoder:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics are not even that
+        raise _error(path, f"is not a tokenizer.json: {_first_line(error)}") from None
+    if '"ByteLevel"' not in json.dumps(spec.get("decoder")):
         raise _error(path, "is not byte-level (its decoder is not ByteLevel); use a byte-level tokenizer or 'byte'")
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer, f"sha256:{hashlib.sha256(content).hexdigest()}"
+    return tokenizer, spec, f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _without_dropout(tokenizer: Any) -> tuple[str, ...]:
+    """Switches a BPE's dropout off: equal text must give equal ids. What to say of it."""
+    dropout = getattr(tokenizer.model, "dropout", None)
+    if not dropout:
+        return ()
+    tokenizer.model.dropout = None
+    return (f"its BPE dropout of {dropout:.3g} is switched off: equal text gives equal ids",)
+
+
+def _check_lossless(path: str, tokenizer: Any, cause: str, **options: Any) -> None:
+    try:
+        lossless.check(tokenizer.encode, tokenizer.decode, tokenizer.token_bytes, **options)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the libraries' panics are not Exceptions
+        raise _error(path, f"{_first_line(error)}{cause}; bits per byte would be wrong: use a byte-level tokenizer that loses nothing, "
+                     "or 'byte'") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _installed_tekken() -> str:

@@ -70,6 +70,8 @@ def load(directory: pathlib.Path, allocate: Callable[[tuple[int, ...]], np.ndarr
     for slot in slots:
         view = slot.view(params)
         view[...] = files.read(slot.name).reshape(view.shape)
+        if not np.isfinite(view).all():
+            raise HuggingFaceError(f"{files.entries[slot.name].path}: {slot.name} holds NaN or infinity; nothing can be computed with it")
     for constant in constants:
         _check_constant(files, constant)
     if model.tied_embeddings and HEAD in files.entries and (files.read(HEAD) != files.read(EMBEDDING)).any():

@@ -27,6 +27,7 @@ DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dt
 _OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "F64": 8,
                 "I64": 8, "U64": 8}
 _MAX_HEADER = 100_000_000  # the reference implementation's limit
+_MAX_JSON = 1 << 26  # of config.json and of an index, which has some 100 bytes a tensor
 
 
 class HuggingFaceError(ValueError):
@@ -87,7 +88,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         HuggingFaceError: no such file, or something else in it.
     """
     try:
-        return _json_object(path, path.read_bytes())
+        with path.open("rb") as file:
+            text = file.read(_MAX_JSON + 1)
+        if len(text) > _MAX_JSON:
+            raise HuggingFaceError(f"{path}: has more than {_MAX_JSON} bytes")
+        return _json_object(path, text)
     except OSError as error:
         raise HuggingFaceError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -195,11 +200,12 @@ def _range(path: pathlib.Path, name: str, spec: Any) -> tuple[int, int]:
 
 def _json_object(path: pathlib.Path, text: bytes) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        double = next((name for i, name in enumerate(names) if name in names[:i]), None) if len(set(names)) < len(names) else None
-        if double is not None:
-            raise HuggingFaceError(f"{path}: {double} stands twice in one object")
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise HuggingFaceError(f"{path}: {name} stands twice in one object")
+            found[name] = value
+        return found
 
     try:
         values = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)

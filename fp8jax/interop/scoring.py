@@ -52,11 +52,21 @@ def rolling_log_likelihoods(inference: Inference, texts: Sequence[str]) -> list[
 
 
 def encode_pair(inference: Inference, context: str, continuation: str) -> tuple[Ids, Ids]:
-    """Token ids of a context, with the end of document before it, and of its continuation."""
+    """Token ids of a context, with the end of document before it, and of its continuation.
+
+    Where a token spans both, so that none is left for the continuation, it is encoded alone: it must not score for nothing.
+
+    Raises:
+        ValueError: a continuation without a token.
+    """
     stripped = context.rstrip()
-    whole = inference.tokenizer.encode(context + continuation).tolist()
+    continuation = context[len(stripped):] + continuation
+    encode = inference.tokenizer.encode
     before = document(inference, stripped)
-    return before, whole[len(before) - 1:]
+    after = encode(stripped + continuation).tolist()[len(before) - 1:] or encode(continuation).tolist()
+    if not after:
+        raise ValueError(f"the continuation of {context[-60:]!r} is empty; there is nothing to score: remove that choice from the task")
+    return before, after
 
 
 def windows(context: Ids, continuation: Ids, length: int) -> Iterator[Window]:

@@ -347,3 +347,57 @@ def test_length_histogram_counts_powers_of_two():
     lengths = [1, 2, 3, 4, 7, 8, 1024]
     assert inspection.length_histogram((np.cumsum(lengths).astype(np.uint64), np.array([1], np.uint64)))[:4] == [
         (1, 1, 2), (2, 3, 2), (4, 7, 2), (8, 15, 1)]
+
+
+def test_a_file_is_read_once_whatever_its_path_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = tmp_path / "tree" / "inner"
+    tree.mkdir(parents=True)
+    (tree / "a.txt").write_text("once")
+    (tmp_path / "link.txt").symlink_to(tree / "a.txt")
+    (tmp_path / "linked").symlink_to(tree)
+    (tree / "back").symlink_to(tmp_path / "tree")
+    for inputs in (["./tree/**"], ["tree//inner/a.txt", "tree"], ["tree", str(tree)], ["link.txt", "tree"], ["linked", "tree"], ["."]):
+        assert len(documents.find(inputs)) == 1, inputs
+
+
+def test_what_is_no_text_of_a_directory_is_left_out_and_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = ("README.md", "dataset_info.json", ".ipynb_checkpoints/a.txt", ".cache/b.jsonl", "._x.jsonl", "LICENSE.txt")
+    for name in ("a.txt", "b.txt", *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text of some length\n" * 40)
+    said = []
+    assert documents.find(["."], tell=said.append) == ["./a.txt", "./b.txt"]
+    assert len(said) == 1 and "left out: " in said[0] and " more" in said[0]
+    assert documents.find(["README.md"]) == ["README.md"]
+    (tmp_path / "b.txt").write_text("text of another kind\n" * 40)
+    first = prepare.prepare(["."], "tokens", validation_fraction=0.01)
+    assert sum(found["documents"] for found in first.values()) == 2
+    assert prepare.prepare(["."], "tokens", validation_fraction=0.01) == first  # its own output is no input
+    assert prepare.prepare(["."], "again", validation_fraction=0.01) == first  # nor is that of another
+
+
+def test_an_input_changed_in_place_is_not_passed_over(tmp_path):
+    text = tmp_path / "a.jsonl"
+    text.write_bytes(lines(["one", "two", "three"]))
+    prepare.prepare([text], tmp_path / "out", validation_fraction=0.4)
+    os.utime(text, ns=(1, 1))
+    prepare.prepare([text], tmp_path / "out", validation_fraction=0.4)  # touched alone
+    text.write_bytes(lines(["one", "owt", "three"]))
+    with pytest.raises(configs.ConfigError, match="a.jsonl: has changed since .*out was prepared"):
+        prepare.prepare([text], tmp_path / "out", validation_fraction=0.4)
+
+
+def test_a_normalising_tokenizer_is_remembered_with_its_shards(tmp_path, bpe):
+    content = json.loads(pathlib.Path(bpe).read_text()) | {"normalizer": {"type": "NFC"}}
+    (tmp_path / "nfc.json").write_text(json.dumps(content))
+    (tmp_path / "a.jsonl").write_bytes(lines(["e\u0301 one", "two", "three"]))
+    options = {"tokenizer": str(tmp_path / "nfc.json"), "validation_fraction": 0.4}
+    with pytest.raises(configs.ConfigError, match="--allow_normalisation"):
+        prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", **options)
+    said = []
+    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", **options, allow_normalisation=True, note=said.append)
+    assert said == ["tokenizer: its text is brought into NFC first"]
+    assert tokenizer.of(configs.DataConfig(source=str(tmp_path / "out"))).notes
+    assert sorted(decoded(tmp_path / "out", "train") + decoded(tmp_path / "out", "held_out")) == ["three", "two", "\u00e9 one"]

@@ -173,6 +173,67 @@ def test_unusable_files_are_refused_in_one_line(tmp_path):
     assert "not byte-level" in message(train_bpe(tmp_path / "wordpiece.json", decoder=decoder))
 
 
+def _lossy(change):
+    """What a change of one part of a byte-level tokenizer.json makes of it."""
+    prefix = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    splits = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, prefix | {"add_prefix_space": False}]}
+    return {
+        "prefix space": {"pre_tokenizer": prefix},
+        "whitespace": {"pre_tokenizer": splits},
+        "lowercase": {"normalizer": {"type": "Lowercase"}},
+        "accents": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}]}},
+        "strip": {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        "added": {"added_tokens": [_added(400, "<tool>", lstrip=True), _added(0, "<|endoftext|>", special=True)]},
+    }[change]
+
+
+def _added(index, content, **flags):
+    defaults = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    return {"id": index, "content": content} | defaults | flags
+
+
+@pytest.mark.parametrize("change", ["prefix space", "whitespace", "lowercase", "accents", "strip", "added"])
+def test_tokenizers_that_lose_text_are_refused(tmp_path, change):
+    path = train_bpe(tmp_path / "tokenizer.json", **_lossy(change))
+    with pytest.raises(configs.ConfigError, match="loses text: .*comes back as.*bits per byte would be wrong") as caught:
+        tokenizer.load(path, allow_normalisation=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_alphabet_that_lacks_bytes_is_refused(tmp_path):
+    hf = pytest.importorskip("tokenizers")
+    bpe = hf.Tokenizer(hf.models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = hf.pre_tokenizers.ByteLevel(add_prefix_space=False), hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.train_from_iterator(["plain ASCII text and no more"], trainer)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    assert bpe.encode("é").ids == []  # so that its two bytes would not be counted
+    with pytest.raises(configs.ConfigError, match="loses text"):
+        tokenizer.load(str(tmp_path / "tokenizer.json"))
+
+
+def test_normalisation_is_named_and_asked_for(tmp_path):
+    path = train_bpe(tmp_path / "tokenizer.json", normalizer={"type": "NFC"})
+    with pytest.raises(configs.ConfigError, match="brings text into NFC.*--allow_normalisation"):
+        tokenizer.load(path)
+    loaded = tokenizer.load(path, allow_normalisation=True)
+    assert loaded.notes == ("its text is brought into NFC first",)
+    ids = loaded.encode("e\u0301")
+    assert loaded.decode(ids) == "\u00e9" and loaded.token_bytes[ids].sum() == 2
+    data = configs.DataConfig(tokenizer=path, allow_normalisation=True)
+    assert tokenizer.of(data).fingerprint == loaded.fingerprint
+
+
+def test_dropout_is_switched_off_and_said(tmp_path):
+    content = json.loads(open(train_bpe(tmp_path / "plain.json")).read())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "dropout.json").write_text(json.dumps(content))
+    loaded, plain = tokenizer.load(str(tmp_path / "dropout.json")), tokenizer.load(str(tmp_path / "plain.json"))
+    text = "Captain Wentworth must be out of sight " * 20
+    assert loaded.encode(text).tolist() == plain.encode(text).tolist()
+    assert "dropout of 0.5 is switched off" in loaded.notes[0] and not plain.notes
+
+
 def test_missing_package_is_said_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(configs.ConfigError, match="pip install tokenizers"):

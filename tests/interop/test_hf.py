@@ -184,6 +184,14 @@ def test_frozen_gains_that_are_not_one_are_refused(tmp_path):
         hf.load(tmp_path / "fog")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(directory, value):
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(directory, lambda t: t | {name: np.where(np.arange(t[name].size).reshape(t[name].shape) == 3, value, t[name])})
+    with pytest.raises(HuggingFaceError, match=f"{name} holds NaN or infinity"):
+        hf.load(directory)
+
+
 def test_what_no_format_holds_and_what_does_not_fit_a_dtype_are_refused(tmp_path):
     found = hf.load(DATA / "llama")
     op = found.model.__class__(**{**vars(found.model), "branch_output": "layerscale", "pre_norm": False})

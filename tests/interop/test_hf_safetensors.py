@@ -4,12 +4,13 @@ import json
 import math
 import pathlib
 import struct
+import time
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from fp8jax.interop.hf_safetensors import INDEX, SINGLE, HuggingFaceError, TensorFiles, write_files
+from fp8jax.interop.hf_safetensors import INDEX, SINGLE, HuggingFaceError, TensorFiles, read_json, write_files
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -116,3 +117,19 @@ def test_pickled_weights_are_not_looked_at(tmp_path):
     pathlib.Path(tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(HuggingFaceError, match="no pickle"):
         TensorFiles(tmp_path)
+
+
+def test_a_name_twice_is_refused_at_once(tmp_path):
+    entries = ",".join(f'"t{i % 32_000}":0' for i in range(64_000))
+    file(tmp_path / SINGLE, f"{{{entries}}}".encode())
+    begin = time.monotonic()
+    with pytest.raises(HuggingFaceError, match="t0 stands twice"):
+        TensorFiles(tmp_path)
+    assert time.monotonic() - begin < 5  # 22 s where each name was looked for among all before it
+
+
+def test_a_sparse_config_of_gigabytes_is_not_read(tmp_path):
+    with (tmp_path / "config.json").open("wb") as sparse:
+        sparse.truncate(3 << 30)
+    with pytest.raises(HuggingFaceError, match="has more than 67108864 bytes"):
+        read_json(tmp_path / "config.json")

@@ -5,12 +5,12 @@ import pytest
 
 from fp8jax.interop.generation import Sampling, generate, generate_ids
 from fp8jax.interop.inference import Inference
-from fp8jax.interop.scoring import Window, generate_until, log_likelihoods, rolling_log_likelihoods, score, windows
+from fp8jax.interop.scoring import Window, encode_pair, generate_until, log_likelihoods, rolling_log_likelihoods, score, windows
 
 from .micro_model import load, uncached
 
 END = 256
-REQUESTS = [("It is a truth universally", " acknowledged"), ("", "Anne"), ("a" * 40 + " ", "b"), ("Anne  ", "Elliot"), ("x", "")]
+REQUESTS = [("It is a truth universally", " acknowledged"), ("", "Anne"), ("a" * 40 + " ", "b"), ("Anne  ", "Elliot")]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,25 @@ def test_log_likelihoods_equal_a_plain_forward_pass(by_hand, inference):
         scored = len(ids) - 1 - len(context.rstrip().encode())
         wanted, is_greedy = by_hand(ids, scored)
         assert total == pytest.approx(wanted, abs=1e-4) and greedy == is_greedy
+
+
+class Merging:
+    """A tokenizer of bytes in which ' which' is one id, as BPEs have it."""
+
+    vocab_size, end_of_document = 257, 256
+
+    def encode(self, text):
+        return np.frombuffer(text.encode().replace(b" which", b"\x07"), np.uint8).astype(np.uint16)
+
+
+def test_a_continuation_that_the_join_swallows_is_scored_alone(inference, by_hand, monkeypatch):
+    monkeypatch.setattr(inference, "tokenizer", Merging())
+    assert encode_pair(inference, " whi", "ch") == ([END, *b" whi"], [*b"ch"])
+    assert encode_pair(inference, "a ", "which") == ([END, *b"a"], [7])
+    ((total, _),) = log_likelihoods(inference, [(" whi", "ch")])
+    assert total == pytest.approx(by_hand([END, *b" which"], 2)[0], abs=1e-4) and total < -0.1
+    with pytest.raises(ValueError, match="continuation of 'a' is empty"):
+        encode_pair(inference, "a", "")
 
 
 def test_greedy_continuations_are_called_greedy(inference):

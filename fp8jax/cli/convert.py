@@ -43,7 +43,7 @@ def _from_hf(options: argparse.Namespace) -> None:
     try:
         # Orbax copies what it saves: with the weights in mapped files, its copy is the only one in memory.
         with tempfile.TemporaryDirectory(prefix=".weights-", dir=workdir) as scratch:
-            found = hf.load(options.directory, _Mapped(pathlib.Path(scratch)))
+            found = hf.load(options.directory, _Mapped(pathlib.Path(scratch)), ignore_keys=options.ignore_keys, note=print)
             with Checkpoints(workdir, keep=1) as checkpoints:
                 checkpoints.save(0, {"params": jax.device_put(found.params, _cpu())}, {"step": 0})
     except BaseException:
@@ -79,7 +79,7 @@ def _logits(options: argparse.Namespace) -> None:
     if not isinstance(tokens, np.ndarray):
         raise HuggingFaceError(f"{options.tokens}: is not one .npy array of integers [batch, length]")
     if hf.is_model_directory(options.directory):
-        found = hf.load(options.directory)
+        found = hf.load(options.directory, ignore_keys=options.ignore_keys, note=print)
     else:
         _, definition, params, _ = _load_run(options.directory, None)
         model_type = _model_type(options.directory, definition.config) if options.gradients else ""
@@ -161,6 +161,11 @@ def _bytes(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
+def _add_ignore_keys(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ignore_keys", type=lambda text: text.split(","), default=[], metavar="KEY,...",
+                         help="keys of config.json that are not understood and change no number")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fp8jax convert",
@@ -172,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
                                   epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama")
     command.add_argument("directory", type=pathlib.Path, help="with config.json and *.safetensors")
     command.add_argument("--out", type=pathlib.Path, required=True, help="directory of the new run; must not exist, or be empty")
+    _add_ignore_keys(command)
     command.set_defaults(run=_from_hf)
 
     command = commands.add_parser("to-hf", help="make a model directory that transformers loads, of a run's checkpoint",
@@ -190,5 +196,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tokens", type=pathlib.Path, required=True, help=".npy file: token ids, integers [batch, length]")
     command.add_argument("--out", type=pathlib.Path, required=True, help=".npz file: logits [batch, length, vocab], loss, gradients")
     command.add_argument("--gradients", action="store_true", help="also d loss / d tensor, under each tensor's Hugging Face name")
+    _add_ignore_keys(command)
     command.set_defaults(run=_logits)
     return parser

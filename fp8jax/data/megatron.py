@@ -4,8 +4,9 @@ The index: the magic bytes, uint64 version 1, uint8 code of the dtype, uint64 se
 then int32 lengths and int64 byte offsets of the sequences, and int64 [documents + 1], where documents begin, in sequences.
 All little-endian. The tokens are mapped into memory where they lie.
 
-Documents must end with the tokenizer's end-of-document id (Megatron's --append-eod), and lie in the file in order and without
-gaps, as Megatron writes them. The last hundredth of the documents, at least one, is the held-out split.
+Documents must lie in the file in order and without gaps, as Megatron writes them. Where they do not end with the tokenizer's
+end-of-document id (written without Megatron's --append-eod), it is put after each as they are read; empty documents are passed
+over. The last hundredth of the documents, at least one, is the held-out split.
 """
 
 import os
@@ -38,11 +39,33 @@ def is_dataset(prefix: str | os.PathLike) -> bool:
     return not os.path.isdir(prefix) and os.path.isfile(f"{os.fspath(prefix)}.idx")
 
 
-def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> np.ndarray:
-    """The tokens of a split, memory-mapped, [tokens] in the file's own dtype.
+class Ended:
+    """Documents that lie in an array one after another, with an end-of-document id after each, as if it stood there.
+
+    Slices are int64 arrays; nothing else of an array is there but its length and the bytes of an item.
+    """
+
+    def __init__(self, tokens: np.ndarray, stops: np.ndarray, end_of_document: int):
+        self._tokens, self._end = tokens, end_of_document
+        self._ends = stops + np.arange(1, len(stops) + 1)  # of each document in the stream, its id included
+        self.itemsize = tokens.itemsize
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        first, last, _ = where.indices(len(self))
+        before, through = np.searchsorted(self._ends, (first, last), side="right")
+        tokens = np.asarray(self._tokens[first - before : last - through], np.int64)
+        places = self._ends[before:through] - 1 - first
+        return np.insert(tokens, places - np.arange(len(places)), self._end)
+
+
+def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> np.ndarray | Ended:
+    """The tokens of a split, memory-mapped, [tokens] in the file's own dtype; `Ended` where documents do not end themselves.
 
     Raises:
-        ConfigError: files that are damaged, do not belong together, or whose documents end otherwise.
+        ConfigError: files that are damaged, do not belong together, or of whose documents only some end.
     """
     prefix = os.fspath(prefix)
     index, path = read_index(prefix), pathlib.Path(f"{prefix}.bin")
@@ -57,24 +80,37 @@ def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> 
     if size != (expected := int(ends[-1]) * index.kind.itemsize):
         cut = f"; it is cut off at byte {size}" if size < expected else ""
         raise _error(path, f"has {size} bytes, not the {expected} that its index tells{cut}")
-    tokens = np.memmap(path, index.kind, mode="r")
-    documents = len(index.documents) - 1
+    stops = np.append(0, ends)[index.documents]
+    stops = stops[1:][np.diff(stops) > 0]
+    documents = len(stops)
     first_held_out = documents - max(1, documents // _HELD_OUT)
     if first_held_out < 1:
-        raise _error(f"{prefix}.idx", "holds one document alone; there is nothing to hold out")
-    stops = np.append(0, ends)[index.documents]
-    _check_ends(path, tokens, stops[1:], tokenizer)
-    return tokens[: stops[first_held_out]] if split == "train" else tokens[stops[first_held_out] :]
+        raise _error(f"{prefix}.idx", f"holds {documents} document{'' if documents == 1 else 's'} with tokens; there is nothing to hold out")
+    tokens = np.memmap(path, index.kind, mode="r")
+    ended = _ends_itself(path, tokens, stops, tokenizer)
+    cut = stops[first_held_out - 1]
+    if split == "train":
+        tokens, of_split = tokens[:cut], stops[:first_held_out]
+    else:
+        tokens, of_split = tokens[cut:], stops[first_held_out:] - cut
+    if ended:
+        return tokens
+    return Ended(tokens, of_split, tokenizer.end_of_document)
 
 
-def _check_ends(path: pathlib.Path, tokens: np.ndarray, stops: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Looks at the last token of some documents, evenly spread."""
+def _ends_itself(path: pathlib.Path, tokens: np.ndarray, stops: np.ndarray, tokenizer: Tokenizer) -> bool:
+    """Whether documents end with the end-of-document id; looks at the last token of some, evenly spread.
+
+    Raises:
+        ConfigError: some do and some do not.
+    """
     some = np.unique(np.linspace(0, len(stops) - 1, min(_LOOKED_AT, len(stops)), dtype=np.int64))
-    for document in some.tolist():
-        stop = int(stops[document])
-        if stop == 0 or tokens[stop - 1] != tokenizer.end_of_document:
-            raise _error(path, f"document {document} does not end with the end-of-document id {tokenizer.end_of_document}; write it with "
-                         "--append-eod, and set config.data.tokenizer to its tokenizer")
+    ended = tokens[stops[some] - 1] == tokenizer.end_of_document
+    if ended.any() and not ended.all():
+        bad = int(some[np.argmin(ended)])
+        raise _error(path, f"document {bad} does not end with the end-of-document id {tokenizer.end_of_document}, others do; write it again, "
+                     "and set config.data.tokenizer to its tokenizer")
+    return bool(ended.all())
 
 
 def read_index(prefix: str | os.PathLike) -> Index:

@@ -39,7 +39,7 @@ class TokenStream:
         tokenizer: the tokenizer whose ids these are.
     """
 
-    arrays: tuple[np.ndarray, ...]
+    arrays: tuple[np.ndarray | megatron.Ended, ...]
     names: tuple[str, ...]
     tokenizer: tokenizers.Tokenizer
 
@@ -53,9 +53,9 @@ class TokenStream:
         return self.starts.tolist()
 
     @functools.cached_property
-    def _plain(self) -> list[np.ndarray]:
+    def _plain(self) -> list[np.ndarray | megatron.Ended]:
         """The arrays without np.memmap's bookkeeping, a third of the time of reading a short window."""
-        return [np.asarray(array) for array in self.arrays]
+        return [array if isinstance(array, megatron.Ended) else np.asarray(array) for array in self.arrays]
 
     def __len__(self) -> int:
         """Tokens in the stream."""

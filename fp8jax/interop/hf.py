@@ -13,7 +13,7 @@ import difflib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,17 +48,20 @@ def is_model_directory(directory: pathlib.Path) -> bool:
     return path.exists() and "model_type" in read_json(path)
 
 
-def load(directory: pathlib.Path, allocate: Callable[[tuple[int, ...]], np.ndarray] | None = None) -> Loaded:
+def load(directory: pathlib.Path, allocate: Callable[[tuple[int, ...]], np.ndarray] | None = None, *,
+         ignore_keys: Collection[str] = (), note: Callable[[str], None] = lambda line: None) -> Loaded:
     """Reads a directory.
 
     Args:
         directory: with config.json and safetensors files.
         allocate: makes an uninitialised float32 array of a shape; None: in memory.
+        ignore_keys: keys of config.json to pass over, whatever they say.
+        note: receives a line on what was passed over.
 
     Raises:
         HuggingFaceError: anything that is not understood, missing, misshapen or damaged.
     """
-    model, model_type = hf_config.from_config(read_json(directory / CONFIG))
+    model, model_type = hf_config.from_config(read_json(directory / CONFIG), ignore_keys, note)
     vocab_size = model.vocab_size
     assert vocab_size is not None
     files, definition = TensorFiles(directory), define(model, vocab_size)

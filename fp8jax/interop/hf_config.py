@@ -3,12 +3,14 @@
     model, model_type = from_config(json_values)      # ModelConfig with every switch set, "llama"
     values = to_config(model, vocab_size, "llama")    # what config.json holds
 
-Every key is either understood, fixed to the one value that the models here have, or listed in NO_INFLUENCE; any other is
-an error that names it. Keys that are left out have the defaults of transformers.
+Every key is either understood, fixed to the one value that the models here have, or listed in NO_INFLUENCE. Of others,
+private ones (_attn_implementation_autoset), those that are null, false or empty, and those in HARMLESS are passed over with a
+note; any that is left may change numbers and is an error that names it. Keys that are left out have the defaults of
+transformers.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from fp8jax import config as config_lib
@@ -21,6 +23,15 @@ NO_INFLUENCE = frozenset((
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label", "initializer_range", "label2id",
     "max_position_embeddings", "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
     "return_dict", "tokenizer_class", "torch_dtype", "transformers_version", "unk_token_id", "use_cache"))
+# Keys that programs leave in config.json and that say nothing of the model: of generation, of other heads, of who wrote them.
+HARMLESS = frozenset((
+    "attn_implementation", "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "is_llama_config", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "problem_type",
+    "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+    "task_specific_params", "temperature", "tf_legacy_loss", "top_k", "top_p", "torchscript", "transformers.js_config", "typical_p",
+    "unsloth_fixed", "unsloth_version", "use_bfloat16"))
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL = ("num_key_value_heads", "head_dim")
@@ -65,8 +76,14 @@ FORMATS: dict[str, Format] = {
 _NOT_WRITTEN = ("hidden_dropout", "qk_norm", "post_norm", "mlp_bias")
 
 
-def from_config(values: Mapping[str, Any]) -> tuple[ModelConfig, str]:
+def from_config(values: Mapping[str, Any], ignore: Collection[str] = (),
+                note: Callable[[str], None] = lambda line: None) -> tuple[ModelConfig, str]:
     """The model config of a config.json, and its model_type.
+
+    Args:
+        values: the content of config.json.
+        ignore: keys to pass over, whatever they say.
+        note: receives a line that names the keys that were passed over, if any.
 
     Raises:
         HuggingFaceError: an unknown model_type or key, a missing key, a value that the models here do not have.
@@ -75,7 +92,8 @@ def from_config(values: Mapping[str, Any]) -> tuple[ModelConfig, str]:
     if not isinstance(model_type, str) or model_type not in FORMATS:
         raise HuggingFaceError(f"config.json: model_type: {model_type!r} is not one of {', '.join(FORMATS)}")
     form = FORMATS[model_type]
-    _check_keys(values, form)
+    values = {key: value for key, value in values.items() if key not in ignore}
+    _check_keys(values, form, note)
     given = {"tie_word_embeddings": False} | form.defaults | {key: value for key, value in values.items() if value is not None}
     size = {key: _number(given, key, int) for key in (*_REQUIRED, *_OPTIONAL) if key in _REQUIRED or key in given}
     head_dim = size.get("head_dim") or size["hidden_size"] // size["num_attention_heads"]
@@ -141,16 +159,29 @@ def fitting_type(model: ModelConfig) -> str:
     raise HuggingFaceError(f"no Hugging Face model_type holds this model: {'; '.join(reasons)}")
 
 
-def _check_keys(values: Mapping[str, Any], form: Format) -> None:
+def _check_keys(values: Mapping[str, Any], form: Format, note: Callable[[str], None]) -> None:
     known = {*_REQUIRED, *_OPTIONAL, *_ROPE, "tie_word_embeddings", *form.defaults, *form.fixed, *NO_INFLUENCE}
+    passed_over = []
     for key, value in values.items():
-        if key not in known:
-            raise HuggingFaceError(f"config.json: {key}: {str(value)[:60]!r} is not understood{config_lib.did_you_mean(key, known)}")
-        if key in form.fixed and value is not None and value != form.fixed[key]:
-            raise HuggingFaceError(f"config.json: {key}: {value!r} is not supported, only {form.fixed[key]!r}")
+        if key in known:
+            if key in form.fixed and value is not None and value != form.fixed[key]:
+                raise HuggingFaceError(f"config.json: {key}: {value!r} is not supported, only {form.fixed[key]!r}")
+        elif _is_harmless(key, value):
+            passed_over.append(key)
+        else:
+            raise HuggingFaceError(f"config.json: {key}: {str(value)[:60]!r} is not understood{config_lib.did_you_mean(key, known)}; "
+                                   f"if it changes no number, say --ignore_keys={key}")
+    if passed_over:
+        note(f"config.json: passed over {', '.join(sorted(passed_over))}")
     missing = next((key for key in _REQUIRED if values.get(key) is None), None)
     if missing:
         raise HuggingFaceError(f"config.json: {missing}: missing")
+
+
+def _is_harmless(key: str, value: Any) -> bool:
+    """Whether a key that is not known changes nothing: private, says that something is not there, or is not of the model."""
+    empty = value is None or value is False or value in ([], {}, "")
+    return key.startswith("_") or empty or key in HARMLESS
 
 
 def _number(values: Mapping[str, Any], key: str, kind: type = float) -> Any:
@@ -187,6 +218,7 @@ def _rope(values: Mapping[str, Any], form: Format) -> dict[str, Any]:
                                'write {"rope_type": "default"} for none, or leave the key out')
     scaling = form.rope_scaling if scaling is None else scaling
     scaling = dict(scaling or {}) if isinstance(scaling, dict | None) else {"rope_type": scaling}
+    scaling = {name: value for name, value in scaling.items() if value is not None}
     theta = scaling.pop("rope_theta", values.get("rope_theta"))
     theta = form.theta if theta is None else theta
     if values.get("rope_theta") not in (None, theta):

@@ -97,9 +97,37 @@ def test_damage_is_one_line_naming_the_file(tmp_path, damage, file, fault):
     assert f"{prefix}.{file}: " in str(caught.value) and fault in str(caught.value)
 
 
-def test_documents_without_their_end_and_ids_out_of_range_are_refused(tmp_path):
-    with pytest.raises(configs.ConfigError, match="document 1 does not end with the end-of-document id 256; write it with --append-eod"):
+def test_documents_of_which_some_end_and_ids_out_of_range_are_refused(tmp_path):
+    with pytest.raises(configs.ConfigError, match="document 1 does not end with the end-of-document id 256, others do"):
         load(write(tmp_path / "endless", [[[65, 256]], [[65]], [[65, 256]]]))
     with pytest.raises(ValueError, match=r"corpus\.bin: token 1 is -7, outside the vocabulary of 257"):
         load(write(tmp_path / "corpus", [[[65, -7, 256]], [[65, 256]]], "i")).read(0, 3)
     assert not megatron.is_dataset(tmp_path)
+
+
+@settings(deadline=None, max_examples=60)
+@given(documents=st.lists(st.binary(max_size=6), min_size=2, max_size=120), data=st.data())
+def test_documents_without_an_end_get_one(tmp_path_factory, documents, data):
+    """The boundaries are in the index; empty documents, first and last ones too, are none."""
+    prefix = write(tmp_path_factory.mktemp("megatron") / "corpus", [[list(document)] for document in documents])
+    there = [document for document in documents if document]
+    if len(there) < 2:
+        with pytest.raises(configs.ConfigError, match="nothing to hold out"):
+            load(prefix)
+        return
+    held_out = max(1, len(there) // 100)
+    for split, part in (("train", there[:-held_out]), ("held_out", there[-held_out:])):
+        expected = [token for document in part for token in (*document, 256)]
+        stream = load(prefix, split)
+        assert len(stream) == len(expected) and stream.read(0, 10**6).tolist() == expected
+        start = data.draw(st.integers(0, len(expected)))
+        stop = data.draw(st.integers(start, len(expected)))
+        assert stream.read(start, stop).tolist() == expected[start:stop]
+
+
+def test_an_empty_last_document_is_not_what_is_held_out(tmp_path):
+    prefix = write(tmp_path / "corpus", [[list(b"one"), [256]], [list(b"two"), [256]], [[]]])
+    config = configs.from_dict({"data": {"source": prefix, "tokenizer": "byte", "sequence_length": 4}})
+    batches = list(pipeline.held_out_batches(config, batch_size=2))
+    assert sum(text_bytes for _, text_bytes in batches) == 3
+    assert load(prefix, "held_out").read(0, 9).tolist() == [*b"two", 256]

@@ -123,6 +123,20 @@ def test_config_that_is_not_understood_is_an_error_naming_the_key(directory, cha
     assert "\n" not in str(caught.value)
 
 
+def test_keys_that_change_nothing_are_passed_over_and_said(directory):
+    expected = hf.load(directory).model
+    harmless = {"_attn_implementation_autoset": True, "is_llama_config": True, "rope_interleaved": False, "sliding_window": None,
+                "quantization_config": None, "unsloth_version": "2024.9", "pruned_heads": {}, "top_k": 50, "_private": 3}
+    set_key(directory, **harmless)
+    said = []
+    assert hf.load(directory, note=said.append).model == expected
+    assert said == [f"config.json: passed over {', '.join(sorted(harmless))}"]
+    set_key(directory, sliding_window=128)
+    with pytest.raises(HuggingFaceError, match="sliding_window.*--ignore_keys=sliding_window"):
+        hf.load(directory)
+    assert hf.load(directory, ignore_keys=["sliding_window"]).model == expected
+
+
 @pytest.mark.parametrize(("keys", "words"), [
     ({"pre_norm": True}, "post_norm"),
     ({"pre_norm": True, "post_norm": False}, "layerscale"),

@@ -47,7 +47,8 @@ def run(variant: str, flags: list[str], seed: int, arguments: argparse.Namespace
     if not arguments.plot_only and not (log.exists() and "held_out/loss" in read_metrics(log)[-1]):
         length = [f"--config.training.steps={arguments.steps}"] if arguments.steps else []
         command = [sys.executable, "train.py", f"--config=configs/fp8_base.py:{arguments.size}", f"--workdir={workdir}", *flags,
-                   f"--config.training.seed={seed}", "--config.evaluation.every=0", "--config.monitor.every=0", *length, *extra]
+                   f"--config.training.seed={seed}", "--config.evaluation.every=0", "--config.evaluation.batches=0", "--config.monitor.every=0",
+                   *length, *extra]
         subprocess.run(command, cwd=ROOT, check=True)
     return read_metrics(log) if log.exists() else []
 

@@ -168,7 +168,9 @@ class TrainingConfig:
     microbatches: int = _field(1, "parts into which a step's batch is split, one after another", at_least=1)
     seed: int = _field(0, "seed of initial weights and of the data order", at_least=0, below=2**32)
     start_limit: int = _field(3600, "seconds until the first step may begin, compilation included; then the process ends; 0: any", at_least=0)
-    step_limit: int = _field(1800, "seconds a step may take, evaluation included; then the process ends; 0: any", at_least=0)
+    step_limit: int = _field(1800, "seconds a step may take, without its evaluation; then the process ends; 0: any", at_least=0)
+    evaluation_limit: int = _field(1800, "seconds a batch of an evaluation may take, compilation included; then the process ends; 0: any",
+                                   at_least=0)
     save_limit: int = _field(3600, "seconds a save may take, in the background or not; then the process ends; 0: any", at_least=0)
     bad_steps: int = _field(20, "bad steps in a row after which the run goes back to its newest checkpoint", at_least=1)
     rollbacks: int = _field(2, "times a run may go back, passing over the batches it could not digest, before it stops", at_least=0)
@@ -207,7 +209,8 @@ class EvaluationConfig:
     """Held-out loss during training and in eval.py."""
 
     every: int = _field(200, "steps between evaluations; 0: only at the end", at_least=0)
-    batches: int = _field(0, "held-out batches of training.batch_size an evaluation reads; 0: the whole split", at_least=0)
+    batches: int = _field(-1, "held-out batches of training.batch_size sequences an evaluation reads, spread evenly over the split; 0: the "
+                          "whole split; -1: as many as take 2% of the time of the steps between. eval.py reads the whole split", at_least=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@
     iterator.get_state()                        # small JSON; iterator.set_state(...) continues there
     train_places(config, step)                  # where each sequence of that batch comes from
     for batch, text_bytes in held_out_batches(config, batch_size=16): ...
+    held_out_sequences(config)                  # how many sequences the split has
 
 A sequence is a window of a source (`packing`), and sources take turns by their weights (`mixing`). The windows of a source
 are shuffled anew every epoch (Grain's index shuffle: nothing is kept in memory); batches run on across epochs. Nothing
@@ -134,10 +135,27 @@ def describe(config: Config) -> list[str]:
     return lines
 
 
-def held_out_batches(config: Config, batch_size: int, rows: Sequence[int] | None = None) -> Iterator[tuple[Batch, int]]:
-    """The held-out split in order, every token a target exactly once; all batches have the same shapes.
+def held_out_sequences(config: Config) -> int:
+    """Return the number of sequences of the whole held-out split.
+
+    Raises:
+        ConfigError: as `train_batches`.
+    """
+    return len(packing.ConcatWindows(sources.load(config.data, "held_out"), config.data))
+
+
+def held_out_batches(
+    config: Config, batch_size: int, rows: Sequence[int] | None = None, *, sequences: int = 0
+) -> Iterator[tuple[Batch, int]]:
+    """The held-out split in order, no token a target more than once; all batches have the same shapes.
 
     Documents run on here whatever config.data.packing is. The splits of several sources follow one another.
+
+    Args:
+        config: reads `data`.
+        batch_size: sequences of a batch, over all processes.
+        rows: which of every batch to load; None: all.
+        sequences: how many to read, spread evenly over the split; 0, or more than there are: every one.
 
     Yields:
         A batch [len(rows), T], the last one padded with sequences of mask 0; and how many bytes of text the targets
@@ -149,13 +167,18 @@ def held_out_batches(config: Config, batch_size: int, rows: Sequence[int] | None
     """
     rows = _rows(batch_size, rows)
     windows = packing.ConcatWindows(sources.load(config.data, "held_out"), config.data)
-    return _in_order(windows, batch_size, rows)
+    count = min(sequences or len(windows), len(windows))
+    return _in_order(windows, count, batch_size, rows)
 
 
-def _in_order(windows: packing.ConcatWindows, batch_size: int, rows: Sequence[int]) -> Iterator[tuple[Batch, int]]:
-    token_bytes, every = windows.stream.tokenizer.token_bytes, range(batch_size)
-    for first in range(0, len(windows), batch_size):
-        whole = _read([(windows, first + row) for row in every], windows.data)
+def _in_order(
+    windows: packing.ConcatWindows, count: int, batch_size: int, rows: Sequence[int]
+) -> Iterator[tuple[Batch, int]]:
+    """Batches of `count` windows at even distances; a window beyond the last one is padding."""
+    token_bytes, total = windows.stream.tokenizer.token_bytes, len(windows)
+    for first in range(0, count, batch_size):
+        numbers = range(first, first + batch_size)
+        whole = _read([(windows, number * total // count) for number in numbers], windows.data)
         batch = {name: values if name == "faults" else values[list(rows)] for name, values in whole.items()}
         yield batch, int((token_bytes[whole["targets"]] * (whole["mask"] > 0)).sum())
 

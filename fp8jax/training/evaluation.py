@@ -1,18 +1,24 @@
 """Held-out loss, perplexity and bits per byte, computed in BF16 as in the paper.
 
-evaluator = Evaluator(config, definition, mesh)
-evaluator(params)      # {"loss": ..., "perplexity": ..., "bits_per_byte": ..., "tokens": ..., "bytes": ...}
+    evaluator = Evaluator(config, definition, mesh)
+    evaluator.describe()   # "held-out 192 of 1,824 sequences, every 200 steps and at the end: about 2.0% of the time; ..."
+    evaluator(params)      # {"loss": ..., "perplexity": ..., "bits_per_byte": ..., "tokens": ..., "bytes": ...}
+
+While a run trains, an evaluation reads a part of the held-out split by default, in proportion to the
+steps between evaluations: 2% of their model FLOPs, counted and not timed, so that a continued run
+reads the same sequences. They are the same at every evaluation of a run. `eval.py` reads the whole split.
 """
 
 import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.config import Config, MeshConfig
@@ -28,12 +34,23 @@ from fp8jax.training import precision
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.step import TrainProgram, token_losses
 
+# An evaluation takes one in ONE_IN of the model FLOPs of the steps between; a step has three times those of its forward pass.
+ONE_IN, FORWARDS_A_STEP = 50, 3
+
 
 class Evaluator:
-    """Evaluates parameters on the held-out split; compiles once."""
+    """Evaluates parameters on the held-out split; compiles once.
+
+    Attributes:
+        sequences: how many of the held-out split an evaluation reads.
+        all_sequences: how many the split has.
+    """
 
     def __init__(self, config: Config, definition: Definition, mesh: Mesh):
         self.config, self.mesh = config, mesh
+        self.all_sequences = pipeline.held_out_sequences(config)
+        asked = batches_by_share(config) if config.evaluation.batches < 0 else config.evaluation.batches
+        self.sequences = min(asked * config.training.batch_size or self.all_sequences, self.all_sequences)
         self.sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
         emulated = emulates_fp8(config, mesh.devices.flat[0])
         recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=emulated, recipe="bf16")
@@ -51,35 +68,76 @@ class Evaluator:
         self._total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()),
                                    compiler_options=compiler_options(mesh.devices.flat[0].platform))
 
-    def __call__(self, params: Params) -> dict[str, float]:
-        """Metrics over `config.evaluation.batches` batches, or the whole split.
+    def part(self) -> str:
+        """Return what an evaluation reads, such as '192 of 1,820 sequences'."""
+        if self.sequences == self.all_sequences:
+            return f"all {self.all_sequences:,} sequences"
+        return f"{self.sequences:,} of {self.all_sequences:,} sequences"
+
+    def describe(self) -> str:
+        """Return a line for the start of a run: when an evaluation is due and what it reads."""
+        every, steps = self.config.evaluation.every, _interval(self.config)
+        when = f"every {every:,} steps and at the end" if every else "at the end"
+        share = self.sequences / (FORWARDS_A_STEP * steps * self.config.training.batch_size)
+        spread = "; eval.py reads the whole split" if self.sequences < self.all_sequences else ""
+        return f"held-out {self.part()}, {when}: about {share:.1%} of the time{spread}"
+
+    def __call__(
+        self, params: Params, progress: Callable[[int, int], object] = lambda done, of: None
+    ) -> dict[str, float]:
+        """Compute metrics over `sequences` of the held-out split.
+
+        Args:
+            params: of the model, in 16 or 32 bits.
+            progress: called before each batch with the number of batches done and that of all of them.
 
         Returns:
-            `loss` in nats a token, `perplexity`, `bits_per_byte` of text, `tokens` and `bytes` scored.
+            `loss` in nats a token, `perplexity`, `bits_per_byte` of text, `tokens` and `bytes` scored, `sequences`
+            of `all_sequences` read.
         """
-        nats, tokens, text_bytes = 0.0, 0.0, 0
+        sums, text_bytes, waiting = np.zeros(2), 0, None
         names = ["inputs", "targets", "mask"] + (["segment_ids", "positions"] if self.config.data.document_masks else [])
         size = self.config.training.batch_size // self.config.training.microbatches
         rows = Rows((size, self.config.data.sequence_length), self.sharding)
-        for count, (batch, read) in enumerate(pipeline.held_out_batches(self.config, size, rows.numbers), 1):
-            loss, scored = jax.device_get(self._total_loss(params, {name: rows.put(batch[name]) for name in names}))
-            nats, tokens, text_bytes = nats + float(loss), tokens + float(scored), text_bytes + read
-            if count == self.config.evaluation.batches:
-                break
-        loss = nats / tokens
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
-                "tokens": int(tokens), "bytes": text_bytes}
+        batches, count = pipeline.held_out_batches(self.config, size, rows.numbers, sequences=self.sequences), -(-self.sequences // size)
+        for done, (batch, read) in enumerate(batches):
+            progress(done, count)
+            found = self._total_loss(params, {name: rows.put(batch[name]) for name in names})
+            if waiting is not None:  # the devices have the next batch already
+                sums += np.asarray(jax.device_get(waiting), np.float64)
+            text_bytes, waiting = text_bytes + read, found
+        nats, tokens = sums + np.asarray(jax.device_get(waiting), np.float64)
+        loss = float(nats / tokens) if tokens else math.nan
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": float(nats) / math.log(2) / max(text_bytes, 1),
+                "tokens": int(tokens), "bytes": text_bytes, "sequences": self.sequences, "all_sequences": self.all_sequences}
 
 
-def evaluate_run(workdir: pathlib.Path, step: int | None = None) -> dict[str, Any]:
+def batches_by_share(config: Config) -> int:
+    """Return the batches of `training.batch_size` sequences that have one in ONE_IN of the steps' FLOPs; at least 1."""
+    return max(1, FORWARDS_A_STEP * _interval(config) // ONE_IN)
+
+
+def _interval(config: Config) -> int:
+    """Return the steps between evaluations."""
+    return min(config.evaluation.every or config.training.steps, config.training.steps)
+
+
+def evaluate_run(
+    workdir: pathlib.Path, step: int | None = None, progress: Callable[[int, int], object] = lambda done, of: None
+) -> dict[str, Any]:
     """Evaluates a checkpoint of a run on the whole held-out split and writes WORKDIR/eval.json.
+
+    Args:
+        workdir: directory of the run.
+        step: of the checkpoint; None: the newest.
+        progress: as in `Evaluator`.
 
     Raises:
         CheckpointError: no run there, or no such checkpoint.
     """
     model, step = load_run(workdir, step)
     config = dataclasses.replace(model.config, evaluation=dataclasses.replace(model.config.evaluation, batches=0))
-    found = {"step": step, **Evaluator(config, model.definition, model.mesh)(model.params)}
+    found = {"step": step, **Evaluator(config, model.definition, model.mesh)(model.params, progress)}
     write_json(workdir / "eval.json", found)
     return found
 

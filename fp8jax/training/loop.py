@@ -149,7 +149,7 @@ class _Run:
             self.progress.message(f"fp8      scales calibrated on the batch of step {self.step + 1}")
         ahead = pipeline.train_iterator(config, start_step=self.step + self.position.skipped_batches, rows=program.rows.numbers)
         iterator = self.feed = Feed(ahead)
-        for line in describe_compiled(program):
+        for line in [*describe_compiled(program), *([self.evaluator.describe()] if first else [])]:
             self.progress.message(line)
         write_json(self.workdir / "run.json", facts(program))
         self.writer.event("started", self.step, skipped_batches=self.position.skipped_batches)
@@ -293,15 +293,22 @@ class _Run:
 
     def _evaluate(self) -> dict[str, float]:
         jax.block_until_ready(self.state.step)
+        self.watchdog.end("step")
         with self._untimed(skip=True):
-            found = self.evaluator(self.state.params)
+            found = self.evaluator(self.state.params, self._evaluating)
+        self.watchdog.end("evaluation")
+        self.watchdog.begin("step", f"what follows the evaluation of step {self.step}")
         self.held_out_loss = self.step, found["loss"]
-        self.progress.message(f"step {self.step}  held-out loss {found['loss']:.4f}  bits per byte {found['bits_per_byte']:.4f}")
+        self.progress.message(f"step {self.step}  held-out loss {found['loss']:.4f}  bits per byte {found['bits_per_byte']:.4f}"
+                              f"  ({self.evaluator.part()})")
         try:
             write_json(self.workdir / "eval.json", {"step": self.step, **found})
         except OSError as error:
             self.progress.message(f"{self.workdir / 'eval.json'} is not written: {error.strerror}; training goes on")
-        return {f"held_out/{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte")}
+        return {f"held_out/{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte", "tokens")}
+
+    def _evaluating(self, done: int, batches: int) -> None:
+        self.watchdog.begin("evaluation", f"evaluation of step {self.step}, batch {done + 1} of {batches}")
 
     def _tell_faults(self, step: int, faults: list[str]) -> None:
         if faults:
@@ -340,7 +347,8 @@ class _Run:
 
 def _watchdog(config: Config) -> Watchdog:
     training = config.training
-    return Watchdog({"start": training.start_limit, "step": training.step_limit, "save": training.save_limit})
+    return Watchdog({"start": training.start_limit, "step": training.step_limit, "save": training.save_limit,
+                     "evaluation": training.evaluation_limit})
 
 
 def _due(step: int, every: int) -> bool:

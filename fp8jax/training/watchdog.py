@@ -1,7 +1,8 @@
 """Ends a process that hangs, and tells where: for a pod, a job that ends and restarts beats one that waits for ever.
 
-    with Watchdog({"start": 3600, "step": 1800, "save": 3600}) as watchdog:     # seconds; 0: any
+    with Watchdog({"start": 3600, "step": 1800, "evaluation": 1800, "save": 3600}) as watchdog:     # seconds; 0: any
         watchdog.begin("step", "step 17 (batch 16)")    # takes the place of the step before
+        watchdog.begin("evaluation", "batch 3 of 12")   # with each batch anew: a long evaluation that moves on may last
         watchdog.begin("save", "saving step 17")        # beside the steps, in the background
         watchdog.end("save")
 

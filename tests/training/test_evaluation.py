@@ -1,0 +1,76 @@
+"""What an evaluation reads by default, what that costs, and under which limit."""
+
+import importlib
+import re
+
+import numpy as np
+import pytest
+
+from configs import common
+from fp8jax import config as config_lib
+from fp8jax.data import pipeline, shards, tokenizer
+from fp8jax.models.flops import model_flops
+from fp8jax.training import evaluation, loop
+from fp8jax.training.evaluation import Evaluator, batches_by_share
+from fp8jax.training.watchdog import Watchdog
+from tests.training.test_run import logged, micro, program_of, train
+
+
+@pytest.mark.parametrize("size", common.SIZES)
+def test_by_default_an_evaluation_costs_two_percent_of_every_preset(size):
+    config = config_lib.from_dict(importlib.import_module("configs.fp8_base").get_config(size))
+    assert config.evaluation.batches == -1
+    sequences = batches_by_share(config) * config.training.batch_size
+    step = model_flops(config.model, 131072, sequences=config.training.batch_size, sequence_length=4096).total
+    read = model_flops(config.model, 131072, sequences=sequences, sequence_length=4096).total / 3
+    assert 0.019 < read / (config.evaluation.every * step) <= 0.02
+
+
+@pytest.mark.parametrize(("every", "steps", "batches"), [(200, 450, 12), (50, 450, 3), (10, 450, 1), (0, 1000, 60), (200, 30, 1)])
+def test_what_is_read_follows_the_interval_alone(every, steps, batches):
+    config = micro(evaluation={"every": every, "batches": -1}, training={"steps": steps, "batch_size": 16})
+    assert batches_by_share(config) == batches
+
+
+def test_a_part_is_spread_over_the_split_and_no_sequence_comes_twice(tmp_path):
+    byte = tokenizer.load("byte")
+    documents = [np.arange(250, dtype=np.uint16)]
+    shards.write_shards(tmp_path / "tokens", byte, {"train": documents, "held_out": documents})
+    config = micro(data={"sequence_length": 4, "source": str(tmp_path / "tokens")})
+    assert pipeline.held_out_sequences(config) == 63
+    batches = list(pipeline.held_out_batches(config, 4, sequences=10))
+    first = np.concatenate([batch["targets"][batch["mask"][:, 0] == 1, 0] for batch, _ in batches])
+    assert first.tolist() == [4 * (number * 63 // 10) for number in range(10)]
+    assert sum(count for _, count in batches) == 40
+    for sequences in (0, 63, 1000):
+        assert sum(batch["mask"].sum() for batch, _ in pipeline.held_out_batches(config, 4, sequences=sequences)) == 251
+
+
+def test_a_part_is_the_same_whatever_the_microbatches():
+    found = []
+    for microbatches in (1, 4):
+        config = micro(training={"steps": 8, "batch_size": 16, "microbatches": microbatches}, evaluation={"batches": 3})
+        program = program_of(config)
+        found.append(Evaluator(config, program.definition, program.mesh)(program.init().params))
+    assert found[0]["tokens"] == found[1]["tokens"] == 3 * 16 * 32 and found[0]["sequences"] == 48
+    assert found[0]["all_sequences"] == -(-466854 // 32)
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
+
+
+def test_an_evaluation_is_not_under_the_limit_of_a_step_but_watched_batch_by_batch(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    class Watched(Watchdog):
+        def begin(self, kind, what):
+            super().begin(kind, what)
+            if kind == "evaluation":
+                seen.append((what, sorted(self._under_way)))
+
+    monkeypatch.setattr(loop, "Watchdog", Watched)
+    monkeypatch.setattr(evaluation, "ONE_IN", 1)
+    assert train(micro(evaluation={"every": 2, "batches": -1}, training={"steps": 2, "batch_size": 16}, checkpoint={"every": 0}), tmp_path) == 0
+    assert seen == [(f"evaluation of step 2, batch {number} of 6", ["evaluation"]) for number in range(1, 7)]
+    assert logged(tmp_path)[-1]["held_out/tokens"] == 6 * 16 * 32
+    told = capsys.readouterr().out
+    assert "held-out 96 of 14,590 sequences, every 2 steps and at the end" in told and "eval.py reads the whole split" in told
+    assert re.search(r"step 2  held-out loss \S+  bits per byte \S+  \(96 of 14,590 sequences\)", told)

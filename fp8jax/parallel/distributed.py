@@ -3,6 +3,7 @@
     with start(launch, start_timeout=300, heartbeat_timeout=100):       # before anything that starts JAX; launchers.find() gives `launch`
         if is_first(): ...                                              # only process 0 writes logs
         step = from_first(step)                                         # its word, on every process
+        reason = from_any(reason)                                       # what the first process that has something to say says
         agreement = Agreement(2)
         stop, save = agreement((stop, save))                            # true everywhere once it is true anywhere
 
@@ -34,6 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from fp8jax.config import ConfigError
 from fp8jax.parallel.launchers import Launch
 
+_TEXT = 500
 _PATIENCE = 5.0  # seconds in which a process that ends in good order may take the others along
 
 
@@ -72,6 +74,17 @@ def is_first() -> bool:
 def from_first(value: int) -> int:
     """The number that process 0 has; every process must ask."""
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def from_any(text: str | None) -> str | None:
+    """Return the text of the first process that has one, cut to 500 bytes, None where none has; every process must ask."""
+    if jax.process_count() == 1:
+        return text
+    mine = np.zeros(_TEXT, np.uint8)
+    encoded = np.frombuffer((text or "").encode()[:_TEXT], np.uint8)
+    mine[: len(encoded)] = encoded
+    texts = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(mine))
+    return next((text for text in texts if text), None)
 
 
 class Agreement:

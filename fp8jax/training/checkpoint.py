@@ -31,7 +31,7 @@ from absl import logging as absl_logging
 from orbax.checkpoint import v1
 
 from fp8jax import config as config_lib
-from fp8jax.parallel.distributed import from_first
+from fp8jax.parallel.distributed import from_any, from_first
 from fp8jax.training import manifest
 
 # What is under way has another name than a checkpoint, so a checkpoint is there whole or not at all.
@@ -81,14 +81,24 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def newest(self) -> tuple[int | None, dict[int, str]]:
-        """Return the newest step whose files are what was written, or None; and newer ones passed over, with reasons."""
+        """Return the newest step whose files are what was written, or None; and newer ones passed over, with reasons.
+
+        Every process must ask: each reads its share of the files, and all get the same answer.
+        """
         passed: dict[int, str] = {}
-        directories = [path for path in self.directory.iterdir() if path.name.isdecimal()] if self.directory.is_dir() else []
-        for path in sorted(directories, key=lambda path: -int(path.name)):
-            if (reason := manifest.problem(path)) is None:
-                return int(path.name), passed
-            passed[int(path.name)] = reason
-        return None, passed
+        paths = self.directory.iterdir() if self.directory.is_dir() else ()
+        steps = sorted((int(path.name) for path in paths if path.name.isdecimal()), reverse=True)
+        while True:
+            step = from_first(next((step for step in steps if step not in passed), -1))
+            if step < 0:
+                return None, passed
+            if (reason := self._problem(step)) is None:
+                return step, passed
+            passed[step] = reason
+
+    def _problem(self, step: int) -> str | None:
+        """Return what is wrong with a checkpoint's files; each process reads its share of them."""
+        return from_any(manifest.problem(self.directory / str(step), (jax.process_index(), jax.process_count())))
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Rename a damaged checkpoint, so that its step can be saved again; nothing is deleted."""
@@ -203,7 +213,8 @@ class Checkpoints:
             step: one of `steps()`.
             abstract_state: item → pytree of `jax.ShapeDtypeStruct` with sharding, as the state to be returned.
             partial: ignore items of the checkpoint that `abstract_state` lacks. Within an item, all must agree.
-            verify: read every file and compare it with the manifest first; unnecessary for the step that `newest` found.
+            verify: read every file, each process its share, and compare it with the manifest first; unnecessary for the
+                step that `newest` found.
 
         Returns:
             The state, bit for bit as saved, and `data_state`.
@@ -215,7 +226,7 @@ class Checkpoints:
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; complete checkpoints: {known}")
-        if verify and (reason := manifest.problem(path)):
+        if verify and (reason := self._problem(step)):
             raise CheckpointError(f"{path}: {reason}; the checkpoint cannot be trusted, use another step")
         metadata = v1.checkpointables_metadata(path)
         saved = {item: tree for item, tree in metadata.metadata.items() if item in abstract_state or not partial}

@@ -4,24 +4,36 @@
     problem(directory)      # None, or one line: which file is missing, of another size, or damaged
 
 A directory without a manifest is not a checkpoint: whatever wrote it was interrupted, or the file is lost.
+
+Digests are to find damage, not forgery: XXH3 of 128 bits, ten times as fast as BLAKE2. Files are read in
+chunks by several threads, and a file's digest is that of its chunks' digests, so one large file takes no
+longer than many small ones. Manifests of earlier versions, BLAKE2 of whole files, are still understood.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
+
+import xxhash
 
 from fp8jax.config import ConfigError, read_json
 
 NAME = "MANIFEST.json"
-_CHUNK = 1 << 22
+HASH = "xxh3_128"  # content without "hash" has BLAKE2 digests
+_CHUNK, _PIECE = 1 << 26, 1 << 22  # bytes of a digest, and of a read
+THREADS = min(16, os.cpu_count() or 1)
 
 
 def write(directory: pathlib.Path, facts: dict[str, Any]) -> None:
     """Writes the manifest of all files under a directory, whole or not at all; `facts` are kept with it."""
-    files = {path: [os.path.getsize(directory / path), _digest(directory / path)] for path in _files(directory)}
-    content = {**facts, "files": files}
+    paths = _files(directory)
+    digests = _digests(directory, paths)
+    files = {path: [os.path.getsize(directory / path), digests[path]] for path in paths}
+    content = {**facts, "hash": HASH, "files": files}
     temporary = directory / f"{NAME}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump({"content": content, "digest": _digest_of(content)}, file, indent=1)
@@ -47,11 +59,18 @@ def sync(directory: pathlib.Path) -> None:
         os.close(file)
 
 
-def problem(directory: pathlib.Path) -> str | None:
-    """The first difference between a directory and its manifest, in one line; None where there is none. Reads every file."""
+def problem(directory: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Return the first difference between a directory and its manifest, in one line; None where there is none.
+
+    Args:
+        directory: of the checkpoint.
+        share: (i, n) reads the contents of files i, i + n, ... alone: processes share the work of looking
+            at all. Names and sizes are always compared.
+    """
     try:
         manifest = read_json(directory / NAME)
         content, digest = manifest["content"], manifest["digest"]
+        digests = {None: _old_digests, HASH: _digests}[content.get("hash")]
         expected = {path: (size, wanted) for path, (size, wanted) in content["files"].items()}
     except FileNotFoundError:
         return f"{NAME} is missing"
@@ -65,12 +84,16 @@ def problem(directory: pathlib.Path) -> str | None:
             return f"{path} is not in {NAME}"
         if path not in found:
             return f"{path} is missing"
-        size, wanted = expected[path]
-        if (actual := os.path.getsize(directory / path)) != size:
+        size, actual = expected[path][0], os.path.getsize(directory / path)
+        if actual != size:
             return f"{path} has {actual} bytes, not {size}"
-        if _digest(directory / path) != wanted:
-            return f"{path} is damaged: its digest differs"
-    return None
+    mine = found[share[0] :: share[1]]
+    try:
+        digests_now = digests(directory, mine)
+    except OSError as error:
+        return f"{error.filename or directory} cannot be read: {error.strerror}"
+    changed = (path for path in mine if digests_now[path] != expected[path][1])
+    return next((f"{path} is damaged: its digest differs" for path in changed), None)
 
 
 def _files(directory: pathlib.Path) -> list[str]:
@@ -78,12 +101,39 @@ def _files(directory: pathlib.Path) -> list[str]:
                   if path.is_file() and path.name not in (NAME, f"{NAME}.tmp"))
 
 
-def _digest(path: pathlib.Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _digests(directory: pathlib.Path, paths: Iterable[str]) -> dict[str, str]:
+    """Return each file's digest: of the digests of its chunks, found by THREADS threads."""
+    with concurrent.futures.ThreadPoolExecutor(THREADS, "digest") as threads:
+        futures = {
+            path: [
+                threads.submit(_hashed, xxhash.xxh3_128(), directory / path, start, _CHUNK)
+                for start in range(0, os.path.getsize(directory / path), _CHUNK)
+            ]
+            for path in paths
+        }
+        chunks = {path: b"".join(future.result() for future in found) for path, found in futures.items()}
+    return {path: xxhash.xxh3_128_hexdigest(found) for path, found in chunks.items()}
+
+
+def _old_digests(directory: pathlib.Path, paths: Iterable[str]) -> dict[str, str]:
+    """As `_digests`, in the way of earlier versions."""
+    def digest(path: str) -> bytes:
+        return _hashed(hashlib.blake2b(digest_size=16), directory / path, 0, os.path.getsize(directory / path))
+
+    paths = list(paths)
+    with concurrent.futures.ThreadPoolExecutor(THREADS, "digest") as threads:
+        return {path: found.hex() for path, found in zip(paths, threads.map(digest, paths), strict=True)}
+
+
+def _hashed(digest: Any, path: pathlib.Path, start: int, count: int) -> bytes:
+    """Return the digest of `count` bytes of a file from `start` on, or of as many as there are."""
+    buffer = memoryview(bytearray(min(_PIECE, count)))
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while count > 0 and (size := file.readinto(buffer[:count])):
+            digest.update(buffer[:size])
+            count -= size
+    return digest.digest()
 
 
 def _digest_of(content: Any) -> str:

@@ -56,7 +56,7 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     Raises:
         CheckpointError: there are only damaged checkpoints.
     """
-    step = distributed.from_first(_choose(checkpoints, tell) if distributed.is_first() else 0)
+    step = _choose(checkpoints, tell)
     if step < 0:
         return Resumed(program, program.init(), 0, Position(), True)
     program = program.fallen_back(checkpoints.data_state(step).get("fallback", ""))
@@ -86,12 +86,12 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
 
 
 def _choose(checkpoints: Checkpoints, tell: Callable[[str], None]) -> int:
-    """The newest undamaged checkpoint's step, damaged newer ones set aside; -1 where there is none. For one process alone."""
+    """Return the newest undamaged checkpoint's step, damaged newer ones set aside; -1 where there is none."""
     step, passed = checkpoints.newest()
     if step is None and any(not reason.startswith(manifest.NAME) for reason in passed.values()):
         reasons = "; ".join(f"step {number}: {reason}" for number, reason in passed.items())
         raise CheckpointError(f"{checkpoints.directory}: no checkpoint is undamaged ({reasons}); to train anew choose another --workdir")
-    for number, reason in passed.items():
+    for number, reason in passed.items() if distributed.is_first() else ():
         tell(f"checkpoint of step {number} passed over: {reason}; now in {checkpoints.set_aside(number)}")
     return -1 if step is None else step
 

@@ -1,10 +1,12 @@
 """Every kind of damage to every file of the newest checkpoint is seen, and the run goes on from the one before."""
 
+import hashlib
 import json
 import pathlib
 import shutil
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fp8jax.training import manifest
@@ -59,6 +61,49 @@ def test_every_damage_is_seen(template, tmp_path, damage):
         if damage is not pathlib.Path.unlink or file.name != manifest.NAME:
             with pytest.raises(CheckpointError, match="cannot be trusted"):
                 checkpoints.restore(20, {})
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A directory of files of no, one, several and many chunks, of 4 KiB here, with its manifest."""
+    monkeypatch.setattr(manifest, "_CHUNK", 4096)
+    monkeypatch.setattr(manifest, "_PIECE", 1000)
+    for number, size in enumerate((0, 1, 4096, 4097, 50_000)):
+        (tmp_path / f"file{number}").write_bytes(np.random.default_rng(number).bytes(size))
+    manifest.write(tmp_path, {"step": 3})
+    return tmp_path
+
+
+def test_damage_is_seen_in_every_chunk_of_a_file(files):
+    assert manifest.problem(files) is None and manifest.fact(files, "step") == 3
+    path = files / "file4"
+    content = path.read_bytes()
+    for position in range(0, len(content), 997):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1:])
+        assert manifest.problem(files) == "file4 is damaged: its digest differs", position
+    path.write_bytes(content[4096:8192] + content[:4096] + content[8192:])
+    assert manifest.problem(files) == "file4 is damaged: its digest differs"  # chunks in another order
+
+
+def test_processes_share_the_reading_and_miss_nothing(files):
+    for number in range(1, 5):
+        path = files / f"file{number}"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        found = [manifest.problem(files, (process, 3)) for process in range(3)]
+        assert [reason for reason in found if reason] == [f"file{number} is damaged: its digest differs"]
+        path.write_bytes(content)
+
+
+def test_checkpoints_of_earlier_versions_are_still_checked(files):
+    """Their manifests name no hash: BLAKE2 of whole files."""
+    content = {"step": 3, "files": {path.name: [path.stat().st_size, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()]
+                                    for path in files.iterdir() if path.name != manifest.NAME}}
+    digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    (files / manifest.NAME).write_text(json.dumps({"content": content, "digest": digest}))
+    assert manifest.problem(files) is None
+    flip(files / "file4")
+    assert manifest.problem(files) == "file4 is damaged: its digest differs"
 
 
 def test_a_flip_anywhere_in_the_manifest_is_seen(template, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import os
 import pathlib
 import sys
@@ -100,9 +101,9 @@ def _show(options: argparse.Namespace) -> int:
             _print_histogram(inspection.length_histogram(shards.open_ends(directory, tokenizer, split)))
     for length, packed in index.get("best_fit", {}).items():
         print(f"\nbest fit for sequences of {length}: {packed['windows']:,} windows, {packed['padding']:.3%} padding")
-    sources = index.get("sources", [])
-    print(f"\nsources: {len(sources)} files")
-    for source in sources[:_SOURCES]:
+    files = index["source_files"] if "source_files" in index else len(index.get("sources", ()))
+    print(f"\nsources: {files:,} files")
+    for source in itertools.islice(shards.read_sources(directory), _SOURCES):
         print(f"  {_printable(source['file'])}: {source['documents']:,} documents, {source['bytes']:,} bytes")
     for path, number, text in inspection.sample_documents(directory, tokenizer, "train", _SAMPLES):
         print(f"\n{path}, document {number}:\n  {_printable(text)}")

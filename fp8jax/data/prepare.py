@@ -34,6 +34,7 @@ from fp8jax.data import tokenizer as tokenizers
 LONG = 1 << 18
 BATCH = 1 << 18
 _PART_BYTES = (1 << 24, 1 << 30)
+_MOST_PARTS = 1 << 14  # a process may map 65,530 files, two a part
 _SAMPLE = 1 << 26
 _UNFINISHED = "unfinished"
 _HASHES = 1 << 64
@@ -107,6 +108,9 @@ def prepare(
         _hold_one_out(job, parts, validation_fraction)
         index = _index(job, parts, loaded, plan, validation_fraction)
         _copy_tokenizer(loaded, directory)
+        sources = _sources(job, parts)
+        shards.write_sources(directory, sources)
+        index["source_files"] = len(sources)
         shards.write_index(directory, index)
         shutil.rmtree(directory / _UNFINISHED)
     return _pack(index["splits"], directory, loaded, best_fit)
@@ -156,7 +160,7 @@ def _sample(parts: list[list[documents.Piece]], text_field: str) -> Iterator[str
 def _parts(paths: list[str], fraction: float) -> list[list[documents.Piece]]:
     """The pieces of all files, neighbours together until they make a part."""
     total = sum(documents.stat(path)[0] for path in paths)
-    part_bytes = min(max(total // 1024, _PART_BYTES[0]), _PART_BYTES[1])
+    part_bytes = max(min(max(total // 1024, _PART_BYTES[0]), _PART_BYTES[1]), total // _MOST_PARTS)
     if len(paths) == 1 and fraction and documents.is_plain_text(paths[0]):
         return [documents.cut_text(paths[0], fraction)]
     parts, size = [[]], 0
@@ -178,7 +182,7 @@ def _finished(directory: pathlib.Path, plan: str) -> dict[str, Any]:
     index = shards.read_index(directory)
     if index.get("plan") != plan:
         raise ConfigError(f"{directory}: already holds {shards.INDEX} of other inputs or options; choose an empty directory")
-    for source in index.get("sources", ()):
+    for source in shards.read_sources(directory):
         _check_unchanged(directory, source)
     return index["splits"]
 
@@ -435,16 +439,21 @@ def _index(job: _Job, parts: list, tokenizer: tokenizers.Tokenizer, plan: str, f
               for split in shards.SPLITS}
     if not splits["train"]["documents"]:
         raise ConfigError(f"{job.directory}: no documents left to train on; give more, or a lower --validation_fraction")
+    normalised = {"normalised": True} if job.allow_normalisation else {}
+    return shards.header(tokenizer) | normalised | {"plan": plan, "text_field": job.text_field, "validation_fraction": fraction,
+                                                    "splits": splits}
+
+
+def _sources(job: _Job, parts: list) -> list[dict[str, Any]]:
+    """Return the input files, with their documents."""
     sources: dict[str, dict[str, Any]] = {}
-    for path, count in (pair for record in records for pair in record["documents"]):
+    for path, count in (pair for record in _records(job, parts) for pair in record["documents"]):
         source = sources.setdefault(path, {"file": path, "documents": 0})
         source["documents"] += count
     with concurrent.futures.ThreadPoolExecutor(4) as executor:  # hashing leaves Python's lock
         for source, state in zip(sources.values(), executor.map(_state_of, sources), strict=True):
             source |= state
-    normalised = {"normalised": True} if job.allow_normalisation else {}
-    return shards.header(tokenizer) | normalised | {"plan": plan, "text_field": job.text_field, "validation_fraction": fraction,
-                                       "splits": splits, "sources": list(sources.values())}
+    return list(sources.values())
 
 
 def _state_of(path: str) -> dict[str, Any]:

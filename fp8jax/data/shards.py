@@ -18,7 +18,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,10 @@ from fp8jax.data.tokenizer import Tokenizer, dtype
 
 SPLITS = ("train", "held_out")
 FORMAT = "fp8jax-tokens-2"
-INDEX = "index.json"
+INDEX, SOURCES = "index.json", "sources.jsonl"
+# What a reader takes, and so what a writer writes: a million shards, or the two million input files that
+# indexes of earlier versions named.
+INDEX_BYTES = 1 << 28
 TOKENIZER = "tokenizer.json"
 ENDS = np.dtype("<u8")
 
@@ -157,10 +160,43 @@ def header(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_index(directory: pathlib.Path, index: dict[str, Any]) -> None:
-    """Writes index.json, all or nothing."""
+    """Writes index.json, all or nothing.
+
+    Raises:
+        ConfigError: it would be larger than `read_index` takes.
+    """
+    content = (json.dumps(index, indent=1) + "\n").encode()
+    if len(content) > INDEX_BYTES:
+        raise ConfigError(f"{directory / INDEX}: would have {len(content):,} bytes, more than the {INDEX_BYTES:,} that are read; "
+                          "prepare the input in several directories, and mix them: config.data.source='dirA=0.5,dirB=0.5'")
     partial = directory / f"{INDEX}.partial"
-    partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    partial.write_bytes(content)
     os.replace(partial, directory / INDEX)
+
+
+def write_sources(directory: pathlib.Path, sources: Iterable[dict[str, Any]]) -> None:
+    """Writes sources.jsonl, all or nothing: a line an input file, which readers of tokens need not read."""
+    partial = directory / f"{SOURCES}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(source) + "\n" for source in sources)
+    os.replace(partial, directory / SOURCES)
+
+
+def read_sources(directory: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yield the input files that a directory was prepared from: `file`, `bytes`, `documents` and more.
+
+    Raises:
+        ConfigError: a damaged list.
+    """
+    index, path = read_index(directory), directory / SOURCES
+    if "sources" in index or not path.exists():  # prepared by an earlier version, or by hand
+        yield from index.get("sources", ())
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+    except (OSError, ValueError) as error:
+        raise _error(path, f"cannot be read: {str(error)[:100]}") from None
 
 
 def ended(document: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -248,7 +284,7 @@ def read_index(directory: pathlib.Path, tokenizer: Tokenizer | None = None) -> d
     """
     path = pathlib.Path(directory) / INDEX
     try:
-        index = read_json(path)
+        index = read_json(path, INDEX_BYTES)
     except FileNotFoundError:
         raise _error(path, "no such file; source is 'embedded' or a directory of prepared token shards") from None
     except ConfigError as error:
@@ -273,7 +309,7 @@ def _listed(directory: pathlib.Path, index: dict[str, Any], split: str) -> list[
         raise _error(directory / INDEX, f"lists no shards of split {split!r}; prepare it again")
     for shard in listed:
         file, tokens = shard["file"], shard["tokens"]
-        if not isinstance(file, str) or not re.fullmatch(rf"{split}_[0-9]{{5}}\.bin", file):
+        if not isinstance(file, str) or not re.fullmatch(rf"{split}_[0-9]{{5,9}}\.bin", file):
             raise _error(directory / INDEX, f"{file!r} is not a shard's name, such as {shard_name(split, 0)}")
         if type(tokens) is not int or tokens < 1:
             raise _error(directory / INDEX, f"{file}: {tokens!r} is not a number of tokens")

@@ -179,7 +179,7 @@ def _batches(inference: Inference, pieces: list, length: Any, what: str) -> Iter
     buckets = defaultdict(list)
     for piece in sorted(pieces, key=length, reverse=True):
         buckets[bucket(length(piece), inference.context)].append(piece)
-    batches, tokens = [], min(BATCH_TOKENS, LOGITS_BYTES // (4 * inference.tokenizer.vocab_size))
+    batches, tokens = [], min(BATCH_TOKENS, LOGITS_BYTES // (4 * inference.vocab_size))
     for size, found in buckets.items():
         rows = min(max(1, tokens // size), 1 << (-(-len(found) // inference.replicas) - 1).bit_length()) * inference.replicas
         batches += [(found[first: first + rows], size, rows) for first in range(0, len(found), rows)]

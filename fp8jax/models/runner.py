@@ -36,10 +36,12 @@ class Runner:
     Attributes:
         config: of the run.
         replicas: a batch must have a multiple of so many rows.
+        vocab_size: logits of a token: rows of the table, padding included.
     """
 
     def __init__(self, model: LoadedModel):
         self.config, self._definition, self._params, self._mesh = model
+        self.vocab_size = self._definition.vocab_size
         self.replicas = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         emulated = emulates_fp8(self.config, self._mesh.devices.flat[0])
         self._recipes = gemms.model_recipes(self.config, gated=self._definition.gated(), emulated=emulated, recipe="bf16")

@@ -334,6 +334,30 @@ def test_commands(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 6
 
 
+def test_the_index_does_not_grow_with_the_input_files(tmp_path):
+    sizes = []
+    for count in (10, 200):
+        folder = tmp_path / f"in{count}"
+        folder.mkdir()
+        for number in range(count):
+            (folder / f"{number:04d}.jsonl").write_bytes(lines([f"text {number}", "more"]))
+        prepare.prepare([folder], tmp_path / f"out{count}")
+        sizes.append((tmp_path / f"out{count}" / "index.json").stat().st_size)
+        listed = [json.loads(line) for line in (tmp_path / f"out{count}" / "sources.jsonl").read_text().splitlines()]
+        assert len(listed) == shards.read_index(tmp_path / f"out{count}")["source_files"] == count
+        assert [entry["documents"] for entry in listed] == [2] * count
+    assert sizes[1] < sizes[0] + 100
+
+
+def test_a_petabyte_has_no_more_parts_than_a_process_may_map(monkeypatch):
+    def pieces(path, part_bytes):
+        return [documents.Piece(path, number, number + 1, part_bytes) for number in range(-(-(1 << 50) // part_bytes))]
+
+    monkeypatch.setattr(documents, "stat", lambda path: (1 << 50, 0))
+    monkeypatch.setattr(documents, "pieces", pieces)
+    assert 8000 < len(prepare._parts(["a.jsonl"], 0.0)) <= 1 << 14
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_a_document_of_100_megabytes(tmp_path, bpe, name):

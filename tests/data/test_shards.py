@@ -176,3 +176,38 @@ def test_an_id_outside_the_vocabulary_stops_the_run(tmp_path, threads):
     with pytest.raises(ValueError, match=r"train_00001\.bin: token 3 is 9999, outside the vocabulary of 257"):
         for _ in range(3):
             next(iterator)
+
+
+def test_shards_beyond_a_hundred_thousand_have_names(tmp_path):
+    write(tmp_path, shard_tokens=30)
+    index = json.loads((tmp_path / "index.json").read_text())
+    for entry, number in zip(index["splits"]["train"]["shards"], range(99_999, 10**6, 400_000), strict=False):
+        for suffix in (".bin", ".ends"):
+            path = tmp_path / entry["file"]
+            path.with_suffix(suffix).rename((tmp_path / shards.shard_name("train", number)).with_suffix(suffix))
+        entry["file"] = shards.shard_name("train", number)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert load(tmp_path).read(0, 10**6).tolist() == expected(TRAIN)
+
+
+def test_an_index_that_names_many_input_files_is_read(tmp_path):
+    """Earlier versions wrote them into the index, and refused above 64 MiB what they had written."""
+    write(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["sources"] = [{"file": f"{'crawl/' * 700}{number:07d}", "bytes": 1, "documents": 1} for number in range(16_500)]
+    (tmp_path / "index.json").write_text(json.dumps(index, indent=1))
+    assert (tmp_path / "index.json").stat().st_size > 1 << 26
+    assert load(tmp_path).read(0, 10**6).tolist() == expected(TRAIN)
+    assert next(shards.read_sources(tmp_path))["file"].endswith("/0000000")
+
+
+def test_what_would_not_be_read_is_not_written(tmp_path, monkeypatch):
+    write(tmp_path / "a")
+    size = (tmp_path / "a" / "index.json").stat().st_size
+    monkeypatch.setattr(shards, "INDEX_BYTES", size)
+    write(tmp_path / "b")
+    assert shards.read_index(tmp_path / "b")["splits"]
+    monkeypatch.setattr(shards, "INDEX_BYTES", size - 1)
+    with pytest.raises(configs.ConfigError, match=r"index\.json: would have .* several directories"):
+        write(tmp_path / "c")
+    assert not (tmp_path / "c" / "index.json").exists()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fp8jax.interop import scoring
 from fp8jax.interop.generation import Sampling, generate, generate_ids
 from fp8jax.interop.inference import Inference
 from fp8jax.interop.scoring import Window, encode_pair, generate_until, log_likelihoods, rolling_log_likelihoods, score, windows
@@ -120,3 +121,13 @@ def test_generate_until_cuts_long_contexts_and_samples_where_asked(inference):
 def test_unknown_options_are_named(inference):
     with pytest.raises(ValueError, match="'top_k'.*top_p"):
         generate_until(inference, [("Anne", {"top_k": 5})])
+
+
+def test_logits_of_a_batch_fit_the_budget_of_the_table(monkeypatch):
+    """The table of a byte tokenizer's model may have 131,072 rows, and so have its logits."""
+    inference = Inference(load(vocab_size=4096))
+    assert inference.vocab_size == 4096
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", 4 * 4096 * 256)
+    pieces = [(number, [0] * 64) for number in range(50)]
+    found = list(scoring._batches(inference, pieces, lambda piece: len(piece[1]), "scoring"))
+    assert {(size, rows) for _, size, rows in found} == {(64, 4)} and sum(len(batch) for batch, _, _ in found) == 50

@@ -40,7 +40,8 @@ def _prepare(argv: Sequence[str]) -> int:
     splits = preparation.prepare(
         options.input, options.out, tokenizer=tokenizer, text_field=options.text_field, workers=options.workers,
         validation_fraction=options.validation_fraction, best_fit=options.best_fit, tell=_Progress(),
-        allow_normalisation=options.allow_normalisation, note=functools.partial(print, flush=True))
+        allow_normalisation=options.allow_normalisation, skip_bad_rows=options.skip_bad_rows,
+        note=functools.partial(print, flush=True))
     for split, found in splits.items():
         print(f"{split:<8} {found['documents']:,} documents, {found['tokens']:,} tokens, {found['text_bytes']:,} bytes of text")
     for length, packed in shards.read_index(options.out).get("best_fit", {}).items():
@@ -129,18 +130,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python -m fp8jax prepare --input 'crawl/*.jsonl.zst' --tokenizer tokenizer.json --out tokens\n"
                "         python train.py --config=configs/fp8_base.py:tiny --config.data.source=tokens")
     parser.add_argument("--input", nargs="+", action="extend", required=True, metavar="PATH",
-                        help="files, directories or quoted patterns: .jsonl, .txt, .md (also .gz, .zst), .parquet, .array_record (token "
-                             "ids); or hf:NAME[:CONFIG], a dataset of the Hugging Face hub")
+                        help="files, directories or quoted patterns: .jsonl, .txt, .md (also .gz, .bz2, .xz, .zst), .parquet, .arrow, "
+                             ".array_record (token ids); or hf:NAME[:CONFIG], a dataset of the Hugging Face hub")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="where the shards go; an empty directory")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", default="byte", metavar="NAME", help="byte (default), tekken, or the path of a tokenizer.json")
     which.add_argument("--train_tokenizer", type=int, metavar="VOCAB", help="train a byte-level BPE of so many ids on the input")
-    parser.add_argument("--text_field", default="text", help="field of an object, or column of a table, with the text (default: text)")
+    parser.add_argument("--text_field", default="text",
+                        help="field of an object, or column of a table, with the text or with token ids; a.b is b within a (default: text)")
     parser.add_argument("--validation_fraction", type=float, default=0.01, help="of the documents, held out (default: 0.01)")
     parser.add_argument("--best_fit", type=int, nargs="+", default=(), metavar="LENGTH",
                         help="also pack whole documents into sequences of so many tokens, for --config.data.packing=best_fit")
     parser.add_argument("--allow_normalisation", action="store_true",
                         help="take a tokenizer.json that brings text into a Unicode form (NFC) first; bits per byte is then of that text")
+    parser.add_argument("--skip_bad_rows", action="store_true", help="pass over lines and rows that hold no text, and count them")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
     return parser
 

@@ -5,40 +5,38 @@
         for blocks in read(piece, "text", progress):        # a document: strings, one after another
             ...
 
-`.jsonl` (and `.json`, one object a line) holds a document a line, `.parquet` one a row, `.txt` and `.md` files are a document
-each. All but parquet may be compressed, `.gz` or `.zst`. Text is UTF-8. Blank lines of a `.jsonl` file are passed over. Names that
-begin with 'hf:' are datasets of the Hugging Face hub (`hub`). Files that hold no text but token ids are read by `token_records`.
+`.jsonl` (`.ndjson`, and `.json`, one object a line) holds a document a line, `.parquet` and `.arrow` one a row (`tables`), `.txt`
+and `.md` files are a document each. All but tables may be compressed (`opening`). Text is UTF-8. Blank lines of a `.jsonl` file
+are passed over. Names that begin with 'hf:' are datasets of the Hugging Face hub (`hub`). Files that hold no text but token ids
+are read by `token_records`.
 
 Files are not trusted: sizes are bounded (a line or row by MAX_DOCUMENT), and whatever cannot be read is an error of one line
-with the file and the number of the line. Nothing is cleaned, filtered or deduplicated.
+with the file and the number of the line, or is counted and passed over where the caller asks for it. Nothing is cleaned,
+filtered or deduplicated.
 """
 
 import codecs
 import glob
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import os
 import pathlib
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fp8jax.config import ConfigError
-from fp8jax.data import hub, token_records
+from fp8jax.data import hub, opening, tables, token_records
+from fp8jax.data.opening import COMPRESSED, Input, Progress
 
-LINES, TEXT, PARQUET, TOKENS = (".jsonl", ".json"), (".txt", ".md"), (".parquet",), token_records.SUFFIXES
-COMPRESSED = (".gz", ".zst")
+LINES, TEXT = (".jsonl", ".ndjson", ".json"), (".txt", ".md")
+TABLES, TOKENS = (*tables.PARQUET, *tables.ARROW), token_records.SUFFIXES
 MAX_DOCUMENT = 1 << 29
 # Of a directory of text, what is about the text: dataset cards and what the Hugging Face libraries write beside data.
 _DESCRIBING = frozenset(("readme.md", "readme.txt", "license.txt", "license.md", "dataset_info.json", "dataset_infos.json",
                          "dataset_dict.json", "state.json", "tokenizer.json", "tokenizer_config.json"))
+Skip = Callable[[str], None]
 _BLOCK = 1 << 18
-
-Progress = Callable[[int], Any]
-
 
 class Piece(NamedTuple):
     """Documents that are read in one go.
@@ -90,7 +88,7 @@ def find(
             found.setdefault(real, file)
     for path in found.values():
         if not path.startswith(hub.PREFIX) and _kind(path) is None:
-            known = ", ".join((*LINES, *TEXT, *PARQUET, *TOKENS[:1]))
+            known = ", ".join((*LINES, *TEXT, *TABLES, *TOKENS[:1]))
             raise ConfigError(f"{path}: {pathlib.Path(path).suffix!r} is not a kind of text file that is read; use one of {known}")
     if left_out:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
@@ -147,9 +145,9 @@ def _kind(path: str) -> tuple[str, ...] | None:
     name = path.lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
-    for kind in (LINES, TEXT, PARQUET, TOKENS):
+    for kind in (LINES, TEXT, TABLES, TOKENS):
         if name.endswith(kind):
-            return None if kind in (PARQUET, TOKENS) and name != path.lower() else kind
+            return None if kind in (TABLES, TOKENS) and name != path.lower() else kind
     return None
 
 
@@ -158,9 +156,11 @@ def is_plain_text(path: str) -> bool:
     return path.lower().endswith(TEXT) and not path.startswith(hub.PREFIX)
 
 
-def is_tokens(path: str) -> bool:
-    """Whether the file holds token ids instead of text."""
-    return _kind(path) is TOKENS and not path.startswith(hub.PREFIX)
+def is_tokens(path: str, field: str = "") -> bool:
+    """Whether the file holds token ids instead of text, a table in this column."""
+    if path.startswith(hub.PREFIX):
+        return False
+    return _kind(path) is TOKENS or (_kind(path) is TABLES and tables.holds_ids(path, field))
 
 
 def stat(path: str) -> tuple[int, int]:
@@ -174,7 +174,7 @@ def stat(path: str) -> tuple[int, int]:
     try:
         found = os.stat(path)
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise opening.unreadable(path, error) from None
     return found.st_size, found.st_mtime_ns
 
 
@@ -190,7 +190,7 @@ def digest(path: str) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise opening.unreadable(path, error) from None
 
 
 def pieces(path: str, piece_bytes: int) -> list[Piece]:
@@ -202,11 +202,9 @@ def pieces(path: str, piece_bytes: int) -> list[Piece]:
     size = stat(path)[0]
     if path.startswith(hub.PREFIX):
         return _even_pieces(path, len(hub.dataset(path)), size, piece_bytes)
-    if _kind(path) is PARQUET:
-        file = _parquet(path)
-        groups = [file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups)]
-        return [Piece(path, group, group + 1, bytes_) for group, bytes_ in enumerate(groups)]
-    if is_tokens(path):
+    if _kind(path) is TABLES:
+        return [Piece(path, group, group + 1, bytes_) for group, bytes_ in enumerate(tables.sizes(path))]
+    if _kind(path) is TOKENS:
         return _even_pieces(path, token_records.count(path), size, piece_bytes)
     if path.lower().endswith(LINES):
         return _even_pieces(path, size, size, piece_bytes)
@@ -237,28 +235,33 @@ def cut_text(path: str, fraction: float) -> list[Piece]:
     return [Piece(path, 0, cut, cut, "train"), Piece(path, cut, size, size - cut, "held_out")]
 
 
-def read(piece: Piece, field: str, progress: Progress) -> Iterator[Iterable[str]]:
+def read(piece: Piece, field: str, progress: Progress, skip: Skip | None = None) -> Iterator[Iterable[str]]:
     """The documents of a piece, each as strings to be joined; use one up before asking for the next.
 
     Args:
         piece: of a file.
-        field: the field of an object or column of a table that holds the text.
-        progress: told the bytes of input that were read since it was last told.
+        field: the field of an object or column of a table that holds the text; 'a.b' is b within a.
+        progress: receives the bytes of input that were read since the last call.
+        skip: receives a line for each line or row that holds no text, which is then passed over; None: it is an error.
 
     Raises:
         ConfigError: a file, line or row that cannot be read as text; the message names it.
     """
     kind = _kind(piece.path)
-    if is_tokens(piece.path):
-        raise ConfigError(f"{piece.path}: holds token ids, not text")
     if piece.path.startswith(hub.PREFIX):
         for texts in hub.rows(piece.path, field, piece.start, piece.stop):
             yield from map(_blocks, texts)
             progress(piece.size * len(texts) // max(1, piece.stop - piece.start))
-    elif kind is PARQUET:
-        yield from _read_parquet(piece, field, progress)
+    elif is_tokens(piece.path, field):
+        raise ConfigError(f"{piece.path}: holds token ids, not text")
+    elif kind is TABLES:
+        rows = max(1, tables.rows(piece.path, piece.start))
+        for number, (_, text) in enumerate(tables.texts(piece.path, piece.start, field, skip)):
+            yield _blocks(text)
+            if number % 256 == 255:
+                progress(piece.size * 256 // rows)
     elif kind is LINES:
-        yield from _read_lines(piece, field, progress)
+        yield from _read_lines(piece, field, progress, skip)
     else:
         yield _read_text(piece, progress)
 
@@ -268,7 +271,7 @@ def _read_text(piece: Piece, progress: Progress) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     left, offset = (piece.stop - piece.start if piece.stop >= 0 else -1), piece.start
     try:
-        with _Input(piece.path, progress) as file:
+        with Input(piece.path, progress) as file:
             file.seek(piece.start)
             while left and (block := file.read(_BLOCK if left < 0 else min(_BLOCK, left))):
                 left -= len(block) if left > 0 else 0
@@ -279,8 +282,8 @@ def _read_text(piece: Piece, progress: Progress) -> Iterator[str]:
         raise ConfigError(f"{piece.path}: is not UTF-8 near byte {offset + error.start}; convert it first") from None
 
 
-def _read_lines(piece: Piece, field: str, progress: Progress) -> Iterator[Iterable[str]]:
-    with _Input(piece.path, progress) as file:
+def _read_lines(piece: Piece, field: str, progress: Progress, skip: Skip | None) -> Iterator[Iterable[str]]:
+    with Input(piece.path, progress) as file:
         if piece.start:  # the line that began before belongs to the piece before
             file.seek(piece.start - 1)
             _skip_line(file, piece.stop)
@@ -295,26 +298,54 @@ def _read_lines(piece: Piece, field: str, progress: Progress) -> Iterator[Iterab
             if line.isspace():
                 continue
             try:
-                yield _blocks(_text(line, field))
+                text = _text(line, field)
             except ValueError as error:
-                raise _line_error(piece, number, str(error)) from None
+                fault = _line_error(piece, number, str(error))
+                if skip is None:
+                    raise fault from None
+                skip(str(fault))
+                continue
+            yield _blocks(text)
 
 
-def _skip_line(file: "_Input", stop: int) -> None:
+def _skip_line(file: Input, stop: int) -> None:
     while file.tell() < stop and (found := file.readline(_BLOCK)) and not found.endswith(b"\n"):
         pass
 
 
 def _text(line: bytes, field: str) -> str:
     try:
-        value = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
+        value = _json(line.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8") from None
     except (ValueError, RecursionError):
         raise ValueError("is not JSON") from None
-    if not isinstance(value, dict) or not isinstance(value.get(field), str):
+    found = _member(value, field)
+    if isinstance(found, list) and found and all(isinstance(part, str) for part in found):
+        found = "\n".join(found)
+    if not isinstance(found, str):
         raise ValueError(f"is not a JSON object with a string field {field!r}")
-    return _checked(value[field])
+    return _checked(found)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError):
+            raise
+    return json.loads(text, parse_int=str)  # an integer of thousands of digits is JSON, and no field of text
+
+
+def _member(value: Any, field: str) -> Any:
+    """A field of an object, or, where it has none of the whole name, the one that the dots lead to."""
+    if isinstance(value, dict) and field in value:
+        return value[field]
+    for name in field.split("."):
+        if not isinstance(value, dict):
+            return None
+        value = value.get(name)
+    return value
 
 
 def _checked(text: str) -> str:
@@ -341,111 +372,3 @@ def _line_error(piece: Piece, number: int, fault: str) -> ConfigError:
 
 def _blocks(text: str) -> list[str]:
     return [text[start : start + _BLOCK] for start in range(0, max(len(text), 1), _BLOCK)]
-
-
-def _read_parquet(piece: Piece, field: str, progress: Progress) -> Iterator[Iterable[str]]:
-    file, row = _parquet(piece.path), 0
-    column = file.schema_arrow.field(field) if field in file.schema_arrow.names else None
-    if column is None or str(column.type) not in ("string", "large_string", "string_view"):
-        names = ", ".join(f"{one.name} ({one.type})" for one in file.schema_arrow)
-        raise ConfigError(f"{piece.path}: has no column {field!r} of text; --text_field is one of {names}")
-    before = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-    rows = max(1, file.metadata.row_group(piece.start).num_rows)
-    try:
-        for batch in file.iter_batches(batch_size=256, row_groups=[piece.start], columns=[field], use_threads=False):
-            for value in batch.column(0):
-                row += 1
-                if not value.is_valid:
-                    raise ConfigError(f"{piece.path}: row {before + row} has no text in column {field!r}")
-                try:
-                    yield _blocks(value.as_py())
-                except UnicodeDecodeError:
-                    raise ConfigError(f"{piece.path}: row {before + row} is not UTF-8") from None
-            progress(piece.size * len(batch) // rows)
-    except OSError as error:  # pyarrow's errors for damaged pages are
-        raise ConfigError(f"{piece.path}: cannot be read after row {before + row}: {_first_line(error)}") from None
-
-
-def _parquet(path: str) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise _missing_package(path) from None
-    try:
-        return pyarrow.parquet.ParquetFile(path, memory_map=True)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise ConfigError(f"{path}: is not a parquet file: {_first_line(error)}") from None
-
-
-class _Input:
-    """A file, decompressed, that tells how far it was read and says where it is damaged."""
-
-    def __init__(self, path: str, progress: Progress):
-        self._path, self._progress, self._told = path, progress, 0
-        try:
-            self._raw = open(path, "rb", buffering=1 << 20)
-        except OSError as error:
-            raise _unreadable(path, error) from None
-        self._file: Any = self._decompressed()
-
-    def _decompressed(self) -> Any:
-        name = self._path.lower()
-        if name.endswith(".gz"):
-            return io.BufferedReader(gzip.GzipFile(fileobj=self._raw), 1 << 20)
-        if not name.endswith(".zst"):
-            return self._raw
-        try:
-            import pyarrow  # unlike zstandard, it says that a stream is cut off
-        except ImportError:
-            raise _missing_package(self._path) from None
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(self._raw, "r"), "zstd"), 1 << 20)
-
-    def __enter__(self) -> "_Input":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._tell()
-        self._raw.close()
-
-    def seek(self, position: int) -> None:
-        if position:
-            self._file.seek(position)
-            self._told = position
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def read(self, size: int) -> bytes:
-        return self._guarded(self._file.read, size)
-
-    def readline(self, limit: int) -> bytes:
-        return self._guarded(self._file.readline, limit)
-
-    def _guarded(self, action: Callable[[int], bytes], size: int) -> bytes:
-        try:
-            found = action(size)
-        except (OSError, EOFError, zlib.error) as error:
-            raise self._damaged(error) from None
-        self._tell()
-        return found
-
-    def _tell(self) -> None:
-        position = self._raw.tell()
-        if position > self._told:
-            self._progress(position - self._told)
-            self._told = position
-
-    def _damaged(self, error: Exception) -> ConfigError:
-        return ConfigError(f"{self._path}: is damaged or cut off near byte {self._raw.tell()}: {_first_line(error)}")
-
-
-def _missing_package(path: str) -> ConfigError:
-    return ConfigError(f"{path}: needs the package pyarrow; pip install -r requirements-data.txt")
-
-
-def _unreadable(path: str, error: OSError) -> ConfigError:
-    return ConfigError(f"{path}: cannot be read: {error.strerror or _first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

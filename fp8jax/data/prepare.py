@@ -51,6 +51,7 @@ class _Job:
     text_field: str
     threshold: int  # documents whose hash is below are held out
     allow_normalisation: bool = False
+    skip_bad_rows: bool = False
 
     def load(self) -> tokenizers.Tokenizer:
         """The tokenizer, read once a process."""
@@ -67,6 +68,7 @@ def prepare(
     best_fit: Sequence[int] = (),
     workers: int = 1,
     allow_normalisation: bool = False,
+    skip_bad_rows: bool = False,
     tell: Tell = lambda done, total: None,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, Any]]:
@@ -81,6 +83,7 @@ def prepare(
         best_fit: sequence lengths for which the training split is packed by best fit; also for a directory that is finished.
         workers: processes; 1 works in the present one. More need a `__main__` guard in a script.
         allow_normalisation: take a tokenizer that brings text into a Unicode form, such as NFC, first.
+        skip_bad_rows: pass over lines and rows that hold no text, and count them in the index; else they are errors.
         tell: called now and then with the bytes of input that are done, and those that there are.
         note: receives lines on what was left out of the inputs, and on the tokenizer.
 
@@ -95,18 +98,21 @@ def prepare(
     if workers < 1:
         raise ConfigError(f"--workers: {workers} is below 1")
     directory = pathlib.Path(directory)
-    job = _Job(directory, str(tokenizer), text_field, int(validation_fraction * _HASHES), allow_normalisation)
+    job = _Job(directory, str(tokenizer), text_field, int(validation_fraction * _HASHES), allow_normalisation,
+               skip_bad_rows)
     loaded = job.load()
     for line in loaded.notes:
         note(f"tokenizer: {line}")
     parts = _parts(documents.find(inputs, out=directory, tell=note), validation_fraction)
-    plan = _plan(parts, loaded, text_field, validation_fraction)
+    plan = _plan(parts, loaded, text_field, validation_fraction, skip_bad_rows)
     if (directory / shards.INDEX).exists():
         return _pack(_finished(directory, plan), directory, loaded, best_fit)
     with _begin(directory, plan, parts):
         _run(job, parts, workers, tell)
         _hold_one_out(job, parts, validation_fraction)
         index = _index(job, parts, loaded, plan, validation_fraction)
+        if bad := index.get("skipped_rows"):
+            note(f"skipped: {bad:,} rows that hold no text, first {index['first_skipped']}")
         _copy_tokenizer(loaded, directory)
         sources = _sources(job, parts)
         shards.write_sources(directory, sources)
@@ -173,9 +179,10 @@ def _parts(paths: list[str], fraction: float) -> list[list[documents.Piece]]:
     return [part for part in parts if part]
 
 
-def _plan(parts: list, tokenizer: tokenizers.Tokenizer, text_field: str, fraction: float) -> str:
+def _plan(parts: list, tokenizer: tokenizers.Tokenizer, text_field: str, fraction: float, skip_bad_rows: bool) -> str:
     """Identifies what is to be made: equal plans give equal bytes, as long as no file changes its content alone."""
-    return hashlib.sha256(json.dumps([shards.header(tokenizer), text_field, fraction, parts]).encode()).hexdigest()
+    made_of = [shards.header(tokenizer), text_field, fraction, parts] + ["skip_bad_rows"] * skip_bad_rows
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 def _finished(directory: pathlib.Path, plan: str) -> dict[str, Any]:
@@ -313,11 +320,15 @@ def _make(job: _Job, number: int, part: list[documents.Piece], progress: documen
     tokenizer = job.load()
     writers = {split: shards.ShardWriter(job.directory / shards.shard_name(split, number), tokenizer) for split in shards.SPLITS}
     lowest, counts = _HASHES, []
+    skipped = _Skipped() if job.skip_bad_rows else None
     for piece in part:
         before = sum(writer.documents for writer in writers.values())
         within = _Within(piece.size, progress)
-        of_piece = _recorded if documents.is_tokens(piece.path) else _encoded
-        for split, low, ids, last in of_piece(piece, job, within, tokenizer):
+        if documents.is_tokens(piece.path, job.text_field):
+            found = _recorded(piece, job, within, tokenizer)
+        else:
+            found = _encoded(piece, job, within, tokenizer, skipped)
+        for split, low, ids, last in found:
             lowest = min(lowest, low)
             writers[split].write(ids)
             if last:
@@ -332,23 +343,37 @@ def _make(job: _Job, number: int, part: list[documents.Piece], progress: documen
             entries[split] = None
     record = job.directory / _UNFINISHED / f"{number:05d}.json"
     partial = record.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({"shards": entries, "lowest": lowest, "documents": counts}))
+    bad = {"skipped": skipped.count, "first_skipped": skipped.first} if skipped else {}
+    partial.write_text(json.dumps({"shards": entries, "lowest": lowest, "documents": counts, **bad}))
     os.replace(partial, record)
+
+
+class _Skipped:
+    """Counts the rows of a part that hold no text, and keeps what was wrong with the first."""
+
+    def __init__(self):
+        self.count = 0
+        self.first = ""
+
+    def __call__(self, fault: str) -> None:
+        self.count += 1
+        self.first = self.first or fault
 
 
 def _recorded(piece: documents.Piece, job: _Job, progress: documents.Progress, tokenizer: tokenizers.Tokenizer) -> Iterator[tuple]:
     """What `_encoded` yields, of documents that are token ids already."""
     told = piece.start
-    for record, ids in token_records.documents(piece.path, piece.start, piece.stop, tokenizer):
+    for record, ids in token_records.documents(piece.path, piece.start, piece.stop, job.text_field, tokenizer):
         digest = _hash(ids.astype("<i8").tobytes())
         yield shards.SPLITS[digest < job.threshold], digest, ids, True
-        progress(piece.size * (record - told) // (piece.stop - piece.start))
-        told = record
+        if piece.path.lower().endswith(documents.TOKENS):  # a table's rows are not counted in a piece's
+            progress(piece.size * (record - told) // (piece.stop - piece.start))
+            told = record
 
 
-def _chunks(piece: documents.Piece, job: _Job, progress: documents.Progress) -> Iterator[tuple[str, int, str, bool]]:
+def _chunks(piece: documents.Piece, job: _Job, progress: documents.Progress, skipped: _Skipped | None) -> Iterator[tuple[str, int, str, bool]]:
     """Split, hash of the document, text and whether the document ends with it."""
-    for blocks in documents.read(piece, job.text_field, progress):
+    for blocks in documents.read(piece, job.text_field, progress, skipped):
         split = None
         for text, last in _cut(blocks):
             if split is None:
@@ -383,11 +408,11 @@ def _boundary(text: str) -> int:
     return text.rfind("\n", LONG // 2, LONG) + 1 or LONG
 
 
-def _encoded(piece: documents.Piece, job: _Job, progress: documents.Progress,
-             tokenizer: tokenizers.Tokenizer) -> Iterator[tuple[str, int, np.ndarray, bool]]:
+def _encoded(piece: documents.Piece, job: _Job, progress: documents.Progress, tokenizer: tokenizers.Tokenizer,
+             skipped: _Skipped | None) -> Iterator[tuple[str, int, np.ndarray, bool]]:
     """The chunks with token ids in place of text, encoded in batches of about BATCH characters."""
     batch, size = [], 0
-    for chunk in _chunks(piece, job, progress):
+    for chunk in _chunks(piece, job, progress, skipped):
         batch.append(chunk)
         size += len(chunk[2]) + 64
         if size >= BATCH:
@@ -439,8 +464,11 @@ def _index(job: _Job, parts: list, tokenizer: tokenizers.Tokenizer, plan: str, f
               for split in shards.SPLITS}
     if not splits["train"]["documents"]:
         raise ConfigError(f"{job.directory}: no documents left to train on; give more, or a lower --validation_fraction")
-    normalised = {"normalised": True} if job.allow_normalisation else {}
-    return shards.header(tokenizer) | normalised | {"plan": plan, "text_field": job.text_field, "validation_fraction": fraction,
+    more: dict[str, Any] = {"normalised": True} if job.allow_normalisation else {}
+    if bad := sum(record.get("skipped", 0) for record in records):
+        first = next(record["first_skipped"] for record in records if record.get("skipped"))
+        more |= {"skipped_rows": bad, "first_skipped": first}
+    return shards.header(tokenizer) | more | {"plan": plan, "text_field": job.text_field, "validation_fraction": fraction,
                                                     "splits": splits}
 
 

@@ -1,18 +1,22 @@
-"""ArrayRecord files of token ids as input of `prepare`: what another program has tokenised goes into shards as it is.
+"""Files of token ids as input of `prepare`: what another program has tokenised goes into shards as it is.
 
-    for ids in documents("tokens.array_record", 0, count("tokens.array_record"), tokenizer): ...
+    for number, ids in documents("tokens.array_record", 0, count("tokens.array_record"), "", tokenizer): ...
+    for number, ids in documents("tokens.parquet", 0, tables.count("tokens.parquet"), "input_ids", tokenizer): ...
 
-A record is an array of ids: the content of a .npy file of integers, or bare little-endian int32. It is a document, or
-several if it holds end-of-document ids; one at its end changes nothing. The ids must be those of the tokenizer that is named.
+A record of an ArrayRecord file is the content of a .npy file of integers, or bare little-endian int32; a row of a table is a
+list of integers in the named column. It is a document, or several if it holds end-of-document ids; one at its end changes
+nothing. The ids must be those of the tokenizer that is named.
 """
 
 import io
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from fp8jax.config import ConfigError
+from fp8jax.data import tables
 from fp8jax.data.tokenizer import Tokenizer
 
 SUFFIXES = (".array_record", ".arrayrecord")
@@ -31,12 +35,27 @@ def count(path: str) -> int:
     return found
 
 
-def documents(path: str, start: int, stop: int, tokenizer: Tokenizer) -> Iterator[tuple[int, np.ndarray]]:
+def documents(path: str, start: int, stop: int, field: str, tokenizer: Tokenizer) -> Iterator[tuple[int, np.ndarray]]:
     """The documents of some records: the number of the record, from 0, and ids [any] without the end-of-document id.
+
+    Args:
+        path: of an ArrayRecord file or a table.
+        start: first record, or row group of a table.
+        stop: one past the last.
+        field: of a table, the column of ids.
+        tokenizer: whose ids they are.
 
     Raises:
         ConfigError: a record that cannot be read, is no array of ids, or has ids that are not the tokenizer's.
     """
+    records = _records(path, start, stop) if path.lower().endswith(SUFFIXES) else _rows(path, start, stop, field)
+    for number, record in records:
+        ids = _checked(path, number, record, tokenizer.vocab_size)
+        for document in _split(ids, tokenizer.end_of_document):
+            yield number, document
+
+
+def _records(path: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
     reader = _reader(path)
     for first in range(start, stop, _TOGETHER):
         try:
@@ -44,15 +63,35 @@ def documents(path: str, start: int, stop: int, tokenizer: Tokenizer) -> Iterato
         except Exception as error:  # the library's errors are of many kinds
             raise ConfigError(f"{path}: cannot be read after record {first}: {str(error).splitlines()[0]}") from None
         for number, record in enumerate(records, first):
-            for ids in _split(_ids(path, number, record, tokenizer.vocab_size), tokenizer.end_of_document):
-                yield number, ids
+            yield number, _array(path, number, record)
 
 
-def _ids(path: str, number: int, record: bytes, vocab_size: int) -> np.ndarray:
+def _rows(path: str, start: int, stop: int, field: str) -> Iterator[tuple[int, np.ndarray]]:
+    for piece in range(start, stop):
+        yield from tables.id_lists(path, piece, field)
+
+
+def _array(path: str, number: int, record: bytes) -> np.ndarray:
     try:
-        ids = np.load(io.BytesIO(record), allow_pickle=False) if record.startswith(_NPY) else np.frombuffer(record, "<i4")
-    except (ValueError, EOFError):
+        return _npy(record) if record.startswith(_NPY) else np.frombuffer(record, "<i4")
+    except (ValueError, EOFError, SyntaxError, OverflowError):
         raise ConfigError(f"{path}: record {number} is neither a .npy array nor little-endian int32") from None
+
+
+def _npy(record: bytes) -> np.ndarray:
+    """The array of a .npy file; its header is read before memory is asked for what it claims."""
+    file = io.BytesIO(record)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, kind = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, _, kind = np.lib.format.read_array_header_2_0(file)
+    if kind.hasobject or math.prod(shape) * kind.itemsize != len(record) - file.tell():
+        raise ValueError("the header does not fit the record")
+    return np.frombuffer(record, kind, offset=file.tell()).reshape(shape)
+
+
+def _checked(path: str, number: int, ids: np.ndarray, vocab_size: int) -> np.ndarray:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ConfigError(f"{path}: record {number} is an array of {ids.dtype} {list(ids.shape)}, not a sequence of integers")
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:

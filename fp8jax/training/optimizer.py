@@ -59,9 +59,13 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     def axes(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: _muon_axes(path), params)
 
-    muon = contrib.muon(1.0, weight_decay=0.0, adam_b1=config.b1, adam_b2=config.b2, eps=config.eps, consistent_rms=_MUON_RMS,
-                        muon_weight_dimension_numbers=axes)
-    return optax.chain(muon, optax.scale(-1.0))  # its update is to be added, ours to be subtracted
+    def kinds(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if _muon_axes(path) else "adam", params)
+
+    # Of all parameters, contrib.muon would give the rest to an Adam with Nesterov's momentum.
+    muon = contrib.muon(1.0, weight_decay=0.0, eps=config.eps, consistent_rms=_MUON_RMS, muon_weight_dimension_numbers=axes)
+    subtracted = optax.chain(muon, optax.scale(-1.0))  # its update is to be added, ours to be subtracted
+    return optax.partition({"muon": subtracted, "adam": _adam(config)}, kinds)
 
 
 def _muon_axes(path: Any) -> contrib.MuonDimensionNumbers | None:

@@ -14,7 +14,7 @@ from fp8jax.numerics import statistics
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.state_statistics import state_statistics
 from fp8jax.training.step import TrainProgram
-from tests.numerics.test_statistics import spread_of
+from tests.numerics.reference import spread_of
 
 ACTIVATIONS = ("qkv_input", "qkv", "q", "k", "mlp_intermediate", "mlp_post_act", "mlp_out", "activation")
 GRADIENTS = ("qkv.g", "attention_out.g", "mlp_up.g", "mlp_down.g", "attention_values.do")

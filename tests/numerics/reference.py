@@ -164,3 +164,17 @@ class BlockwiseLinear:
     def _gemm(self, a, b, subscripts):
         terms = b.shape[0]
         return np.einsum(subscripts, a, b), (terms + 4) * (EPS32 * np.einsum(subscripts, np.abs(a), np.abs(b)) + TINY)
+
+
+def kurtosis(x, pooled=False):
+    """FOG.md section 5, in float64: of each token, or of each sequence, not centred; zero ones left out."""
+    x = np.asarray(x).astype(np.float64)
+    samples = x.reshape(x.shape[0], -1) if pooled else x.reshape(-1, x.shape[-1])
+    samples = samples[np.any(samples != 0, axis=1)]
+    return np.mean(np.mean(samples**4, axis=1) / np.mean(samples**2, axis=1) ** 2) if len(samples) else 0.0
+
+
+def spread_of(x):
+    """DISTRIBUTION in float64."""
+    exact = np.asarray(x).astype(np.float64)
+    return [exact.mean(), np.sqrt(np.mean(exact**2)), kurtosis(x), kurtosis(x, True)]

@@ -12,29 +12,15 @@ from fp8jax.numerics.dot_general import dot_general
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
 
 from . import reference
-from .reference import E4M3, E5M2
+from .reference import E4M3, E5M2, kurtosis, spread_of
 
 RECIPE = GemmRecipe("current")
 SIZES = pytest.mark.parametrize("size", [1.0, 1e10, 1e-12])
 BEYOND_SQUARES = pytest.mark.parametrize("size", [1.0, 1e10, 1e-12, 1e30, 1e-30])
 
 
-def kurtosis(x, pooled=False):
-    """FOG.md section 5, in float64: of each token, or of each sequence, not centred; zero ones left out."""
-    x = np.asarray(x).astype(np.float64)
-    samples = x.reshape(x.shape[0], -1) if pooled else x.reshape(-1, x.shape[-1])
-    samples = samples[np.any(samples != 0, axis=1)]
-    return np.mean(np.mean(samples**4, axis=1) / np.mean(samples**2, axis=1) ** 2) if len(samples) else 0.0
-
-
 def heavy(shape, size, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_t(3, shape) * size, jnp.float32)
-
-
-def spread_of(x):
-    """DISTRIBUTION in float64."""
-    exact = np.asarray(x).astype(np.float64)
-    return [exact.mean(), np.sqrt(np.mean(exact**2)), kurtosis(x), kurtosis(x, True)]
 
 
 def taken(x, pooled=False):

@@ -22,19 +22,14 @@ from fp8jax.numerics.recipes import GemmRecipe
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.parallel.sharding import RULES, activation_specs, attention_axes
 from fp8jax.training.step import TrainProgram
-from tests.training.test_run import micro
+from tests.helpers.runs import on_mesh as config_of
 
 MESHES = {
     "data 8": {"data": 8, "fsdp": 1}, "fsdp 8": {"fsdp": 8}, "tensor 8": {"fsdp": 1, "tensor": 8}, "data 2 x fsdp 4": {"data": 2, "fsdp": 4},
     "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}, "sequence 2 x fsdp 4": {"sequence": 2, "fsdp": 4}}
 ONE = {"fsdp": 1}
-MODEL = {"layers": 2, "width": 64, "ffn_width": 64, "heads": 8, "kv_heads": 8}
 RECIPE = GemmRecipe("delayed", history_length=2)
 over_meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-
-
-def config_of(mesh, **changes):
-    return micro(model=MODEL, mesh=mesh, **changes)
 
 
 def mesh_of(config):

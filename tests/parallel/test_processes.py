@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import random
 import signal
 import socket
 import subprocess
@@ -20,7 +19,8 @@ from fp8jax.monitor.writers import read_metrics
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
-from tests.parallel.test_meshes import config_of
+from tests.helpers.processes import free_port
+from tests.helpers.runs import on_mesh
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MICRO = ["--config=configs/fp8_base.py:tiny", "--config.model.layers=2", "--config.model.width=32", "--config.model.ffn_width=32",
@@ -28,19 +28,6 @@ MICRO = ["--config=configs/fp8_base.py:tiny", "--config.model.layers=2", "--conf
          "--config.optimizer.decay_fraction=0", "--config.log.every=1",
          "--config.monitor.every=0", "--config.evaluation.every=0", "--config.evaluation.batches=2", "--config.checkpoint.every=3"]
 PATIENCE = 900  # seconds; a crowded machine compiles slowly
-
-
-def free_port():
-    """One below those that the system gives to whoever asks for any, and the next one, which is used, too."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with socket.socket() as one, socket.socket() as next_one:
-            try:
-                one.bind(("", port))
-                next_one.bind(("", port + 1))
-                return port
-            except OSError:
-                continue
 
 
 def start(workdir, cache, *, processes, devices, steps, mesh, **flags):
@@ -171,7 +158,7 @@ def test_who_does_not_come_is_named(tmp_path, missing, patience, expected):
     {"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"sequence": 2, "fsdp": 4}, {"fsdp": 1, "tensor": 8}])
 def test_rows_reach_their_devices(mesh):
     """Whatever the mesh, the global array is the batch; on one process all rows are loaded."""
-    config = config_of(mesh, training={"microbatches": 2, "batch_size": 32})
+    config = on_mesh(mesh, training={"microbatches": 2, "batch_size": 32})
     sharding = NamedSharding(make_mesh(config, jax.devices()), PartitionSpec(None, RULES["batch"], RULES["sequence"]))
     rows, batch = Rows((2, 16, 32), sharding), pipeline.train_batches(config)[3]
     assert rows.numbers == list(range(32))

@@ -11,7 +11,7 @@ from fp8jax.data import pipeline
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.training import loop, step
 from fp8jax.training.bad_steps import WINDOW, Health
-from tests.training.test_run import micro, program_of, train
+from tests.helpers.runs import micro, program_of, train
 
 
 def one_step(program, state, batch):

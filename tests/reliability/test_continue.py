@@ -10,7 +10,7 @@ from fp8jax.monitor.writers import read_metrics
 from fp8jax.training import loop
 from fp8jax.training.checkpoint import Checkpoints, load_config, save_config
 from fp8jax.training.resume import check_continues, resume
-from tests.training.test_run import EIGHT, MICRO, micro, program_of, train
+from tests.helpers.runs import EIGHT, MICRO, micro, program_of, train
 
 SHORT = {"evaluation": {"every": 0, "batches": 1}, "monitor": {"every": 0}}
 

@@ -11,7 +11,7 @@ import pytest
 
 from fp8jax.training import manifest
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints
-from tests.training.test_run import logged, micro, saved, train
+from tests.helpers.runs import logged, micro, saved, train
 
 
 def state(step):

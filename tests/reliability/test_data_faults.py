@@ -9,7 +9,7 @@ from fp8jax.config import ConfigError, DataError
 from fp8jax.data import pipeline, shards, tokenizer
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.training.checkpoint import Checkpoints
-from tests.training.test_run import micro, train
+from tests.helpers.runs import micro, train
 
 BYTE = tokenizer.load("byte")
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "

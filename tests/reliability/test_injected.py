@@ -14,7 +14,7 @@ from fp8jax.numerics import placement
 from fp8jax.training import step as step_lib
 from fp8jax.training.checkpoint import Checkpoints
 from fp8jax.training.step import TrainProgram
-from tests.training.test_run import EIGHT, logged, micro, saved, train
+from tests.helpers.runs import EIGHT, logged, micro, saved, train
 
 pytestmark = pytest.mark.slow
 AT = 6
@@ -97,7 +97,7 @@ def arrays_of(config, workdir, step):
 
 
 def step_program(config):
-    from tests.training.test_run import program_of
+    from tests.helpers.runs import program_of
 
     return program_of(config).abstract_state
 

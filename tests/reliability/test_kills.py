@@ -16,8 +16,8 @@ import pytest
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.parallel.launchers import Launch
 from fp8jax.training.checkpoint import Checkpoints
-from tests.parallel.test_processes import free_port
-from tests.training.test_run import logged, micro, saved
+from tests.helpers.processes import free_port
+from tests.helpers.runs import logged, micro, saved
 
 STEPS, KILLS, PHASES = 80, 10, ("start-up", "step", "save")
 MEETING, LIMIT = 30, 60  # seconds in which processes must meet, and in which one must end that has lost the other

@@ -16,7 +16,7 @@ from fp8jax.monitor.writers import read_metrics
 from fp8jax.training import manifest, saving
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints
 from fp8jax.training.lock import exclusive
-from tests.training.test_run import micro, train
+from tests.helpers.runs import micro, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ from fp8jax.monitor.patient_file import PatientFile
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.training import manifest, saving
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints
-from tests.training.test_run import logged, micro, saved, train
+from tests.helpers.runs import logged, micro, saved, train
 
 # Where a save fails, Orbax leaves coroutines that nobody awaits any more, which Python remarks on when it frees them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")

@@ -1,6 +1,6 @@
 """A traced window: the steps asked for, with the names of roles and passes in it."""
 
-from tests.training.test_run import micro, train
+from tests.helpers.runs import micro, train
 
 
 def test_window(tmp_path, capfd):

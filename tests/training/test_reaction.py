@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from test_run import ONE, micro, program_of, stop_at, train  # noqa: F401
 
 from fp8jax import config as config_lib
 from fp8jax.monitor.early_warning import Alarm, EarlyWarning
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.training.checkpoint import Checkpoints
+from tests.helpers.runs import micro, program_of, train
 
 AT = 4
 

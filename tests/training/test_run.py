@@ -10,84 +10,13 @@ import numpy as np
 import pytest
 
 from fp8jax import config as config_lib
-from fp8jax.data import pipeline, tokenizer
-from fp8jax.models.definition import define
+from fp8jax.data import pipeline
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.parallel.mesh import make_mesh
-from fp8jax.training import loop, start_up, step
+from fp8jax.training import start_up, step
 from fp8jax.training.checkpoint import Checkpoints
 from fp8jax.training.evaluation import evaluate_run
-from fp8jax.training.optimizer import learning_rate
 from fp8jax.training.step import TrainProgram
-
-MICRO = {
-    "model": {"layers": 2, "width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1},
-    "data": {"sequence_length": 32},
-    "training": {"steps": 8, "batch_size": 16},
-    "optimizer": {"warmup_steps": 2},
-    "evaluation": {"every": 4, "batches": 2},
-    "monitor": {"every": 3},
-    "log": {"every": 1},
-    "checkpoint": {"every": 3},
-}
-ONE, EIGHT = {"fsdp": 1}, {"data": 2, "fsdp": 4}
-
-
-def micro(**changes) -> config_lib.Config:
-    sections = {"mesh": ONE} | MICRO
-    return config_lib.from_dict({name: sections.get(name, {}) | changes.get(name, {}) for name in sections | changes})
-
-
-def devices_of(config):
-    return jax.devices()[: config.mesh.data * config.mesh.fsdp]
-
-
-def train(config, workdir):
-    return loop.train(config, workdir, devices_of(config))
-
-
-def program_of(config) -> TrainProgram:
-    return TrainProgram(config, define(config.model, tokenizer.vocab_size(config)), make_mesh(config, devices_of(config)))
-
-
-def saved(config, workdir):
-    """All arrays of the newest checkpoint, by path."""
-    with Checkpoints(workdir, keep=1) as checkpoints:
-        items, data = checkpoints.restore(checkpoints.latest_step(), program_of(config).abstract_state.items())
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(items)}, data
-
-
-def logged(workdir):
-    timed = ("tokens_per_second", "step_seconds", "data_wait_seconds")
-    return [{key: value for key, value in entry.items() if key not in timed} for entry in read_metrics(workdir / "metrics.jsonl")]
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Makes the process receive a signal while the loop asks for the batch of a step."""
-    original = pipeline.train_iterator
-
-    def arm(at: int, number: int):
-        class Stopping:
-            def __init__(self, iterator, count):
-                self.iterator, self.count = iterator, count
-
-            def __next__(self):
-                if self.count == at:
-                    signal.raise_signal(number)
-                self.count += 1
-                return next(self.iterator)
-
-            def get_state(self):
-                return self.iterator.get_state()
-
-        def stopping(config, start_step, rows):
-            return Stopping(original(config, start_step, rows), start_step)
-
-        monkeypatch.setattr(pipeline, "train_iterator", stopping)
-
-    yield arm
-    monkeypatch.setattr(pipeline, "train_iterator", original)
+from tests.helpers.runs import EIGHT, MICRO, logged, micro, program_of, saved, train
 
 
 @pytest.mark.parametrize(("changes", "number"), [
@@ -256,11 +185,3 @@ def test_a_directory_of_another_model_is_refused(tmp_path):
     assert train(micro(training={"steps": 2}), tmp_path) == 0
     with pytest.raises(config_lib.ConfigError, match=r"config.model.layers: 3, but the run in .* has 2"):
         train(micro(model=MICRO["model"] | {"layers": 3}), tmp_path)
-
-
-def test_learning_rate_schedule():
-    config = micro(training={"steps": 100}, optimizer={"warmup_steps": 10, "learning_rate": 1.0, "final_learning_rate": 0.0})
-    rates = np.array([float(learning_rate(config, jnp.asarray(i))) for i in range(100)])
-    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
-    np.testing.assert_allclose(rates[10:80], 1.0)
-    np.testing.assert_allclose(rates[80:], 1 - np.sqrt(np.arange(1, 21) / 20), atol=1e-6)

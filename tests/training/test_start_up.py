@@ -5,7 +5,7 @@ import pytest
 from fp8jax.config import ConfigError
 from fp8jax.numerics import attention, attention_composed
 from fp8jax.training import start_up
-from tests.training.test_run import micro, program_of
+from tests.helpers.runs import micro, program_of
 
 
 @pytest.fixture(scope="module")

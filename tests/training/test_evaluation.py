@@ -13,7 +13,7 @@ from fp8jax.models.flops import model_flops
 from fp8jax.training import evaluation, loop
 from fp8jax.training.evaluation import Evaluator, batches_by_share
 from fp8jax.training.watchdog import Watchdog
-from tests.training.test_run import logged, micro, program_of, train
+from tests.helpers.runs import logged, micro, program_of, train
 
 
 @pytest.mark.parametrize("size", common.SIZES)

@@ -9,14 +9,14 @@ GEMM is in FP8, `cudnn` is NVIDIA's flash attention. Written so that blocking do
 
 forward    S = q·k                                        e4m3 x e4m3
            P~ = exp2(S·c - ceil(m)), m the row maximum in base 2, cast to e4m3 at the fixed scale 1/256
-           O = (P~·v) / rowsum(P~ before the cast)        e4m3 x e4m3
+           O = (P~·v) / rowsum(P~)                        e4m3 x e4m3
 backward   S again; P = exp2(S·c - lse), cast like P~
            dV = Pᵀ·dO                                     e4m3 x gradient format
            dP = dO·vᵀ                                     gradient format x e4m3
            dS = P * (dP - rowsum(dO * O)), cast to the gradient format before the softmax scale
            dQ = dS·k, dK = dSᵀ·q                          gradient format x e4m3
 
-with c = softmax_scale * log2(e). Softmax, its sums and all accumulation are float32. Because ceil(m) is an integer,
+with c = softmax_scale * log2(e), P~ and dO as cast, and lse the logarithm of the sum of P~ before its cast. Softmax, its sums and all accumulation are float32. Because ceil(m) is an integer,
 moving to another block's maximum multiplies P~ by an exact power of two. A probability below 2**-18 of its row's
 largest casts to zero: with n keys at most n * 2**-18 of a row's mass is lost (1.6% at 4096 keys, and only if nearly
 all mass is that thin).
@@ -140,7 +140,8 @@ def _backward(backend, call, saved, do):
     operands = Operands(*(moved(from_bytes(q), *place) for q, place in zip(kept[:3], (many, few, few), strict=True)), kept.segment_ids)
     do = pin(do, many.cast)
     qdo, amax_do = call.values.quantise(do, _scale(scales, VALUES, 1), "do")
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
+    # From the cast dO, which dP takes: from any other, rows of dS do not sum to 0, by as much as the values have in common.
+    delta = jnp.sum(formats.dequantise(qdo) * o.astype(jnp.float32), axis=-1)
     scale = call.scores.static_scale("ds") if call.scores.scaling == "static" else _scale(scales, SCORES, 2)
     residuals = Residuals(moved(qdo, *many), lse, pin(delta, rows.gemm))
     dq, dk, dv, of_ds = _BACKWARD[backend](call, operands, residuals, scale)

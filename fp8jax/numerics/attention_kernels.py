@@ -6,7 +6,7 @@ contiguous, so a GEMM that contracts tokens takes a transposed copy: V in the fo
 which need no copy: they go from registers to the tensor cores.
 
 What is computed is `attention_rows`', tile by tile: P~ = exp2(S·c - ceil(m)) at scale 1/256 with m the running row maximum,
-so that moving to a later maximum multiplies by an exact power of two; in the backward pass P from the log-sum-exp, dS before
+so that moving to a later maximum multiplies by an exact power of two; O divided by the sum of the cast P~; in the backward pass P from the log-sum-exp, dS before
 the softmax scale. All arithmetic between the GEMMs is float32. Tiles above the diagonal are skipped.
 
 A kernel sees one head of one sequence (for dK and dV one KV head with its `g` query heads). Letters as in `attention`; lengths are
@@ -73,7 +73,7 @@ def forward(shape: Shape, factors, q, k, v_ht, segments, o, lse):
     own = None if segments is None else segments[pl.ds(first, rows)]
 
     def step(j, carry, masked):
-        total, sums, peak = carry
+        total, sums, weights, peak = carry
         s = dot(q_tile, k[pl.ds(j * keys, keys), :].T, interpret=shape.interpret)  # not scaled yet: the factor is positive
         if masked:
             s = jnp.where(_visible(first, j * keys, rows, keys, own, segments), s, -jnp.inf)
@@ -82,21 +82,23 @@ def forward(shape: Shape, factors, q, k, v_ht, segments, o, lse):
         level = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
         p = _exponentials(s, factor, (P_BITS - level)[:, None], shape)
         moved = jnp.exp2(peak - level)
-        total = _add(total * moved[:, None], _cast(p, formats.E4M3, shape), v_ht[:, pl.ds(j * keys, keys)].T, shape, "fprop")
-        return total, sums * moved + jnp.sum(p, axis=1), new_peak
+        qp = _cast(p, formats.E4M3, shape)
+        total = _add(total * moved[:, None], qp, v_ht[:, pl.ds(j * keys, keys)].T, shape, "fprop")
+        sums, weights = (a * moved + jnp.sum(b, axis=1) for a, b in ((sums, p), (weights, qp.astype(jnp.float32))))
+        return total, sums, weights, new_peak
 
-    init = jnp.zeros((rows, q_tile.shape[1]), jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32)
-    total, sums, peak = _over_keys(shape, first, segments is not None, step, init)
-    empty = sums == 0
-    o[...] = (total * (factors[1] / jnp.where(empty, 1.0, sums))[:, None]).astype(o.dtype)
-    lse[...] = jnp.where(empty, jnp.inf, peak + jnp.log2(sums) - P_BITS)
+    zeros, low = jnp.zeros(rows, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32)
+    init = jnp.zeros((rows, q_tile.shape[1]), jnp.float32), zeros, zeros, low
+    total, sums, weights, peak = _over_keys(shape, first, segments is not None, step, init)
+    o[...] = (total * (factors[1] / jnp.where(weights == 0, 1.0, weights))[:, None]).astype(o.dtype)
+    lse[...] = jnp.where(sums == 0, jnp.inf, peak + jnp.log2(sums) - P_BITS)
 
 
 def query_gradient(shape: Shape, factors, q, k, k_ht, v, do, offset, shift, segments, dq, largest, *tally):
     """dQ, [queries, h], and the largest |dS| of each query, in units of its scale, [queries]; and its TALLY, in the same units, if asked.
 
     factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of k * softmax scale.
-    offset, shift: 8 - log-sum-exp; -rowsum(dO * O) / scale of dS / 256; so that dS = 2**(s factor + offset) * (dp factor + shift).
+    offset, shift: 8 - log-sum-exp; -rowsum(dO * O), dO as cast, / scale of dS / 256; so that dS = 2**(s factor + offset) * (dp factor + shift).
     """
     rows, keys = shape.tile.queries, shape.tile.keys
     first = _from_the_end(0) * rows

@@ -58,7 +58,7 @@ class Operands(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """Of each query, for the backward pass: do_btkgh; float32 [b, t, k, g] log-sum-exp (base 2) and rowsum(dO * O)."""
+    """Of each query, for the backward pass: do_btkgh; float32 [b, t, k, g] log-sum-exp (base 2) and rowsum(dO as cast * O)."""
 
     do: Quantised
     lse: jax.Array
@@ -92,8 +92,11 @@ def output(call: Call, q: Quantised, k: Quantised, v: Quantised, mask: jax.Array
     ceiling = jnp.where(jnp.isneginf(ceiling), 0.0, ceiling)
     p = jnp.exp2(logits - ceiling)
     total = jnp.sum(p, axis=-1, keepdims=True)
-    o = gemm(_quantise_p(p, call.values, v.data.dtype), v, _PV, **_options(call.values, "fprop"), name="attention_values.fprop")
-    o = o / jnp.where(total > 0, total, 1.0)
+    qp = _quantise_p(p, call.values, v.data.dtype)
+    # The weights of an average sum to 1: where a row is flat, all its probabilities round the same way, by up to 6%.
+    weight = jnp.sum(formats.dequantise(qp), axis=-1, keepdims=True)
+    o = gemm(qp, v, _PV, **_options(call.values, "fprop"), name="attention_values.fprop")
+    o = o / jnp.where(weight > 0, weight, 1.0)
     lse = jnp.where(total > 0, ceiling + jnp.log2(total), jnp.inf)
     return swap_heads(o).astype(call.dtype), swap_heads(lse[..., 0])
 

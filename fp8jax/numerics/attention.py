@@ -16,7 +16,8 @@ backward   S again; P = exp2(S·c - lse), cast like P~
            dS = P * (dP - rowsum(dO * O)), cast to the gradient format before the softmax scale
            dQ = dS·k, dK = dSᵀ·q                          gradient format x e4m3
 
-with c = softmax_scale * log2(e), P~ and dO as cast, and lse the logarithm of the sum of P~ before its cast. Softmax, its sums and all accumulation are float32. Because ceil(m) is an integer,
+with c = softmax_scale * log2(e), P~ and dO as cast, and lse the logarithm of the sum of P~ before its cast.
+Softmax, its sums and all accumulation are float32. Because ceil(m) is an integer,
 moving to another block's maximum multiplies P~ by an exact power of two. A probability below 2**-18 of its row's
 largest casts to zero: with n keys at most n * 2**-18 of a row's mass is lost (1.6% at 4096 keys, and only if nearly
 all mass is that thin).

@@ -6,7 +6,8 @@ contiguous, so a GEMM that contracts tokens takes a transposed copy: V in the fo
 which need no copy: they go from registers to the tensor cores.
 
 What is computed is `attention_rows`', tile by tile: P~ = exp2(S·c - ceil(m)) at scale 1/256 with m the running row maximum,
-so that moving to a later maximum multiplies by an exact power of two; O divided by the sum of the cast P~; in the backward pass P from the log-sum-exp, dS before
+so that moving to a later maximum multiplies by an exact power of two; O divided by the sum of the
+cast P~; in the backward pass P from the log-sum-exp, dS before
 the softmax scale. All arithmetic between the GEMMs is float32. Tiles above the diagonal are skipped.
 
 A kernel sees one head of one sequence (for dK and dV one KV head with its `g` query heads). Letters as in `attention`; lengths are

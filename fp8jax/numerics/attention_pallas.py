@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import triton
 
 from fp8jax.numerics import attention_composed, attention_kernels, attention_rows, statistics, triton_dot
@@ -122,6 +123,8 @@ def _forward(call: Call, tiles: Tiles, factors, q, k, v, segments) -> tuple[jax.
 
 def _backward(call: Call, tiles: Tiles, of_q, of_k, q, k, v, do, offset, shift, segments) -> tuple[jax.Array, ...]:
     t = q.shape[1]
+    # Without it the cast of dO is made for its transposed copy, and so is, in float32, what rowsum(dO * O) is summed from.
+    do = with_layout_constraint(do, Layout(tuple(range(do.ndim))))
     q, k, v, do, shift, segments = (_padded(a) for a in (q, k, v, do, shift, segments))
     offset = _padded(offset, value=-jnp.inf)  # so that P of a padded query is 0
     offset, shift = (jnp.moveaxis(a, 1, 3) for a in (offset, shift))

@@ -178,7 +178,7 @@ def _all_backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Arra
     qds, _ = call.scores.quantise(ds if call.scores.fp8 else ds.astype(call.dtype), scale, "ds")
     dq, dk, dv = attention_rows.input_gradients(call, p, qds, x.q, x.k, residuals.do)
     dk, dv = attention_rows.swap_heads(dk), attention_rows.swap_heads(dv)
-    largest = attention_rows.amax_by_head(ds) if call.scores.measured else None
+    largest = attention_rows.amax_by_head(ds, emulated=call.scores.emulated) if call.scores.measured else None
     return *(d.astype(call.dtype) for d in (dq, dk, dv)), statistics.health(ds, qds) if call.health else largest
 
 

@@ -68,7 +68,7 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
         if call.scores.fp8:
             qds = formats.quantise(ds, scale, call.scores.format("ds"), emulated=call.scores.emulated)
         if call.scores.measured or call.health:
-            largest = jnp.maximum(largest, attention_rows.amax_by_head(ds))
+            largest = jnp.maximum(largest, attention_rows.amax_by_head(ds, emulated=call.scores.emulated))
         if call.health:
             health += statistics.health(ds, qds, elements=elements)
         q, k = rows_of(x.q, start, rows), rows_of(x.k, 0, keys)
@@ -107,7 +107,8 @@ def _chunk_ds(call: Call, x: Operands, residuals: Residuals, start: Any, rows: i
 def largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
     """Largest |dS| over all chunks."""
     def chunk(largest, start, rows, keys):
-        return jnp.maximum(largest, attention_rows.amax_by_head(_chunk_ds(call, x, residuals, start, rows, keys)[1]))
+        ds = _chunk_ds(call, x, residuals, start, rows, keys)[1]
+        return jnp.maximum(largest, attention_rows.amax_by_head(ds, emulated=call.scores.emulated))
 
     b, length, k = x.q.data.shape[:3]
     return jnp.max(over_chunks(length, chunk, x.q.data, jnp.zeros((b, k), jnp.float32)))

@@ -11,6 +11,7 @@ depend on the block that it is in, up to the order of float32 sums. Letters as i
 It does not quantise inputs or dS: their scales belong to whole tensors, and so to who sees all blocks.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -132,9 +133,9 @@ def spread_of_scores(call: Call, q: Quantised, k: Quantised, mask: jax.Array) ->
     return jnp.max(largest, axis=(2, 3, 4)) / LOG2_E, jnp.sum(jnp.log2(total) - below / total, axis=(2, 3)) / LOG2_E
 
 
-def amax_by_head(x: jax.Array) -> jax.Array:
+def amax_by_head(x: jax.Array, *, emulated: bool = False) -> jax.Array:
     """Amax of each sequence and KV head of [b, k, ...]: both may be sharded, so one reduction over devices at the end does."""
-    return jax.vmap(jax.vmap(formats.amax))(x)
+    return jax.vmap(jax.vmap(functools.partial(formats.amax, emulated=emulated)))(x)
 
 
 def swap_heads(x: jax.Array) -> jax.Array:

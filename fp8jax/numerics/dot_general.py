@@ -174,7 +174,7 @@ def _forward(call, x, w, qw, scales, token):
     qx, amax_x = recipe.quantise(x, None if scales is None else scales[0], "x", axes=call.dims[0][0])
     qx = moved(qx, call.of_x.cast)
     qx = named(qx) if recipe.fp8 else qx
-    report = checkpoint_name(report_cast(token, x, qx, amax_x, call.of_x.cast), CHECKPOINT_NAME)
+    report = checkpoint_name(report_cast(token, x, qx, amax_x, call.of_x.cast, emulated=recipe.emulated), CHECKPOINT_NAME)
     y = gemm(*_operands(recipe, moved(qx, call.of_x.gemm), qw), call.dims, out_dtype=call.out_dtype, name=f"{call.role}.fprop",
              **_options(recipe, "fprop"))
     return pin(y, call.of_g.cast), (as_bytes(qx), qw, scales, token, report)
@@ -186,7 +186,7 @@ def _backward(call, residuals, g):
     recipe, dims = call.recipe, call.dims
     g = pin(g if recipe.fp8 else g.astype(call.x_dtype), call.of_g.cast)
     qg, amax_g = recipe.quantise(g, None if scales is None else scales[1], "g", axes=(g.ndim - 1,))
-    of_g = report_cast(token, g, qg, amax_g, call.of_g.cast, spread=True)
+    of_g = report_cast(token, g, qg, amax_g, call.of_g.cast, spread=True, emulated=recipe.emulated)
     qg = moved(qg, *call.of_g)
     dx = _transposed_lhs(*_operands(recipe, qg, qw), dims, qx.data.ndim, out_dtype=call.x_dtype, name=f"{call.role}.dgrad",
                          **_options(recipe, "dgrad"))
@@ -224,16 +224,16 @@ def _options(recipe: GemmRecipe, gemm_pass: str) -> dict[str, Any]:
 
 
 def report_cast(token: jax.Array | None, x: jax.Array, q: Quantised, amax: jax.Array | None, spec: PartitionSpec | None = None, *,
-                spread: bool = False) -> jax.Array | None:
+                spread: bool = False, emulated: bool = False) -> jax.Array | None:
     """What a token brings back of one operand: its amax, None if that is not taken; or, if the token has room, statistics.REPORT.
 
-    spec: how x is split. spread: whether its distribution belongs to the report.
+    spec: how x is split. spread: whether its distribution belongs to the report. emulated: as of `formats.amax`.
     """
     if token is None:
         return None
     if token.ndim == 2:
         return statistics.report(x, q, spread=spread)
-    return None if amax is None else report_amax(x, spec, amax, token[0])
+    return None if amax is None else report_amax(x, spec, amax, token[0], emulated=emulated)
 
 
 def named(q: Quantised) -> Quantised:

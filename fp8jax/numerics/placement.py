@@ -59,13 +59,14 @@ def moved(q: Quantised, *specs: PartitionSpec | None) -> Quantised:
     return q
 
 
-def amax_by_device(x: jax.Array, spec: PartitionSpec | None, like: jax.Array) -> jax.Array:
+def amax_by_device(x: jax.Array, spec: PartitionSpec | None, like: jax.Array, *, emulated: bool = False) -> jax.Array:
     """Each device's largest magnitude in its own part of an array: a reduction without communication.
 
     Args:
         x: an array split by `spec`.
         spec: of x; None: replicated.
         like: float32, a dimension for each mesh axis, of the axis's size.
+        emulated: as of `formats.amax`.
 
     Returns:
         float32, the shape of `like`, one number on each device; its maximum is `formats.amax(x)`, bit for bit.
@@ -73,15 +74,15 @@ def amax_by_device(x: jax.Array, spec: PartitionSpec | None, like: jax.Array) ->
     mesh = jax.sharding.get_abstract_mesh()
 
     def of_part(part: jax.Array) -> jax.Array:
-        return formats.amax(part).reshape((1,) * like.ndim)
+        return formats.amax(part, emulated=emulated).reshape((1,) * like.ndim)
 
     return jax.shard_map(of_part, mesh=mesh, in_specs=spec or PartitionSpec(), out_specs=PartitionSpec(*mesh.axis_names), check_vma=False)(x)
 
 
-def report_amax(x: jax.Array, spec: PartitionSpec | None, largest: jax.Array, token: jax.Array) -> jax.Array:
+def report_amax(x: jax.Array, spec: PartitionSpec | None, largest: jax.Array, token: jax.Array, *, emulated: bool = False) -> jax.Array:
     """What one entry of a token brings back: the amax, or, if the entry has a dimension for each mesh axis, that of each device."""
     if token.ndim == 0:
         return largest
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.broadcast_to(largest, token.shape)
-    return amax_by_device(x, spec, token)
+    return amax_by_device(x, spec, token, emulated=emulated)

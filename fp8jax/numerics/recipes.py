@@ -104,7 +104,7 @@ class GemmRecipe:
             return blockwise.quantise(x, axes, lambda amax: self.scale(amax, dtype), dtype, emulated=self.emulated)
         if self.scaling == "static":
             return formats.quantise(x, self.static_scale(operand), dtype, emulated=self.emulated), None
-        largest = formats.amax(x)
+        largest = formats.amax(x, emulated=self.emulated)
         if self.scaling == "current" or operand == "w":
             scale = self.scale(largest, dtype)
         return formats.quantise(x, scale, dtype, emulated=self.emulated), largest

@@ -103,25 +103,43 @@ def test_max_value():
     assert {name: formats.max_value(dtype) for name, dtype in formats.FORMATS.items()} == {"e4m3": 448.0, "e5m2": 57344.0}
 
 
+@EMULATED
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("values", "expected"), [
     ([1.0, -3.0, 2.0], 3.0), ([0.0, -0.0], 0.0), ([], 0.0), ([1.0, np.nan], np.inf), ([np.nan], np.inf), ([-np.inf, 5.0], np.inf)])
-def test_amax(values, expected, dtype):
-    found = jax.jit(formats.amax)(jnp.asarray(values, dtype))
+def test_amax(values, expected, dtype, emulated):
+    found = jax.jit(functools.partial(formats.amax, emulated=emulated))(jnp.asarray(values, dtype))
     assert found.dtype == jnp.float32
     assert found.shape == ()
     assert float(found) == expected
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_amax_of_bits_is_the_magnitude_of_every_number(dtype):
+    """Of all numbers of 16 bits, and of float32 numbers of all exponents; NaN is infinite, and so not lost."""
+    if dtype == jnp.float32:
+        bits = np.random.default_rng(0).integers(0, 2**32, size=2**16, dtype=np.uint64).astype(np.uint32)
+        x = np.concatenate([bits.view(np.float32), np.array([-0.0, 1e-45, -1e-40, np.inf, -np.nan], np.float32)])
+    else:
+        x = np.arange(2**16, dtype=np.uint16).view(dtype)
+    expected = np.abs(x.astype(np.float32))
+    expected[np.isnan(expected)] = np.inf
+    found = jax.jit(jax.vmap(functools.partial(formats.amax, emulated=True)))(jnp.asarray(x)[:, None])
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint32), expected.view(np.uint32))
+
+
+@EMULATED
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 100.0])
 @pytest.mark.parametrize("position", [0, 13, 63])
-def test_amax_of_a_sharded_array_keeps_one_bad_value(bad, position):
+def test_amax_of_a_sharded_array_keeps_one_bad_value(bad, position, dtype, emulated):
     """A maximum over a sharded array drops NaN on the way through the all-reduce (measured, jax 0.10.2)."""
     x = np.arange(64, dtype=np.float32)
     x[position] = bad
     sharding = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data"))
-    found = jax.jit(formats.amax)(jax.device_put(x, sharding))
-    assert [float(np.asarray(shard.data)) for shard in found.addressable_shards] == [np.inf] * 8
+    found = jax.jit(functools.partial(formats.amax, emulated=emulated))(jax.device_put(jnp.asarray(x, dtype), sharding))
+    expected = np.inf if np.isnan(bad) else bad
+    assert [float(np.asarray(shard.data)) for shard in found.addressable_shards] == [expected] * 8
 
 
 def amaxes():

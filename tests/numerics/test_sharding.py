@@ -106,10 +106,10 @@ def test_a_missing_reduction_is_detected(mesh, monkeypatch, broken):
     *_, expected = jax.jit(layer)(x, w, g, state)
     whole = formats.amax
 
-    def per_device(x):
+    def per_device(x, **options):
         if x.ndim != 3:  # the weight, whole on every device
-            return whole(x)
-        of_shard = (lambda x: whole(x)) if broken else (lambda x: jax.lax.pmax(whole(x), ("data", "fsdp")))
+            return whole(x, **options)
+        of_shard = (lambda x: whole(x, **options)) if broken else (lambda x: jax.lax.pmax(whole(x, **options), ("data", "fsdp")))
         return jax.shard_map(of_shard, mesh=mesh, in_specs=PartitionSpec(("data", "fsdp")), out_specs=PartitionSpec(), check_vma=False)(x)
 
     monkeypatch.setattr(formats, "amax", per_device)

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +141,21 @@ def generate_ids(inference: Inference, prompts: Sequence[Ids], tokens: int, samp
             done[i] |= stop(rows[i][starts[i]:])
         count += int(taken)
         yield [row[start:] for row, start in zip(rows, starts, strict=True)]
+
+
+def abstract_calls(inference: Inference) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """What generation of a text as long as the context runs, for tracing: jitted functions, and their arguments as shapes.
+
+    Returns:
+        `weights`, which are made ready once; `prompt`, which reads one into a cache; `decode`, which adds a chunk of tokens.
+    """
+    batch, capacity = inference.replicas, bucket(inference.context, inference.context)
+    ids, lengths = jax.ShapeDtypeStruct((batch, capacity), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    prompt = inference.abstract_call(_reader(capacity), ids, lengths)
+    state = jax.eval_shape(prompt[0], *prompt[1])
+    done = jax.ShapeDtypeStruct((batch,), jnp.bool_)
+    decode = inference.abstract_call(_decode, state, done, _ask(inference, Sampling(temperature=1.0, top_p=0.9), 0, CHUNK))
+    return {"weights": inference.abstract_weights(), "prompt": prompt, "decode": decode}
 
 
 def bucket(length: int, most: int) -> int:

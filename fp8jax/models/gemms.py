@@ -48,11 +48,24 @@ class Gemms:
 
 @dataclasses.dataclass(frozen=True)
 class ModelRecipes:
-    """Recipes of the blocks, layer by layer, and of the head; and which backend computes attention."""
+    """Recipes of the blocks, layer by layer, and of the head; and which backend computes attention in each layer.
+
+    attention_backends: of every layer; layers with the same recipes have the same. Empty: `emulated` everywhere.
+    """
 
     blocks: tuple[Recipes, ...]
     head: GemmRecipe
-    attention_backend: str = "emulated"
+    attention_backends: tuple[str, ...] = ()
+
+    def backend_of(self, layer: int) -> str:
+        """Backend of one layer's attention."""
+        return self.attention_backends[layer] if self.attention_backends else "emulated"
+
+    @property
+    def attention_backend(self) -> str:
+        """Backend of attention in FP8, or, where no layer has it, of all attention."""
+        in_fp8 = (i for i, layer in enumerate(self.blocks) if any(layer[role].fp8 for role in recipes_lib.ATTENTION_ROLES))
+        return self.backend_of(next(in_fp8, 0))
 
     def segments(self) -> list[tuple[int, int, Recipes]]:
         """Runs of equal layers: (first, one past the last, recipes)."""
@@ -78,7 +91,7 @@ class ModelRecipes:
             return dataclasses.replace(recipe, scaling=scaling) if recipe.scaling == "delayed" else recipe
 
         blocks = tuple({role: change(r) for role, r in layer.items()} for layer in self.blocks)
-        return ModelRecipes(blocks, change(self.head), self.attention_backend)
+        return ModelRecipes(blocks, change(self.head), self.attention_backends)
 
 
 def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = False, cudnn: bool = False,
@@ -90,7 +103,7 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = 
         gated: whether the FFN has a gate GEMM.
         emulated: no FP8 units on the device.
         fused: the device runs our attention kernels, so that `auto` may choose them.
-        cudnn: the device runs cuDNN's attention, so that `auto` may choose it where no layer's attention is in FP8.
+        cudnn: the device runs cuDNN's attention, so that `auto` may choose it for layers whose attention is not in FP8.
         recipe: instead of config.fp8.recipe; evaluation runs in `bf16`.
 
     Raises:
@@ -126,10 +139,22 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = 
         if head.scaling == "blockwise" and config.training.loss_chunk:
             raise ConfigError(f"config.training.loss_chunk: {config.training.loss_chunk} with a blockwise FP8 head: there is no such loss; set "
                               f"it to 0, or config.fp8.overrides='{HEAD}=current'")
-    keeps = recipe != "bf16" or (cudnn and fp8.attention_backend == attention_lib.CUDNN)
     first = (attention_lib.CUDNN,) * cudnn + ("pallas",) * fused
-    backend = _attention_backend(fp8.attention_backend if keeps else "auto", first, layers, head_dim(config.model))
-    return ModelRecipes(tuple(layers), head, backend)
+    backends = _Backends(_asked_backend(config, recipe, cudnn=cudnn), (*first, "composed", "emulated"), head_dim(config.model))
+    return ModelRecipes(tuple(layers), head, tuple(backends.choose(layer) for layer in layers))
+
+
+def _asked_backend(config: Config, recipe: str, *, cudnn: bool) -> str:
+    """What the config asks for, `auto` where that is about FP8 attention and there is none."""
+    asked = config.fp8.attention_backend
+    if recipe == "bf16":
+        return asked if cudnn and asked == attention_lib.CUDNN else "auto"
+    overrides = recipes_lib.parse_overrides(config.fp8.overrides, layers=config.model.layers)
+    wanted = recipe == "fp8_dpa" or any(o.role in recipes_lib.ATTENTION_ROLES and o.scaling != "bf16" for o in overrides)
+    if asked == "pallas" and not wanted:
+        raise ConfigError("config.fp8.attention_backend: pallas has no role in BF16, and no attention is in FP8; use auto, or "
+                          "config.fp8.recipe=fp8_dpa")
+    return asked
 
 
 def _check_applies(override: recipes_lib.Override, layers: list[Recipes], head: GemmRecipe) -> None:
@@ -149,17 +174,28 @@ def _check_blockwise(layers: list[Recipes]) -> None:
                               "config.fp8.overrides='attention_scores=current,attention_values=current', or config.fp8.recipe=fp8")
 
 
-def _attention_backend(asked: str, first: tuple[str, ...], layers: list[Recipes], features: int) -> str:
-    """The backend asked for; `auto`: the first that can do every layer's recipes, in the order of what memory it takes."""
-    problems = {}
-    for backend in (*first, "composed", "emulated") if asked == "auto" else (asked,):
-        try:
-            for layer in layers:
-                attention_lib.check_backend(backend, layer, features)
-            return backend
-        except ValueError as error:
-            problems[backend] = str(error)
-    raise ConfigError(f"config.fp8.attention_backend: {'; '.join(problems.values())}")
+class _Backends(NamedTuple):
+    """Which backend computes a layer's attention.
+
+    asked: by the config; `auto`: the first in `order`, by what memory they take, that can.
+    """
+
+    asked: str
+    order: tuple[str, ...]
+    features: int
+
+    def choose(self, layer: Recipes) -> str:
+        """The backend asked for; kernels for FP8 alone leave a layer whose attention is not all in FP8 to the best of the others."""
+        in_fp8 = all(layer[role].fp8 for role in recipes_lib.ATTENTION_ROLES)
+        automatic = self.asked == "auto" or (self.asked == "pallas" and not in_fp8)
+        problems = []
+        for backend in self.order if automatic else (self.asked,):
+            try:
+                attention_lib.check_backend(backend, layer, self.features)
+                return backend
+            except ValueError as error:
+                problems.append(str(error))
+        raise ConfigError(f"config.fp8.attention_backend: {'; '.join(problems)}")
 
 
 def init_scaling(recipes: ModelRecipes) -> scaling_lib.Scaling:

@@ -5,6 +5,7 @@ logits = runner.call(function, runner.put(ids_bt))            # function(Bound, 
 runner.fetch(logits)                                          # a numpy array, on every process
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,18 +48,32 @@ class Runner:
         self._recipes = gemms.model_recipes(self.config, gated=self._definition.gated(), emulated=emulated, recipe="bf16")
         self._compiled: dict[Callable, Any] = {}
         self._options = compiler_options(self._mesh.devices.flat[0].platform)
-        prepare = jax.jit(lambda params: self._definition.bind(params).prepare(self._recipes, {}, {}), compiler_options=self._options)
-        self._prepared = prepare(self._params)
+        self._prepare = jax.jit(lambda params: self._definition.bind(params).prepare(self._recipes, {}, {}), compiler_options=self._options)
+
+    @functools.cached_property
+    def _prepared(self) -> PreparedGemms:
+        return self._prepare(self._params)
 
     def call(self, function: Callable, *arrays: Any) -> Any:
         """function(Bound, *arrays), jitted: compiled once for every function and shapes. Host arrays are equal on all processes."""
+        return self._jitted(function)(self._params, self._prepared, *arrays)
+
+    def abstract_weights(self) -> tuple[Any, tuple[Any, ...]]:
+        """What makes the weights ready, jitted, and its arguments, which may be shapes as well as arrays."""
+        return self._prepare, (self._params,)
+
+    def abstract_call(self, function: Callable, *arrays: Any) -> tuple[Any, tuple[Any, ...]]:
+        """What `call` runs, jitted, and its arguments, which may be shapes as well as arrays."""
+        return self._jitted(function), (self._params, jax.eval_shape(self._prepare, self._params), *arrays)
+
+    def _jitted(self, function: Callable) -> Any:
         if function not in self._compiled:
             def run(params, prepared, *arrays):
                 with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
                     return function(Bound(self._definition.bind(params), self._recipes, prepared), *arrays)
 
             self._compiled[function] = jax.jit(run, compiler_options=self._options)
-        return self._compiled[function](self._params, self._prepared, *arrays)
+        return self._compiled[function]
 
     def put(self, rows: np.ndarray) -> jax.Array:
         """[b, ...] on the devices, b split over the replicas."""

@@ -182,11 +182,11 @@ class Transformer(nnx.Module):
         graph, params = nnx.split(self.blocks)
         found, caches = [], []
         for (first, last, roles), weights in zip(recipes.segments(), prepared.weights, strict=True):
-            def layer(x, stacked, roles=roles):
+            def layer(x, stacked, roles=roles, backend=recipes.backend_of(first)):
                 params, cached, weights, scales, tokens = stacked
                 with taps_lib.collecting(options.collect, pooled=options.pooled_kurtosis) as taps:
                     block = nnx.merge(graph, params)
-                    given = Gemms(roles, GemmInputs(weights, scales, tokens), recipes.attention_backend)
+                    given = Gemms(roles, GemmInputs(weights, scales, tokens), backend)
                     y, cached = block(x, rope, segment_ids, given, cached and KVCache(*cached, cache.filled))
                 return y, (taps_lib.pack(taps) if taps else taps, cached and cached[:2])
 

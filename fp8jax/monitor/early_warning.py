@@ -27,7 +27,7 @@ about an alarm is the loop's business (training/reaction.py).
 import collections
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ import numpy as np
 from fp8jax.config import WARNING_LEVELS
 from fp8jax.monitor import growth, trend
 from fp8jax.monitor.loads import LOGITS, Place, loads
+from fp8jax.numerics.roles import OPERANDS
 
 WATCH, WARN, ACT = WARNING_LEVELS
 WINDOW = 48  # entries with statistics that are remembered
@@ -295,6 +296,12 @@ def _spread(values: np.ndarray, axis: int | None = None) -> Any:
     """Robust standard deviation."""
     median = np.median(values, axis=axis, keepdims=axis is not None)
     return 1.4826 * np.median(np.abs(values - median), axis=axis)
+
+
+def advised_fallbacks(roles: Sequence[str]) -> list[str]:
+    """Return every `fallback` that an alarm can have in a run with these roles in FP8."""
+    tensors = [LOGITS, *(f"{role}.{operand}" for role in roles for operand in OPERANDS[role])]
+    return list(dict.fromkeys(_advice(tensor)[1] for tensor in tensors))
 
 
 def _advice(tensor: str) -> tuple[str, str]:

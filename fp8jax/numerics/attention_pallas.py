@@ -133,14 +133,14 @@ def _backward(call: Call, tiles: Tiles, of_q, of_k, q, k, v, do, offset, shift, 
     return dq[:, :t], dk[:, :t], dv[:, :t], *largest
 
 
-def _scores(call: Call, factors, q, k, segments) -> list[jax.Array]:
+def _scores(call: Call, factors, q, k, segments) -> tuple[jax.Array, ...]:
     (b, t, kv, g, h), shape = q.shape, _shape(call, TILES, FORWARD, q)
     q, k, segments = (_padded(a) for a in (q, k, segments))
     of_head, of_keys, _, of_rows, of_batch = _query_specs(shape, g, h)
     found = _call(attention_kernels.scores, shape, (shape.length // shape.tile.queries, kv * g, b), ("attention_scores.fprop",),
                   in_specs=[_whole(8), of_head, of_keys, of_batch], out_specs=[of_rows] * 2,
                   out_shape=[jax.ShapeDtypeStruct((b, kv, g, shape.length), jnp.float32)] * 2)(factors, q, k, segments)
-    return [rows[..., :t] for rows in found]
+    return tuple(rows[..., :t] for rows in found)
 
 
 def _query_gradient(call, shape, factors, q, k, v, do, offset, shift, segments) -> list[jax.Array]:

@@ -52,6 +52,7 @@ class Evaluator:
         asked = batches_by_share(config) if config.evaluation.batches < 0 else config.evaluation.batches
         self.sequences = min(asked * config.training.batch_size or self.all_sequences, self.all_sequences)
         self.sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
+        self.abstract_batch = self._abstract_batch()
         emulated = emulates_fp8(config, mesh.devices.flat[0])
         recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=emulated, recipe="bf16")
 
@@ -65,8 +66,16 @@ class Evaluator:
                     losses = token_losses(model(batch, recipes, prepared)[0], batch["targets"])
                 return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
 
-        self._total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()),
-                                   compiler_options=compiler_options(mesh.devices.flat[0].platform))
+        self.total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()),
+                                  compiler_options=compiler_options(mesh.devices.flat[0].platform))
+
+    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        training, data = self.config.training, self.config.data
+        shape = training.batch_size // training.microbatches, data.sequence_length
+        dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
+        if data.document_masks:
+            dtypes |= {"segment_ids": jnp.int32, "positions": jnp.int32}
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding) for name, dtype in dtypes.items()}
 
     def part(self) -> str:
         """Return what an evaluation reads, such as '192 of 1,820 sequences'."""
@@ -96,13 +105,12 @@ class Evaluator:
             of `all_sequences` read.
         """
         sums, text_bytes, waiting = np.zeros(2), 0, None
-        names = ["inputs", "targets", "mask"] + (["segment_ids", "positions"] if self.config.data.document_masks else [])
-        size = self.config.training.batch_size // self.config.training.microbatches
-        rows = Rows((size, self.config.data.sequence_length), self.sharding)
+        size, _ = shape = self.abstract_batch["inputs"].shape
+        rows = Rows(shape, self.sharding)
         batches, count = pipeline.held_out_batches(self.config, size, rows.numbers, sequences=self.sequences), -(-self.sequences // size)
         for done, (batch, read) in enumerate(batches):
             progress(done, count)
-            found = self._total_loss(params, {name: rows.put(batch[name]) for name in names})
+            found = self.total_loss(params, {name: rows.put(batch[name]) for name in self.abstract_batch})
             if waiting is not None:  # the devices have the next batch already
                 sums += np.asarray(jax.device_get(waiting), np.float64)
             text_bytes, waiting = text_bytes + read, found

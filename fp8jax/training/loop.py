@@ -26,7 +26,6 @@ from fp8jax.monitor.progress import Progress
 from fp8jax.monitor.report import Refresher
 from fp8jax.monitor.wandb_sink import open_sink
 from fp8jax.monitor.writers import MetricsWriter, Silent
-from fp8jax.numerics.recipes import in_bf16
 from fp8jax.parallel import distributed
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, save_config
@@ -37,7 +36,7 @@ from fp8jax.training.profiling import ProfileWindow
 from fp8jax.training.reaction import Decision, Reaction
 from fp8jax.training.resume import Position, Resumed, check_continues, resume
 from fp8jax.training.saving import Saver
-from fp8jax.training.start_up import check_attention, describe, describe_compiled, facts, process_seconds, seconds_at_peak
+from fp8jax.training.start_up import check_attention, check_fallbacks, describe, describe_compiled, facts, process_seconds, seconds_at_peak
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
 from fp8jax.training.watchdog import Watchdog
@@ -64,7 +63,7 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
     definition = define(config.model, tokenizer.vocab_size(config))
     mesh = mesh_lib.make_mesh(definition.complete(config), devices)
     program = TrainProgram(config, definition, mesh)
-    program.fallen_back(in_bf16(config.warning.fallback))  # what cannot fall back is found now, not when it must
+    check_fallbacks(program)
     origin = {"config": config_lib.digest(config), "tokenizer": tokenizer.of(config.data).fingerprint,
               "fp8jax": fp8jax.__version__, "jax": jax.__version__}
     keep, alone = config.checkpoint, exclusive(workdir) if distributed.is_first() else contextlib.nullcontext()

@@ -11,7 +11,8 @@ import pathlib
 from typing import Any, NamedTuple
 
 from fp8jax.config import WARNING_LEVELS, WarningConfig
-from fp8jax.monitor.early_warning import Alarm, EarlyWarning
+from fp8jax.models.gemms import ModelRecipes
+from fp8jax.monitor.early_warning import Alarm, EarlyWarning, advised_fallbacks
 from fp8jax.monitor.progress import Progress
 from fp8jax.monitor.writers import MetricsWriter, read_metrics
 from fp8jax.numerics.recipes import in_bf16
@@ -22,6 +23,21 @@ class Decision(NamedTuple):
 
     action: str
     overrides: str
+
+
+def fallbacks(config: WarningConfig, recipes: ModelRecipes) -> list[str]:
+    """Return what a warning can take out of FP8, each as `config.fp8.overrides`; several can follow one another.
+
+    Args:
+        config: of the run; no action but `fallback` takes anything out.
+        recipes: of the run.
+    """
+    if config.action != "fallback":
+        return []
+    if config.fallback:
+        return [in_bf16(config.fallback)]
+    in_fp8 = [role for role, (_, recipe) in recipes.by_role().items() if recipe.fp8]
+    return [in_bf16(roles) for roles in advised_fallbacks(in_fp8)] if in_fp8 else []
 
 
 class Reaction:

@@ -20,6 +20,7 @@ from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics.attention import SCORES, VALUES
 from fp8jax.numerics.self_check import self_check
 from fp8jax.parallel import mesh as mesh_lib
+from fp8jax.training.reaction import fallbacks
 from fp8jax.training.step import TrainProgram
 
 BLOCK_ROLES = [role for role in recipes_lib.ROLES if role != "lm_head"]
@@ -51,19 +52,35 @@ def check_attention(program: TrainProgram) -> list[str]:
     Raises:
         ConfigError: the backend computes something else here.
     """
-    backend, head_dim = program.recipes.attention_backend, config_lib.head_dim(program.config.model)
-    pairs = dict.fromkeys((layer[SCORES], layer[VALUES]) for layer in program.recipes.blocks)
-    fp8 = [pair for pair in pairs if any(recipe.fp8 for recipe in pair)]
-    if not fp8 or backend == "emulated":
-        return [f"         attention in FP8 by backend {backend}"] if fp8 else []
+    by_backend: dict[str, list[Any]] = {}
+    for layer, recipes in enumerate(program.recipes.blocks):
+        pair, pairs = {role: recipes[role] for role in (SCORES, VALUES)}, by_backend.setdefault(program.recipes.backend_of(layer), [])
+        if pair not in pairs and any(recipe.fp8 for recipe in pair.values()):
+            pairs.append(pair)
+    return [_check_backend(program, backend, pairs) for backend, pairs in by_backend.items() if pairs]
+
+
+def _check_backend(program: TrainProgram, backend: str, pairs: list[Any]) -> str:
+    """A line about one backend, for all recipes of the two roles that it computes."""
+    line = f"         attention in FP8 by backend {backend}"
+    if backend == "emulated":
+        return line
     # Only `pallas` has kernels of their own for steps with statistics.
     kinds = (False, True) if backend == "pallas" and program.config.monitor.every else (False,)
+    head_dim = config_lib.head_dim(program.config.model)
     try:
-        errors = [max(self_check(backend, dict(zip((SCORES, VALUES), pair, strict=True)), head_dim=head_dim, statistics=statistics).values())
-                  for pair in fp8 for statistics in kinds]
+        errors = [max(self_check(backend, pair, head_dim=head_dim, statistics=statistics).values())
+                  for pair in pairs for statistics in kinds]
     except ValueError as error:
         raise ConfigError(f"config.fp8.attention_backend: {error}") from None
-    return [f"         attention in FP8 by backend {backend}, within {max(errors):.1g} of the definition on this device"]
+    return f"{line}, within {max(errors):.1g} of the definition on this device"
+
+
+def check_fallbacks(program: TrainProgram) -> None:
+    """Raise ConfigError if something that a warning can take out of FP8 cannot be: found at the start, not when it must be."""
+    warning = program.config.warning
+    for overrides in fallbacks(warning, program.recipes) or [recipes_lib.in_bf16(warning.fallback)]:
+        program.check_fallback(overrides)
 
 
 def describe_compiled(program: TrainProgram) -> list[str]:

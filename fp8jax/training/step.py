@@ -80,9 +80,7 @@ class TrainProgram:
     def __init__(self, config: Config, definition: Definition, mesh: Mesh):
         self.config, self.definition, self.mesh = config, definition, mesh
         self.emulated = emulates_fp8(config, mesh.devices.flat[0])
-        fused = not self.emulated and runs_kernels(mesh.devices.flat[0])
-        cudnn = has_cudnn_attention(config, mesh.devices.flat[0])
-        self.recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=self.emulated, fused=fused, cudnn=cudnn)
+        self.recipes = self._recipes(config)
         self.abstract_state = abstract_state(definition, self.recipes, config, mesh)
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"]))
         self.abstract_batch = self._abstract_batch()
@@ -91,6 +89,11 @@ class TrainProgram:
         self._options = compiler_options(mesh.devices.flat[0].platform)
         self._compiled: dict[bool, Any] = {}
         self._is_finite: Any = None
+
+    def _recipes(self, config: Config) -> ModelRecipes:
+        device = self.mesh.devices.flat[0]
+        fused, cudnn = not self.emulated and runs_kernels(device), has_cudnn_attention(config, device)
+        return gemms.model_recipes(config, gated=self.definition.gated(), emulated=self.emulated, fused=fused, cudnn=cudnn)
 
     def _abstract_batch(self) -> Batch:
         training, data = self.config.training, self.config.data
@@ -101,13 +104,17 @@ class TrainProgram:
 
     def init(self, params: Params | None = None) -> TrainState:
         """Fresh, sharded state; around these parameters, if there are any, whatever their dtypes."""
-        def make(params: Params | None) -> TrainState:
-            if params is None:
-                return initial_state(self.definition, self.recipes, self.config)
-            return state_of(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), self.recipes, self.config)
+        return self.jitted_init()(params)
 
-        with jax.set_mesh(self.mesh):
-            return jax.jit(make, out_shardings=self.state_shardings)(params)
+    def jitted_init(self) -> Any:
+        """The jitted `init`, for tracing."""
+        def make(params: Params | None) -> TrainState:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                if params is None:
+                    return initial_state(self.definition, self.recipes, self.config)
+                return state_of(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), self.recipes, self.config)
+
+        return jax.jit(make, out_shardings=self.state_shardings)
 
     def abstract_state_kept_as(self, optimizer: OptimizerConfig) -> TrainState:
         """The abstract state with parameters and moments in the formats of another config."""
@@ -125,11 +132,15 @@ class TrainProgram:
 
     def fallen_back(self, overrides: str) -> "TrainProgram":
         """The program of the same run with more exceptions, written as `config.fp8.overrides`; itself if there are none."""
-        if not overrides:
-            return self
+        return type(self)(self._with(overrides), self.definition, self.mesh) if overrides else self
+
+    def check_fallback(self, overrides: str) -> None:
+        """Raise ConfigError if the program with these exceptions cannot be built."""
+        self._recipes(self._with(overrides))
+
+    def _with(self, overrides: str) -> Config:
         together = ",".join(part for part in (self.config.fp8.overrides, overrides) if part)
-        config = dataclasses.replace(self.config, fp8=dataclasses.replace(self.config.fp8, overrides=together))
-        return type(self)(config, self.definition, self.mesh)
+        return dataclasses.replace(self.config, fp8=dataclasses.replace(self.config.fp8, overrides=together))
 
     def carry(self, state: TrainState) -> TrainState:
         """A state of the program that this one has fallen back from: without the scaling state of roles that left FP8."""
@@ -194,14 +205,7 @@ class TrainProgram:
         """
         if not state.scaling:
             return state
-        current = self.recipes.scaled_by("current")
-
-        def amaxes(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return gradients(state, batch, self.config, self.definition, current)[2]
-
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        found = jax.jit(amaxes, out_shardings=whole, compiler_options=self._options)(state, batch)
+        found = self.jitted_calibration()(state, batch)
         bad = [role for role, amax in jax.device_get(found).items() if not np.isfinite(amax).all()]
         if bad:
             raise FloatingPointError(f"calibration: amax of {', '.join(bad)} is not finite on the first batch; check the initial "
@@ -209,6 +213,16 @@ class TrainProgram:
         update = jax.jit(lambda scaling, found: gemms.update_scaling(scaling, found, self.recipes),
                          out_shardings=self.state_shardings.scaling)
         return dataclasses.replace(state, scaling=update(state.scaling, found))
+
+    def jitted_calibration(self) -> Any:
+        """The jitted pass of `calibrate`, for tracing: (state, batch) to role → amaxes."""
+        current = self.recipes.scaled_by("current")
+
+        def amaxes(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return gradients(state, batch, self.config, self.definition, current)[2]
+
+        return jax.jit(amaxes, out_shardings=NamedSharding(self.mesh, PartitionSpec()), compiler_options=self._options)
 
 
 def gradients(state: TrainState, batch: Batch, config: Config, definition: Definition, recipes: ModelRecipes, *,

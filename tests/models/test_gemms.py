@@ -81,6 +81,23 @@ def test_attention_is_cudnns_where_it_may_be_and_none_of_it_is_in_fp8(fp8, backe
     assert gemms.model_recipes(config, gated=False, emulated=True).attention_backend != "cudnn"
 
 
+@pytest.mark.parametrize(("overrides", "backends"), [
+    ("attention_scores@1=bf16", ["pallas", "composed"]), ("attention_scores=bf16", ["composed"] * 2),
+    ("attention_scores@0=bf16,attention_values@0=bf16", ["cudnn", "pallas"]), ("qkv=bf16", ["pallas"] * 2),
+    ("attention_scores=bf16,attention_values=bf16", ["cudnn"] * 2)])
+@pytest.mark.parametrize("asked", ["auto", "pallas"])
+def test_attention_that_leaves_fp8_takes_the_best_backend_for_bf16(asked, overrides, backends):
+    """Layer by layer: what stays in FP8 keeps its kernel."""
+    config = make({"recipe": "fp8_dpa", "attention_backend": asked, "overrides": overrides}, head_dim=64)
+    found = gemms.model_recipes(config, gated=False, emulated=False, fused=True, cudnn=True)
+    assert [found.backend_of(layer) for layer in range(2)] == backends
+
+
+def test_a_kernel_for_fp8_alone_is_refused_where_no_attention_is_in_fp8():
+    with pytest.raises(ConfigError, match=r"attention_backend: pallas has no role in BF16, .*recipe=fp8_dpa"):
+        gemms.model_recipes(make({"recipe": "fp8", "attention_backend": "pallas"}, head_dim=64), gated=False, emulated=False, fused=True)
+
+
 def test_cudnn_is_refused_for_fp8_and_without_a_gpu():
     with pytest.raises(ConfigError, match="config.fp8.attention_backend: attention_scores: cudnn is for BF16 alone"):
         gemms.model_recipes(make({"recipe": "fp8_dpa", "attention_backend": "cudnn"}), gated=False, emulated=False, cudnn=True)

@@ -53,3 +53,22 @@ def test_a_gemm_that_lost_fp8_is_a_warning(program, monkeypatch):
     monkeypatch.setattr(program, "emulated", False)
     assert start_up.describe_compiled(program)[1:] == [
         "warning  not compiled to an FP8 GEMM: qkv.dgrad: bfloat16 x bfloat16, cuBLASLt"]
+
+
+def test_every_role_that_a_warning_can_name_is_tried(monkeypatch):
+    """With kernels that do FP8 alone, any role of attention may leave; what a warning cannot take out is found here."""
+    model = {"head_dim": 64}
+    program = program_of(micro(model=model, fp8={"attention_backend": "pallas"}, warning={"action": "fallback"}))
+    tried = []
+    monkeypatch.setattr(program, "check_fallback", lambda overrides, check=program.check_fallback: (tried.append(overrides), check(overrides)))
+    start_up.check_fallbacks(program)
+    assert {"attention_scores=bf16", "attention_values=bf16", "mlp_down=bf16"} <= set(tried) and len(tried) == 7
+    fallen = program.fallen_back("attention_scores=bf16")
+    assert {fallen.recipes.backend_of(layer) for layer in range(2)} == {"composed"}
+    fallen.jitted_step(collect=True).trace(fallen.abstract_state, fallen.abstract_batch)
+
+
+def test_a_fallback_that_cannot_be_is_refused_at_the_start():
+    for action in ("fallback", "log"):
+        with pytest.raises(ConfigError, match="mlp_gate: the FFN has no gate"):
+            start_up.check_fallbacks(program_of(micro(warning={"action": action, "fallback": "mlp_gate"})))

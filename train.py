@@ -1,15 +1,8 @@
-"""Trains a model, or continues a run.
-
-    python train.py --config=configs/fp8_base.py:tiny
-    python train.py --config=configs/fp8_base.py:390m --config.training.steps=1000 --workdir=runs/mine
-
-Exit codes: 0 finished, 2 bad usage or config, 3 stopped by bad numbers after saving, 4 stopped on SIGINT, SIGTERM or SIGUSR1
-after saving (run again to continue).
-"""
+"""Trains a model, or continues a run: `python train.py --help`. What it does is in fp8jax/cli/train.py and fp8jax/training/loop.py."""
 
 import sys
 
 from fp8jax.cli import train
 
 if __name__ == "__main__":
-    sys.exit(train.main(sys.argv, __doc__ or ""))
+    sys.exit(train.main(sys.argv))

@@ -3,12 +3,10 @@
 A config file calls `make(size, ...)` and names only what differs. A size is the config's argument: `fp8_base.py:390m`.
 """
 
-import os
-import pathlib
-
 import ml_collections
 
 from fp8jax import config as config_lib
+from fp8jax import hardware
 
 SIZES = {
     "tiny": dict(layers=4, width=256, ffn_width=512, heads=2, kv_heads=1),
@@ -24,7 +22,7 @@ _CONTEXT = 4096
 
 def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_collections.ConfigDict:
     """A run of one architecture at one size; no size: what the machine at hand can bear."""
-    size = size or default_size()
+    size = size or hardware.default_size()[0]
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
     config = config_lib.defaults()
@@ -51,11 +49,3 @@ def _plan(config: ml_collections.ConfigDict, *, steps: int, warmup_steps: int) -
     """Sets the length of the run, and the warm-up of a run of this length; a shorter one gets less of it."""
     config.training.steps = config.preset.training.steps = steps
     config.preset.optimizer.warmup_steps = warmup_steps
-
-
-def default_size() -> str:
-    """`390m` where there is an accelerator, `tiny` where there is none; looks at device files, so that JAX is not started."""
-    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
-        return "tiny"
-    devices = ("nvidia0", "nvidiactl", "accel0", "vfio/0")
-    return "390m" if any(pathlib.Path("/dev", name).exists() for name in devices) else "tiny"

@@ -18,10 +18,8 @@ def get_config(workdir: str | None = None) -> ml_collections.ConfigDict:
     for section, fields in config_lib.to_dict(config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))).items():
         config[section].update(fields)
     # The run is a preset here: schedules that the command line leaves alone follow a length that it sets.
-    for section, field in open_fields.PLANNED:
-        config.preset[section][field] = config[section][field]
-        if field != "steps":
+    config.preset.update(open_fields.planned(config))
+    for section, field in open_fields.OPEN:
+        if field != "fsdp" or config.mesh.fsdp == -1:
             config[section][field] = None
-    if config.mesh.fsdp == -1:
-        config.mesh.fsdp = None
     return config

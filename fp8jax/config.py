@@ -48,6 +48,10 @@ class ConfigError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read. The message is one line: what, where, what to do."""
+
+
 class DataError(ConfigError):
     """Training data that cannot be used where a run has come to it; the message names the file and the place in it."""
 
@@ -278,31 +282,17 @@ def defaults() -> ml_collections.ConfigDict:
     for section in dataclasses.fields(Config):
         values = ml_collections.ConfigDict()
         for field in dataclasses.fields(section.type):
-            kind, _ = _kind(field.type)
+            kind, _ = kind_of(field.type)
             unset = field.default is None or (section.name, field.name) in open_fields.OPEN
             values[field.name] = config_dict.placeholder(kind) if unset else field.default
         out[section.name] = values
-    built = to_dict(Config())
-    out.preset = {section: {} for section, _ in open_fields.PLANNED}
-    for section, field in open_fields.PLANNED:
-        out.preset[section][field] = built[section][field]
+    out.preset = open_fields.planned(to_dict(Config()))
     return out
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Plain nested dictionary, for config.json."""
     return dataclasses.asdict(config)
-
-
-def reference() -> str:
-    """Every field with its default and its meaning, for --help."""
-    lines = []
-    for section in dataclasses.fields(Config):
-        lines.append(f"{section.name}: {(section.type.__doc__ or '').strip()}")
-        for field in dataclasses.fields(section.type):
-            choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-            lines.append(f"  --config.{section.name}.{field.name}={field.default}{choices}\n      {field.metadata['doc']}")
-    return "\n".join(lines)
 
 
 def digest(config: Config) -> str:
@@ -373,7 +363,7 @@ def _build_section(section: str, kind: Any, values: dict[str, Any]) -> Any:
 
 
 def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
-    kind, optional = _kind(field.type)
+    kind, optional = kind_of(field.type)
     if value is None and optional:
         return None
     if kind is float and type(value) is int and abs(value) < 2**1000:
@@ -394,7 +384,7 @@ def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
     return value
 
 
-def _kind(annotation: Any) -> tuple[type, bool]:
+def kind_of(annotation: Any) -> tuple[type, bool]:
     """The plain type of an annotation, and whether None is allowed too."""
     if isinstance(annotation, types.UnionType):
         kinds = [a for a in typing.get_args(annotation) if a is not type(None)]
@@ -409,7 +399,15 @@ def check_name(section: str, field: str | None = None) -> None:
         raise ConfigError(f"config.{section}: unknown section{_nearest(section, sections)}")
     known = [found.name for found in dataclasses.fields(sections[section])]
     if field is not None and field not in known:
-        raise ConfigError(f"config.{section}.{field}: unknown field{_nearest(field, known)}")
+        like = " or ".join(f"config.{'.'.join(found)}" for found in fields_like(field)[:4])
+        raise ConfigError(f"config.{section}.{field}: unknown field" + (f"; did you mean {like}?" if like else _nearest(field, known)))
+
+
+def fields_like(name: str) -> list[tuple[str, str]]:
+    """Fields of any section that have this name, or whose words begin with its letters: `lr` is optimizer.learning_rate."""
+    fields = [(section.name, field.name) for section in dataclasses.fields(Config) for field in dataclasses.fields(section.type)]
+    same = [found for found in fields if found[1] == name or ".".join(found) == name]
+    return same or [found for found in fields if "_" in found[1] and "".join(word[0] for word in found[1].split("_") if word) == name]
 
 
 def _nearest(name: str, known: Any) -> str:

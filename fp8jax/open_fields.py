@@ -20,6 +20,11 @@ OPEN = (WARMUP, *INTERVALS, ("mesh", "fsdp"))
 Values = dict[str, dict[str, Any]]  # section → field → value
 
 
+def planned(values: Values) -> Values:
+    """What a preset with these values plans."""
+    return {section: {field: values[section][field] for of, field in PLANNED if of == section} for section, _ in PLANNED}
+
+
 def fill(values: Values, preset: Values, run: Values | None = None) -> None:
     """Fills in what is open.
 

@@ -50,7 +50,7 @@ def test_every_field_is_documented_and_of_a_plain_type():
     for section in dataclasses.fields(config_lib.Config):
         for field in dataclasses.fields(section.type):
             assert field.metadata["doc"], f"{section.name}.{field.name}"
-            kind, _ = config_lib._kind(field.type)
+            kind, _ = config_lib.kind_of(field.type)
             assert kind in (bool, int, float, str), f"{section.name}.{field.name}"
 
 

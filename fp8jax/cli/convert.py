@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1
 
-from fp8jax.cli.errors import complain
+from fp8jax.cli.errors import Parser, complain, local_path
 from fp8jax.config import Config, ConfigError, DataConfig, ModelConfig
 from fp8jax.data import tokenizer
 from fp8jax.interop import hf, hf_config, hf_logits
 from fp8jax.interop.hf_safetensors import DTYPES, HuggingFaceError, read_json
 from fp8jax.models.definition import Definition, Params, define
-from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config, save_config
+from fp8jax.training.checkpoint import Checkpoints, load_config, save_config
 
 KEPT = "hf"  # in a converted run's directory: the source's config.json and tokenizer
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -105,9 +105,7 @@ def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definiti
     context = v1.Context()
     context.memory_options.read_concurrent_bytes = 2 * max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
     with context, Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
-        step = checkpoints.latest_step() if step is None else step
-        if step is None:
-            raise CheckpointError(f"{workdir}: no complete checkpoint there yet")
+        step = checkpoints.chosen(step)
         found, _ = checkpoints.restore(step, {"params": wanted}, partial=True)
     return config, definition, found["params"], step
 
@@ -167,7 +165,7 @@ def _add_ignore_keys(command: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fp8jax convert",
         description="Hugging Face model directories (llama, olmo2, apertus, fog; safetensors only) in and out.",
         epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama && python eval.py --workdir=runs/llama")
@@ -175,15 +173,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("from-hf", help="make a run's directory, to continue with train.py, of a model directory",
                                   epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama")
-    command.add_argument("directory", type=pathlib.Path, help="with config.json and *.safetensors")
-    command.add_argument("--out", type=pathlib.Path, required=True, help="directory of the new run; must not exist, or be empty")
+    command.add_argument("directory", type=local_path, help="with config.json and *.safetensors")
+    command.add_argument("--out", type=local_path, required=True, help="directory of the new run; must not exist, or be empty")
     _add_ignore_keys(command)
     command.set_defaults(run=_from_hf)
 
     command = commands.add_parser("to-hf", help="make a model directory that transformers loads, of a run's checkpoint",
                                   epilog="example: python -m fp8jax convert to-hf --workdir runs/llama --out exported --dtype bfloat16")
-    command.add_argument("--workdir", type=pathlib.Path, required=True, help="directory of the run")
-    command.add_argument("--out", type=pathlib.Path, required=True, help="model directory; must not exist, or be empty")
+    command.add_argument("--workdir", type=local_path, required=True, help="directory of the run")
+    command.add_argument("--out", type=local_path, required=True, help="model directory; must not exist, or be empty")
     command.add_argument("--step", type=int, default=None, help="checkpoint to convert (default: the newest)")
     command.add_argument("--dtype", choices=_CODES, default="float32", help="of the tensors (default: float32, as the run has them)")
     command.add_argument("--max_shard_size", type=_bytes, default="5GB", help="largest safetensors file (default: 5GB)")
@@ -192,9 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "logits", help="float32 logits, loss and gradients of a model directory or a run, to compare with another implementation's",
         epilog="example: python -m fp8jax convert logits runs/llama --tokens ids.npy --out found.npz --gradients")
-    command.add_argument("directory", type=pathlib.Path, help="model directory, or directory of a run (its newest checkpoint)")
-    command.add_argument("--tokens", type=pathlib.Path, required=True, help=".npy file: token ids, integers [batch, length]")
-    command.add_argument("--out", type=pathlib.Path, required=True, help=".npz file: logits [batch, length, vocab], loss, gradients")
+    command.add_argument("directory", type=local_path, help="model directory, or directory of a run (its newest checkpoint)")
+    command.add_argument("--tokens", type=local_path, required=True, help=".npy file: token ids, integers [batch, length]")
+    command.add_argument("--out", type=local_path, required=True, help=".npz file: logits [batch, length, vocab], loss, gradients")
     command.add_argument("--gradients", action="store_true", help="also d loss / d tensor, under each tensor's Hugging Face name")
     _add_ignore_keys(command)
     command.set_defaults(run=_logits)

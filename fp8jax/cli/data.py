@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fp8jax import config as config_lib
-from fp8jax.cli.errors import complain
+from fp8jax.cli.errors import Parser, complain, local_path
 from fp8jax.data import pipeline, tokenizer
 
 END = "<|end of document|>"
@@ -96,11 +96,11 @@ def _passed_over(workdir: pathlib.Path, step: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fp8jax data", description="The data of a run.",
+    parser = Parser(prog="python -m fp8jax data", description="The data of a run.",
                                      epilog="example: python -m fp8jax data show --workdir=runs/fp8_base-tiny --step=100")
     commands = parser.add_subparsers(dest="command", required=True)
     shown = commands.add_parser("show", help="the text of a step's batch", description="Decodes exactly what a step saw, or will see.",
                                 epilog="example: python -m fp8jax data show --workdir=runs/fp8_base-tiny --step=100")
-    shown.add_argument("--workdir", type=pathlib.Path, required=True, help="directory of the run")
+    shown.add_argument("--workdir", type=local_path, required=True, help="directory of the run")
     shown.add_argument("--step", type=int, required=True, help="as in metrics.jsonl; the first is 1")
     return parser

@@ -1,6 +1,12 @@
-"""How every command tells a mistake: one line on standard error, exit code 2."""
+"""How every command reports a mistake: one line on standard error, exit code 2."""
 
+import argparse
+import pathlib
+import re
 import sys
+from collections.abc import Sequence
+
+from fp8jax.config import ConfigError
 
 BAD_USAGE = 2
 
@@ -10,3 +16,43 @@ def complain(message: str) -> int:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     print(f"error: {' '.join(lines)}", file=sys.stderr)
     return BAD_USAGE
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line, as everywhere else; takes no abbreviations."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str):
+        """Exits with code 2."""
+        sys.exit(complain(f"{message}; {self.prog} --help shows an example"))
+
+
+def local_path(text: str) -> pathlib.Path:
+    """A path on a file system; the type of every option that is one.
+
+    Raises:
+        argparse.ArgumentTypeError: the address of an object store, which would be taken for a directory of that name.
+    """
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise argparse.ArgumentTypeError(f"{text}: {scheme[0]}/ is no file system; give a directory, such as one where the bucket is mounted "
+                                         "(gcsfuse, s3fs, blobfuse)")
+    return pathlib.Path(text)
+
+
+def local_directory(flag: str, text: str) -> pathlib.Path:
+    """The same for a flag of train.py or eval.py.
+
+    Raises:
+        ConfigError: the address of an object store.
+    """
+    try:
+        return local_path(text)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--{flag}={error}") from None
+
+
+def with_underscores(argv: Sequence[str]) -> list[str]:
+    """The arguments with --text_field for --text-field: either may be written."""
+    return [re.sub(r"^--[^=\s]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]

@@ -1,4 +1,4 @@
-"""The command line of eval.py."""
+"""The command line of eval.py. JAX is loaded once the flags are known to be right."""
 
 import importlib.util
 import math
@@ -6,15 +6,21 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 from absl import flags
 
 from fp8jax.cli import processes
+from fp8jax.cli.errors import local_directory
 from fp8jax.cli.flags import run
 from fp8jax.config import ConfigError
-from fp8jax.interop.inference import Inference
-from fp8jax.parallel import distributed
-from fp8jax.training import evaluation
+
+USAGE = """Evaluates a run's checkpoint in BF16: held-out loss, perplexity and bits per byte, or tasks of lm-evaluation-harness.
+
+    python eval.py --workdir=runs/fp8_base-tiny
+    python eval.py --workdir=runs/fp8_base-tiny --step=450
+    python eval.py --workdir=runs/fp8_base-tiny --tasks=lambada_openai,piqa      # docs/evaluation.md
+
+Exit codes: 0 finished, 2 bad usage, config, checkpoint or task.
+"""
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
 _STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest", lower_bound=0)
@@ -24,21 +30,28 @@ _TASK_DIR = flags.DEFINE_string("task_dir", None, "directory with task files of 
 flags.adopt_module_key_flags(processes)
 
 
-def main(argv: Sequence[str], usage: str) -> int:
+def main(argv: Sequence[str], usage: str = USAGE) -> int:
     """Runs eval.py, whose --help begins with `usage`; returns the exit code."""
-    flags.mark_flag_as_required("workdir")
     return run(argv, _joined, usage)
 
 
 def _joined() -> int:
-    with processes.joined():
-        return _evaluate_tasks() if _TASKS.value else _evaluate()
-
-
-def _evaluate() -> int:
-    if _TASK_DIR.value is not None:
+    if not _WORKDIR.value:
+        raise ConfigError("--workdir: is missing; for example --workdir=runs/fp8_base-tiny")
+    workdir = local_directory("workdir", _WORKDIR.value)
+    if not (workdir / "config.json").is_file():
+        raise ConfigError(f"{workdir}: no config.json there; give the --workdir of a run")
+    if _TASK_DIR.value is not None and not _TASKS.value:
         raise ConfigError(f"--task_dir={_TASK_DIR.value}: needs --tasks, the names of tasks there")
-    found = evaluation.evaluate_run(pathlib.Path(_WORKDIR.value), _STEP.value)
+    with processes.joined():
+        return _evaluate_tasks(workdir) if _TASKS.value else _evaluate(workdir)
+
+
+def _evaluate(workdir: pathlib.Path) -> int:
+    from fp8jax.parallel import distributed
+    from fp8jax.training import evaluation
+
+    found = evaluation.evaluate_run(workdir, _STEP.value)
     if not distributed.is_first():
         return 0
     print(f"step {found['step']}: loss {found['loss']:.4f}  perplexity {found['perplexity']:.4f}  "
@@ -46,17 +59,19 @@ def _evaluate() -> int:
     return 0
 
 
-def _evaluate_tasks() -> int:
+def _evaluate_tasks(workdir: pathlib.Path) -> int:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt")
     from fp8jax.interop import lm_eval
+    from fp8jax.interop.inference import Inference
+    from fp8jax.parallel import distributed
+    from fp8jax.training import evaluation
 
     # Before the model: what is wrong with tasks should be known at once.
     tasks = lm_eval.load_tasks(_TASKS.value, _TASK_DIR.value and pathlib.Path(_TASK_DIR.value))
-    workdir = pathlib.Path(_WORKDIR.value)
     model, step = evaluation.load_run(workdir, _STEP.value)
     found = lm_eval.evaluate(Inference(model), tasks)
-    if jax.process_index() == 0:
+    if distributed.is_first():
         evaluation.write_json(workdir / "eval_tasks.json", {"step": step, **_plain(found)})
         print("\n".join(f"step {step}: {line}" for line in _lines(found)))
     return 0

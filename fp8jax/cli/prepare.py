@@ -4,12 +4,11 @@ import argparse
 import functools
 import itertools
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
 
-from fp8jax.cli.errors import complain
+from fp8jax.cli.errors import Parser, complain, local_path
 from fp8jax.data import inspection, shards
 from fp8jax.data import prepare as preparation
 
@@ -123,7 +122,7 @@ def _printable(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fp8jax prepare", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Tokenises text into shards to train on. Run again after an interruption, it continues. `prepare inspect DIR` "
                     "shows what was made.",
@@ -132,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", nargs="+", action="extend", required=True, metavar="PATH",
                         help="files, directories or quoted patterns: .jsonl, .txt, .md (also .gz, .bz2, .xz, .zst), .parquet, .arrow, "
                              ".array_record (token ids); or hf:NAME[:CONFIG], a dataset of the Hugging Face hub")
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="where the shards go; an empty directory")
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="where the shards go; an empty directory")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", default="byte", metavar="NAME", help="byte (default), tekken, or the path of a tokenizer.json")
     which.add_argument("--train_tokenizer", type=int, metavar="VOCAB", help="train a byte-level BPE of so many ids on the input")
@@ -149,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fp8jax prepare inspect", description="Counts, lengths and sample documents of a directory of token shards.",
         epilog="example: python -m fp8jax prepare inspect tokens")
-    parser.add_argument("directory", type=pathlib.Path, help="made by prepare")
+    parser.add_argument("directory", type=local_path, help="made by prepare")
     parser.add_argument("--verify", action="store_true", help="read everything and compare it with the checksums")
     return parser

@@ -5,7 +5,7 @@ import os
 
 from absl import flags
 
-from fp8jax.parallel import distributed, launchers
+from fp8jax.parallel import launchers
 
 _ADDRESS = flags.DEFINE_string("coordinator_address", None, "several processes: HOST:PORT of process 0, where no launcher tells it; the port "
                                "after it is used, too")
@@ -18,4 +18,6 @@ _HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 100, "seconds of silence 
 def joined() -> contextlib.AbstractContextManager[None]:
     """The other processes of this run, as flags or a launcher tell of them; enter it before anything starts JAX."""
     launch = launchers.find(os.environ, coordinator_address=_ADDRESS.value, num_processes=_COUNT.value, process_id=_PROCESS.value)
+    from fp8jax.parallel import distributed  # loads JAX
+
     return distributed.start(launch, start_timeout=_START.value, heartbeat_timeout=_HEARTBEAT.value)

@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from fp8jax.cli.errors import complain
+from fp8jax.cli.errors import Parser, complain, local_path
 from fp8jax.monitor.report import write_report
 
 STOPPED = 4
@@ -37,12 +37,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fp8jax report", description="Writes a self-contained page: curves, layer by layer statistics, events.",
         epilog="example: python -m fp8jax report runs/fp8_base-tiny runs/llama3-tiny --out report.html")
-    parser.add_argument("workdirs", nargs="*", type=pathlib.Path, metavar="WORKDIR", help="directory of a run; several are shown side by side")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("report.html"), help="the page (default: report.html)")
-    parser.add_argument("--warnings", type=pathlib.Path, metavar="FILE", help="instead: what the early warning says of a metrics.jsonl, or of "
+    parser.add_argument("workdirs", nargs="*", type=local_path, metavar="WORKDIR", help="directory of a run; several are shown side by side")
+    parser.add_argument("--out", type=local_path, default=pathlib.Path("report.html"), help="the page (default: report.html)")
+    parser.add_argument("--warnings", type=local_path, metavar="FILE", help="instead: what the early warning says of a metrics.jsonl, or of "
                         "the one in a directory")
     parser.add_argument("--background", action="store_true", help="with low priority")
     return parser

@@ -1,16 +1,10 @@
 """`python -m fp8jax sample`: continues a prompt with the model of a run."""
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 
-import jax
-
-from fp8jax.cli.errors import complain
-from fp8jax.interop.generation import stream
-from fp8jax.interop.inference import Inference
-from fp8jax.training.evaluation import load_run
+from fp8jax.cli.errors import Parser, complain, local_path
 
 STOPPED = 4
 
@@ -18,6 +12,12 @@ STOPPED = 4
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     options = _parser().parse_args(argv)
+    import jax  # not before the options are known to be right
+
+    from fp8jax.interop.generation import stream
+    from fp8jax.interop.inference import Inference
+    from fp8jax.training.evaluation import load_run
+
     try:
         # One device: generation reads all weights for every token, and sharded ones would travel each time.
         model, _ = load_run(options.workdir, options.step, jax.devices()[:1])
@@ -44,10 +44,10 @@ def _shown(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fp8jax sample", description="Continues a prompt with the model of a run, in BF16.",
         epilog="example: python -m fp8jax sample --workdir=runs/fp8_base-tiny --prompt='Anne Elliot' --temperature=0.8")
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="directory of the run")
+    parser.add_argument("--workdir", type=local_path, required=True, help="directory of the run")
     parser.add_argument("--prompt", required=True, help="text to continue; '' begins a document")
     parser.add_argument("--tokens", type=int, default=200, help="at most so many more (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default); 1: as the model has it")

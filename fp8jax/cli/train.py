@@ -1,64 +1,79 @@
-"""The command line of train.py."""
+"""The command line of train.py. JAX is loaded once everything that can be checked without it has been."""
 
-import functools
 import os
 import pathlib
 from collections.abc import Sequence
 
-import jax
 from absl import flags
-from ml_collections import config_flags
 
-from configs import common
 from fp8jax import config as config_lib
-from fp8jax.cli import processes
-from fp8jax.cli.errors import complain
-from fp8jax.cli.flags import run
-from fp8jax.config import Config
-from fp8jax.monitor.writers import Silent
-from fp8jax.parallel import distributed
-from fp8jax.training import loop
+from fp8jax import hardware
+from fp8jax.cli import fields, processes
+from fp8jax.cli.errors import local_directory
+from fp8jax.cli.flags import EXAMPLE, find_config, read_config, run, split
+from fp8jax.config import Config, ConfigError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file and size, e.g. configs/fp8_base.py:tiny")
+USAGE = """Trains a model, or continues a run.
+
+    python train.py --config=configs/fp8_base.py:tiny
+    python train.py --config=configs/fp8_base.py:390m --config.training.steps=1000 --workdir=runs/mine
+
+Exit codes: 0 finished, 2 bad usage or config, 3 stopped by bad numbers after saving, 4 stopped on SIGINT, SIGTERM, SIGHUP or
+SIGUSR1 after saving (run again to continue).
+"""
+
+_CONFIG = flags.DEFINE_string("config", None, "configuration file and size, e.g. configs/fp8_base.py:tiny")
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default runs/CONFIG-SIZE")
 _ALLOW = flags.DEFINE_list("allow_config_change", [], "fields, e.g. data.source, that may differ from those of the run in the directory")
 
 flags.adopt_module_key_flags(processes)
 
 
-def main(argv: Sequence[str], usage: str) -> int:
+def main(argv: Sequence[str], usage: str = USAGE) -> int:
     """Runs train.py, whose --help begins with `usage`; returns the exit code."""
-    flags.mark_flag_as_required("config")
-    name, size = _config_argument(argv)
-    if name and not pathlib.Path(name).is_file():
-        return complain(f"--config={name}: no such file; for example --config=configs/fp8_base.py:tiny")
-    return run(argv, lambda: _train(name, size), f"{usage.strip()}\n\nFields of the configuration:\n\n{config_lib.reference()}")
+    overrides, rest = split("config", argv)
+    return run(rest, lambda: _train(overrides), f"{usage.strip()}\n\nFields of the configuration:\n\n{fields.reference()}")
 
 
-def _train(name: str, size: str) -> int:
-    config = config_lib.from_dict(_CONFIG.value)
-    with processes.joined():
-        return _train_joined(config, name, size)
-
-
-def _train_joined(config: Config, name: str, size: str) -> int:
-    tell = functools.partial(print, flush=True) if distributed.is_first() else Silent().message
+def _train(overrides: Sequence[str]) -> int:
+    if not _CONFIG.value:
+        raise ConfigError(f"--config: is missing; for example {EXAMPLE}")
+    path, size = find_config("config", _CONFIG.value)
+    lines = []
     if not size:
-        size = common.default_size()
-        tell(f"size     {size}, chosen for this machine; --config={name}:SIZE sets another")
+        size, machine = hardware.default_size()
+        lines.append(f"size     {size}, chosen for this machine ({machine}); --config={_CONFIG.value}:SIZE sets another")
+    workdir = _workdir(path, size)
+    lines.append(f"workdir  {workdir}")
+    config = config_lib.from_dict(read_config("config", f"{path}:{size}", overrides), _run_in(workdir))
+    with processes.joined():
+        return _train_joined(config, workdir, lines)
+
+
+def _train_joined(config: Config, workdir: pathlib.Path, lines: Sequence[str]) -> int:
+    import jax
+
+    from fp8jax.parallel import distributed
+    from fp8jax.training import loop
+
+    if distributed.is_first():
+        print("\n".join(lines), flush=True)
     # A restart compiles nothing that an earlier run on this machine has compiled.
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/fp8jax"))
-    workdir = _WORKDIR.value or f"runs/{pathlib.Path(name).stem}-{size}"
-    tell(f"workdir  {workdir}")
     return loop.train(config, workdir, allow_config_change=_ALLOW.value)
 
 
-def _config_argument(argv: Sequence[str]) -> tuple[str, str]:
-    """Config file and size, from --config=FILE:SIZE or --config FILE:SIZE; empty where not given."""
-    words = [word.removeprefix("-").removeprefix("-") for word in argv]
-    value = next((word.removeprefix("config=") for word in words if word.startswith("config=")), None)
-    if value is None and "config" in words[:-1]:
-        value = words[words.index("config") + 1]
-    name, _, size = (value or "").partition(":")
-    return name, size
+def _workdir(path: pathlib.Path, size: str) -> pathlib.Path:
+    """The directory of the run; that of the run whose configuration is taken, where it is."""
+    if _WORKDIR.value:
+        return local_directory("workdir", _WORKDIR.value)
+    return pathlib.Path(size) if path.stem == "from_run" else pathlib.Path("runs", f"{path.stem}-{size}")
+
+
+def _run_in(workdir: pathlib.Path) -> Config | None:
+    """The configuration of the run that goes on; one that cannot be read is reported later, by whoever needs it."""
+    try:
+        return config_lib.from_dict(config_lib.read_json(workdir / "config.json"))
+    except (ConfigError, FileNotFoundError, AttributeError):
+        return None

@@ -34,7 +34,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
             have no memory to offload to.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = _sizes(config, len(devices))
+    sizes = _sizes(config, devices)
     _check_divides(config, sizes)
     _check_offloads(config, devices)
     return Mesh(_arrange(devices, tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -82,7 +82,8 @@ def _crosses(devices: np.ndarray, axis: int, nodes: Mapping[int, list[jax.Device
     return any(len({node[device] for device in line}) > 1 for line in lines)
 
 
-def _sizes(config: Config, count: int) -> dict[str, int]:
+def _sizes(config: Config, devices: Sequence[jax.Device]) -> dict[str, int]:
+    count = len(devices)
     sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sizes.items():
@@ -90,8 +91,17 @@ def _sizes(config: Config, count: int) -> dict[str, int]:
             sizes[axis] = max(count // fixed, 1)
     if math.prod(sizes.values()) != count:
         wanted = " x ".join(f"{axis}={getattr(config.mesh, axis)}" for axis in MESH_AXES)
-        raise ConfigError(f"config.mesh: {wanted} does not make {count} devices; {_nearest(config, sizes, count)}")
+        raise ConfigError(f"config.mesh: {wanted} does not make {count} device{'s' if count > 1 else ''}; {_nearest(config, sizes, count)}"
+                          + _more_on_a_cpu(config, devices))
     return sizes
+
+
+def _more_on_a_cpu(config: Config, devices: Sequence[jax.Device]) -> str:
+    """How to try a mesh on a CPU, if that is where we are."""
+    asked = math.prod(max(getattr(config.mesh, axis), 1) for axis in MESH_AXES)
+    if devices[0].platform != "cpu" or asked <= len(devices):
+        return ""
+    return f"; to try it on a CPU, make devices of it: XLA_FLAGS=--xla_force_host_platform_device_count={asked}"
 
 
 def _check_divides(config: Config, sizes: dict[str, int]) -> None:

@@ -31,6 +31,7 @@ from absl import logging as absl_logging
 from orbax.checkpoint import v1
 
 from fp8jax import config as config_lib
+from fp8jax.config import CheckpointError
 from fp8jax.parallel.distributed import from_any, from_first
 from fp8jax.training import manifest
 
@@ -43,10 +44,6 @@ Names = tuple[str, ...]
 # ERROR where one save fails, of which an exception tells as well.
 _ORBAX = os.path.join("orbax", "checkpoint")
 absl_logging.get_absl_logger().addFilter(lambda line: line.levelno == logging.WARNING or _ORBAX not in line.pathname)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read. The message is one line: what, where, what to do."""
 
 
 class Checkpoints:
@@ -79,6 +76,19 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint, None where there is none."""
         return max(self.steps(), default=None)
+
+    def chosen(self, step: int | None) -> int:
+        """Return the step, or that of the newest complete checkpoint for None; the same on every process.
+
+        Raises:
+            CheckpointError: there is none, or none of this step; it lists those that there are.
+        """
+        steps = self.steps()
+        found = from_first(max(steps, default=-1) if step is None else step if step in steps else -1)
+        if found >= 0:
+            return found
+        there = f"there are steps {', '.join(map(str, steps))}" if steps else "no complete checkpoint there yet"
+        raise CheckpointError(f"{self.directory.parent}: " + (there if step is None else f"no checkpoint of step {step}; {there}"))
 
     def newest(self) -> tuple[int | None, dict[int, str]]:
         """Return the newest step whose files are what was written, or None; and newer ones passed over, with reasons.

@@ -169,9 +169,7 @@ def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequ
     definition = define(config.model, tokenizer.vocab_size(config))
     mesh = make_mesh(definition.complete(config), devices)
     with Checkpoints(workdir) as checkpoints:
-        step = distributed.from_first(-1 if (latest := checkpoints.latest_step()) is None else latest) if step is None else step
-        if step < 0:
-            raise CheckpointError(f"{workdir}: no complete checkpoint there yet")
+        step = checkpoints.chosen(step)
         saved = precision.saved_as(config.optimizer, checkpoints.dtypes(step))
         program = TrainProgram(dataclasses.replace(config, optimizer=saved), definition, mesh)
         state, _ = checkpoints.restore(step, {"params": program.abstract_state.params}, partial=True)

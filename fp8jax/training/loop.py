@@ -3,8 +3,8 @@
     exit_code = train(config, workdir)
 
 The directory holds everything: config.json, checkpoints/, metrics.jsonl, events.jsonl, tensorboard/, eval.json. Running
-again with the same directory continues from the newest checkpoint; SIGINT, SIGTERM and SIGUSR1 finish the step under way,
-save and return 4. What a step computes is in step.py.
+again with the same directory continues from the newest checkpoint; SIGINT, SIGTERM, SIGHUP and SIGUSR1 finish the step under
+way, save and return 4. What a step computes is in step.py.
 """
 
 import contextlib
@@ -254,10 +254,10 @@ class _Run:
 
     def _finish(self, bad_end: bool, saved: str) -> int:
         step = self.step
+        if step == self.config.training.steps and not bad_end:  # whatever signal came in the last step
+            self.writer.event("finished", step)
+            return FINISHED
         if not self.stopping:
-            if step == self.config.training.steps and not bad_end:
-                self.writer.event("finished", step)
-                return FINISHED
             if self.ended == "stop":
                 self.writer.event("stopped", step, by="early warning")
                 self.progress.message(f"stopped by the early warning after step {step}; {saved}")
@@ -356,9 +356,10 @@ def _due(step: int, every: int) -> bool:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT, SIGTERM and SIGUSR1 (a scheduler's notice) are appended; the loop stops at the end of the step.
+    """A list to which signals that ask to stop are appended; the loop stops at the end of the step.
 
-    A second SIGINT interrupts.
+    SIGINT, SIGTERM, SIGHUP (a lost terminal) and SIGUSR1 (a scheduler's notice). A second SIGINT interrupts. What is ignored
+    stays so: SIGHUP under nohup.
     """
     caught: list[int] = []
 
@@ -367,7 +368,8 @@ def _stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    before = {number: signal.signal(number, note) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield caught
     finally:

@@ -1,0 +1,30 @@
+"""Fields of the configuration as the command line shows and reads them."""
+
+import dataclasses
+
+from fp8jax import open_fields
+from fp8jax.config import Config, check_name, kind_of
+
+
+def reference() -> str:
+    """Every field with its default and its meaning, for --help."""
+    lines = []
+    for section in dataclasses.fields(Config):
+        lines.append(f"{section.name}: {(section.type.__doc__ or '').strip()}")
+        for field in dataclasses.fields(section.type):
+            choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+            lines.append(f"  --config.{section.name}.{field.name}={field.default}{choices}\n      {field.metadata['doc']}")
+    return "\n".join(lines)
+
+
+def field_of(section: str, field: str) -> tuple[type, bool, str]:
+    """Type of a field, whether the command line may set it to None, and what it means.
+
+    Raises:
+        ConfigError: there is no such field.
+    """
+    check_name(section, field)
+    kind = next(found.type for found in dataclasses.fields(Config) if found.name == section)
+    found = next(found for found in dataclasses.fields(kind) if found.name == field)
+    plain, optional = kind_of(found.type)
+    return plain, optional or (section, field) in open_fields.OPEN, found.metadata["doc"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from fp8jax.config import WARNING_LEVELS
 from fp8jax.monitor.early_warning import EarlyWarning
-from fp8jax.monitor.writers import MetricsError, read_metrics
+from fp8jax.monitor.logs import MetricsError, records
 
 
 def lines(path: pathlib.Path) -> Iterator[str]:
@@ -17,11 +17,12 @@ def lines(path: pathlib.Path) -> Iterator[str]:
     Raises:
         MetricsError: no such file, an unreadable line, or a log without statistics.
     """
-    log = read_metrics(path / "metrics.jsonl" if path.is_dir() else path)
-    if not any(name.startswith("kurtosis/") for entry in log for name in entry):
+    watch, counts, step, statistics = EarlyWarning(), dict.fromkeys(WARNING_LEVELS, 0), 0, False
+    for entry in records(path / "metrics.jsonl" if path.is_dir() else path):
+        step, statistics = entry["step"], statistics or any(name.startswith("kurtosis/") for name in entry)
+        for alarm in watch.observe(entry):
+            counts[alarm.level] += 1
+            yield alarm.text()
+    if not statistics:
         raise MetricsError(f"{path}: no statistics in the log; train with config.monitor.every above 0")
-    watch = EarlyWarning()
-    alarms = [alarm for entry in log for alarm in watch.observe(entry)]
-    yield from (alarm.text() for alarm in alarms)
-    counts = ", ".join(f"{sum(alarm.level == level for alarm in alarms)} {level}" for level in WARNING_LEVELS)
-    yield f"{log[-1]['step']:,} steps: {counts}"
+    yield f"{step:,} steps: {', '.join(f'{count} {level}' for level, count in counts.items())}"

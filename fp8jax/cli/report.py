@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> int:
         if options.warnings:
             from fp8jax.cli import early_warnings  # needs JAX, which a page that a run refreshes should not start
 
-            print("\n".join(early_warnings.lines(options.warnings)))
+            for line in early_warnings.lines(options.warnings):
+                print(line)
             return 0
         out = write_report(options.workdirs, options.out)
     except ValueError as error:  # MetricsError is one

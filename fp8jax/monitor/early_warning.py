@@ -1,7 +1,7 @@
 """Early warning: says from the log of a run, while it runs or afterwards, what is about to leave FP8's range or to break.
 
     watch = EarlyWarning()
-    for entry in read_metrics("DIR/metrics.jsonl"):
+    for entry in records("DIR/metrics.jsonl"):
         for alarm in watch.observe(entry):
             print(alarm.text())
 
@@ -38,7 +38,8 @@ from fp8jax.monitor.loads import LOGITS, Place, loads
 from fp8jax.numerics.roles import OPERANDS
 
 WATCH, WARN, ACT = WARNING_LEVELS
-WINDOW = 48  # entries with statistics that are remembered
+# Entries with statistics that are remembered, and entries at all. A continued run replays twice as many (training/reaction.py).
+WINDOW, REMEMBERED = 48, trend.PAST + trend.RECENT
 SETTLED = 10  # of them before anything but a number that is not finite raises an alarm
 CONFIRMED = 3
 GRADIENTS = 64  # entries whose gradient norm and learning rate are remembered

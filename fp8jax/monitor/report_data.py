@@ -3,9 +3,10 @@
     run = read_run("runs/mine", cells=1_500_000)
     run["series"]["loss"]["last"], run["maps"]["kurtosis"]["qkv"]["cells"]
 
-Steps are gathered in buckets of as many logged steps each. A line keeps the smallest, the largest and the last value of each
-bucket; a cell of a layer x step map the worst of them: the largest, but for the signal-to-noise ratio the smallest. What is not
-finite is counted, never hidden. Reads JSON and nothing else; neither JAX nor the run's device is touched.
+Steps are gathered in buckets of as many logged steps each, while the log is read: memory does not grow with it. A line keeps
+the smallest, the largest and the last value of each bucket; a cell of a layer x step map the worst of them: the largest, but for
+the signal-to-noise ratio the smallest. What is not finite is counted, never hidden. Reads JSON and nothing else; neither JAX nor
+the run's device is touched.
 """
 
 import base64
@@ -13,13 +14,13 @@ import collections
 import json
 import math
 import pathlib
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from fp8jax.monitor.writers import MetricsError, read_metrics, records
+from fp8jax.monitor import layered
+from fp8jax.monitor.logs import MetricsError, lines, records
 
 LINES = ("loss", "held_out/loss", "held_out/bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds",
          "fp8/saturated_fraction", "fp8/underflow_fraction", "tokens")
@@ -27,9 +28,11 @@ LINES = ("loss", "held_out/loss", "held_out/bits_per_byte", "learning_rate", "gr
 MAPS = {"kurtosis": False, "max_logit": False, "entropy": True, "amax": False, "scale": False, "overflow": False, "underflow": False,
         "snr": True, "rms": False}
 POINTS, MAP_POINTS = 600, 240
+# Buckets kept while a log is read, from which at last so many are made; entries that wait to be put into them.
+FINE, FINE_MAP = 8 * POINTS, 2 * MAP_POINTS
+_WAITING, _WAITING_ROWS = 1024, 32
 EVENTS = 400
 MISSING, NON_FINITE, FIRST_CODE, LAST_CODE = 0, 1, 2, 65535
-_LAYER = re.compile(r"([a-z_]+)/(.+)_layer(\d+)")
 
 
 def read_run(workdir: str | pathlib.Path, *, cells: int) -> dict[str, Any]:
@@ -43,71 +46,177 @@ def read_run(workdir: str | pathlib.Path, *, cells: int) -> dict[str, Any]:
         MetricsError: there is no log, or it cannot be read.
     """
     workdir = pathlib.Path(workdir)
-    lines, maps = _gather(workdir / "metrics.jsonl")
-    events = read_metrics(workdir / "events.jsonl") if (workdir / "events.jsonl").exists() else []
+    series, maps = _gather(workdir / "metrics.jsonl")
+    events = _shown(records(workdir / "events.jsonl")) if (workdir / "events.jsonl").exists() else []
     height = sum(table.layers for tables in maps.values() for table in tables.values())
     points = max(20, min(MAP_POINTS, cells // max(height, 1)))
     return {
         "name": workdir.resolve().name, "workdir": str(workdir), "config": _json(workdir / "config.json"),
         "facts": _json(workdir / "run.json"),
-        "evaluation": _json(workdir / "eval.json"), "series": {name: line.reduced(POINTS) for name, line in lines.items()},
+        "evaluation": _json(workdir / "eval.json"), "series": {name: line.reduced(POINTS) for name, line in series.items()},
         "maps": {name: {tensor: table.reduced(points, smallest=MAPS[name]) for tensor, table in sorted(tables.items())}
                  for name, tables in maps.items()},
-        "events": _shown(events), "state": _state(events), "seconds": lines["step_seconds"].total() if "step_seconds" in lines else None,
+        "events": events, "state": _state(events), "seconds": series["step_seconds"].total() if "step_seconds" in series else None,
     }
 
 
 class _Line:
-    """One number a logged step."""
+    """One number a logged step, in bounded memory."""
 
     def __init__(self):
-        self.steps, self.values = [], []
+        self._steps, self._values, self._total, self._last = [], [], 0.0, 0
+        self._buckets = _Buckets({"from": _FIRST, "to": _LAST, "min": _LEAST, "max": _MOST, "last": _LAST_KNOWN, "bad": _SUM}, FINE)
+
+    def add(self, step: int, value: float) -> None:
+        """Take a logged step's value."""
+        self._steps.append(step)
+        self._values.append(value)
+        if len(self._steps) >= _WAITING:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._steps:
+            return
+        steps, values = np.asarray(self._steps), np.asarray(self._values, np.float64)
+        finite = np.isfinite(values)
+        between = np.diff(steps, prepend=self._last)
+        self._total += float(np.sum((between * values)[finite]))
+        self._last = steps[-1]
+        known, bad = np.where(finite, values, np.nan), (~finite).astype(np.int64)
+        self._buckets.add({"from": steps, "to": steps, "min": known, "max": known, "last": known, "bad": bad})
+        self._steps, self._values = [], []
 
     def total(self) -> float:
         """Sum over all steps, those between logged ones too."""
-        steps, values = np.diff(self.steps, prepend=0), np.asarray(self.values)
-        return float(np.sum((steps * values)[np.isfinite(values)]))
+        self._flush()
+        return self._total
 
     def reduced(self, points: int) -> dict[str, list]:
         """Of each bucket: first and last step; smallest, largest and last finite value; how many were not finite."""
-        values = np.asarray(self.values, np.float64)
-        out: dict[str, list] = {name: [] for name in ("from", "to", "min", "max", "last", "bad")}
-        for start, end in _buckets(len(values), points):
-            some = values[start:end]
-            finite = some[np.isfinite(some)]
-            known = [finite.min(), finite.max(), finite[-1]] if finite.size else [None] * 3
-            row = self.steps[start], self.steps[end - 1], *map(_short, known), int(some.size - finite.size)
-            for name, value in zip(out, row, strict=True):
-                out[name].append(value)
-        return out
+        self._flush()
+        found = self._buckets.reduced(points)
+        out: dict[str, list] = {name: found[name].tolist() for name in ("from", "to")}
+        out |= {name: [_short(value) for value in found[name].tolist()] for name in ("min", "max", "last")}
+        return out | {"bad": found["bad"].tolist()}
 
 
 class _Table:
-    """A value a layer, of each logged step that has them."""
+    """A value a layer, of each logged step that has them, in bounded memory."""
 
     def __init__(self):
-        self.steps, self.rows, self.layers = [], [], 0
+        self.layers, self._steps, self._rows = 0, [], []
+        self._ever_finite = np.zeros(0, bool)
+        self._buckets = _Buckets({"from": _FIRST, "to": _LAST, "min": _LEAST, "max": _MOST, "lost": _ANY}, FINE_MAP)
 
     def add(self, step: int, layers: np.ndarray, values: np.ndarray) -> None:
-        """Values of some layers, in one step."""
-        self.steps.append(step)
-        self.rows.append((layers, values))
+        """Take values of some layers, in one step."""
+        self._steps.append(step)
+        self._rows.append((layers, values))
         self.layers = max(self.layers, int(layers.max()) + 1)
+        if len(self._steps) >= _WAITING_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._steps:
+            return
+        values, known = np.full((len(self._rows), self.layers), np.nan), np.zeros((len(self._rows), self.layers), bool)
+        for row, seen, (layers, found) in zip(values, known, self._rows, strict=True):
+            row[layers], seen[layers] = found, True
+        finite, steps = np.isfinite(values), np.asarray(self._steps)
+        self._ever_finite = _wider(self._ever_finite, self.layers, False) | finite.any(0)
+        reach = np.where(finite, values, np.nan)
+        self._buckets.add({"from": steps, "to": steps, "min": reach, "max": reach, "lost": known & ~finite})
+        self._steps, self._rows = [], []
 
     def reduced(self, points: int, *, smallest: bool) -> dict[str, Any]:
         """Buckets' steps; `cells`: layers x buckets of 16-bit codes, base64, between `low` and `high`, of logarithms if `log`."""
-        values, known = np.full((len(self.rows), self.layers), np.nan), np.zeros((len(self.rows), self.layers), bool)
-        for row, seen, (layers, found) in zip(values, known, self.rows, strict=True):
-            row[layers], seen[layers] = found, True
-        finite = np.isfinite(values)
+        self._flush()
+        found = self._buckets.reduced(points)
+        worst = found["min" if smallest else "max"].T
         # "nan" at every step says that a layer does not have the statistic.
-        bad = known & ~finite & finite.any(0)
-        reach = np.where(finite, values, np.inf if smallest else -np.inf)
-        spans = list(_buckets(len(self.rows), points))
-        worst = np.stack([(reach[a:b].min(0) if smallest else reach[a:b].max(0)) for a, b in spans], axis=1)
-        lost = np.stack([bad[a:b].any(0) for a, b in spans], axis=1)
-        return {"from": [self.steps[a] for a, _ in spans], "to": [self.steps[b - 1] for _, b in spans], "layers": self.layers,
-                "each": -(-len(self.rows) // len(spans)), **_coded(worst, lost)}
+        lost = (found["lost"] & self._ever_finite).T
+        return {"from": found["from"].tolist(), "to": found["to"].tolist(), "layers": self.layers,
+                "each": -(-self._buckets.count // len(found["from"])), **_coded(worst, lost)}
+
+
+def _last_known(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The last value of each bucket that is known, NaN where none is."""
+    places = np.maximum.accumulate(np.where(np.isnan(values), -1, np.arange(len(values))))
+    ends = places[np.append(starts[1:], len(values)) - 1]
+    return np.where(ends >= starts, values[ends], np.nan)
+
+
+def _first(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    return values[starts]
+
+
+def _last(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    return values[np.append(starts[1:], len(values)) - 1]
+
+
+# How the entries of a bucket that begins at each of `starts` become one; NaN is a value that is not known.
+_FIRST, _LAST, _LAST_KNOWN = _first, _last, _last_known
+_LEAST, _MOST, _ANY, _SUM = np.fmin.reduceat, np.fmax.reduceat, np.logical_or.reduceat, np.add.reduceat
+
+
+class _Buckets:
+    """Entries in buckets of equally many: when there are too many buckets, neighbours become one.
+
+    Args:
+        kinds: of each column, how entries of a bucket become one.
+        most: buckets that are kept; even.
+
+    Attributes:
+        count: entries so far.
+    """
+
+    def __init__(self, kinds: dict[str, Callable[..., np.ndarray]], most: int):
+        self.count, self._kinds, self._most, self._each = 0, kinds, most, 1
+        self._whole: dict[str, np.ndarray] = {}  # buckets of _each entries
+        self._rest: dict[str, np.ndarray] = {}  # fewer entries than make a bucket
+
+    def add(self, entries: dict[str, np.ndarray]) -> None:
+        """Take entries: columns [entries] or [entries, layers]."""
+        self.count += len(entries["from"])
+        rest = {name: _joined([self._rest.get(name), values]) for name, values in entries.items()}
+        while (room := min(len(rest["from"]) // self._each, self._most - self._size())) > 0:
+            used = room * self._each
+            found = self._merged({name: values[:used] for name, values in rest.items()}, np.arange(0, used, self._each))
+            rest = {name: values[used:] for name, values in rest.items()}
+            self._whole = {name: _joined([self._whole.get(name), values]) for name, values in found.items()}
+            if self._size() == self._most:
+                self._whole, self._each = self._merged(self._whole, np.arange(0, self._most, 2)), 2 * self._each
+        self._rest = rest
+
+    def _size(self) -> int:
+        return len(self._whole["from"]) if self._whole else 0
+
+    def _merged(self, columns: dict[str, np.ndarray], starts: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: self._kinds[name](values, starts) for name, values in columns.items()}
+
+    def reduced(self, points: int) -> dict[str, np.ndarray]:
+        """At most `points` buckets, of equally many entries as nearly as those that are kept allow."""
+        rest = len(self._rest["from"])
+        last = self._merged(self._rest, np.zeros(1, int)) if rest else self._rest
+        columns = {name: _joined([self._whole.get(name), values]) for name, values in last.items()}
+        ends = np.append(self._each * np.arange(1, self._size() + 1), [self.count] * bool(rest))
+        wanted = np.arange(min(points, len(ends))) * self.count // min(points, len(ends))
+        return self._merged(columns, np.unique(np.searchsorted(ends, wanted, side="right")))
+
+
+def _joined(parts: list[np.ndarray | None]) -> np.ndarray:
+    """Rows of two arrays, one after another, as wide as the wider one."""
+    there = [part for part in parts if part is not None]
+    if there[-1].ndim == 1:
+        return np.concatenate(there)
+    width = max(part.shape[1] for part in there)
+    return np.concatenate([_wider(part, width, np.nan if part.dtype.kind == "f" else False) for part in there])
+
+
+def _wider(values: np.ndarray, width: int, fill: Any) -> np.ndarray:
+    """An array with so many columns, new ones filled."""
+    missing = [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])]
+    return np.pad(values, missing, constant_values=fill) if width > values.shape[-1] else values
 
 
 def _coded(values: np.ndarray, bad: np.ndarray) -> dict[str, Any]:
@@ -132,54 +241,39 @@ def _coded(values: np.ndarray, bad: np.ndarray) -> dict[str, Any]:
 
 
 def _gather(path: pathlib.Path) -> tuple[dict[str, _Line], dict[str, dict[str, _Table]]]:
-    lines: dict[str, _Line] = {}
+    series: dict[str, _Line] = {}
     maps: dict[str, dict[str, _Table]] = {name: {} for name in MAPS}
-    layouts: dict[tuple[str, ...], _Layout] = {}
-    for record in records(path):
-        names = tuple(record)
-        if names not in layouts:
-            layouts[names] = _Layout(names)
-        values = np.asarray([value if isinstance(value, int | float) else math.nan for value in record.values()], np.float64)
-        for name, place in layouts[names].lines:
-            line = lines.setdefault(name, _Line())
-            line.steps.append(record["step"])
-            line.values.append(values[place])
-        for (statistic, tensor), layers, places in layouts[names].tables:
-            maps[statistic].setdefault(tensor, _Table()).add(record["step"], layers, values[places])
-    return lines, {name: tables for name, tables in maps.items() if tables}
+    for record in lines(path):
+        for name in LINES:
+            if name in record:
+                value = record[name]
+                series.setdefault(name, _Line()).add(record["step"], value if isinstance(value, int | float) else math.nan)
+        for name, value in layered.pack(record).items():
+            statistic, _, tensor = name.removesuffix(layered.SUFFIX).partition("/")
+            if isinstance(value, list) and tensor and statistic in maps:
+                table = maps[statistic].setdefault(tensor, _Table())
+                table.add(record["step"], *_layers(value))
+    return series, {name: tables for name, tables in maps.items() if tables}
 
 
-class _Layout:
-    """Where a log entry with these names holds what the report shows; the entries of a run have few different ones.
-
-    lines: name and index. tables: (statistic, tensor), layers, indices.
-    """
-
-    def __init__(self, names: tuple[str, ...]):
-        self.lines = [(name, i) for i, name in enumerate(names) if name in LINES]
-        found: dict[tuple[str, str], list[tuple[int, int]]] = {}
-        for i, name in enumerate(names):
-            match = _LAYER.fullmatch(name)
-            if match and match[1] in MAPS:
-                found.setdefault((match[1], match[2]), []).append((int(match[3]), i))
-        self.tables = [(key, *np.asarray(pairs).T) for key, pairs in found.items()]
+def _layers(values: list[float | str | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Layers that have a value, and the values; "inf" and "-inf" are NaN as well."""
+    try:
+        return np.arange(len(values)), np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        known = [layer for layer, value in enumerate(values) if value is not None]
+        numbers = [value if isinstance(value, int | float) else math.nan for value in values if value is not None]
+        return np.asarray(known, int), np.asarray(numbers, np.float64)
 
 
-def _buckets(count: int, points: int) -> Iterator[tuple[int, int]]:
-    """Equal parts of `count` entries: at most `points` of them."""
-    points = min(count, points)
-    for i in range(points):
-        yield i * count // points, (i + 1) * count // points
+def _short(value: float) -> float | None:
+    """Six digits: what a chart can show, in half the bytes; None where nothing is known."""
+    return None if math.isnan(value) else float(f"{value:.6g}")
 
 
-def _short(value: float | None) -> float | None:
-    """Six digits: what a chart can show, in half the bytes."""
-    return None if value is None else float(f"{value:.6g}")
-
-
-def _shown(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _shown(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Events as the report lists them: neighbours alike but for the step are one with a count, and the oldest of too many are left out."""
-    out: list[dict[str, Any]] = []
+    out: collections.deque[dict[str, Any]] = collections.deque(maxlen=EVENTS)
     for event in events:
         event = {name: _plain(value) for name, value in event.items()}
         alike = ("kind", "level", "tensor", "layer", "first")
@@ -187,7 +281,7 @@ def _shown(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             out[-1] = out[-1] | {"last_step": event["step"], "count": out[-1].get("count", 1) + 1}
         else:
             out.append(event)
-    return out[-EVENTS:]
+    return list(out)
 
 
 def _plain(value: Any) -> Any:
@@ -195,10 +289,9 @@ def _plain(value: Any) -> Any:
 
 
 def _state(events: list[dict[str, Any]]) -> str:
-    """What the run is doing, as far as its events say: running, finished, stopped, ended by bad numbers."""
-    kinds = collections.deque((event["kind"] for event in events), maxlen=50)
+    """What the run is doing, as far as its last events say: running, finished, stopped, ended by bad numbers."""
     names = {"finished": "finished", "stopped": "stopped", "bad_numbers": "ended by bad numbers", "started": "running"}
-    return next((names[kind] for kind in reversed(kinds) if kind in names), "unknown")
+    return next((names[event["kind"]] for event in reversed(events[-50:]) if event["kind"] in names), "unknown")
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

@@ -3,10 +3,11 @@
     with MetricsWriter(workdir, start_step=0) as writer:
         writer.write(10, {"loss": 2.3, "tokens": 40960})
         writer.event("early_warning", 10, tensor="qkv", layer=3)
-    read_metrics(f"{workdir}/metrics.jsonl")            # [{"step": 10, "loss": 2.3, "tokens": 40960}]
+    read_metrics(f"{workdir}/metrics.jsonl")            # logs.py: [{"step": 10, "loss": 2.3, "tokens": 40960}]
 
 `metrics.jsonl` is the source of truth: one strict JSON object a logged step, `step` first; JSON has no word for a
-non-finite number, so it is the string "nan", "inf" or "-inf". The TensorBoard files say the same.
+non-finite number, so it is the string "nan", "inf" or "-inf". Values of layers are one array a statistic (layered.py).
+The TensorBoard files say the same, a name a layer.
 
 Storage that fails does not fail the run: lines wait in memory until they can be written (`patient_file.py`).
 
@@ -19,16 +20,16 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import tensorboardX
 from tensorboardX import record_writer
 from tensorboardX.proto.summary_pb2 import Summary
 
+from fp8jax.monitor import layered
+from fp8jax.monitor.logs import MetricsError, cut, read_metrics
 from fp8jax.monitor.patient_file import PatientFile
-
-NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 # tensorboardX prints a warning for every NaN. A diverging run has many, and its own log already says so.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
@@ -47,10 +48,6 @@ class _PatientFiles:
 
 
 record_writer.register_writer_factory(_PATIENT, _PatientFiles())
-
-
-class MetricsError(ValueError):
-    """A log that cannot be read. The message is one line: path, line number, what is wrong."""
 
 
 class Follower(Protocol):
@@ -75,7 +72,7 @@ class MetricsWriter:
         followers: others who want every logged step.
 
     Raises:
-        MetricsError: an existing log has an unreadable line other than a last one cut short by a crash.
+        MetricsError: an existing log has, among the last it keeps, an unreadable line other than one cut short by a crash.
     """
 
     def __init__(self, workdir: str | os.PathLike, start_step: int = 0, followers: Sequence[Follower] = ()):
@@ -83,8 +80,8 @@ class MetricsWriter:
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         metrics, events = workdir / "metrics.jsonl", workdir / "events.jsonl"
-        _rewrite(metrics, [line for line, record in _lines(metrics) if record["step"] <= start_step])
-        _rewrite(events, [line for line, _ in _lines(events)])
+        cut(metrics, start_step)
+        cut(events, math.inf)
         self._metrics, self._events = PatientFile(metrics), PatientFile(events)
         self._summaries: dict[tuple[str, ...], Summary] = {}
         self._board = tensorboardX.SummaryWriter(
@@ -102,7 +99,7 @@ class MetricsWriter:
             metrics: name → Python, NumPy or JAX scalar; may be non-finite.
         """
         values = {name: _plain(value) for name, value in metrics.items()}
-        _append(self._metrics, {"step": int(step), **values})
+        _append(self._metrics, layered.pack({"step": int(step), **values}))
         self._board.file_writer.add_summary(self._summary(values), int(step))
         for follower in self._followers:
             follower.write(int(step), values)
@@ -154,71 +151,26 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the logged steps in order, with Python numbers; "nan", "inf" and "-inf" are floats again.
-
-    A last line cut short by a crash, or not yet fully written, is left out. Reads `events.jsonl` as well.
-
-    Raises:
-        MetricsError: no such file, or a line that is not a JSON object with an integer `step`.
-    """
-    return list(records(path))
-
-
-def records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """As `read_metrics`, one step after another: a log with statistics of many layers is large."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise MetricsError(f"{path}: no such file; a run writes it to its --workdir at the first logged step")
-    for _, record in _lines(path):
-        yield {name: _number(value) for name, value in record.items()}
-
-
 def _append(file: PatientFile, record: dict[str, Any]) -> None:
     try:
         line = json.dumps(record, allow_nan=False)
     except ValueError:  # seldom: looking at each of thousands of values beforehand takes as long as writing them
-        line = json.dumps({k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}, allow_nan=False)
+        line = json.dumps(_strict(record), allow_nan=False)
     file.write((line + "\n").encode())
+
+
+def _strict(value: Any) -> Any:
+    """Return a JSON value with strings in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: _strict(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:
     """Return the Python scalar of a NumPy or JAX scalar; anything else as it is."""
     return value.item() if hasattr(value, "item") else value
-
-
-def _number(value: Any) -> Any:
-    return NON_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-def _lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (line with its newline, its object) of each line; nothing if there is no file."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict) and type(record.get("step")) is int:
-                yield line.rstrip("\n") + "\n", record
-            elif line.endswith("\n"):
-                excerpt = repr(line[:60].strip())
-                raise MetricsError(f"{path}, line {number}: not a JSON object with an integer 'step': {excerpt}; remove it")
-
-
-def _rewrite(path: pathlib.Path, lines: list[str]) -> None:
-    """Make these lines the file's content, all or nothing; an equal file stays untouched."""
-    content = "".join(lines).encode()
-    if not path.exists() or path.read_bytes() == content:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class Silent:
@@ -233,3 +185,6 @@ class Silent:
 
     def __exit__(self, *exception: object) -> None:
         """Nothing."""
+
+
+__all__ = ["MetricsError", "MetricsWriter", "Silent", "read_metrics"]

@@ -21,7 +21,7 @@ from fp8jax import config as config_lib
 from fp8jax.config import Config, DataError
 from fp8jax.data import pipeline, tokenizer
 from fp8jax.models.definition import define
-from fp8jax.monitor import outliers
+from fp8jax.monitor import layered, outliers
 from fp8jax.monitor.progress import Progress
 from fp8jax.monitor.report import Refresher
 from fp8jax.monitor.wandb_sink import open_sink
@@ -277,7 +277,7 @@ class _Run:
             seconds, waited = (time.perf_counter() - self.clock) / self.timed, self.feed.waited / self.timed
             entry |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_wait_seconds": waited}
             self._tell(self.feed.warning(seconds, waited))
-        entry |= held_out | outliers.flatten(taps)
+        entry |= held_out | layered.rounded(outliers.flatten(taps))
         self.writer.write(step, entry)
         self.progress.update(step, entry)
         self.decision = self.reaction({"step": step, **entry}, self.writer, self.progress)

@@ -3,8 +3,8 @@
     reaction = Reaction(config.warning, workdir, start_step=100)
     decision = reaction(entry, writer, progress)      # after each logged step; None where nothing is to be done
 
-The loop carries decisions out. A continued run replays its log first, so that it warns as one that was never stopped; what
-fell back to BF16 is in the checkpoint.
+The loop carries decisions out. A continued run replays the end of its log first, twice what the early warning remembers, so
+that it warns as one that was never stopped; what fell back to BF16 is in the checkpoint.
 """
 
 import pathlib
@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from fp8jax.config import WARNING_LEVELS, WarningConfig
 from fp8jax.models.gemms import ModelRecipes
-from fp8jax.monitor.early_warning import Alarm, EarlyWarning, advised_fallbacks
+from fp8jax.monitor.early_warning import REMEMBERED, WINDOW, Alarm, EarlyWarning, advised_fallbacks
+from fp8jax.monitor.logs import tail
 from fp8jax.monitor.progress import Progress
-from fp8jax.monitor.writers import MetricsWriter, read_metrics
+from fp8jax.monitor.writers import MetricsWriter
 from fp8jax.numerics.recipes import in_bf16
 
 
@@ -45,7 +46,7 @@ class Reaction:
 
     Args:
         config: what to do, and from which level on.
-        workdir: of the run; its log up to `start_step` is replayed.
+        workdir: of the run; the end of its log up to `start_step` is replayed.
         start_step: steps already taken.
         fallen_back: overrides of earlier fallbacks, which are not repeated.
     """
@@ -53,8 +54,8 @@ class Reaction:
     def __init__(self, config: WarningConfig, workdir: pathlib.Path, start_step: int, fallen_back: str):
         self._config, self._done = config, fallen_back.split(",")
         self._watch, log = EarlyWarning(), workdir / "metrics.jsonl"
-        for entry in read_metrics(log) if start_step and log.exists() else []:
-            if entry["step"] <= start_step:
+        if start_step and log.exists():
+            for entry in tail(log, entries=2 * REMEMBERED, statistics=2 * WINDOW, last_step=start_step):
                 self._watch.observe(entry)
 
     def __call__(self, entry: dict[str, Any], writer: MetricsWriter, progress: Progress) -> Decision | None:

@@ -1,0 +1,73 @@
+"""Values of layers as they lie in a line of `metrics.jsonl`: an array a statistic, not a name a layer.
+
+    pack({"loss": 2.3, "kurtosis/qkv_layer000": 3.1, "kurtosis/qkv_layer001": 3.3})
+    # {"loss": 2.3, "kurtosis/qkv_layers": [3.1, 3.3]}
+    unpack({"kurtosis/qkv_layers": [3.1, 3.3]})     # the other way
+
+A layer that has no value is None. A line of a 390m model has 22 kB instead of 127, one of a 70b model
+106 kB instead of 669. Whoever gets values in Python gets names: only files hold arrays.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+SUFFIX = "_layers"
+DIGITS = 6
+_LAYER = re.compile(r"(.+)_layer(\d{3,5})")
+_EXACT = "scale/"  # powers of two
+
+
+def rounded(values: Mapping[str, float]) -> dict[str, float]:
+    """Return statistics in as many digits as they are logged in, so that a log says what the run itself saw."""
+    return {name: value if name.startswith(_EXACT) else float(f"{value:.{DIGITS}g}") for name, value in values.items()}
+
+
+def pack(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same values, those of layers in one list a statistic, in the place of its first."""
+    places, lengths = _places(tuple(values))
+    out: dict[str, Any] = {}
+    for (key, layer), value in zip(places, values.values(), strict=True):
+        if layer is None:
+            out[key] = value
+            continue
+        if key not in out:
+            out[key] = [None] * lengths[key]
+        out[key][layer] = value
+    return out
+
+
+def unpack(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a line, old or new, each under its own name."""
+    out: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, list) and key.endswith(SUFFIX):
+            names = layer_names(key.removesuffix(SUFFIX), len(value))
+            out.update((name, item) for name, item in zip(names, value, strict=True) if item is not None)
+        else:
+            out[key] = value
+    return out
+
+
+@functools.lru_cache(maxsize=4096)
+def layer_names(statistic: str, layers: int) -> list[str]:
+    """Return `STATISTIC_layerNNN` of so many layers."""
+    return [f"{statistic}_layer{layer:03d}" for layer in range(layers)]
+
+
+@functools.lru_cache(maxsize=16)
+def _places(names: tuple[str, ...]) -> tuple[list[tuple[str, int | None]], dict[str, int]]:
+    """Where each name goes, list and layer, or the name itself; and the lists' lengths."""
+    matches = [_LAYER.fullmatch(name) for name in names]
+    lengths: dict[str, int] = {}
+    for match in matches:
+        if match:
+            key = match[1] + SUFFIX
+            lengths[key] = max(lengths.get(key, 0), int(match[2]) + 1)
+    places: list[tuple[str, int | None]] = []
+    for name, match in zip(names, matches, strict=True):
+        key = match[1] + SUFFIX if match else name
+        own = match is None or key in names or name != layer_names(match[1], int(match[2]) + 1)[-1]
+        places.append((name, None) if own else (key, int(match[2])))
+    return places, lengths

@@ -99,3 +99,13 @@ def test_mfu_where_the_peak_is_known_and_the_course_of_the_loss():
 )
 def test_durations(seconds, text):
     assert progress._duration(seconds) == text
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"])
+def test_a_pipe_is_no_terminal_whatever_the_environment_says(monkeypatch, capsys, name):
+    """Notebooks set FORCE_COLOR, and show what a command prints as it is."""
+    monkeypatch.setenv(name, "1")
+    with progress.Progress(10) as display:
+        display.update(1, {"loss": 2.5})
+        display.message("saved")
+    assert capsys.readouterr().out == "step  1/10  loss 2.500\nsaved\n"

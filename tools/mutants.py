@@ -55,7 +55,7 @@ class Mutant:
         fault: what goes wrong, in a few words.
         room: name of the file of faults.
         set: `first`, `second`: when it was written.
-        tests: test files, or names of tests in them, instead of those of the source file.
+        tests: names of tests that are tried before those of the source file.
     """
 
     name: str
@@ -248,12 +248,12 @@ def main() -> int:
     extra = tomllib.loads((DATA / "tests.toml").read_text(encoding="utf-8"))["tests"]
     mutants, problems, work = chosen(arguments), [], []
     for mutant in mutants:
-        tests = list(mutant.tests) or tests_of(mutant.file, extra)
+        tests = tests_of(mutant.file, extra)
         try:
             mutant.applied(ROOT)
         except (StaleError, SyntaxError) as error:
             problems.append(str(error))
-        if not tests:
+        if not (tests or mutant.tests):
             problems.append(f"{mutant.name}: {mutant.file} has no tests; list some in tests.toml")
         work.append((mutant, tests))
     if problems or arguments.check:
@@ -261,7 +261,7 @@ def main() -> int:
         return 2 if problems else 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         copies = Copies(pathlib.Path(directory), arguments.jobs)
-        files = dict.fromkeys(test.partition("::")[0] for _, tests in work for test in tests)
+        files = dict.fromkeys(test.partition("::")[0] for mutant, tests in work for test in (*mutant.tests, *tests))
         wrong = [] if arguments.trust else check_sound(copies, list(files), arguments.limit)
         if wrong:
             print("\n".join(wrong))
@@ -278,7 +278,9 @@ def run_all(copies: Copies, work: list[tuple[Mutant, list[str]]], arguments: arg
 
     def one(mutant: Mutant, tests: list[str]) -> tuple[Mutant, str]:
         began = time.monotonic()
-        outcome, end = copies.run(tests, arguments.limit, mutant)
+        outcome, end = copies.run(list(mutant.tests), arguments.limit, mutant) if mutant.tests else (SURVIVED, "")
+        if outcome == SURVIVED and tests:
+            outcome, end = copies.run(tests, arguments.limit, mutant)
         seconds = time.monotonic() - began
         print(f"{outcome:<9} {mutant.room:<9} {mutant.name:<36} {seconds:5.0f} s  {mutant.fault}", flush=True)
         if arguments.verbose or outcome == BROKEN:

@@ -109,6 +109,28 @@ def test_generate_until_stops_before_the_stop_string(inference):
     assert len(found[0]) < 20
 
 
+def test_the_first_of_several_stop_strings_ends_a_text(inference, monkeypatch):
+    """Wherever it stands in the list; and no more is generated than the chunk in which it comes."""
+    (whole,) = generate_until(inference, [("Anne", {"max_gen_toks": 48})])
+    first, *_, last = (at for at in range(1, 12) if "\ufffd" not in whole[at : at + 2] and whole.index(whole[at : at + 2]) == at)
+    early, late = whole[first : first + 2], whole[last : last + 2]
+    chunks, original = [], scoring.generate_ids
+    monkeypatch.setattr(scoring, "generate_ids", lambda *args: (chunks.append(found) or found for found in original(*args)))
+    for until in ([early, late], [late, early], [late, "never there", early]):
+        chunks.clear()
+        assert generate_until(inference, [("Anne", {"until": until, "max_gen_toks": 48})]) == [whole[:first]]
+        assert len(chunks) == 1
+
+
+def test_a_text_is_greedy_if_every_window_is(inference, model):
+    """Of two windows the first is not, the second, a single token, is."""
+    forward, tokens = uncached(model), np.random.default_rng(0).integers(97, 123, 64).tolist()
+    likeliest = int(forward(tokens)[-1, :257].argmax())
+    found = score(inference, [([END], [*tokens, likeliest]), (tokens[:1], [*tokens[1:], likeliest])])
+    assert [greedy for _, greedy in found] == [False, False]
+    assert score(inference, [(tokens, [likeliest])])[0][1]
+
+
 def test_generate_until_cuts_long_contexts_and_samples_where_asked(inference):
     context, options = "It is a truth universally acknowledged. " * 4, {"max_gen_toks": 8}
     (found,) = generate_until(inference, [(context, options)])

@@ -1,6 +1,7 @@
 """`python -m fp8jax convert`: Hugging Face directories in and out, and logits to check a conversion with."""
 
 import argparse
+import json
 import pathlib
 import re
 import shutil
@@ -12,14 +13,17 @@ import numpy as np
 from orbax.checkpoint import v1
 
 from fp8jax.cli.errors import Parser, complain, local_path
-from fp8jax.config import Config, ConfigError, DataConfig, ModelConfig
+from fp8jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
 from fp8jax.data import tokenizer
-from fp8jax.interop import hf, hf_config, hf_logits
+from fp8jax.interop import hf, hf_config, hf_logits, hf_tokenizer
 from fp8jax.interop.hf_safetensors import DTYPES, HuggingFaceError, read_json
 from fp8jax.models.definition import Definition, Params, define
 from fp8jax.training.checkpoint import Checkpoints, load_config, save_config
 
 KEPT = "hf"  # in a converted run's directory: the source's config.json and tokenizer
+# Of a converted run: a context beyond this is rarely what one trains or evaluates with, and a batch is kept to so many tokens.
+_LONGEST, _BATCH_TOKENS = 32768, 65536
+_UNKNOWN_CONTEXT = 2048  # transformers' default where config.json is silent
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -54,20 +58,36 @@ def _from_hf(options: argparse.Namespace) -> None:
     shutil.copyfile(options.directory / hf.CONFIG, kept / hf.CONFIG)
     hf.carry(options.directory, kept)
     name, note = _tokenizer(kept)
-    config = Config(model=found.model, data=DataConfig(tokenizer=name))
-    save_config(workdir, config)
-    print(f"{found.model_type}, {sum(leaf.size for leaf in jax.tree.leaves(found.params)):,} parameters, to {options.out}; {note}")
+    context = _context(kept)
+    data = DataConfig(tokenizer=name, sequence_length=context, allow_normalisation=name != "byte")
+    batch_size = max(1, min(TrainingConfig.batch_size, _BATCH_TOKENS // context))
+    save_config(workdir, Config(model=found.model, data=data, training=TrainingConfig(batch_size=batch_size)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
+    print(f"{found.model_type}, {count:,} parameters, context {context:,} tokens, to {options.out}; {note}")
+
+
+def _context(kept: pathlib.Path) -> int:
+    """Tokens that a model directory's model looks back over; at most _LONGEST, and said where that is less."""
+    found = read_json(kept / hf.CONFIG).get("max_position_embeddings")
+    if type(found) is not int or found < 1:
+        return _UNKNOWN_CONTEXT
+    if found > _LONGEST:
+        print(f"context  {found:,} tokens; this run takes {_LONGEST:,}: data.sequence_length in its config.json sets another")
+    return min(found, _LONGEST)
 
 
 def _to_hf(options: argparse.Namespace) -> None:
     config, definition, params, step = _load_run(options.workdir, options.step)
     kept = options.workdir / KEPT
+    carried = kept if kept.is_dir() else None
     model_type = _model_type(options.workdir, definition.config)
+    used = None if carried else tokenizer.of(config.data)  # found out before anything is written
+    context = config.data.sequence_length
+    more = {"max_position_embeddings": context, **(hf_tokenizer.token_ids(used) if used else {})}
     hf.save(options.out, definition.config, definition.vocab_size, params, model_type, DTYPES[_CODES[options.dtype]],
-            options.max_shard_size, kept if kept.is_dir() else None)
-    used = tokenizer.of(config.data)
-    if not kept.is_dir() and isinstance(used, tokenizer.HuggingFaceTokenizer):
-        shutil.copyfile(used.file, options.out / "tokenizer.json")
+            options.max_shard_size, carried, more)
+    for name, content in hf_tokenizer.files(used, context).items() if used else ():
+        (options.out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"step {step} as {model_type} in {options.dtype}, to {options.out}")
 
 
@@ -137,10 +157,10 @@ def _tokenizer(kept: pathlib.Path) -> tuple[str, str]:
     if not path.is_file():
         return "byte", "it has no tokenizer.json, so config.data.tokenizer is 'byte': change that in config.json before training"
     try:
-        tokenizer.load(str(path))
+        loaded = tokenizer.load(str(path), allow_normalisation=True)
     except ConfigError as error:
         return "byte", f"{error}; so config.data.tokenizer is 'byte': change that in config.json before training"
-    return str(path), "with its tokenizer"
+    return str(path), "; ".join(["with its tokenizer", *loaded.notes])
 
 
 def _model_type(workdir: pathlib.Path, model: ModelConfig) -> str:

@@ -13,7 +13,7 @@ import difflib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -83,7 +83,7 @@ def load(directory: pathlib.Path, allocate: Callable[[tuple[int, ...]], np.ndarr
 
 
 def save(directory: pathlib.Path, model: ModelConfig, vocab_size: int, params: Params, model_type: str, dtype: np.dtype,
-         max_shard_bytes: int, carried: pathlib.Path | None = None) -> None:
+         max_shard_bytes: int, carried: pathlib.Path | None = None, more: Mapping[str, Any] | None = None) -> None:
     """Writes a directory that transformers loads; config.json comes last, so that a directory with one is whole.
 
     Args:
@@ -95,12 +95,13 @@ def save(directory: pathlib.Path, model: ModelConfig, vocab_size: int, params: P
         dtype: of the tensors, one of hf_safetensors.DTYPES' values.
         max_shard_bytes: largest file.
         carried: a directory with tokenizer files, and the config.json whose keys without influence are kept.
+        more: keys of config.json without influence on the numbers; those of `carried` come before them.
 
     Raises:
         HuggingFaceError: the format cannot hold the model; the directory is not empty; a weight overflows the dtype.
     """
     model = architectures.resolve(model)
-    values = hf_config.to_config(model, vocab_size, model_type)
+    values = dict(more or {}) | hf_config.to_config(model, vocab_size, model_type)
     if directory.exists() and any(directory.iterdir()):
         raise HuggingFaceError(f"{directory}: is not empty; choose another --out")
     directory.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def save(directory: pathlib.Path, model: ModelConfig, vocab_size: int, params: P
         carry(carried, directory)
         if is_model_directory(carried):
             kept = read_json(carried / CONFIG)
-            values = {k: v for k, v in kept.items() if k in hf_config.NO_INFLUENCE and k not in _OURS} | values
+            values |= {k: v for k, v in kept.items() if k in hf_config.NO_INFLUENCE and k not in _OURS}
     values["torch_dtype"] = dtype.name
     (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 

@@ -86,7 +86,7 @@ def _to_hf(options: argparse.Namespace) -> None:
     more = {"max_position_embeddings": context, **(hf_tokenizer.token_ids(used) if used else {})}
     hf.save(options.out, definition.config, definition.vocab_size, params, model_type, DTYPES[_CODES[options.dtype]],
             options.max_shard_size, carried, more)
-    for name, content in hf_tokenizer.files(used, context).items() if used else ():
+    for name, content in hf_tokenizer.files(used, context, definition.vocab_size).items() if used else ():
         (options.out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"step {step} as {model_type} in {options.dtype}, to {options.out}")
 

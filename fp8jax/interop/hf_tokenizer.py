@@ -24,12 +24,13 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
 
 
-def files(tokenizer: Tokenizer, context: int) -> dict[str, dict[str, Any]]:
+def files(tokenizer: Tokenizer, context: int, rows: int | None = None) -> dict[str, dict[str, Any]]:
     """Name → JSON content of each file.
 
     Args:
         tokenizer: of the run.
         context: tokens that the model was trained to look back over.
+        rows: of the embedding; those beyond the tokenizer's ids are no tokens, and never generated. None: as many as ids.
     """
     content = _tokenizer_json(tokenizer)
     end = _text_of(content, tokenizer.end_of_document)
@@ -43,7 +44,10 @@ def files(tokenizer: Tokenizer, context: int) -> dict[str, dict[str, Any]]:
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    generation = {**token_ids(tokenizer), "do_sample": False}
+    generation: dict[str, Any] = {**token_ids(tokenizer), "do_sample": False}
+    unused = list(range(tokenizer.vocab_size, rows or tokenizer.vocab_size))
+    if unused:
+        generation["suppress_tokens"] = unused
     return {"tokenizer.json": content, "tokenizer_config.json": settings, "generation_config.json": generation}
 
 

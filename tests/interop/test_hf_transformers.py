@@ -1,6 +1,7 @@
 """Against transformers itself, where it is installed (pip install torch transformers): numbers both ways, no key missing or unexpected."""
 
 import importlib.util
+import json
 import pathlib
 import warnings
 
@@ -18,7 +19,11 @@ with warnings.catch_warnings():
     from .data.hf import make_reference
 
 from fp8jax.__main__ import main
-from fp8jax.interop import hf
+from fp8jax.data import tokenizer
+from fp8jax.interop import generation, hf, hf_tokenizer
+from fp8jax.interop.inference import Inference
+
+from . import micro_model
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -86,3 +91,22 @@ def test_bfloat16_goes_in_and_out_unchanged(kind, tmp_path):
     hf.save(tmp_path / "out", found.model, found.vocab_size, found.params, kind, hf.DTYPES["BF16"], 10**9, source)
     before, after = (load(path, torch.bfloat16).state_dict() for path in (source, tmp_path / "out"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_an_export_stands_alone(tmp_path):
+    """Tokenizer, end of text, context: greedy text is ours, in a batch with padding too, with rows that are no tokens."""
+    model = micro_model.load(64)
+    prompts = ["Anne", "It was a truth", "x"]
+    expected = generation.generate(Inference(model), prompts, tokens=12)
+    byte, rows = tokenizer.load("byte"), model.definition.vocab_size
+    assert rows > byte.vocab_size
+    more = {"max_position_embeddings": 64, **hf_tokenizer.token_ids(byte)}
+    hf.save(tmp_path / "out", model.definition.config, rows, model.params, "llama", np.dtype("float32"), 10**9, None, more)
+    for name, content in hf_tokenizer.files(byte, 64, rows).items():
+        (tmp_path / "out" / name).write_text(json.dumps(content))
+    theirs, theirs_model = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), load(tmp_path / "out")
+    assert theirs_model.generation_config.eos_token_id == 256 and theirs_model.config.max_position_embeddings == 64
+    batch = theirs(prompts, return_tensors="pt", padding=True)
+    found = theirs_model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=12)
+    new = found[:, batch["input_ids"].shape[1] :]
+    assert [theirs.decode(ids, skip_special_tokens=True) for ids in new] == expected

@@ -51,6 +51,18 @@ def update(scaling: Scaling, amaxes: Tokens, recipes: Mapping[str, GemmRecipe]) 
 
 def _update_role(state: dict[str, jax.Array], amax: jax.Array, recipe: GemmRecipe, role: str) -> dict[str, jax.Array]:
     history = jnp.concatenate([amax[..., None], state["history"][..., :-1]], axis=-1)
-    largest = jnp.max(history, axis=-1) if recipe.history_reduction == "max" else amax
+    scale, largest = scales_of(history, recipe, role)
+    return {"history": history, "scale": jnp.where(largest > 0, scale, state["scale"])}
+
+
+def scales_of(history: jax.Array, recipe: GemmRecipe, role: str) -> tuple[jax.Array, jax.Array]:
+    """Return the scales that a history gives, and the amaxes that they are for; where one is 0, its scale means nothing.
+
+    Args:
+        history: float32 [layers, operands, steps], the newest step first.
+        recipe: of the role.
+        role: whose operands they are.
+    """
+    largest = jnp.max(history, axis=-1) if recipe.history_reduction == "max" else history[..., 0]
     scales = [recipe.scale(largest[:, i], recipe.format(name)) for i, name in enumerate(OPERANDS[role])]
-    return {"history": history, "scale": jnp.where(largest > 0, jnp.stack(scales, axis=-1), state["scale"])}
+    return jnp.stack(scales, axis=-1), largest

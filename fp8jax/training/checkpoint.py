@@ -216,6 +216,11 @@ class Checkpoints:
         """What `save` was given as `data_state`; reads no arrays."""
         return v1.checkpointables_metadata(self.directory / str(step)).custom_metadata["data_state"]  # pyright: ignore[reportOptionalSubscript]
 
+    def abstract_item(self, step: int, item: str, sharding: Any) -> Any:
+        """Return an item as it was saved, nested dictionaries of jax.ShapeDtypeStruct; empty if the checkpoint lacks it."""
+        saved = v1.checkpointables_metadata(self.directory / str(step)).metadata.get(item, {})
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved)
+
     def restore(self, step: int, abstract_state: State, *, partial: bool = False, verify: bool = True) -> tuple[State, dict[str, Any]]:
         """Read a checkpoint.
 

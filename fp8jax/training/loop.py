@@ -42,6 +42,7 @@ from fp8jax.training.step import TrainProgram
 from fp8jax.training.watchdog import Watchdog
 
 FINISHED, BAD_NUMBERS, STOPPED = 0, 3, 4
+CALIBRATION_BATCHES = 1000  # looked at for one that has targets
 
 
 def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Device] | None = None, *,
@@ -71,9 +72,9 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
             Checkpoints(workdir, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best, facts=origin) as checkpoints:
         watchdog.begin("start", "start-up")
         lines: list[str] = []
-        recalibrate = distributed.is_first() and check_continues(config, workdir, allow_config_change, lines.append)
-        recalibrate = bool(distributed.from_first(recalibrate))
-        resumed = resume(program, checkpoints, lines.append, recalibrate=recalibrate)
+        if distributed.is_first():
+            check_continues(config, workdir, allow_config_change, lines.append)
+        resumed = resume(program, checkpoints, lines.append)
         if distributed.is_first():
             save_config(workdir, config)
         lines += [*describe(resumed.program), *check_attention(resumed.program)]
@@ -113,7 +114,9 @@ def _roll_back(program: TrainProgram, checkpoints: Checkpoints, position: Positi
     later = ",".join(part for part in position.fallback.split(",") if part not in resumed.position.fallback.split(","))
     program = resumed.program.fallen_back(later)
     position = position._replace(skipped_batches=skipped, rollbacks=position.rollbacks + 1)
-    return resumed._replace(program=program, state=program.carry(resumed.state), position=position), lines
+    state = program.carry(resumed.state)
+    calibrate = tuple(role for role in resumed.calibrate if role in state.scaling)
+    return resumed._replace(program=program, state=state, position=position, calibrate=calibrate), lines
 
 
 class _Run:
@@ -141,11 +144,8 @@ class _Run:
         """Exit code, None where the run must go back to a checkpoint; `first`: of this process."""
         config, program = self.config, self.program
         self.state, self.step, self.position = resumed.state, resumed.step, resumed.position
-        if resumed.calibrate and self.state.scaling:
-            batch = pipeline.train_batches(config, program.rows.numbers)[self.step + self.position.skipped_batches]
-            self.state = program.calibrate(self.state, program.put(batch))
-            self.writer.event("calibrated", self.step)
-            self.progress.message(f"fp8      scales calibrated on the batch of step {self.step + 1}")
+        if resumed.calibrate:
+            self._calibrate(resumed.calibrate)
         ahead = pipeline.train_iterator(config, start_step=self.step + self.position.skipped_batches, rows=program.rows.numbers)
         iterator = self.feed = Feed(ahead)
         for line in [*describe_compiled(program), *([self.evaluator.describe()] if first else [])]:
@@ -166,6 +166,20 @@ class _Run:
                 self._save_last()
             raise
         return self._end(bad)
+
+    def _calibrate(self, roles: tuple[str, ...]) -> None:
+        """Find the scales of these roles on the first batch to come that has targets: from another the gradients' stay unknown."""
+        batches, first = pipeline.train_batches(self.config, self.program.rows.numbers), self.step + self.position.skipped_batches
+        for number in range(first, first + CALIBRATION_BATCHES):
+            batch = self.program.put(batches[number])
+            if self.program.has_targets(batch):
+                break
+        else:
+            raise DataError(f"config.data.source: the first {CALIBRATION_BATCHES} batches from step {self.step + 1} on have no token to "
+                            "predict; check the data's masks")
+        self.state = self.program.calibrate(self.state, batch, roles)
+        self.writer.event("calibrated", self.step, roles=list(roles))
+        self.progress.message(f"fp8      scales calibrated on the batch of step {self.step + 1 + number - first}")
 
     def _step(self, iterator: Any) -> int:
         """One step and what is due after it; returns bad steps in a row as far as they are known."""
@@ -217,7 +231,7 @@ class _Run:
         self.position, self.program = self.position._replace(fallback=together), self.program.fallen_back(overrides)
         self.program.compiled_step()
         self._restart_clock()
-        self.state = self.program.carry(self.state)
+        self.state, self.saver.program = self.program.carry(self.state), self.program
 
     def _end(self, bad: int) -> int | None:
         """Goes back, or saves and stops: the exit code, None for going back."""

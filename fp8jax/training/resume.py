@@ -3,7 +3,6 @@
 Call `check_continues` first, which refuses what would make it another run, then `resume`.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from fp8jax import config as config_lib
 from fp8jax.config import Config, ConfigError
 from fp8jax.data import tokenizer
 from fp8jax.parallel import distributed
-from fp8jax.training import manifest, precision
+from fp8jax.training import manifest, precision, scaling_state
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
@@ -35,54 +34,56 @@ class Position(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """A program and a state to go on with; `calibrate`: whether its scales are still unknown."""
+    """A program and a state to go on with; `calibrate`: roles whose scales are still unknown."""
 
     program: TrainProgram
     state: TrainState
     step: int
     position: Position
-    calibrate: bool
+    calibrate: tuple[str, ...]
 
 
-def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str], None], *, recalibrate: bool = False) -> Resumed:
+def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str], None]) -> Resumed:
     """The newest checkpoint whose files are what was written; a fresh state where there is none.
 
     Args:
         program: of this run, without what has fallen back to BF16.
         checkpoints: of its directory. Damaged ones newer than the chosen one are set aside, under another name.
-        tell: receives a line for each that is passed over.
-        recalibrate: the config's FP8 settings differ from those that saved: scales start anew.
+        tell: receives a line for each that is passed over, and for what of the state does not fit the configuration.
 
     Raises:
         CheckpointError: there are only damaged checkpoints.
     """
     step = _choose(checkpoints, tell)
     if step < 0:
-        return Resumed(program, program.init(), 0, Position(), True)
-    program = program.fallen_back(checkpoints.data_state(step).get("fallback", ""))
+        return Resumed(program, program.init(), 0, Position(), tuple(program.abstract_state.scaling))
+    data = checkpoints.data_state(step)
+    position = Position(*(data.get(name, default) for name, default in Position._field_defaults.items()))
+    program = program.fallen_back(position.fallback)
     optimizer = program.config.optimizer
     saved = precision.saved_as(optimizer, checkpoints.dtypes(step))
     items = program.abstract_state_kept_as(saved).items()
     if step == 0:  # Nothing has been trained: weights are all that counts, and all that a converted model has.
-        items = {"params": items["params"]}
-    left_out = ["scaling"] * recalibrate + ["opt_state"] * (saved.name != optimizer.name)
-    items = {name: item for name, item in items.items() if name not in left_out}
-    found, data = checkpoints.restore(step, items, partial=True, verify=False)
-    position = Position(*(data.get(name, default) for name, default in Position._field_defaults.items()))
-    if step == 0:
-        return Resumed(program, program.init(found["params"]), step, position, True)
-    if recalibrate:
-        found["scaling"] = program.init().scaling
+        found, _ = checkpoints.restore(step, {"params": items["params"]}, partial=True, verify=False)
+        return Resumed(program, program.init(found["params"]), step, position, tuple(program.abstract_state.scaling))
+    items["scaling"] = checkpoints.abstract_item(step, "scaling", program.replicated)
+    if saved.name != optimizer.name:
+        del items["opt_state"]
+    found, _ = checkpoints.restore(step, items, partial=True, verify=False)
+    kept, why = scaling_state.choose(program.recipes, found["scaling"], data.get("scaling"))
+    if why:
+        tell(scaling_state.tell(kept, why))
+    found["scaling"] = program.fresh_scaling() | kept if why else kept
     if saved.name != optimizer.name:
         tell(f"optimizer {saved.name} in the checkpoint, {optimizer.name} from here on: its moments start anew")
         fresh = program.init(found["params"])
         found |= {"params": fresh.params, "opt_state": fresh.opt_state}
-        return Resumed(program, TrainState.from_items(found), step, position, recalibrate)
+        return Resumed(program, TrainState.from_items(found), step, position, tuple(why))
     state = TrainState.from_items(found)
     if saved != optimizer:
         tell(f"optimizer state kept as {precision.describe(saved)} in the checkpoint, as {precision.describe(optimizer)} from here on")
         state = program.keep_as_configured(state)
-    return Resumed(program, state, step, position, recalibrate)
+    return Resumed(program, state, step, position, tuple(why))
 
 
 def _choose(checkpoints: Checkpoints, tell: Callable[[str], None]) -> int:
@@ -97,8 +98,8 @@ def _choose(checkpoints: Checkpoints, tell: Callable[[str], None]) -> int:
 
 
 def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str] = (),
-                    tell: Callable[[str], None] = lambda line: None) -> bool:
-    """Whether the FP8 settings differ from those of the run in this directory.
+                    tell: Callable[[str], None] = lambda line: None) -> None:
+    """Refuse a configuration that would make the run in a directory another one.
 
     Args:
         config: of the run that is about to start.
@@ -114,7 +115,7 @@ def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str
         if path not in now:
             raise ConfigError(f"--allow_config_change={path}: no such field{config_lib.did_you_mean(path, now) or '; as in data.source'}")
     if not (workdir / "config.json").exists():
-        return False
+        return
     old = load_config(workdir)
     if "data.tokenizer" not in allowed:
         _check_tokenizer(config, workdir)
@@ -125,7 +126,6 @@ def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str
         raise ConfigError(f"{listed}; keep it, choose another --workdir, or say --allow_config_change={','.join(refused)}")
     for path, (before, after) in changed.items():
         tell(f"config.{path} is {after!r}, was {before!r}")
-    return dataclasses.replace(old.fp8, backend=config.fp8.backend, attention_backend=config.fp8.attention_backend) != config.fp8
 
 
 def _check_tokenizer(config: Config, workdir: pathlib.Path) -> None:

@@ -17,6 +17,7 @@ import jax
 from fp8jax.config import Config
 from fp8jax.monitor.progress import Progress
 from fp8jax.monitor.writers import MetricsWriter, Silent
+from fp8jax.training import scaling_state
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints
 from fp8jax.training.resume import Position
 from fp8jax.training.state import TrainState
@@ -98,7 +99,8 @@ class Saver:
     def _begin(self, step: int, state: TrainState, position: Position, held_out_loss: float | None) -> None:
         self._saved_at, self._again_at = time.monotonic(), math.inf
         self.watchdog.begin("save", f"saving step {step}")
-        self.checkpoints.save(step, state.items(), {"step": step, **position._asdict()}, held_out_loss=held_out_loss)
+        data_state = {"step": step, **position._asdict(), "scaling": scaling_state.record(self.program.recipes)}
+        self.checkpoints.save(step, state.items(), data_state, held_out_loss=held_out_loss)
 
     def _failed(self, step: int, reason: str) -> None:
         self._again_at = time.monotonic() + RETRY_SECONDS

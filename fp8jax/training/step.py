@@ -15,6 +15,7 @@ positions.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -85,6 +86,7 @@ class TrainProgram:
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"]))
         self.abstract_batch = self._abstract_batch()
         self.state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        self.replicated = NamedSharding(mesh, PartitionSpec())
         self.bad_names = bad_steps.names(jax.eval_shape(lambda: gemms.zero_tokens(self.recipes)), definition.shapes)
         self._options = compiler_options(mesh.devices.flat[0].platform)
         self._compiled: dict[bool, Any] = {}
@@ -115,6 +117,10 @@ class TrainProgram:
                 return state_of(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), self.recipes, self.config)
 
         return jax.jit(make, out_shardings=self.state_shardings)
+
+    def fresh_scaling(self) -> dict[str, Any]:
+        """Scaling state that is not calibrated yet."""
+        return jax.jit(lambda: gemms.init_scaling(self.recipes), out_shardings=self.state_shardings.scaling)()
 
     def abstract_state_kept_as(self, optimizer: OptimizerConfig) -> TrainState:
         """The abstract state with parameters and moments in the formats of another config."""
@@ -166,7 +172,7 @@ class TrainProgram:
                 new, metrics, taps = train_step(state, batch, self.config, self.definition, self.recipes, collect=collect)
                 return new, metrics, pack(taps) if collect else None
 
-        whole = NamedSharding(self.mesh, PartitionSpec())  # every process logs, or knows, all metrics
+        whole = self.replicated  # every process logs, or knows, all metrics
         return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, whole, whole), compiler_options=self._options)
 
     def compiled_step(self, *, collect: bool = False) -> Any:
@@ -191,28 +197,38 @@ class TrainProgram:
         items = {"parameter": state.params, "scaling": state.scaling, "optimizer state": state.opt_state}
         leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(items) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         if self._is_finite is None:
-            self._is_finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]),
-                                      out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+            self._is_finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), out_shardings=self.replicated)
         finite = jax.device_get(self._is_finite([leaf for _, leaf in leaves]))
         names = (f"{path[0].key} {jax.tree_util.keystr(path[1:], simple=True, separator='.')}" for path, _ in leaves)
         return next((name for name, fine in zip(names, finite, strict=True) if not fine), None)
 
-    def calibrate(self, state: TrainState, batch: Batch) -> TrainState:
-        """Fills empty amax histories from one forward and backward pass with `current` scaling; updates nothing else.
+    def calibrate(self, state: TrainState, batch: Batch, roles: Sequence[str] | None = None) -> TrainState:
+        """Fill empty amax histories from one forward and backward pass with `current` scaling; update nothing else.
+
+        Args:
+            state: of this program.
+            batch: one that has targets, or gradients stay at their scale of 1.
+            roles: whose histories to fill; None: all.
 
         Raises:
-            FloatingPointError: an amax of the first batch is not finite.
+            FloatingPointError: an amax of the batch is not finite.
         """
-        if not state.scaling:
+        chosen = tuple(state.scaling) if roles is None else tuple(roles)
+        if not chosen:
             return state
         found = self.jitted_calibration()(state, batch)
         bad = [role for role, amax in jax.device_get(found).items() if not np.isfinite(amax).all()]
         if bad:
             raise FloatingPointError(f"calibration: amax of {', '.join(bad)} is not finite on the first batch; check the initial "
                                      "weights or the checkpoint for NaN")
-        update = jax.jit(lambda scaling, found: gemms.update_scaling(scaling, found, self.recipes),
-                         out_shardings=self.state_shardings.scaling)
-        return dataclasses.replace(state, scaling=update(state.scaling, found))
+        update = jax.jit(lambda scaling, found: gemms.update_scaling(scaling, found, self.recipes), out_shardings=self.replicated)
+        filled = update({role: state.scaling[role] for role in chosen}, found)
+        return dataclasses.replace(state, scaling=state.scaling | filled)
+
+    def has_targets(self, batch: Batch) -> bool:
+        """Whether any token of a batch counts in the loss."""
+        count = jax.jit(lambda mask: jnp.sum(mask > 0, dtype=jnp.int32), out_shardings=self.replicated)
+        return bool(jax.device_get(count(batch["mask"])) > 0)
 
     def jitted_calibration(self) -> Any:
         """The jitted pass of `calibrate`, for tracing: (state, batch) to role → amaxes."""
@@ -222,7 +238,7 @@ class TrainProgram:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 return gradients(state, batch, self.config, self.definition, current)[2]
 
-        return jax.jit(amaxes, out_shardings=NamedSharding(self.mesh, PartitionSpec()), compiler_options=self._options)
+        return jax.jit(amaxes, out_shardings=self.replicated, compiler_options=self._options)
 
 
 def gradients(state: TrainState, batch: Batch, config: Config, definition: Definition, recipes: ModelRecipes, *,

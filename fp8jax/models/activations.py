@@ -4,9 +4,11 @@ All compute in float32 and return the dtype of their input. What `pointwise` wra
 only its inputs: the rest is cheaper to compute again than to move through memory (GeLU alone would keep three arrays).
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,9 +18,32 @@ from flax import nnx
 GATED = ("swiglu", "smooth_swiglu")
 
 
+_in_loop: contextvars.ContextVar[bool] = contextvars.ContextVar("in_loop", default=False)
+
+
+@contextlib.contextmanager
+def in_loop(value: bool) -> Iterator[None]:
+    """Say whether what is traced inside is the body of a loop, with its backward pass in a loop of its own.
+
+    There a compiler cannot see that something was computed before; elsewhere it keeps that instead of computing it again,
+    which undoes every rematerialisation, unless barriers, which cost fusions, hide it.
+    """
+    token = _in_loop.set(value)
+    try:
+        yield
+    finally:
+        _in_loop.reset(token)
+
+
 def pointwise(function: Callable[..., Any], static_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
-    """The same function, differentiated from its inputs alone."""
-    return functools.wraps(function)(jax.checkpoint(function, prevent_cse=False, static_argnums=static_argnums))
+    """Return the same function, differentiated from its inputs alone."""
+    hidden = {value: jax.checkpoint(function, prevent_cse=not value, static_argnums=static_argnums) for value in (False, True)}
+
+    @functools.wraps(function)
+    def computed_again(*args: Any) -> Any:
+        return hidden[_in_loop.get()](*args)
+
+    return computed_again
 
 
 class XIELU(nnx.Module):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fp8jax.config import ModelConfig
+from fp8jax.models import activations
 from fp8jax.models import gemms as gemms_lib
 from fp8jax.models import taps as taps_lib
 from fp8jax.models.attention import Attention
@@ -196,8 +197,9 @@ class Transformer(nnx.Module):
             tokens = {role: value for role, value in prepared.tokens.items() if role in mine or options.collect and role in roles}
             kv = None if cache is None else cache[:2]
             stacked = *gemms_lib.layers_of((params, kv), first, last), weights, *gemms_lib.layers_of((scales, tokens), first, last)
-            x, (taps, kv) = jax.lax.scan(_rematerialised(layer, options.remat), x, stacked,
-                                         unroll=1 if self.config.scan_layers else last - first)
+            looped = self.config.scan_layers and last - first > 1  # compilers take a loop of one step apart
+            with activations.in_loop(looped):
+                x, (taps, kv) = jax.lax.scan(_rematerialised(layer, options.remat, looped), x, stacked, unroll=1 if looped else last - first)
             found.append(taps.unpack() if taps else {})
             caches.append(kv)
         if cache is not None:
@@ -221,7 +223,8 @@ class _Head(nnx.Module):
         self.w = matrix(rngs, (vocab_size, config.width), ("vocab", "embed"), config.init_std)
 
 
-def _rematerialised(layer: Any, remat: str) -> Any:
+def _rematerialised(layer: Any, remat: str, looped: bool) -> Any:
+    """Return the layer, recomputed in the backward pass as asked; `looped`: as for `activations.in_loop`."""
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
@@ -229,7 +232,7 @@ def _rematerialised(layer: Any, remat: str) -> Any:
               "offload_fp8": policies.save_and_offload_only_these_names(
                   names_which_can_be_saved=[], names_which_can_be_offloaded=[CHECKPOINT_NAME], offload_src="device",
                   offload_dst=HOST_MEMORY)}[remat]
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    return jax.checkpoint(layer, policy=policy, prevent_cse=not looped)
 
 
 def _join(found: list[taps_lib.Taps]) -> taps_lib.Taps:

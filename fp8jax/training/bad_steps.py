@@ -20,6 +20,8 @@ HEAD = "lm_head"
 # As a block computes them; backwards in the backward pass.
 _ORDER = ("qkv", "attention_scores", "attention_values", "attention_out", "mlp_gate", "mlp_up", "mlp_down")
 WINDOW = 128
+# No loss or norm. Not NaN: whoever has JAX look for NaN would find it in a run that is well.
+NOTHING = -(2.0**100)
 # The median absolute deviation of a normal distribution, in standard deviations.
 _MAD = 0.6745
 
@@ -29,7 +31,7 @@ _MAD = 0.6745
 class Health:
     """What a run remembers of its steps: how many were bad, at all and in a row, and the last finite losses and norms.
 
-    bad_steps, in_a_row: int32. recent: float32 [2, WINDOW], losses and gradient norms, NaN where there were none yet.
+    bad_steps, in_a_row: int32. recent: float32 [2, WINDOW], losses and gradient norms, NOTHING where there were none yet.
     """
 
     bad_steps: jax.Array
@@ -39,7 +41,7 @@ class Health:
     @staticmethod
     def initial() -> "Health":
         """Of a run that has not begun."""
-        return Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.full((2, WINDOW), jnp.nan, jnp.float32))
+        return Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.full((2, WINDOW), NOTHING, jnp.float32))
 
     def after(self, bad: jax.Array, values: jax.Array) -> "Health":
         """After a step: `bad` is bool, `values` float32 [2], its loss and gradient norm.
@@ -48,6 +50,7 @@ class Health:
         """
         shifted = jnp.concatenate([self.recent[:, 1:], values[:, None]], axis=1)
         recent = jnp.where(jnp.isfinite(values).all(), shifted, self.recent)
+        recent = jnp.where(jnp.isnan(recent), NOTHING, recent)  # of checkpoints that had NaN there
         return Health(self.bad_steps + bad.astype(jnp.int32), jnp.where(bad, self.in_a_row + 1, 0), recent)
 
     def is_spike(self, values: jax.Array, threshold: float) -> jax.Array:
@@ -57,7 +60,7 @@ class Health:
         """
         median = jnp.median(self.recent, axis=1)
         spread = jnp.median(jnp.abs(self.recent - median[:, None]), axis=1) / _MAD
-        return jnp.any(values > median + threshold * spread)  # a comparison with NaN is False
+        return jnp.all(self.recent > NOTHING) & jnp.any(values > median + threshold * spread)
 
 
 def flags(loss: jax.Array, amaxes: dict[str, jax.Array], squares: list[jax.Array], spike: jax.Array) -> jax.Array:

@@ -123,6 +123,14 @@ def test_spikes():
         assert np.array_equal(health.after(jnp.asarray(True), jnp.asarray(values)).recent, health.recent)
 
 
+def test_nothing_is_no_nan():
+    """Nor does a window stay NaN that comes from a checkpoint of before."""
+    assert np.isfinite(Health.initial().recent).all()
+    old = dataclasses.replace(Health.initial(), recent=jnp.full((2, WINDOW), jnp.nan))
+    new = old.after(jnp.asarray(False), jnp.asarray([2.0, 0.5]))
+    assert np.isfinite(new.recent).all() and new.recent[:, -1].tolist() == [2.0, 0.5] and not new.is_spike(jnp.asarray([1e9, 1e9]), 8.0)
+
+
 def test_a_new_level_that_lasts_is_accepted_and_a_lone_spike_is_not():
     rng = np.random.default_rng(0)
     after = jax.jit(lambda health, values: (spike := health.is_spike(values, 8.0), health.after(spike, values)))

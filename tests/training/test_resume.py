@@ -114,8 +114,8 @@ def calibrating(monkeypatch, masked):
         return [whole | {"mask": np.zeros((16, 32), np.float32)}] * masked + [whole] * 4
 
     monkeypatch.setattr(loop.pipeline, "train_batches", batches)
-    progress = types.SimpleNamespace(message=said.append)
-    return types.SimpleNamespace(config=run.config, program=run, step=0, position=Position(), state=run.init(), writer=Silent(), progress=progress), said
+    start = {"step": 0, "position": Position(), "state": run.init(), "writer": Silent()}
+    return types.SimpleNamespace(config=run.config, program=run, progress=types.SimpleNamespace(message=said.append), **start), said
 
 
 def test_scales_are_found_on_the_first_batch_that_has_targets(monkeypatch):

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
             for line in early_warnings.lines(options.warnings):
                 print(line)
             return 0
-        out = write_report(options.workdirs, options.out)
+        out = write_report(options.workdirs, options.out, remember=options.background)
     except ValueError as error:  # MetricsError is one
         return complain(str(error))
     except OSError as error:
@@ -45,5 +45,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=local_path, default=pathlib.Path("report.html"), help="the page (default: report.html)")
     parser.add_argument("--warnings", type=local_path, metavar="FILE", help="instead: what the early warning says of a metrics.jsonl, or of "
                         "the one in a directory")
-    parser.add_argument("--background", action="store_true", help="with low priority")
+    parser.add_argument("--background", action="store_true", help="with low priority, reading of a log what is new since the last time")
     return parser

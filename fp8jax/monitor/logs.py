@@ -46,18 +46,23 @@ def records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
 
 
 def lines(path: str | os.PathLike, start: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield the object of each line as it is in the file, values of layers in arrays, from byte `start` on.
+    """Return the object of each line as it is in the file, values of layers in arrays, from byte `start` on.
 
     Raises:
         MetricsError: as `read_metrics`.
     """
+    return (record for _, record in ended_lines(path, start))
+
+
+def ended_lines(path: str | os.PathLike, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `lines`, with the byte from which to go on after each: its end, but its beginning where its newline is not there yet."""
     with _open(pathlib.Path(path)) as file:
         file.seek(start)
         at = start
         for line in file:
             record = _parse(line)
             if record is not None:
-                yield record
+                yield at + len(line) * line.endswith(b"\n"), record
             elif line.endswith(b"\n"):
                 raise _damaged(file, at, line)
             at += len(line)

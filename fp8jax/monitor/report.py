@@ -23,14 +23,19 @@ CELLS = 1_350_000  # of all maps of all runs, 2.7 bytes each in the page
 SHARE = 20  # a refresh that took a second comes again after as many seconds at the earliest
 
 
-def write_report(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path) -> pathlib.Path:
+def write_report(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path, *, remember: bool = False) -> pathlib.Path:
     """Writes the page, whole or not at all; returns its path.
+
+    Args:
+        workdirs: of runs.
+        out: the page.
+        remember: as in `report_data.read_run`.
 
     Raises:
         MetricsError: a directory without a log, or with one that cannot be read.
     """
     out = pathlib.Path(out)
-    runs = [report_data.read_run(workdir, cells=CELLS // len(workdirs)) for workdir in workdirs]
+    runs = [report_data.read_run(workdir, cells=CELLS // len(workdirs), remember=remember) for workdir in workdirs]
     names = [run["name"] for run in runs]
     for run in runs:
         if names.count(run["name"]) > 1:
@@ -88,6 +93,6 @@ class Refresher:
         if not self._minutes or not (self._workdir / "metrics.jsonl").exists():
             return
         try:
-            write_report([self._workdir], self._workdir / "report.html")
+            write_report([self._workdir], self._workdir / "report.html", remember=True)
         except (OSError, report_data.MetricsError) as error:
             logging.getLogger(__name__).warning("report.html was not written: %s", error)

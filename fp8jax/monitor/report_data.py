@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from fp8jax.monitor import layered
-from fp8jax.monitor.logs import MetricsError, lines, records
+from fp8jax.monitor import layered, report_cache
+from fp8jax.monitor.logs import MetricsError, ended_lines, records
 
 LINES = ("loss", "held_out/loss", "held_out/bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds",
          "fp8/saturated_fraction", "fp8/underflow_fraction", "tokens")
@@ -35,18 +35,25 @@ EVENTS = 400
 MISSING, NON_FINITE, FIRST_CODE, LAST_CODE = 0, 1, 2, 65535
 
 
-def read_run(workdir: str | pathlib.Path, *, cells: int) -> dict[str, Any]:
+def read_run(workdir: str | pathlib.Path, *, cells: int, remember: bool = False) -> dict[str, Any]:
     """The run in a directory.
 
     Args:
         workdir: it must hold a `metrics.jsonl`.
         cells: how many cells its maps may have in all.
+        remember: keep what was gathered in WORKDIR/report.npz, and read only what was logged since it was kept.
 
     Raises:
         MetricsError: there is no log, or it cannot be read.
     """
     workdir = pathlib.Path(workdir)
-    series, maps = _gather(workdir / "metrics.jsonl")
+    gathered = Gathered()
+    if remember:
+        report_cache.load(workdir, gathered)
+    gathered.read(workdir / "metrics.jsonl")
+    if remember:
+        report_cache.save(workdir, gathered)
+    series, maps = gathered.series, {name: tables for name, tables in gathered.maps.items() if tables}
     events = _shown(records(workdir / "events.jsonl")) if (workdir / "events.jsonl").exists() else []
     height = sum(table.layers for tables in maps.values() for table in tables.values())
     points = max(20, min(MAP_POINTS, cells // max(height, 1)))
@@ -86,6 +93,16 @@ class _Line:
         self._buckets.add({"from": steps, "to": steps, "min": known, "max": known, "last": known, "bad": bad})
         self._steps, self._values = [], []
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all that it holds, for `restore`."""
+        self._flush()
+        return {"sums": np.asarray([self._total, self._last]), **self._buckets.arrays()}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take what `arrays` returned."""
+        self._total, self._last = float(arrays["sums"][0]), int(arrays["sums"][1])
+        self._buckets.restore(arrays)
+
     def total(self) -> float:
         """Sum over all steps, those between logged ones too."""
         self._flush()
@@ -124,9 +141,19 @@ class _Table:
             row[layers], seen[layers] = found, True
         finite, steps = np.isfinite(values), np.asarray(self._steps)
         self._ever_finite = _wider(self._ever_finite, self.layers, False) | finite.any(0)
-        reach = np.where(finite, values, np.nan)
+        reach = np.where(finite, values, np.nan).astype(np.float32)  # a cell of the map has 16 bits
         self._buckets.add({"from": steps, "to": steps, "min": reach, "max": reach, "lost": known & ~finite})
         self._steps, self._rows = [], []
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all that it holds, for `restore`."""
+        self._flush()
+        return {"finite": self._ever_finite, **self._buckets.arrays()}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take what `arrays` returned."""
+        self._ever_finite, self.layers = arrays["finite"], len(arrays["finite"])
+        self._buckets.restore(arrays)
 
     def reduced(self, points: int, *, smallest: bool) -> dict[str, Any]:
         """Buckets' steps; `cells`: layers x buckets of 16-bit codes, base64, between `low` and `high`, of logarithms if `log`."""
@@ -194,6 +221,18 @@ class _Buckets:
     def _merged(self, columns: dict[str, np.ndarray], starts: np.ndarray) -> dict[str, np.ndarray]:
         return {name: self._kinds[name](values, starts) for name, values in columns.items()}
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all that they hold, for `restore`."""
+        parts = {"whole": self._whole, "rest": self._rest}
+        columns = {f"{part} {name}": values for part, found in parts.items() for name, values in found.items()}
+        return {"counts": np.asarray([self.count, self._each]), **columns}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Take what `arrays` returned."""
+        self.count, self._each = map(int, arrays["counts"])
+        parts = [{name: arrays[f"{part} {name}"] for name in self._kinds if f"{part} {name}" in arrays} for part in ("whole", "rest")]
+        self._whole, self._rest = parts
+
     def reduced(self, points: int) -> dict[str, np.ndarray]:
         """At most `points` buckets, of equally many entries as nearly as those that are kept allow."""
         rest = len(self._rest["from"])
@@ -240,20 +279,48 @@ def _coded(values: np.ndarray, bad: np.ndarray) -> dict[str, Any]:
     return {"low": low, "high": high, "log": log, "zero": zero, "cells": base64.b64encode(codes.astype("<u2").tobytes()).decode()}
 
 
-def _gather(path: pathlib.Path) -> tuple[dict[str, _Line], dict[str, dict[str, _Table]]]:
-    series: dict[str, _Line] = {}
-    maps: dict[str, dict[str, _Table]] = {name: {} for name in MAPS}
-    for record in lines(path):
+class Gathered:
+    """What a log says up to a byte.
+
+    Attributes:
+        end: the byte.
+        series: lines by name.
+        maps: tables by statistic and tensor.
+    """
+
+    def __init__(self):
+        self.end = 0
+        self.series: dict[str, _Line] = {}
+        self.maps: dict[str, dict[str, _Table]] = {name: {} for name in MAPS}
+
+    def read(self, path: pathlib.Path) -> None:
+        """Go on from `end` to the end of the log.
+
+        Raises:
+            MetricsError: there is no log, or it cannot be read.
+        """
+        for end, record in ended_lines(path, self.end):
+            if end > self.end:  # else a last line that is still being written
+                self._add(record)
+            self.end = end
+
+    def _add(self, record: dict[str, Any]) -> None:
         for name in LINES:
             if name in record:
                 value = record[name]
-                series.setdefault(name, _Line()).add(record["step"], value if isinstance(value, int | float) else math.nan)
+                self.line(name).add(record["step"], value if isinstance(value, int | float) else math.nan)
         for name, value in layered.pack(record).items():
             statistic, _, tensor = name.removesuffix(layered.SUFFIX).partition("/")
-            if isinstance(value, list) and tensor and statistic in maps:
-                table = maps[statistic].setdefault(tensor, _Table())
-                table.add(record["step"], *_layers(value))
-    return series, {name: tables for name, tables in maps.items() if tables}
+            if isinstance(value, list) and tensor and statistic in MAPS:
+                self.table(statistic, tensor).add(record["step"], *_layers(value))
+
+    def line(self, name: str) -> _Line:
+        """Return a line, a new one where there is none."""
+        return self.series.get(name) or self.series.setdefault(name, _Line())
+
+    def table(self, statistic: str, tensor: str) -> _Table:
+        """Return a table, a new one where there is none."""
+        return self.maps[statistic].get(tensor) or self.maps[statistic].setdefault(tensor, _Table())
 
 
 def _layers(values: list[float | str | None]) -> tuple[np.ndarray, np.ndarray]:

@@ -167,6 +167,40 @@ def test_a_report_of_a_long_log_takes_memory_that_does_not_grow_with_it(long_log
     assert set(long["maps"]["kurtosis"]) == {name.partition("/")[2] for name in TENSORS if name.startswith("kurtosis")}
 
 
+def test_a_report_that_is_kept_up_to_date_reads_what_is_new(tmp_path, monkeypatch):
+    """And shows what one that reads everything shows, also where the log was cut off meanwhile."""
+    path, read = tmp_path / "metrics.jsonl", []
+    whole_lines = report_data.ended_lines
+
+    def counted(path, start):
+        for end, record in whole_lines(path, start):
+            read.append(record["step"])
+            yield end, record
+
+    monkeypatch.setattr(report_data, "FINE_MAP", 8)
+    monkeypatch.setattr(report_data, "FINE", 16)
+    monkeypatch.setattr(report_data, "ended_lines", counted)
+    for first, last in ((1, 40), (41, 41), (42, 110)):
+        write(path, range(first, last + 1), 3, True, every=2)
+        read.clear()
+        kept = report_data.read_run(tmp_path, cells=10**6, remember=True)
+        assert read == list(range(first, last + 1))
+        assert kept == report_data.read_run(tmp_path, cells=10**6)
+    with path.open("a") as file:
+        file.write('{"step": 111, "loss": 1.0}')  # its newline comes later
+    assert report_data.read_run(tmp_path, cells=10**6, remember=True) == kept
+    with path.open("a") as file:
+        file.write("\n")
+    assert report_data.read_run(tmp_path, cells=10**6, remember=True)["series"]["loss"]["to"][-1] == 111
+    cut(path, 90)
+    write(path, range(91, 100), 2, True)
+    read.clear()
+    assert report_data.read_run(tmp_path, cells=10**6, remember=True) == report_data.read_run(tmp_path, cells=10**6)
+    assert read == 2 * list(range(1, 100))
+    (tmp_path / "report.npz").write_bytes(b"PK damaged")
+    assert report_data.read_run(tmp_path, cells=10**6, remember=True)["series"]["loss"]["to"][-1] == 99
+
+
 def test_buckets_of_a_long_series_hold_what_the_steps_between_held():
     """Far more entries than buckets are kept for: each result lies within what its steps had, and nothing is lost."""
     random = np.random.default_rng(0)

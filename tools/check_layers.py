@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 # Each part, top first, and what it may import beside itself. A module directly in fp8jax is a part of its own.
 MAY_IMPORT: dict[str, frozenset[str]] = {
-    "cli": frozenset("training monitor audit interop data models parallel config open_fields numerics".split()),
+    "cli": frozenset("training monitor audit interop data models parallel config open_fields hardware numerics".split()),
     "training": frozenset("monitor audit interop data models parallel config open_fields numerics".split()),
     "monitor": frozenset("config numerics".split()),
     "audit": frozenset("config".split()),
@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "parallel": frozenset("config".split()),
     "config": frozenset("open_fields numerics".split()),
     "open_fields": frozenset(),
+    "hardware": frozenset(),
     "numerics": frozenset(),
 }
 # The ground floor is plain JAX: arrays and small pytrees.

@@ -101,6 +101,8 @@ class Fp8Config:
 
     recipe: str = _field("fp8_dpa", "bf16: nothing, fp8: linear GEMMs, fp8_dpa: attention too", choices=roles.RECIPES)
     scaling: str = _field("delayed", "how scales are found", choices=roles.SCALINGS)
+    weight_scaling: str = _field("current", "delayed: scales of weights, quantised once a step, from their amax at that moment "
+                                 "or from a history as well", choices=roles.WEIGHT_SCALINGS)
     history_length: int = _field(1024, "delayed: steps of amax kept", at_least=1, below=1025)
     history_reduction: str = _field("max", "delayed: amax of the history", choices=("max", "most_recent"))
     margin: int = _field(0, "scales are 2**margin times larger than needed: headroom against saturation", at_least=0)
@@ -436,6 +438,9 @@ def check(config: Config) -> None:
                           f"model.rope_low_freq_factor={model.rope_low_freq_factor}")
     if fp8.head and model.tied_embeddings:
         raise ConfigError("config.fp8.head: True needs config.model.tied_embeddings=False: an FP8 head cannot share the embedding")
+    if fp8.weight_scaling == "delayed" and "delayed" not in fp8.scaling + fp8.overrides:
+        raise ConfigError(f"config.fp8.weight_scaling: delayed has no effect with config.fp8.scaling={fp8.scaling}; set "
+                          "config.fp8.scaling=delayed, or config.fp8.weight_scaling=current")
     if training.batch_size % training.microbatches:
         raise ConfigError(f"config.training.microbatches: {training.microbatches} does not divide "
                           f"training.batch_size={training.batch_size}")

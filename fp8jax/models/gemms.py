@@ -5,6 +5,7 @@ whole model (stacked over layers); `Gemms` is one layer's share, handed to the m
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -118,10 +119,10 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = 
     weight_scale = fp8.static_weight_scale or config.model.init_std or 1.0
     gradient_scale = fp8.static_gradient_scale or 1 / tokens
     scaling = "bf16" if recipe == "bf16" else fp8.scaling
-    base = GemmRecipe(scaling=scaling, history_length=fp8.history_length, history_reduction=fp8.history_reduction,
-                      margin=fp8.margin, power_of_two=fp8.power_of_two, gradient_format=fp8.gradient_format, emulated=emulated,
-                      fast_accumulation=fp8.fast_accumulation, static_weight_scale=weight_scale,
-                      static_gradient_scale=gradient_scale)
+    base = GemmRecipe(scaling=scaling, weight_scaling=fp8.weight_scaling, history_length=fp8.history_length,
+                      history_reduction=fp8.history_reduction, margin=fp8.margin, power_of_two=fp8.power_of_two,
+                      gradient_format=fp8.gradient_format, emulated=emulated, fast_accumulation=fp8.fast_accumulation,
+                      static_weight_scale=weight_scale, static_gradient_scale=gradient_scale)
     plain = dataclasses.replace(base, scaling="bf16")
     linear = [role for role in recipes_lib.LINEAR_ROLES if role != HEAD and (gated or role != "mlp_gate")]
     default = {role: plain if recipe == "bf16" else base for role in linear}
@@ -299,19 +300,49 @@ def _by_name(rows: jax.Array) -> dict[str, jax.Array]:
     return {name: rows[:, i] for i, name in enumerate(statistics.HEALTH[: rows.shape[1]])}
 
 
-def quantise_weights(weights: Mapping[str, jax.Array], recipes: ModelRecipes, dtype: Any) -> list[dict[str, Quantised]]:
+def quantise_weights(weights: Mapping[str, jax.Array], recipes: ModelRecipes, dtype: Any,
+                     scales: Mapping[str, jax.Array]) -> list[dict[str, Quantised]]:
     """Quantises every GEMM weight once, one dictionary a segment of equal layers.
 
     Args:
         weights: role → weight stacked over layers. The quantised ones are matrices, as `Dense` takes them.
         recipes: of the model.
         dtype: of activations, for roles that are not in FP8.
+        scales: of the scaling state; those of weights are used where their scaling is delayed.
     """
     def one(role: str, first: int, last: int, recipe: GemmRecipe) -> Quantised:
+        scale = scales[scaling_lib.weight_entry(role)][first:last, 0] if recipe.delayed_weight else None
         with jax.named_scope(f"quantise_weight.{role}"):
-            return jax.vmap(lambda w: quantise_weight(_matrix(role, w), recipe, dtype))(weights[role][first:last])
+            return jax.vmap(lambda w, scale: quantise_weight(_matrix(role, w), recipe, dtype, scale))(weights[role][first:last], scale)
 
     return [{role: one(role, first, last, segment[role]) for role in weights} for first, last, segment in recipes.segments()]
+
+
+def quantise_head(weight: jax.Array, recipes: ModelRecipes, dtype: Any, scales: Mapping[str, jax.Array]) -> Quantised:
+    """The same of the head's weight, [vocab, embed]."""
+    scale = scales[scaling_lib.weight_entry(HEAD)][0, 0] if recipes.head.delayed_weight else None
+    return quantise_weight(weight, recipes.head, dtype, scale)
+
+
+def weight_amaxes(weights: Mapping[str, jax.Array], recipes: ModelRecipes) -> scaling_lib.Tokens:
+    """Amaxes of the weights whose scaling is delayed, by entry of the scaling state.
+
+    Args:
+        weights: role → weight stacked over layers; of the head, one layer.
+        recipes: of the model; where calibration has replaced `delayed`, amaxes are taken all the same.
+
+    Returns:
+        'qkv.w' → float32 [layers, 1], 0 in layers that are not in FP8.
+    """
+    out = {}
+    for role, w in weights.items():
+        layers = [recipes.head] if role == HEAD else [layer[role] for layer in recipes.blocks]
+        if not any(recipe.measured and recipe.weight_scaling == "delayed" for recipe in layers):
+            continue
+        largest = jax.vmap(functools.partial(formats.amax, emulated=layers[0].emulated))(w)
+        measured = jnp.asarray([recipe.measured for recipe in layers])
+        out[scaling_lib.weight_entry(role)] = jnp.where(measured, largest, 0.0)[:, None]
+    return out
 
 
 def _matrix(role: str, w: jax.Array) -> jax.Array:

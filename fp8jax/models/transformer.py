@@ -107,8 +107,12 @@ class Transformer(nnx.Module):
     def prepare(self, recipes: ModelRecipes, scales: dict[str, jax.Array], tokens: dict[str, jax.Array]) -> PreparedGemms:
         """Quantises all weights once; no gradient flows through this: it reaches the weights through wgrad."""
         weights = jax.lax.stop_gradient(self.blocks.gemm_weights())
-        head = gemms_lib.quantise_weight(jax.lax.stop_gradient(self.head_weight()), recipes.head, self.dtype)
-        return PreparedGemms(gemms_lib.quantise_weights(weights, recipes, self.dtype), head, scales, tokens)
+        head = gemms_lib.quantise_head(jax.lax.stop_gradient(self.head_weight()), recipes, self.dtype, scales)
+        return PreparedGemms(gemms_lib.quantise_weights(weights, recipes, self.dtype, scales), head, scales, tokens)
+
+    def weight_amaxes(self, recipes: ModelRecipes) -> dict[str, jax.Array]:
+        """Amaxes of weights under delayed scaling, by entry of the scaling state ('qkv.w')."""
+        return gemms_lib.weight_amaxes(self.blocks.gemm_weights() | {gemms_lib.HEAD: self.head_weight()[None]}, recipes)
 
     def weight_health(self, recipes: ModelRecipes, prepared: PreparedGemms) -> gemms_lib.Health:
         """What the casts of `prepare` did, by weight ('mlp_up.w')."""

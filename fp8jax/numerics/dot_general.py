@@ -104,15 +104,17 @@ def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
     return a * b
 
 
-def quantise_weight(w: jax.Array, recipe: GemmRecipe, dtype: Any) -> Quantised:
+def quantise_weight(w: jax.Array, recipe: GemmRecipe, dtype: Any, scale: jax.Array | None = None) -> Quantised:
     """A weight as GEMM operand, quantised by its recipe; cast to `dtype` where the recipe is not FP8.
+
+    With delayed scaling a `scale` from before may be given; else it is that of w's own amax.
 
     Raises:
         ValueError: blockwise scaling of something else than a matrix.
     """
     if recipe.scaling == "blockwise" and w.ndim != 2:
         raise ValueError(f"blockwise scaling takes weights with two dimensions, not {w.shape}; merge dimensions before")
-    return recipe.quantise(w if recipe.fp8 else w.astype(dtype), None, "w", axes=(0, 1))[0]
+    return recipe.quantise(w if recipe.fp8 else w.astype(dtype), scale, "w", axes=(0, 1))[0]
 
 
 def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers, recipe: GemmRecipe, *,

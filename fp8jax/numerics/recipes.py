@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.numerics import blockwise, formats, roles
-from fp8jax.numerics.roles import FAST_ACCUMULATION, GRADIENTS, SCALINGS
+from fp8jax.numerics.roles import FAST_ACCUMULATION, GRADIENTS, SCALINGS, WEIGHT_SCALINGS
 
 # What is in roles.py, which needs no JAX, is found here as well.
 RECIPES, OPERANDS, ROLES, LINEAR_ROLES, ATTENTION_ROLES = roles.RECIPES, roles.OPERANDS, roles.ROLES, roles.LINEAR_ROLES, roles.ATTENTION_ROLES
@@ -28,11 +28,14 @@ Override, parse_overrides, in_bf16 = roles.Override, roles.parse_overrides, role
 class GemmRecipe:
     """How one role's GEMMs are computed. Hashable, so it can be a static argument.
 
+    weight_scaling: of roles with delayed scaling: their weights' scales from the amax of the moment, or delayed as well.
+
     Raises:
         ValueError: a scaling or a choice of fast accumulation that is unknown; blockwise scaling that is not emulated.
     """
 
     scaling: str = "delayed"
+    weight_scaling: str = "current"
     history_length: int = 1024
     history_reduction: str = "max"
     margin: int = 0
@@ -44,7 +47,8 @@ class GemmRecipe:
     emulated: bool = True
 
     def __post_init__(self):
-        for field, choices in (("scaling", (*SCALINGS, "bf16")), ("fast_accumulation", FAST_ACCUMULATION)):
+        known = {"scaling": (*SCALINGS, "bf16"), "weight_scaling": WEIGHT_SCALINGS, "fast_accumulation": FAST_ACCUMULATION}
+        for field, choices in known.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"GemmRecipe.{field}: {getattr(self, field)!r} is not one of {', '.join(choices)}")
         if self.scaling == "blockwise" and not self.emulated:
@@ -59,6 +63,11 @@ class GemmRecipe:
     def measured(self) -> bool:
         """Whether the amax of operands is taken: of all that are cast, unless their scales are fixed."""
         return self.scaling not in ("bf16", "static")
+
+    @property
+    def delayed_weight(self) -> bool:
+        """Whether the weight's scale comes from a history, as those of the other operands do."""
+        return self.scaling == self.weight_scaling == "delayed"
 
     def precise(self, gemm_pass: str) -> bool:
         """Whether a pass (`fprop`, `dgrad`, `wgrad`) does without Hopper's fast accumulation, which keeps 14 bits of a sum."""
@@ -88,8 +97,8 @@ class GemmRecipe:
 
         Args:
             x: the operand, any shape.
-            scale: the scale to use with delayed scaling; ignored by `current`, which takes the amax of x itself, and by
-                `static`.
+            scale: the scale to use with delayed scaling, where None gives a weight that of its own amax; ignored by `current`,
+                which takes the amax of x itself, and by `static`.
             operand: its name in OPERANDS, or "w".
             axes: with `blockwise`, the dimensions cut into blocks: the one that the GEMM contracts, or both of a weight.
 
@@ -105,6 +114,6 @@ class GemmRecipe:
         if self.scaling == "static":
             return formats.quantise(x, self.static_scale(operand), dtype, emulated=self.emulated), None
         largest = formats.amax(x, emulated=self.emulated)
-        if self.scaling == "current" or operand == "w":
+        if self.scaling == "current" or (operand == "w" and scale is None):
             scale = self.scale(largest, dtype)
         return formats.quantise(x, scale, dtype, emulated=self.emulated), largest

@@ -9,14 +9,15 @@ import dataclasses
 
 RECIPES = ("bf16", "fp8", "fp8_dpa")
 SCALINGS = ("delayed", "current", "static", "blockwise")
+WEIGHT_SCALINGS = ("current", "delayed")
 FAST_ACCUMULATION = ("fprop", "all", "none")
 
 LINEAR_ROLES = ("qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_down", "lm_head")
 ATTENTION_ROLES = ("attention_scores", "attention_values")
 ROLES = LINEAR_ROLES + ATTENTION_ROLES
 
-# Operands with an amax of their own, in the order in which tokens, histories and scales hold them. Weights have none:
-# they are quantised once a step with the amax of that moment; nor has P, which is at most 1 and has a fixed scale.
+# Operands whose amax comes back from a GEMM, in the order in which tokens, histories and scales hold them. Weights have none:
+# they are quantised once a step, outside; nor has P, which is at most 1 and has a fixed scale.
 OPERANDS = {role: ("x", "g") for role in LINEAR_ROLES} | {"attention_scores": ("q", "k", "ds"), "attention_values": ("v", "do")}
 GRADIENTS = ("g", "ds", "do")
 

@@ -5,7 +5,8 @@
     scaling = update(scaling, amaxes, recipes)           # once, at the end of a step
 
 Amaxes of microbatches are combined with `jnp.maximum`, never summed. The operands' order within a role is
-`recipes.OPERANDS`. Only roles with delayed scaling have state; every FP8 role has tokens, because amaxes are watched too.
+`recipes.OPERANDS`; a weight under delayed scaling has an entry of its own, `qkv.w`, with one operand. Only roles with
+delayed scaling have state; every FP8 role has tokens, because amaxes are watched too.
 """
 
 from collections.abc import Mapping
@@ -13,22 +14,42 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
+from fp8jax.numerics.recipes import LINEAR_ROLES, OPERANDS, GemmRecipe
 
 Scaling = dict[str, dict[str, jax.Array]]
 Tokens = dict[str, jax.Array]
 
+_WEIGHT = ".w"
+
+
+def weight_entry(role: str) -> str:
+    """Return the name of the entry of a role's weight, such as 'qkv.w'."""
+    return role + _WEIGHT
+
+
+def role_of(entry: str) -> str:
+    """Return the role that an entry belongs to."""
+    return entry.removesuffix(_WEIGHT)
+
+
+def operands(entry: str) -> tuple[str, ...]:
+    """Return the operands of an entry, in the order in which its arrays hold them."""
+    return ("w",) if entry.endswith(_WEIGHT) else OPERANDS[entry]
+
+
+def entries(recipes: Mapping[str, GemmRecipe]) -> list[str]:
+    """Return what has state: roles with delayed scaling, and their weights where those are delayed, too."""
+    roles = [role for role, recipe in recipes.items() if recipe.scaling == "delayed"]
+    return roles + [weight_entry(role) for role in roles if recipes[role].delayed_weight and role in LINEAR_ROLES]
+
 
 def init(recipes: Mapping[str, GemmRecipe], layers: int) -> Scaling:
     """Empty histories (zeros) and scales of 1 for the roles with delayed scaling. Calibrate before the first step."""
-    return {
-        role: {
-            "history": jnp.zeros((layers, len(OPERANDS[role]), recipe.history_length), jnp.float32),
-            "scale": jnp.ones((layers, len(OPERANDS[role])), jnp.float32),
-        }
-        for role, recipe in recipes.items()
-        if recipe.scaling == "delayed"
-    }
+    return {entry: _empty(layers, len(operands(entry)), recipes[role_of(entry)].history_length) for entry in entries(recipes)}
+
+
+def _empty(layers: int, count: int, history_length: int) -> dict[str, jax.Array]:
+    return {"history": jnp.zeros((layers, count, history_length), jnp.float32), "scale": jnp.ones((layers, count), jnp.float32)}
 
 
 def zero_tokens(recipes: Mapping[str, GemmRecipe], layers: int) -> Tokens:
@@ -43,26 +64,26 @@ def update(scaling: Scaling, amaxes: Tokens, recipes: Mapping[str, GemmRecipe]) 
 
     Args:
         scaling: state, as `init` made it.
-        amaxes: role → float32 [layers, operands], finite.
+        amaxes: entry → float32 [layers, operands], finite.
         recipes: role → recipe, for history reduction, formats and rounding.
     """
-    return {role: _update_role(state, amaxes[role], recipes[role], role) for role, state in scaling.items()}
+    return {entry: _update_entry(state, amaxes[entry], recipes[role_of(entry)], entry) for entry, state in scaling.items()}
 
 
-def _update_role(state: dict[str, jax.Array], amax: jax.Array, recipe: GemmRecipe, role: str) -> dict[str, jax.Array]:
+def _update_entry(state: dict[str, jax.Array], amax: jax.Array, recipe: GemmRecipe, entry: str) -> dict[str, jax.Array]:
     history = jnp.concatenate([amax[..., None], state["history"][..., :-1]], axis=-1)
-    scale, largest = scales_of(history, recipe, role)
+    scale, largest = scales_of(history, recipe, entry)
     return {"history": history, "scale": jnp.where(largest > 0, scale, state["scale"])}
 
 
-def scales_of(history: jax.Array, recipe: GemmRecipe, role: str) -> tuple[jax.Array, jax.Array]:
+def scales_of(history: jax.Array, recipe: GemmRecipe, entry: str) -> tuple[jax.Array, jax.Array]:
     """Return the scales that a history gives, and the amaxes that they are for; where one is 0, its scale means nothing.
 
     Args:
         history: float32 [layers, operands, steps], the newest step first.
-        recipe: of the role.
-        role: whose operands they are.
+        recipe: of its role.
+        entry: whose operands they are.
     """
     largest = jnp.max(history, axis=-1) if recipe.history_reduction == "max" else history[..., 0]
-    scales = [recipe.scale(largest[:, i], recipe.format(name)) for i, name in enumerate(OPERANDS[role])]
+    scales = [recipe.scale(largest[:, i], recipe.format(name)) for i, name in enumerate(operands(entry))]
     return jnp.stack(scales, axis=-1), largest

@@ -16,21 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax.models.gemms import HEAD, ModelRecipes
-from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
-from fp8jax.numerics.scaling import Scaling, scales_of
+from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax.numerics.scaling import Scaling, entries, operands, role_of, scales_of
 
 Record = dict[str, Any]  # of one role; plain JSON values
 
 
 def record(recipes: ModelRecipes) -> dict[str, Record]:
-    """Return what the scaling state of a run with these recipes is made with, role by role, as JSON values."""
-    return {role: _record(role, recipe, recipes) for role, (_, recipe) in recipes.by_role().items() if recipe.scaling == "delayed"}
+    """Return what the scaling state of a run with these recipes is made with, entry by entry, as JSON values."""
+    by_role = {role: recipe for role, (_, recipe) in recipes.by_role().items()}
+    return {entry: _record(entry, by_role[role_of(entry)], recipes) for entry in entries(by_role)}
 
 
-def _record(role: str, recipe: GemmRecipe, recipes: ModelRecipes) -> Record:
+def _record(entry: str, recipe: GemmRecipe, recipes: ModelRecipes) -> Record:
+    role = role_of(entry)
     layers = [recipes.head] if role == HEAD else [layer[role] for layer in recipes.blocks]
     return {
-        "formats": {operand: recipe.format(operand).name for operand in OPERANDS[role]},
+        "formats": {operand: recipe.format(operand).name for operand in operands(entry)},
         "margin": recipe.margin,
         "power_of_two": recipe.power_of_two,
         "history_length": recipe.history_length,
@@ -49,7 +51,7 @@ def choose(recipes: ModelRecipes, saved: Scaling, saved_with: Mapping[str, Recor
     kept: Scaling = {}
     why: dict[str, str] = {}
     for role, wanted in record(recipes).items():
-        recipe = recipes.by_role()[role][1]
+        recipe = recipes.by_role()[role_of(role)][1]
         if role not in saved:
             why[role] = "not in the checkpoint"
         elif saved_with is not None and (change := _change(saved_with.get(role), wanted)):

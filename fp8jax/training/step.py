@@ -274,7 +274,7 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
     of_weights = model.weight_health(recipes, prepared) if collect else {}
     if config.training.microbatches == 1:
         loss, grads, amaxes, taps = one(jax.tree.map(lambda a: a[0], batch))
-        return loss, grads, gemms.over_devices(amaxes), taps | of_weights
+        return loss, grads, gemms.over_devices(amaxes) | model.weight_amaxes(recipes), taps | of_weights
 
     def accumulate(carry: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Taps]:
         loss, grads, amaxes, taps = one(numbered[1])
@@ -282,7 +282,7 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
 
     zeros = jnp.zeros((), jnp.float32), sums.zeros(view), gemms.zero_tokens(recipes, by_device=not collect)
     (loss, grads, amaxes), taps = jax.lax.scan(accumulate, zeros, (jnp.arange(config.training.microbatches), batch))
-    return loss, grads, gemms.over_devices(amaxes), statistics.combine(taps) | of_weights
+    return loss, grads, gemms.over_devices(amaxes) | model.weight_amaxes(recipes), statistics.combine(taps) | of_weights
 
 
 def _after(grads: Params, params: Params, opt_state: Any) -> tuple[Params, Any]:

@@ -4,6 +4,8 @@ import importlib.util
 
 import pytest
 
+from configs import fog_paper
+from fp8jax import config as config_lib
 from fp8jax.audit import program, targets
 from fp8jax.cli.audit import audit
 from fp8jax.models.definition import define
@@ -51,6 +53,18 @@ def test_every_block_gemm_is_fp8_on_h100s(make_config, h100s, size, attention):
     else:
         assert 0 < flops["masked_attention"] < flops["closed_formula_attention"] / 3
     check_gathers(found["collectives"], config)
+
+
+@needs_gpus
+def test_the_papers_own_settings_are_fp8_on_h100s(h100s):
+    """Unrounded scales, weights whose scales come from the state: 100% of the blocks' GEMMs all the same."""
+    values = fog_paper.get_config("8b")
+    for name, value in FEW.items():
+        section, _, field = name.partition("__")
+        values[section][field] = value
+    found = audit(config_lib.from_dict(values), h100s)
+    assert found["fp8_share"] == 1.0 and found["target"]["fallbacks"] == [] and found["target"]["float64"] == []
+    assert {row["kernel"] for row in found["gemms"] if row["role"] in ROLES} == {"cuBLASLt FP8", "Pallas FP8"}
 
 
 def check_gathers(rows, config):

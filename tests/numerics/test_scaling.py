@@ -79,3 +79,22 @@ def test_roles_without_state_may_have_amaxes():
     updated = scaling.update(state, amaxes, RECIPES)
     assert set(updated) == {"qkv", "attention_scores"}
     np.testing.assert_array_equal(updated["qkv"]["scale"], [[2.0**-8, 2.0**-15]])
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_weights_have_entries_of_their_own(power_of_two):
+    """Of linear roles under delayed scaling; their scales are those of e4m3, from the largest amax of the history."""
+    recipe = GemmRecipe("delayed", weight_scaling="delayed", history_length=2, power_of_two=power_of_two)
+    recipes = {"qkv": recipe, "attention_scores": recipe, "mlp_up": GemmRecipe("current", weight_scaling="delayed")}
+    state = scaling.init(recipes, layers=3)
+    assert set(state) == {"qkv", "qkv.w", "attention_scores"}
+    assert state["qkv.w"]["history"].shape == (3, 1, 2) and state["qkv.w"]["scale"].shape == (3, 1)
+    others = {"qkv": jnp.ones((3, 2)), "attention_scores": jnp.ones((3, 3))}
+    expected = []
+    for largest in (8.0, 3.0, 5.0):
+        amax = np.asarray([[largest], [1.0], [0.0]], np.float32)
+        state = scaling.update(state, others | {"qkv.w": jnp.asarray(amax)}, recipes)
+        expected.append(np.asarray(state["qkv.w"]["scale"])[:, 0])
+    wanted = [[reference.scale_of(top, E4M3, 0, power_of_two), reference.scale_of(1.0, E4M3, 0, power_of_two), 1.0] for top in (8.0, 8.0, 5.0)]
+    np.testing.assert_allclose(expected, wanted, rtol=0 if power_of_two else 2e-7)
+    np.testing.assert_array_equal(state["qkv.w"]["history"][0], [[5.0, 3.0]])

@@ -17,6 +17,7 @@ import pytest
 from fp8jax.config import DataError
 from fp8jax.models import gemms
 from fp8jax.monitor.writers import Silent
+from fp8jax.numerics.scaling import role_of
 from fp8jax.training import loop, scaling_state
 from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.resume import Position, resume
@@ -26,6 +27,8 @@ LINEAR = {"qkv", "attention_out", "mlp_up", "mlp_down"}
 ATTENTION = {"attention_scores", "attention_values"}
 ALL = LINEAR | ATTENTION
 SHORT = {"evaluation": {"every": 0, "batches": 1}, "monitor": {"every": 0}}
+
+WEIGHTS_TOO = {"weight_scaling": "delayed"}
 
 # Before, after, roles that are calibrated anew, why.
 CHANGES = {
@@ -41,6 +44,9 @@ CHANGES = {
     "layer": ({"overrides": "mlp_down@1=bf16"}, {}, {"mlp_down"}, "was bf16 in layer 1"),
     "layer out": ({}, {"overrides": "mlp_down@1=bf16,qkv@0=current"}, set(), ""),
     "scaling": ({"overrides": "qkv=current"}, {}, {"qkv"}, "not in the checkpoint"),
+    "weights too": ({}, WEIGHTS_TOO, {f"{role}.w" for role in LINEAR}, "not in the checkpoint"),
+    "weights no more": (WEIGHTS_TOO, {}, set(), ""),
+    "layer and its weight": (WEIGHTS_TOO | {"overrides": "mlp_down@1=bf16"}, WEIGHTS_TOO, {"mlp_down", "mlp_down.w"}, "was bf16 in layer 1"),
     "reduction": ({}, {"history_reduction": "most_recent"}, set(), ""),
 }
 
@@ -57,7 +63,7 @@ def trained(run):
     for _ in range(2):
         amaxes = {role: jnp.asarray(random.uniform(1, 3, entry["scale"].shape), jnp.float32) for role, entry in scaling.items()}
         for role in amaxes:
-            in_fp8 = [layer[role].fp8 for layer in recipes.blocks]
+            in_fp8 = [layer[role_of(role)].fp8 for layer in recipes.blocks]
             amaxes[role] = amaxes[role] * jnp.asarray(in_fp8, jnp.float32)[:, None]
         scaling = gemms.update_scaling(scaling, amaxes, recipes)
     return dataclasses.replace(state, step=jnp.int32(3), scaling=scaling)

@@ -18,14 +18,21 @@ from fp8jax.training.evaluation import evaluate_run
 from fp8jax.training.step import TrainProgram
 from tests.helpers.runs import EIGHT, MICRO, logged, micro, program_of, saved, train
 
+# What configs/fog_paper.py changes, in a micro run whose history is full before it stops.
+PAPER = {"fp8": {"history_length": 3, "power_of_two": False, "weight_scaling": "delayed"},
+         "model": MICRO["model"] | {"rope_scaling_factor": 8.0},
+         "optimizer": MICRO["optimizer"] | {"gradient_dtype": "bfloat16", "master_dtype": "float16", "first_moment": "float16",
+                                            "second_moment": "float16"}}
+
 
 @pytest.mark.parametrize(("changes", "number"), [
     ({}, signal.SIGINT),
     ({"training": {"steps": 8, "microbatches": 2}}, signal.SIGTERM),
     pytest.param({}, signal.SIGUSR1, marks=pytest.mark.slow),
     ({"training": {"steps": 8, "microbatches": 2}, "mesh": EIGHT}, signal.SIGTERM),
+    (PAPER, signal.SIGINT),
     pytest.param({"fp8": {"history_length": 3}, "mesh": EIGHT, "training": {"remat": "save_fp8"}}, signal.SIGINT, marks=pytest.mark.slow),
-], ids=["one device", "microbatches", "a scheduler's notice", "8 devices, microbatches", "8 devices, remat"])
+], ids=["one device", "microbatches", "a scheduler's notice", "8 devices, microbatches", "the paper's settings", "8 devices, remat"])
 def test_stopped_and_continued_equals_uninterrupted_bit_for_bit(tmp_path, stop_at, changes, number):
     config = micro(**changes)
     assert train(config, tmp_path / "whole") == 0

@@ -14,6 +14,7 @@ CONFIG = {
     "model": {"layers": 1, "width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "architecture": "llama3"},
     "fp8": {"recipe": "bf16"}, "data": {"sequence_length": 64}, "optimizer": {"warmup_steps": 1}, "mesh": {"fsdp": 1},
     "training": {"steps": 1, "batch_size": 2}, "evaluation": {"batches": 1}, "monitor": {"every": 0},
+    "log": {"report_minutes": 0},
 }
 
 

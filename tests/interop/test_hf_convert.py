@@ -46,7 +46,7 @@ def test_a_converted_model_is_evaluated_trained_and_exported(source, tmp_path, c
     config.training.update(steps=3, batch_size=8)
     config.data.sequence_length = 32
     config.optimizer.update(warmup_steps=1, learning_rate=1e-2)
-    config.evaluation.batches = 2
+    config.evaluation.batches, config.log.report_minutes = 2, 0
     config = config_lib.from_dict(config)
     model, step = load_run(run)
     before = Evaluator(config, model.definition, model.mesh)(model.params)

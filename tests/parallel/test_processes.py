@@ -25,7 +25,7 @@ from tests.helpers.runs import on_mesh
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MICRO = ["--config=configs/fp8_base.py:tiny", "--config.model.layers=2", "--config.model.width=32", "--config.model.ffn_width=32",
          "--config.model.kv_heads=2", "--config.data.sequence_length=32", "--config.optimizer.warmup_steps=2",
-         "--config.optimizer.decay_fraction=0", "--config.log.every=1",
+         "--config.optimizer.decay_fraction=0", "--config.log.every=1", "--config.log.report_minutes=0",
          "--config.monitor.every=0", "--config.evaluation.every=0", "--config.evaluation.batches=2", "--config.checkpoint.every=3"]
 PATIENCE = 900  # seconds; a crowded machine compiles slowly
 

@@ -33,7 +33,7 @@ def micro(optimizer, devices=1, **training):
     return config_lib.from_dict({
         "model": {"layers": 2, "width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1, "vocab_size": 384}, "data": {"sequence_length": 32},
         "training": {"steps": 8, "batch_size": 16, "microbatches": 2} | training, "optimizer": {"warmup_steps": 2} | optimizer,
-        "evaluation": {"every": 0, "batches": 1}, "monitor": {"every": 0}, "log": {"every": 1}, "mesh": {"fsdp": devices}})
+        "evaluation": {"every": 0, "batches": 1}, "monitor": {"every": 0}, "log": {"every": 1, "report_minutes": 0}, "mesh": {"fsdp": devices}})
 
 
 @functools.cache

@@ -47,10 +47,10 @@ class Fake:
 
 def test_processes_lie_together_and_what_crosses_them_is_told():
     """Numbers dealt out to processes in turn: each process's devices still come one after another."""
-    devices = [Fake(number, number % 2) for number in range(8)]
+    devices = [Fake(number, 1 - number % 2) for number in range(8)]
     found = mesh_lib._arrange(devices, (2, 2, 2, 1))
     assert [device.process_index for device in found.ravel()] == [0] * 4 + [1] * 4
-    assert [device.id for device in found.ravel()] == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert [device.id for device in found.ravel()] == [1, 3, 5, 7, 0, 2, 4, 6]
     mesh = types.SimpleNamespace(shape=dict(zip(MESH_AXES, found.shape, strict=True)), devices=found, size=8, axis_names=MESH_AXES)
     assert mesh_lib.describe(mesh) == "data 2 x fsdp 2 x tensor 2 (8 devices on 2 nodes; data goes between nodes)"
     alone = types.SimpleNamespace(shape=dict.fromkeys(MESH_AXES, 1), devices=found[:1, :1, :1], size=1, axis_names=MESH_AXES)

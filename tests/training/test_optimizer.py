@@ -17,6 +17,8 @@ MODEL = {"layers": 2, "width": 12, "ffn_width": 8, "heads": 6, "kv_heads": 2, "h
 # None of these is a default, and no two are equal.
 FIELDS = {"b1": 0.8, "b2": 0.98, "b3": 0.995, "alpha": 3.0, "eps": 1e-3, "weight_decay": 0.3, "clip_norm": 1.0, "learning_rate": 0.05,
           "warmup_steps": 4, "final_learning_rate": 0.01, "decay_fraction": 0.25}
+# These programs run once: what they are optimised for does not pay.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NORMS = (8.0, 0.1)  # of the gradients of two steps: the first is clipped, the second is not
 MATRICES = {"embedding.w", "head.w", *(f"blocks.{name}.w" for name in (
     "attention.qkv", "attention.out", "feed_forward.gate", "feed_forward.up", "feed_forward.down"))}
@@ -39,21 +41,23 @@ def gradients_of(like, seed, norm):
     leaves, structure = jax.tree.flatten(like)
     raw = [rng.normal(size=leaf.shape) * 10.0 ** rng.uniform(-2, 0) for leaf in leaves]
     whole = np.sqrt(sum(np.sum(g**2) for g in raw))
-    return structure.unflatten([jnp.asarray(g / whole * norm, jnp.float32) for g in raw])
+    return structure.unflatten([np.asarray(g / whole * norm, np.float32) for g in raw])
 
 
 def two_steps(config, monkeypatch):
     """Parameters before, after one and after two steps of the real program whose gradients are given; the gradients; metrics."""
     definition = define(config.model, 10)
     recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
-    state, given, metrics = state_of(gradients_of(definition.shapes, 7, 3.0), recipes, config), [], []
-    params = [state.params]
+    start = gradients_of(definition.shapes, 7, 3.0)
+    state, given, metrics = jax.jit(lambda: state_of(start, recipes, config), compiler_options=QUICK)(), [], []
+    params = [jax.device_get(state.params)]
+    # The gradients are the batch.
+    monkeypatch.setattr(step, "gradients", lambda _, batch, *__, **___: (jnp.float32(2.5), batch, {}, {}))
+    one = jax.jit(lambda state, grads: step.train_step(state, grads, config, definition, recipes)[:2], compiler_options=QUICK)
     for number, norm in enumerate(NORMS):
-        grads = gradients_of(state.params, number, norm)
-        monkeypatch.setattr(step, "gradients", lambda *_, grads=grads, **__: (jnp.float32(2.5), grads, {}, {}))
-        state, found, _ = step.train_step(state, {}, config, definition, recipes)
-        params.append(state.params)
-        given.append(grads)
+        given.append(gradients_of(start, number, norm))
+        state, found = one(state, given[-1])
+        params.append(jax.device_get(state.params))
         metrics.append(found)
     return [by_name(tree) for tree in params], [by_name(tree) for tree in given], metrics
 

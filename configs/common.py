@@ -40,7 +40,7 @@ def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_colle
     per_step = batch_size * _CONTEXT
     config.data.sequence_length = _CONTEXT
     config.optimizer.learning_rate = rate
-    config.training.update(batch_size=batch_size, remat="save_fp8")
+    config.training.batch_size = batch_size
     _plan(config, steps=round(tokens / per_step), warmup_steps=round(2.5e9 / per_step))
     return config
 

@@ -34,7 +34,9 @@ OPTIMIZERS = ("adamw", "ademamix", "muon")
 GRADIENT_DTYPES = ("mixed", "float32", "bfloat16")
 MASTER_DTYPES = ("float32", "float16", "bfloat16")
 MASTER_ROUNDINGS = ("stochastic", "compensated")
-REMAT_POLICIES = ("none", "full", "save_fp8", "offload_fp8")
+AUTO = "auto"
+REMAT_POLICIES = (AUTO, "none", "full", "save_fp8", "offload_fp8")
+CHUNK_AUTO = -1
 WARNING_ACTIONS = ("log", "checkpoint", "fallback", "rollback", "stop")
 WARNING_LEVELS = ("watch", "warn", "act")
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
@@ -171,7 +173,8 @@ class TrainingConfig:
 
     steps: int = _field(600, "optimizer steps", at_least=1, below=2**31)  # counted in int32
     batch_size: int = _field(16, "sequences a step, over all devices and microbatches", at_least=1)
-    microbatches: int = _field(1, "parts into which a step's batch is split, one after another", at_least=1)
+    microbatches: int = _field(0, "parts into which a step's batch is split, one after another; 0: the fewest that fit the devices",
+                               at_least=0)
     seed: int = _field(0, "seed of initial weights and of the data order", at_least=0, below=2**32)
     start_limit: int = _field(3600, "seconds until the first step may begin, compilation included; then the process ends; 0: any", at_least=0)
     step_limit: int = _field(1800, "seconds a step may take, without its evaluation; then the process ends; 0: any", at_least=0)
@@ -183,10 +186,12 @@ class TrainingConfig:
     skip_spikes: float = _field(0.0, "skip a step whose loss or gradient norm lies this many robust standard deviations above the "
                                 "median of the last 128, skipped ones included, so that a new level that lasts is accepted; 0: never",
                                 at_least=0.0)
-    loss_chunk: int = _field(0, "rows of the vocabulary whose logits are in memory at a time, computed once more in the backward pass; "
-                             "0: all", at_least=0)
-    remat: str = _field("none", "what the backward pass recomputes: nothing, each block, or all but FP8 tensors, which wait on the device or "
-                        "(offload_fp8) in the host's memory", choices=REMAT_POLICIES)
+    loss_chunk: int = _field(CHUNK_AUTO, "rows of the vocabulary whose logits are in memory at a time, computed once more in the "
+                             "backward pass; 0: all; -1: all where they fit", at_least=-1)
+    remat: str = _field(AUTO, "what the backward pass recomputes: nothing, each block, or all but FP8 tensors, which wait on the device or "
+                        "(offload_fp8) in the host's memory; auto: as little as fits", choices=REMAT_POLICIES)
+    fitted: str = _field("", "microbatches, loss_chunk and remat that a run chose where they were left open, and for which devices; "
+                         "written into its config.json, not to be set")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -441,7 +446,7 @@ def check(config: Config) -> None:
     if fp8.weight_scaling == "delayed" and "delayed" not in fp8.scaling + fp8.overrides:
         raise ConfigError(f"config.fp8.weight_scaling: delayed has no effect with config.fp8.scaling={fp8.scaling}; set "
                           "config.fp8.scaling=delayed, or config.fp8.weight_scaling=current")
-    if training.batch_size % training.microbatches:
+    if training.microbatches and training.batch_size % training.microbatches:
         raise ConfigError(f"config.training.microbatches: {training.microbatches} does not divide "
                           f"training.batch_size={training.batch_size}")
     if sum(getattr(config.mesh, axis) == -1 for axis in MESH_AXES) > 1:
@@ -461,6 +466,18 @@ def check(config: Config) -> None:
         roles.parse_overrides(roles.in_bf16(config.warning.fallback), layers=model.layers)
     except ValueError as error:
         raise ConfigError(f"config.warning.fallback: {error}") from None
+
+
+def settled(config: Config) -> Config:
+    """The config with what is left open set to the plainest: one microbatch, the whole loss, nothing recomputed."""
+    training = config.training
+    plain = dataclasses.replace(
+        training,
+        microbatches=training.microbatches or 1,
+        loss_chunk=max(training.loss_chunk, 0),
+        remat="none" if training.remat == AUTO else training.remat,
+    )
+    return config if plain == training else dataclasses.replace(config, training=plain)
 
 
 def parse_sources(text: str) -> tuple[tuple[str, float], ...]:

@@ -87,6 +87,11 @@ def from_any(text: str | None) -> str | None:
     return next((text for text in texts if text), None)
 
 
+def least(value: int) -> int:
+    """The smallest of all processes' numbers, each within an int32; every process must ask."""
+    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).min())
+
+
 class Agreement:
     """Flags that are set on all processes, at the same call, soon after they are set on one.
 

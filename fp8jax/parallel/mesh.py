@@ -115,9 +115,10 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
 def _divided(config: Config) -> list[tuple[str, int, tuple[str, ...]]]:
     """Fields, their values, and the mesh axes that must divide them."""
     model, training = config.model, config.training
+    microbatches = training.microbatches or 1  # left open: as many as the mesh allows will be chosen
     hidden = "ffn_width" if model.ffn_hidden is None else "ffn_hidden"
     found = [
-        ("training.batch_size / training.microbatches", training.batch_size // training.microbatches, ("data", "fsdp")),
+        ("training.batch_size / training.microbatches", training.batch_size // microbatches, ("data", "fsdp")),
         ("model.width", model.width, ("fsdp",)),
         ("model.kv_heads", model.kv_heads, ("tensor",)),
         (f"model.{hidden}", getattr(model, hidden), ("tensor",)),

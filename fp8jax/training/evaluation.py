@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fp8jax.config import Config, MeshConfig
+from fp8jax.config import Config, MeshConfig, settled
 from fp8jax.data import pipeline, tokenizer
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, LoadedModel, Params, define
@@ -59,7 +59,7 @@ class Evaluator:
         def total_loss(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 model = definition.bind(as_float32(params))
-                prepared, chunk = model.prepare(recipes, {}, {}), config.training.loss_chunk
+                prepared, chunk = model.prepare(recipes, {}, {}), settled(config).training.loss_chunk
                 if chunk:
                     losses = model.chunked_losses(batch, recipes, prepared, chunk)[0]
                 else:
@@ -71,7 +71,9 @@ class Evaluator:
 
     def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         training, data = self.config.training, self.config.data
-        shape = training.batch_size // training.microbatches, data.sequence_length
+        # A run that has not been fitted yet, as a converted model: one row on a device fits, whatever the model.
+        parts = training.microbatches or training.batch_size // (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        shape = training.batch_size // parts, data.sequence_length
         dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
         if data.document_masks:
             dtypes |= {"segment_ids": jnp.int32, "positions": jnp.int32}

@@ -31,6 +31,7 @@ from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, save_config
 from fp8jax.training.evaluation import Evaluator, write_json
 from fp8jax.training.feed import Feed
+from fp8jax.training.fit import fit
 from fp8jax.training.lock import exclusive
 from fp8jax.training.profiling import ProfileWindow
 from fp8jax.training.reaction import Decision, Reaction
@@ -63,8 +64,7 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
     workdir, first = pathlib.Path(workdir), True
     definition = define(config.model, tokenizer.vocab_size(config))
     mesh = mesh_lib.make_mesh(definition.complete(config), devices)
-    program = TrainProgram(config, definition, mesh)
-    check_fallbacks(program)
+    check_fallbacks(TrainProgram(config, definition, mesh))
     origin = {"config": config_lib.digest(config), "tokenizer": tokenizer.of(config.data).fingerprint,
               "fp8jax": fp8jax.__version__, "jax": jax.__version__}
     keep, alone = config.checkpoint, exclusive(workdir) if distributed.is_first() else contextlib.nullcontext()
@@ -74,6 +74,8 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
         lines: list[str] = []
         if distributed.is_first():
             check_continues(config, workdir, allow_config_change, lines.append)
+        config, program, fit_lines = fit(config, definition, mesh, workdir)
+        lines += fit_lines
         resumed = resume(program, checkpoints, lines.append)
         if distributed.is_first():
             save_config(workdir, config)

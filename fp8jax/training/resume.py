@@ -13,6 +13,7 @@ from fp8jax.data import tokenizer
 from fp8jax.parallel import distributed
 from fp8jax.training import manifest, precision, scaling_state
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
+from fp8jax.training.fit_options import OPEN
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
 
@@ -119,7 +120,7 @@ def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str
     old = load_config(workdir)
     if "data.tokenizer" not in allowed:
         _check_tokenizer(config, workdir)
-    changed = {path: (before, now[path]) for path, before in _flat(old).items() if before != now[path]}
+    changed = {path: (before, now[path]) for path, before in _flat(old).items() if before != now[path] and not _is_fitted(path, now[path])}
     refused = [path for path in changed if _is_fixed(*path.split(".")) and path not in allowed]
     if refused:
         listed = ", ".join(f"config.{path}: {changed[path][1]!r}, but the run in {workdir} has {changed[path][0]!r}" for path in refused)
@@ -139,6 +140,12 @@ def _check_tokenizer(config: Config, workdir: pathlib.Path) -> None:
 
 def _flat(config: Config) -> dict[str, object]:
     return {f"{section}.{name}": value for section, values in config_lib.to_dict(config).items() for name, value in values.items()}
+
+
+def _is_fitted(path: str, value: object) -> bool:
+    """True for what a run chooses by itself (fit.py), left open, and for its note of the choice."""
+    section, name = path.split(".")
+    return section == "training" and (name == "fitted" or value == OPEN.get(name, name))
 
 
 def _is_fixed(section: str, name: str) -> bool:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fp8jax.config import Config, OptimizerConfig
+from fp8jax.config import Config, OptimizerConfig, settled
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, Params
 from fp8jax.models.gemms import ModelRecipes
@@ -73,12 +73,13 @@ class TrainProgram:
     """The jitted functions of a run: init, calibrate, step, step with statistics.
 
     Args:
-        config: validated configuration.
+        config: validated configuration; what it leaves to be fitted is taken to be the plainest (config.settled).
         definition: the model.
         mesh: devices; may be compile-only ones, then only `lower_step` is of use.
     """
 
     def __init__(self, config: Config, definition: Definition, mesh: Mesh):
+        config = settled(config)
         self.config, self.definition, self.mesh = config, definition, mesh
         self.emulated = emulates_fp8(config, mesh.devices.flat[0])
         self.recipes = self._recipes(config)

@@ -1,0 +1,147 @@
+"""What a training step would need and take with other microbatches, loss chunks and rematerialisation, by closed formula.
+
+    formula = Formula(config, definition, mesh)
+    formula.temporary_bytes(option), formula.seconds(option)
+
+A ranking, so that few programs need be compiled: the planner (fit.py) trusts compiled plans alone. Bytes are of one device, seconds
+of a step at peak rates. Checked against compiled programs for H100s in tests/training/test_estimates.py.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import Mesh
+
+from fp8jax.audit.roofline import DEVICES, Device, device_of
+from fp8jax.config import Config, head_dim
+from fp8jax.models.architectures import ffn_hidden
+from fp8jax.models.definition import Definition
+from fp8jax.models.flops import model_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What a run may choose by itself; fields as in `config.training`."""
+
+    microbatches: int
+    loss_chunk: int
+    remat: str
+
+    def of(self, config: Config) -> Config:
+        """The config with this choice."""
+        return dataclasses.replace(
+            config, training=dataclasses.replace(config.training, **dataclasses.asdict(self))
+        )
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
+
+
+class Formula:
+    """Bytes and seconds of a config's step on a mesh.
+
+    Args:
+        config: of the run.
+        definition: its model.
+        mesh: its devices, which may be compile-only.
+    """
+
+    def __init__(self, config: Config, definition: Definition, mesh: Mesh):
+        self._config = config
+        self._model = definition.config
+        self._vocab = definition.vocab_size
+        self._replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._tensor = mesh.shape["tensor"] * mesh.shape["sequence"]
+        self._fsdp = mesh.shape["fsdp"]
+        self._devices = mesh.size
+        self._parameters = definition.parameter_count()
+        self._device: Device = device_of(mesh.devices.flat[0].device_kind) or DEVICES["h100"]
+        self._flops = model_flops(
+            self._model,
+            self._vocab,
+            sequences=config.training.batch_size,
+            sequence_length=config.data.sequence_length,
+        )
+        self._operand = 2 if config.fp8.recipe == "bf16" else 1
+
+    def temporary_bytes(self, option: Option) -> float:
+        """Beside the state and the batch: activations, gradients, quantised weights."""
+        rows = self._config.training.batch_size // self._replicas // option.microbatches
+        tokens = rows * self._config.data.sequence_length / self._tensor
+        model = self._model
+        residuals = model.layers * self._saved_bytes(option.remat)
+        working = 0 if option.remat == "none" else self._saved_bytes("none")
+        head = self._head_bytes(option.loss_chunk)
+        return self.fixed_bytes() + tokens * (residuals + max(working, head))
+
+    def fixed_bytes(self) -> float:
+        """Whatever the microbatch: gradients in float32 and the weights' quantised copies."""
+        sharded = self._parameters / (self._fsdp * self._tensor)
+        return sharded * (4 + self._operand) + self._gathered_bytes()
+
+    def seconds(self, option: Option) -> float:
+        """Of a step at peak rates, as the roofline counts it."""
+        config, device, flops = self._config, self._device, self._flops
+        block = (flops.linear + flops.attention) / self._devices
+        rate = device.bf16 if config.fp8.recipe == "bf16" else device.fp8
+        repeated = {"none": 0.0, "save_fp8": 0.25, "offload_fp8": 0.25, "full": 1 / 3}[option.remat]
+        head = flops.head / self._devices * (4 / 3 if option.loss_chunk else 1.0)
+        gemms = block * (1 + repeated) / rate + head / device.bf16
+        moved = self._traffic(option) / device.memory
+        sent = option.microbatches * self._sent_bytes() / device.link
+        return max(gemms + moved, sent)
+
+    def _saved_bytes(self, remat: str) -> float:
+        """Of one token in one layer, kept for the backward pass."""
+        model = self._model
+        width, hidden = model.width, ffn_hidden(model)
+        queries, keys = model.heads * head_dim(model), model.kv_heads * head_dim(model)
+        carry = 2 * width
+        operands = self._operand * (2 * width + 2 * queries + 2 * keys + hidden)
+        if remat == "full" or (remat != "none" and self._operand == 2):
+            return carry
+        if remat != "none":
+            return carry + operands
+        branches = 2 if model.activation in ("swiglu", "smooth_swiglu") else 1
+        return carry + operands + 2 * (branches * hidden + 2 * width + queries + keys)
+
+    def _head_bytes(self, chunk: int) -> float:
+        """Of one token: logits in float32, and what becomes of them."""
+        rows = min(chunk, self._vocab) if chunk else self._vocab
+        return 6.0 * rows / self._tensor
+
+    def _gathered_bytes(self) -> float:
+        """Tables and one layer's weights, whole, where they are sharded over replicas."""
+        if self._fsdp == 1:
+            return 0.0
+        tables = 2 if not self._model.tied_embeddings else 1
+        return 2.0 * tables * self._vocab * self._model.width / self._tensor
+
+    def _traffic(self, option: Option) -> float:
+        """Bytes moved beside GEMMs; the factors are those of compiled steps for H100s.
+
+        Recomputing writes less for the backward pass, which at peak rates can make up for its GEMMs;
+        as GEMMs are further from their peak than traffic is, that gain is not counted.
+        """
+        config, model = self._config, self._model
+        tokens = config.training.batch_size * config.data.sequence_length / self._devices
+        of_layers = 14.0 * tokens * model.layers * self._saved_bytes("none")
+        of_head = (13.0 if option.loss_chunk else 12.0) * tokens * self._vocab
+        parameters = self._parameters / (self._fsdp * self._tensor)
+        return of_layers + of_head + parameters * (16.0 * option.microbatches + 30.0)
+
+    def _sent_bytes(self) -> float:
+        """By one device for one microbatch: gathers of weights forward and backward, the gradients' reduction."""
+        if self._replicas == 1:
+            return 0.0
+        others = (self._replicas - 1) / self._replicas
+        return self._parameters / self._tensor * (2 * self._operand + 2) * others
+
+
+def state_bytes(abstract_state: object) -> int:
+    """Of a state's shards on one device."""
+    leaves = jax.tree.leaves(abstract_state)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )

@@ -1,0 +1,327 @@
+"""Choose microbatches, chunked loss and rematerialisation, where the config leaves them open, so that a run fits its devices.
+
+    fitted = fit(config, definition, mesh, workdir)     # before the first step; compiles, allocates nothing
+    fitted.config, fitted.program, fitted.lines
+
+A closed formula (estimates.py) ranks the options by their time at peak rates, and says which should fit; compiled plans decide.
+Mostly the first program that is compiled is the one that trains. A choice is written into the run's config.json as
+`training.fitted`; the run continues with it on the same devices, bit for bit, and finds another one elsewhere.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from fp8jax import config as config_lib
+from fp8jax.audit import limits, program
+from fp8jax.audit.limits import Limit
+from fp8jax.config import Config, ConfigError
+from fp8jax.models.definition import Definition
+from fp8jax.parallel import distributed
+from fp8jax.training.checkpoint import load_config
+from fp8jax.training.estimates import Formula, Option, state_bytes
+from fp8jax.training.fit_advice import nothing_fits
+from fp8jax.training.fit_options import OPEN, Plan, candidates, gigabytes, open_fields
+from fp8jax.training.step import TrainProgram
+
+UNKNOWN = 1 << 50
+_MOST = 8  # programs that are compiled to find one
+_WORTH = 0.97  # another program is compiled if it should take less than this part of the time
+_TIGHT = 0.6  # part of the limit from which on the step with statistics is compiled as well, before the run
+
+
+class Choice(NamedTuple):
+    """The plan to run with, all that were compiled, in order, and whether it fits."""
+
+    plan: Plan
+    tried: list[Plan]
+    fits: bool
+
+
+class Fitted(NamedTuple):
+    """A config with nothing left open, its program, compiled, and lines for the log."""
+
+    config: Config
+    program: TrainProgram
+    lines: list[str]
+
+
+def fit(
+    config: Config, definition: Definition, mesh: Mesh, workdir: pathlib.Path | None = None
+) -> Fitted:
+    """Find what fits the devices at hand.
+
+    Args:
+        config: of the run; what it sets is kept.
+        definition: its model.
+        mesh: devices at hand, of all processes. Every process calls this and gets the same.
+        workdir: of a run, whose choice is kept if it was made for such devices.
+
+    Raises:
+        ConfigError: nothing fits; says what it would take.
+    """
+    lines: list[str] = []
+    limit = _agreed(limits.of_devices(list(mesh.devices.flat)))
+    hardware = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    config, earlier = _reopened(config, workdir if distributed.is_first() else None)
+    first = _from_first(_earlier_option(config, earlier, hardware, lines.append))
+
+    def compiled(option: Option) -> Plan:
+        return compile_plan(option.of(config), definition, mesh, limit)
+
+    found = choose(config, definition, mesh, limit, compiled, first)
+    if not found.fits and limit is not None:
+        raise ConfigError(nothing_fits(config, definition, mesh, limit, found.plan))
+    if first is not None and found.plan.option != first:
+        lines.append(f"fit      {first}, with which the run began, does not fit here any more")
+    if open_fields(config):
+        lines.append(describe(found, limit))
+    return Fitted(_recorded(config, found.plan.option, hardware), found.plan.program, lines)
+
+
+def choose(
+    config: Config,
+    definition: Definition,
+    mesh: Mesh,
+    limit: Limit | None,
+    compiled: Callable[[Option], Plan],
+    first: Option | None = None,
+) -> Choice:
+    """The fastest option that fits, by the formula's ranking and compiled plans.
+
+    Args:
+        config: of the run.
+        definition: its model.
+        mesh: its devices.
+        limit: what one of them has; None: not known, then the first is taken.
+        compiled: compiles an option.
+        first: an option that is taken if it fits, whatever the others are.
+    """
+    options = candidates(config, definition, mesh)
+    ranking = _Ranking(config, definition, mesh, options)
+    usable = _usable(limit, options)
+    if first in options:
+        ranking.add(compiled(first))
+        if ranking.tried[-1].needs <= usable:
+            return Choice(ranking.tried[-1], ranking.tried, True)
+    while len(ranking.tried) < min(_MOST, len(options)):
+        option = ranking.next(usable)
+        if option is None:
+            break
+        ranking.add(compiled(option))
+    best = ranking.best(usable)
+    if best is None:
+        return Choice(min(ranking.tried, key=lambda plan: plan.needs), ranking.tried, False)
+    return Choice(best, ranking.tried, True)
+
+
+class _Ranking:
+    """Options by estimated time; estimates of memory follow what compiled programs turned out to need."""
+
+    def __init__(
+        self, config: Config, definition: Definition, mesh: Mesh, options: Sequence[Option]
+    ):
+        formula = Formula(config, definition, mesh)
+        self._seconds = {option: formula.seconds(option) for option in options}
+        self._temporaries = {option: formula.temporary_bytes(option) for option in options}
+        self._state = state_bytes(TrainProgram(config, definition, mesh).abstract_state)
+        self._host = self._state if mesh.devices.flat[0].platform == "cpu" else 0
+        self._factors: dict[tuple, float] = {}
+        self.tried: list[Plan] = []
+
+    def add(self, plan: Plan) -> None:
+        """Takes note of a compiled plan."""
+        self.tried.append(plan)
+        if plan.needs == UNKNOWN:
+            return
+        factor = (plan.needs - self._state - self._host) / self._temporaries[plan.option]
+        self._factors[_kind(plan.option)] = self._factors[()] = max(factor, 0.01)
+
+    def needs(self, option: Option) -> float:
+        """Estimated bytes of a device."""
+        factor = self._factors.get(_kind(option), self._factors.get((), 1.0))
+        return self._state + self._host + factor * self._temporaries[option]
+
+    def next(self, usable: float) -> Option | None:
+        """What should be compiled next: the fastest that should fit; None where none is worth it."""
+        best = self.best(usable)
+        compiled = {plan.option for plan in self.tried}
+        left = [
+            option
+            for option in self._seconds
+            if option not in compiled and not self._hopeless(option, usable)
+        ]
+        if best is not None:
+            left = [
+                option
+                for option in left
+                if self._seconds[option] < _WORTH * self._seconds[best.option]
+            ]
+        fitting = [option for option in left if self.needs(option) <= usable]
+        if fitting:
+            return min(fitting, key=lambda option: (self._seconds[option], option.microbatches))
+        least = min(self._seconds, key=self.needs)
+        if best is not None or least not in left:
+            return None
+        return least
+
+    def best(self, usable: float) -> Plan | None:
+        """The fastest compiled plan that fits."""
+        fitting = [plan for plan in self.tried if plan.needs <= usable]
+        return min(fitting, key=lambda plan: self._seconds[plan.option], default=None)
+
+    def _hopeless(self, option: Option, usable: float) -> bool:
+        """True if a compiled plan that differs in having smaller microbatches did not fit."""
+        return any(
+            plan.needs > usable
+            and _kind(plan.option) == _kind(option)
+            and plan.option.microbatches >= option.microbatches
+            for plan in self.tried
+        )
+
+
+def compile_plan(config: Config, definition: Definition, mesh: Mesh, limit: Limit | None) -> Plan:
+    """Compile a run's step for the devices at hand and read what one of them needs."""
+    step, training = TrainProgram(config, definition, mesh), config.training
+    option = Option(training.microbatches, training.loss_chunk, training.remat)
+    try:
+        needs = _most(_needed(step, collect=False))
+        tight = limit is not None and _TIGHT * limit.usable < needs <= limit.usable
+        if tight and _collects(config):
+            needs = max(needs, _most(_needed(step, collect=True)))
+    except jax.errors.JaxRuntimeError as error:
+        if (needs := bytes_of_failure(error)) is None:
+            raise
+    return Plan(option, needs, step)
+
+
+def _needed(step: TrainProgram, *, collect: bool) -> int:
+    """Bytes of one device; on a CPU with the copy that saving makes of the state."""
+    memory = program.read_memory(step.compiled_step(collect=collect))
+    on_cpu = step.mesh.devices.flat[0].platform == "cpu"
+    return memory.peak_bytes + (state_bytes(step.abstract_state) if on_cpu else 0)
+
+
+def _collects(config: Config) -> bool:
+    """True if a step of the run has statistics."""
+    return 0 < config.monitor.every <= config.training.steps
+
+
+def bytes_of_failure(error: Exception) -> int | None:
+    """What a program that a compiler refuses for its size would need; None for other errors.
+
+    Compilers for TPUs end with such an error; UNKNOWN, more than any device has, where it does not say how much.
+    """
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "Out of memory" not in text:
+        return None
+    found = re.search(r"(?:Used|allocate|allocating) ([\d.]+) ?([KMGT]?)i?B?", text)
+    if not found:
+        return UNKNOWN
+    return int(float(found.group(1)) * 1024 ** " KMGT".index(found.group(2) or " "))
+
+
+def describe(found: Choice, limit: Limit | None) -> str:
+    """The one line about a choice."""
+    needs = f"needs {gigabytes(found.plan.needs)} a device"
+    there = "what there is is not known"
+    if limit is not None:
+        there = f"there are {gigabytes(limit.usable)} ({limit.source})"
+    others = f"; {len(found.tried)} programs compiled" if len(found.tried) > 1 else ""
+    return f"fit      {found.plan.option}: {needs}, {there}{others}"
+
+
+def _kind(option: Option) -> tuple:
+    return option.remat, option.loss_chunk
+
+
+def _usable(limit: Limit | None, options: Sequence[Option]) -> float:
+    """Bytes that a plan may need. A user who leaves no choice may have all that there is."""
+    if limit is None:
+        return float("inf")
+    return limit.usable if len(options) > 1 else limit.bytes
+
+
+def _agreed(limit: Limit | None) -> Limit | None:
+    """The limit of the process whose devices have least."""
+    if jax.process_count() == 1:
+        return limit
+    mine = Limit(-1, -1, "") if limit is None else limit
+    size, usable = (distributed.least(size >> 20) for size in (mine.bytes, mine.usable))
+    return None if size < 0 else Limit(size << 20, usable << 20, mine.source)
+
+
+def _most(needs: int) -> int:
+    """The largest need of all processes: compilers on several machines may plan differently."""
+    return needs if jax.process_count() == 1 else -distributed.least(-(needs >> 20)) << 20
+
+
+def _reopened(config: Config, workdir: pathlib.Path | None) -> tuple[Config, Config | None]:
+    """The config with what an earlier run chose left open again, and that run's config."""
+    earlier = (
+        load_config(workdir) if workdir is not None and (workdir / "config.json").exists() else None
+    )
+    recorded, _ = _read(config)
+    again = {
+        name: OPEN[name]
+        for name, value in recorded.items()
+        if str(getattr(config.training, name)) == value
+    }
+    if not again:
+        return config, earlier
+    opened = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, fitted="", **again)
+    )
+    return opened, earlier or config
+
+
+def _earlier_option(
+    config: Config, earlier: Config | None, hardware: str, tell: Callable[[str], None]
+) -> Option | None:
+    """What the run in the directory has run with, if that was on such devices."""
+    if earlier is None or not open_fields(config):
+        return None
+    recorded, devices = _read(earlier)
+    if recorded and devices != hardware:
+        tell(
+            f"fit      the run's choice was made for {devices}; here are {hardware}: it is made anew"
+        )
+        return None
+    kept = {
+        name: getattr(config_lib.settled(earlier).training, name) for name in open_fields(config)
+    }
+    now = config_lib.settled(config).training
+    return Option(**{name: kept.get(name, getattr(now, name)) for name in OPEN})
+
+
+def _from_first(option: Option | None) -> Option | None:
+    """Process 0's option, on every process."""
+    if jax.process_count() == 1:
+        return option
+    policies = config_lib.REMAT_POLICIES
+    mine = (
+        (-1, 0, 0)
+        if option is None
+        else (option.microbatches, option.loss_chunk, policies.index(option.remat))
+    )
+    microbatches, chunk, remat = (distributed.from_first(value) for value in mine)
+    return None if microbatches < 0 else Option(microbatches, chunk, policies[remat])
+
+
+def _recorded(config: Config, option: Option, hardware: str) -> Config:
+    """The config with the option, and a note of which of its values were chosen and for what."""
+    chosen = " ".join(f"{name}={getattr(option, name)}" for name in open_fields(config))
+    fields = dataclasses.asdict(option) | {"fitted": f"{chosen} on {hardware}" if chosen else ""}
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **fields))
+
+
+def _read(config: Config) -> tuple[Mapping[str, str], str]:
+    """The values and the devices of a note that `_recorded` made."""
+    chosen, _, hardware = config.training.fitted.partition(" on ")
+    pairs = (word.partition("=") for word in chosen.split())
+    return {name: value for name, _, value in pairs if name in OPEN}, hardware

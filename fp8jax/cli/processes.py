@@ -18,6 +18,8 @@ _HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 100, "seconds of silence 
 def joined() -> contextlib.AbstractContextManager[None]:
     """The other processes of this run, as flags or a launcher tell of them; enter it before anything starts JAX."""
     launch = launchers.find(os.environ, coordinator_address=_ADDRESS.value, num_processes=_COUNT.value, process_id=_PROCESS.value)
-    from fp8jax.parallel import distributed  # loads JAX
+    from fp8jax.audit.limits import set_memory_fraction  # loads JAX, as the next does
+    from fp8jax.parallel import distributed
 
+    set_memory_fraction()
     return distributed.start(launch, start_timeout=_START.value, heartbeat_timeout=_HEARTBEAT.value)

@@ -1,0 +1,257 @@
+"""Rehearse a run: compile every program that it will execute, read its first data, check what its start checks.
+
+    found = rehearse(config, target)            # nothing is trained, written or allocated but the first batches
+    found.ok, found.programs, found.checks
+
+What would end a run hours after its start ends the rehearsal. A fault is a row, not an exception: the others are looked at as
+well. `compiling=False` only traces, which finds wrong shapes and fallbacks at every size in seconds.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from fp8jax.audit import program, targets
+from fp8jax.audit.gemms import fp8_share
+from fp8jax.audit.limits import Limit
+from fp8jax.audit.roofline import DEVICES
+from fp8jax.config import Config, settled
+from fp8jax.data import pipeline, tokenizer
+from fp8jax.models.definition import define
+from fp8jax.models.flops import model_flops
+from fp8jax.numerics.recipes import ROLES
+from fp8jax.parallel.mesh import make_mesh
+from fp8jax.training.estimates import state_bytes
+from fp8jax.training.fit_options import gigabytes
+from fp8jax.training.fit_target import TargetFit, fit_target
+from fp8jax.training.programs import programs
+from fp8jax.training.start_up import check_attention, check_fallbacks
+from fp8jax.training.step import TrainProgram
+
+_BLOCK_ROLES = [role for role in ROLES if role != "lm_head"]
+_ALONE = ("init", "sampling")  # programs that run without a training state beside them
+_FORWARD = 1 / 3  # of the model's FLOPs
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsed:
+    """One program, or one check.
+
+    name: as in programs.py.
+    ok: whether the run would get past it.
+    error: one line; empty where it is ok.
+    peak_bytes_per_device: with everything that is in a device's memory meanwhile; None: not compiled.
+    fp8_share: of the block's GEMM FLOPs, traced; None where there are no such GEMMs.
+    seconds: that tracing and compiling took.
+    """
+
+    name: str
+    ok: bool
+    error: str = ""
+    peak_bytes_per_device: int | None = None
+    fp8_share: float | None = None
+    seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What a rehearsal found; `config` has nothing left open, where one was found."""
+
+    config: Config
+    programs: list[Rehearsed]
+    checks: list[Rehearsed]
+    limit: Limit | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing would fail."""
+        return all(row.ok for row in (*self.programs, *self.checks))
+
+
+def rehearse(
+    config: Config,
+    target: targets.Target,
+    *,
+    compiling: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> Rehearsal:
+    """Rehearse a run on a target.
+
+    Args:
+        config: of the run.
+        target: its devices, at hand or not.
+        compiling: False only traces.
+        say: receives a line before each thing that takes long.
+    """
+    say("reading the first batches")
+    checks = [_check("data", lambda: _read_data(config))]
+    found: list[TargetFit] = []
+
+    def fitted() -> None:
+        if compiling:
+            found.append(fit_target(config, target, say, with_statistics=True))
+        else:
+            found.append(_traced(config, target))
+
+    checks.append(_check("mesh and memory", fitted))
+    if not found:
+        return Rehearsal(config, [], checks)
+    chosen = found[0]
+    checks.append(_check("fallback", lambda: check_fallbacks(_program(chosen))))
+    if target.kind == "local":
+        checks.append(_check("attention", lambda: check_attention(_program(chosen))))
+    rows = list(_programs(chosen, target, compiling, say))
+    if compiling:
+        checks += _limits(chosen, target, {row.name: row for row in rows})
+    return Rehearsal(chosen.config, rows, checks, chosen.limit)
+
+
+def _traced(config: Config, target: targets.Target) -> TargetFit:
+    """The plainest option, which has the largest arrays, not compiled."""
+    definition = define(config.model, tokenizer.vocab_size(config))
+    mesh = make_mesh(definition.complete(config), target.devices)
+    return TargetFit(settled(config), definition, mesh, None, None, None, "", [])
+
+
+def _program(found: TargetFit) -> TrainProgram:
+    return TrainProgram(found.config, found.definition, found.mesh)
+
+
+def _programs(
+    found: TargetFit, target: targets.Target, compiling: bool, say: Callable[[str], None]
+) -> Iterator[Rehearsed]:
+    """Every program of the run; the step is not compiled twice."""
+    state = state_bytes(_program(found).abstract_state)
+    for name, each in programs(found.config, found.definition, found.mesh).items():
+        say(f"{'compiling' if compiling else 'tracing'} {name}")
+        started, share, peak = time.perf_counter(), None, None
+        try:
+            traced = each.trace()
+            share = _share(traced)
+            if compiling:
+                executable = _executable(found, name, traced, target)
+                memory = program.read_memory(executable)
+                peak = _peak(name, memory, state, target)
+            error = _too_large(peak, found.limit)
+        except (
+            Exception
+        ) as failure:  # whatever a program cannot be made for: the others are looked at as well
+            error = one_line(failure)
+        seconds = round(time.perf_counter() - started, 2)
+        yield Rehearsed(name, not error, error, peak, share, seconds)
+
+
+def _executable(found: TargetFit, name: str, traced: Any, target: targets.Target) -> Any:
+    ready = found.compiled and {
+        "step": found.compiled.executable,
+        "statistics": found.compiled.statistics,
+    }
+    if ready and ready.get(name) is not None:
+        return ready[name]
+    if name == "step" and found.advice:
+        raise ValueError(found.advice)
+    return targets.compile_step(traced, target)[0]
+
+
+def _peak(name: str, memory: program.Memory, state: int, target: targets.Target) -> int:
+    """Bytes of a device while a program runs: a run's state is there whether or not the program takes it."""
+    if name.startswith(_ALONE):
+        return memory.peak_bytes
+    taken = sum(
+        memory.arguments.get(part, 0) for part in ("params", "scaling", "optimizer", "counters")
+    )
+    copy = state if target.platform == "cpu" else 0
+    return memory.peak_bytes + max(state - taken, 0) + copy
+
+
+def _share(traced: Any) -> float | None:
+    gemms = program.traced_gemms(traced.jaxpr)
+    if not any(gemm.role in _BLOCK_ROLES for gemm in gemms):
+        return None
+    return fp8_share(gemms, _BLOCK_ROLES)
+
+
+def _too_large(peak: int | None, limit: Limit | None) -> str:
+    if peak is None or limit is None or peak <= limit.bytes:
+        return ""
+    return (
+        f"needs {gigabytes(peak)} a device, and there are {gigabytes(limit.bytes)} ({limit.source})"
+    )
+
+
+def _read_data(config: Config) -> None:
+    """The first two batches, the split that is held out, the tokenizer."""
+    tokenizer.vocab_size(config)
+    batches = pipeline.train_batches(config)
+    for step in (0, 1):
+        batches[step]
+    next(iter(pipeline.held_out_batches(config, 1, sequences=1)))
+
+
+def _limits(
+    found: TargetFit, target: targets.Target, rows: dict[str, Rehearsed]
+) -> Iterator[Rehearsed]:
+    """Times against the limits after which a run ends itself: what compiling took here, and times at peak rates."""
+    training, evaluation = found.config.training, rows.get("evaluation")
+    steps = [row for row in rows.values() if "sampling" not in row.name]
+    start = sum(row.seconds or 0 for row in steps if row.name in ("init", "calibration", "step"))
+    slowest = max((row.seconds or 0 for row in steps if row.name != "step"), default=0)
+    step = _seconds(found, target, found.config.training.batch_size)
+    parts = found.config.training.batch_size // found.config.training.microbatches
+    batch = _seconds(found, target, parts) * _FORWARD
+    yield _within("start", "training.start_limit", training.start_limit, start, "compiling")
+    yield _within("step", "training.step_limit", training.step_limit, step + slowest, "a step")
+    seconds = batch + (evaluation.seconds or 0 if evaluation else 0)
+    what = "a batch of an evaluation"
+    yield _within(
+        "evaluation", "training.evaluation_limit", training.evaluation_limit, seconds, what
+    )
+
+
+def _within(name: str, field: str, limit: int, seconds: float, what: str) -> Rehearsed:
+    error = ""
+    if limit and seconds > limit:
+        error = f"config.{field}: {limit} s, and {what} takes at least {seconds:,.0f} s: raise it"
+    return Rehearsed(f"{name} limit", not error, error, seconds=round(seconds, 2))
+
+
+def _seconds(found: TargetFit, target: targets.Target, sequences: int) -> float:
+    """Of training on so many sequences, at peak rates: those of the device, or what this machine reaches."""
+    flops = model_flops(
+        found.definition.config,
+        found.definition.vocab_size,
+        sequences=sequences,
+        sequence_length=found.config.data.sequence_length,
+    ).total
+    device = DEVICES.get(target.kind)
+    rate = device.fp8 * found.mesh.size if device else _measured_rate()
+    return flops / rate
+
+
+def _measured_rate(width: int = 1024) -> float:
+    """FLOP/s of a matrix product on this machine's processors, all together."""
+    a = np.ones((width, width), np.float32)
+    a @ a
+    started = time.perf_counter()
+    a @ a
+    return 2 * width**3 / (time.perf_counter() - started)
+
+
+def _check(name: str, work: Callable[[], Any]) -> Rehearsed:
+    started = time.perf_counter()
+    try:
+        work()
+    except Exception as failure:  # anything that would end the run's start
+        return Rehearsed(name, False, one_line(failure))
+    return Rehearsed(name, True, seconds=round(time.perf_counter() - started, 2))
+
+
+def one_line(failure: Exception) -> str:
+    """An exception's message; with its kind where the message is not meant for users."""
+    text = " ".join(str(failure).split())[:500]
+    if isinstance(failure, (ValueError, OSError)) and text:
+        return text
+    return f"{type(failure).__name__}: {text}"

@@ -1,0 +1,193 @@
+"""What a run chooses by itself, so that it fits: the ranking, the choice, its memory, and what it says where nothing fits."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from fp8jax import config as config_lib
+from fp8jax.audit import limits
+from fp8jax.audit.limits import Limit
+from fp8jax.config import ConfigError
+from fp8jax.data import tokenizer
+from fp8jax.models.definition import define
+from fp8jax.parallel.mesh import make_mesh
+from fp8jax.training import fit, fit_advice, fit_options, loop
+from fp8jax.training.estimates import Formula, Option, state_bytes
+from fp8jax.training.fit_options import Plan
+from fp8jax.training.step import TrainProgram
+
+MODEL = {"layers": 2, "width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1}
+VALUES = {
+    "model": MODEL,
+    "data": {"sequence_length": 32},
+    "training": {"steps": 2, "batch_size": 16},
+    "optimizer": {"warmup_steps": 1},
+    "evaluation": {"every": 0, "batches": 1},
+    "monitor": {"every": 0},
+    "mesh": {"fsdp": 1},
+}
+
+
+def config_of(**changes):
+    return config_lib.from_dict(
+        {name: VALUES.get(name, {}) | changes.get(name, {}) for name in VALUES | changes}
+    )
+
+
+def parts_of(config, count=1):
+    definition = define(config.model, tokenizer.vocab_size(config))
+    return config, definition, make_mesh(definition.complete(config), jax.devices()[:count])
+
+
+def limit_of(size):
+    return Limit(size, size, "for this test")
+
+
+class Compiler:
+    """Stands for the compiler: programs need what the formula says, times a factor that it does not know."""
+
+    def __init__(self, parts, factor=1.0):
+        self.formula, self.factor, self.asked = Formula(*parts), factor, []
+        self.state = state_bytes(TrainProgram(*parts).abstract_state)
+
+    def __call__(self, option):
+        self.asked.append(option)
+        return Plan(option, self.needs(option))
+
+    def needs(self, option):
+        # Twice the state: on a CPU a save holds a copy.
+        return int(2 * self.state + self.factor * self.formula.temporary_bytes(option))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return parts_of(config_of())
+
+
+def test_where_memory_is_no_matter_the_plainest_is_compiled_and_nothing_else(parts):
+    compiler = Compiler(parts)
+    found = fit.choose(*parts, limit_of(1 << 40), compiler)
+    assert found.fits and compiler.asked == [Option(1, 0, "none")] == [found.plan.option]
+    assert fit.choose(*parts, None, compiler).plan.option == Option(1, 0, "none")
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3, 3.0])
+def test_the_fewest_microbatches_that_fit_whatever_the_formula_is_off_by(parts, factor):
+    config = dataclasses.replace(
+        parts[0], training=dataclasses.replace(parts[0].training, remat="none", loss_chunk=0)
+    )
+    parts = (config, *parts[1:])
+    compiler = Compiler(parts, factor)
+    limit = limit_of(compiler.needs(Option(4, 0, "none")) + 100)
+    found = fit.choose(*parts, limit, compiler)
+    assert found.fits and found.plan.needs <= limit.usable
+    assert found.plan.option == Option(4, 0, "none")
+    assert len(compiler.asked) <= 4
+
+
+def test_what_the_user_sets_stays(parts):
+    set_by_user = config_of(training={"microbatches": 2, "remat": "full", "loss_chunk": 64})
+    options = fit_options.candidates(set_by_user, *parts[1:])
+    assert options == [Option(2, 64, "full")]
+    options = fit_options.candidates(config_of(training={"remat": "full"}), *parts[1:])
+    assert {option.remat for option in options} == {"full"}
+    assert {option.microbatches for option in options} == {1, 2, 4, 8, 16}
+
+
+def test_microbatches_divide_the_rows_of_a_replica():
+    config = config_of(training={"batch_size": 24}, mesh={"fsdp": 2})
+    options = fit_options.candidates(*parts_of(config, 2))
+    assert {option.microbatches for option in options} == {1, 2, 3, 4, 6, 12}
+
+
+def test_the_state_is_what_a_program_takes(parts):
+    program = TrainProgram(*parts)
+    taken = sum(
+        np.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(program.abstract_state)
+    )
+    assert state_bytes(program.abstract_state) == taken
+
+
+def run(config, workdir):
+    assert loop.train(config, workdir, jax.devices()[: config.mesh.fsdp]) == 0
+    return json.loads((workdir / "config.json").read_text())["training"]
+
+
+def test_a_run_keeps_its_choice_and_makes_it_anew_elsewhere(tmp_path, monkeypatch, capsys):
+    program = TrainProgram(*parts_of(config_of()))
+    needs = fit._needed(program, collect=False)
+    monkeypatch.setattr(limits, "of_devices", lambda devices: limit_of(needs - 1000))
+    chosen = run(config_of(), tmp_path)
+    assert chosen["microbatches"] > 1 or chosen["remat"] != "none"
+    assert (
+        f"microbatches={chosen['microbatches']}" in chosen["fitted"]
+        and "1 x cpu" in chosen["fitted"]
+    )
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "fit  " in line)
+    assert "needs" in line and "there are" in line and "for this test" in line
+    # With more memory on the same devices it goes on as it began.
+    monkeypatch.setattr(limits, "of_devices", lambda devices: limit_of(1 << 40))
+    longer = config_of(training={"steps": 3})
+    assert run(longer, tmp_path) == chosen | {"steps": 3}
+    # On others it chooses again.
+    elsewhere = run(config_of(training={"steps": 4}, mesh={"fsdp": 2}), tmp_path)
+    assert (elsewhere["microbatches"], elsewhere["remat"]) == (1, "none")
+    assert "2 x cpu" in elsewhere["fitted"] and "made anew" in capsys.readouterr().out
+
+
+def test_a_run_of_before_goes_on_as_it_began(tmp_path, monkeypatch):
+    """Its config.json names microbatches that nobody need have set."""
+    run(config_of(training={"microbatches": 2, "remat": "full", "loss_chunk": 0}), tmp_path)
+    found = run(config_of(training={"steps": 3}), tmp_path)
+    assert (found["microbatches"], found["remat"], found["loss_chunk"]) == (2, "full", 0)
+
+
+def test_where_nothing_fits_one_line_says_what_would(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "of_devices", lambda devices: limit_of(200_000))
+    with pytest.raises(ConfigError) as error:
+        loop.train(config_of(), tmp_path, jax.devices()[:1])
+    text = str(error.value)
+    assert "needs" in text and "there are" in text and "\n" not in text
+    assert "--config.optimizer.first_moment=fp8 saves" in text and "devices would do" in text
+    assert not (tmp_path / "checkpoints").exists() or not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_value_of_the_users_that_does_not_fit_is_refused_with_what_to_change(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(limits, "of_devices", lambda devices: limit_of(1_000_000))
+    values = {"microbatches": 1, "loss_chunk": 0, "remat": "none"}
+    with pytest.raises(ConfigError, match="--config.training.microbatches=16 saves"):
+        loop.train(config_of(training=values), tmp_path, jax.devices()[:1])
+
+
+def test_the_number_of_devices_that_would_do_does(parts):
+    limit = limit_of(600_000)
+    compiler = Compiler(parts)
+    least = Plan(Option(16, 0, "full"), compiler.needs(Option(16, 0, "full")))
+    assert least.needs > limit.usable
+    count = fit_advice.devices_that_do(*parts, limit, least)
+    assert count in (2, 4, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "needs"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 153.04G of 94.75G hbm.",
+            153.04,
+        ),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.", 2.0),
+        ("RESOURCE_EXHAUSTED: no more", None),
+    ],
+)
+def test_a_compiler_that_refuses_says_how_much_is_needed(text, needs):
+    found = fit.bytes_of_failure(RuntimeError(text))
+    assert found == (fit.UNKNOWN if needs is None else int(needs * 2**30))
+
+
+def test_other_errors_are_no_matter_of_memory():
+    assert fit.bytes_of_failure(RuntimeError("INTERNAL: ptxas failed")) is None

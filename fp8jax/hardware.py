@@ -41,9 +41,12 @@ class Accelerator(NamedTuple):
     fp8: bool
 
 
+planned: Accelerator | None = None  # the device that a run is planned for, where it is not this machine's: the audit sets it
+
+
 def default_size(found: Accelerator | None = None) -> tuple[str, str]:
     """The size that a run without one takes, `390m` or `tiny`, and why; of this machine unless a device is given."""
-    found = found or find()
+    found = found or planned or find()
     if found is None:
         return "tiny", "no accelerator"
     units = "with FP8 units" if found.fp8 else "without FP8 units"

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from fp8jax.audit import traffic
 from fp8jax.audit.gemms import Gemm, fp8_share
+from fp8jax.audit.limits import Limit
 from fp8jax.audit.program import Reading, fallbacks
 from fp8jax.audit.roofline import DEVICES, estimate
 from fp8jax.audit.targets import Target
@@ -38,7 +39,7 @@ class Step:
     emulated: bool
 
 
-def report(step: Step, target: Target, reading: Reading, seconds: float) -> dict[str, Any]:
+def report(step: Step, target: Target, reading: Reading, seconds: float, limit: Limit | None = None) -> dict[str, Any]:
     """All findings but `config`, which the caller knows.
 
     Args:
@@ -46,6 +47,7 @@ def report(step: Step, target: Target, reading: Reading, seconds: float) -> dict
         target: for which devices.
         reading: the compiled step.
         seconds: that tracing and compiling took.
+        limit: what a device has; None: not known.
     """
     count = len(target.devices)
     block = [gemm for gemm in reading.gemms if gemm.role in step.block_roles]
@@ -59,7 +61,7 @@ def report(step: Step, target: Target, reading: Reading, seconds: float) -> dict
         "fp8_share": fp8_share(reading.gemms, step.block_roles),
         "non_gemm_bytes": _traffic(reading),
         "collectives": _collective_rows(reading),
-        "memory": _memory(reading, target),
+        "memory": _memory(reading, target, limit),
         "estimate": _estimate(step, target, reading),
         "compile_seconds": round(seconds, 2),
     }
@@ -97,12 +99,13 @@ def _collective_rows(reading: Reading) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: -row["sent"])
 
 
-def _memory(reading: Reading, target: Target) -> dict[str, Any]:
+def _memory(reading: Reading, target: Target, limit: Limit | None) -> dict[str, Any]:
     memory = reading.memory
     capacity = DEVICES[target.kind].capacity if target.kind in DEVICES else None
+    usable = None if limit is None else limit.bytes
     return {"peak_bytes_per_device": memory.peak_bytes, "arguments": dict(memory.arguments) | {"total": memory.argument_bytes},
-            "temporaries": memory.temporary_bytes, "outputs": memory.output_bytes, "device_bytes": capacity,
-            "fits": None if capacity is None else memory.peak_bytes <= capacity}
+            "temporaries": memory.temporary_bytes, "outputs": memory.output_bytes, "device_bytes": capacity, "usable_bytes": usable,
+            "fits": None if usable is None else memory.peak_bytes <= usable}
 
 
 def _estimate(step: Step, target: Target, reading: Reading) -> dict[str, Any]:

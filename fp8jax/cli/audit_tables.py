@@ -78,9 +78,12 @@ def _verdict(audit: Audit) -> list[str]:
         lines[0] += f"; {target['fp8_share_asked']:.0%} asked for: no FP8 units there, FP8 values are multiplied in BF16"
     lines += [f"fell back    {line}" for line in target["fallbacks"]]
     lines += [f"float64      {name}" for name in target["float64"][:5]]
-    capacity = bytes_text(memory["device_bytes"] or 0)
-    fits = {None: "", True: f", of {capacity}", False: f", does NOT fit in {capacity}"}
+    usable = bytes_text(memory["usable_bytes"] or 0)
+    fits = {None: "", True: f", of {usable} that a run may take", False: f", does NOT fit in the {usable} that a run may take"}
     lines.append(f"memory       {bytes_text(memory['peak_bytes_per_device'])} a device at the peak{fits[memory['fits']]}")
+    lines.append(f"chosen       {audit['fit']['text']}")
+    if audit["fit"]["advice"]:
+        lines.append(f"             {audit['fit']['advice']}")
     extra = ", ".join(f"{name.replace('_', ' ')} {_si(flops[name], 'FLOP')}" for name in ("repeated", "masked_attention", "other"))
     lines += [f"GEMM FLOPs   compiled {_si(flops['counted'], 'FLOP')} on all devices: the model's own {_si(flops['closed_formula'], 'FLOP')} "
               "(closed formula, causal attention)", f"             and {extra}"]

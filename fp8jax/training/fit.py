@@ -103,7 +103,7 @@ def choose(
         first: an option that is taken if it fits, whatever the others are.
     """
     options = candidates(config, definition, mesh)
-    ranking = _Ranking(config, definition, mesh, options)
+    ranking = Ranking(config, definition, mesh, options)
     usable = _usable(limit, options)
     if first in options:
         ranking.add(compiled(first))
@@ -120,7 +120,7 @@ def choose(
     return Choice(best, ranking.tried, True)
 
 
-class _Ranking:
+class Ranking:
     """Options by estimated time; estimates of memory follow what compiled programs turned out to need."""
 
     def __init__(
@@ -191,8 +191,7 @@ def compile_plan(config: Config, definition: Definition, mesh: Mesh, limit: Limi
     option = Option(training.microbatches, training.loss_chunk, training.remat)
     try:
         needs = _most(_needed(step, collect=False))
-        tight = limit is not None and _TIGHT * limit.usable < needs <= limit.usable
-        if tight and _collects(config):
+        if needs_statistics(config, Plan(option, needs), limit):
             needs = max(needs, _most(_needed(step, collect=True)))
     except jax.errors.JaxRuntimeError as error:
         if (needs := bytes_of_failure(error)) is None:
@@ -201,15 +200,19 @@ def compile_plan(config: Config, definition: Definition, mesh: Mesh, limit: Limi
 
 
 def _needed(step: TrainProgram, *, collect: bool) -> int:
-    """Bytes of one device; on a CPU with the copy that saving makes of the state."""
-    memory = program.read_memory(step.compiled_step(collect=collect))
+    return needed_bytes(step, program.read_memory(step.compiled_step(collect=collect)))
+
+
+def needed_bytes(step: TrainProgram, memory: program.Memory) -> int:
+    """Bytes of one device for a step; on a CPU with the copy that saving makes of the state."""
     on_cpu = step.mesh.devices.flat[0].platform == "cpu"
     return memory.peak_bytes + (state_bytes(step.abstract_state) if on_cpu else 0)
 
 
-def _collects(config: Config) -> bool:
-    """True if a step of the run has statistics."""
-    return 0 < config.monitor.every <= config.training.steps
+def needs_statistics(config: Config, plan: Plan, limit: Limit | None) -> bool:
+    """True if the step with statistics might not fit where a plan does."""
+    collects = 0 < config.monitor.every <= config.training.steps
+    return collects and limit is not None and _TIGHT * limit.usable < plan.needs <= limit.usable
 
 
 def bytes_of_failure(error: Exception) -> int | None:

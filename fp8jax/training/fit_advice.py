@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from fp8jax.audit.limits import Limit
-from fp8jax.config import Config
+from fp8jax.config import Config, ConfigError
 from fp8jax.models.definition import Definition
 from fp8jax.training.estimates import Formula, state_bytes
 from fp8jax.training.fit_options import OPEN, Plan, candidates, gigabytes
@@ -84,6 +84,23 @@ def devices_that_do(
         ):
             return mesh.size * times
     return None
+
+
+def out_of_memory(error: Exception, config: Config, step: int, saved: str) -> ConfigError:
+    """The one line on which a run ends that runs out of memory all the same.
+
+    Args:
+        error: the device's.
+        config: of the run.
+        step: that did not get done.
+        saved: what there is to continue from.
+    """
+    what = str(error).splitlines()[0][:160]
+    more = 2 * max(config.training.microbatches, 1)
+    return ConfigError(
+        f"step {step} ran out of memory ({what}); {saved}; "
+        f"--config.training.microbatches={more} needs less, if it divides the batch of a replica"
+    )
 
 
 def _with(config: Config, section: str, name: str, value: Any) -> Config:

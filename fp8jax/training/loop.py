@@ -31,7 +31,8 @@ from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, save_config
 from fp8jax.training.evaluation import Evaluator, write_json
 from fp8jax.training.feed import Feed
-from fp8jax.training.fit import fit
+from fp8jax.training.fit import bytes_of_failure, fit
+from fp8jax.training.fit_advice import out_of_memory
 from fp8jax.training.lock import exclusive
 from fp8jax.training.profiling import ProfileWindow
 from fp8jax.training.reaction import Decision, Reaction
@@ -167,6 +168,10 @@ class _Run:
             if not self.saver.unsound(self.step, self.state):
                 self._save_last()
             raise
+        except jax.errors.JaxRuntimeError as error:
+            if bytes_of_failure(error) is None:
+                raise
+            raise out_of_memory(error, config, self.step + 1, self._save_after_failure()) from None
         return self._end(bad)
 
     def _calibrate(self, roles: tuple[str, ...]) -> None:
@@ -182,6 +187,20 @@ class _Run:
         self.state = self.program.calibrate(self.state, batch, roles)
         self.writer.event("calibrated", self.step, roles=list(roles))
         self.progress.message(f"fp8      scales calibrated on the batch of step {self.step + 1 + number - first}")
+
+    def _save_after_failure(self) -> str:
+        """Save the state if it is still there; return what there is to continue from."""
+        latest = self.checkpoints.latest_step()
+        before = "nothing is saved" if latest is None else f"the newest checkpoint is of step {latest}"
+        if jax.process_count() > 1 or any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+            return before
+        try:
+            if self.saver.unsound(self.step, self.state):
+                return before
+            self._save_last()
+        except (jax.errors.JaxRuntimeError, CheckpointError):
+            return before
+        return f"step {self.step} is saved"
 
     def _step(self, iterator: Any) -> int:
         """One step and what is due after it; returns bad steps in a row as far as they are known."""

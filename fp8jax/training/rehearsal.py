@@ -96,10 +96,14 @@ def rehearse(
         else:
             found.append(_traced(config, target))
 
-    checks.append(_check("mesh and memory", fitted))
+    mesh = _check("mesh", fitted)
+    if mesh.error != checks[0].error or mesh.ok:  # without data there is no vocabulary either
+        checks.append(mesh)
     if not found:
         return Rehearsal(config, [], checks)
     chosen = found[0]
+    if compiling:
+        checks.append(Rehearsed("memory", not chosen.advice, chosen.advice))
     checks.append(_check("fallback", lambda: check_fallbacks(_program(chosen))))
     if target.kind == "local":
         checks.append(_check("attention", lambda: check_attention(_program(chosen))))
@@ -151,8 +155,6 @@ def _executable(found: TargetFit, name: str, traced: Any, target: targets.Target
     }
     if ready and ready.get(name) is not None:
         return ready[name]
-    if name == "step" and found.advice:
-        raise ValueError(found.advice)
     return targets.compile_step(traced, target)[0]
 
 

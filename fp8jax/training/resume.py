@@ -145,7 +145,7 @@ def _flat(config: Config) -> dict[str, object]:
 def _is_fitted(path: str, value: object) -> bool:
     """True for what a run chooses by itself (fit.py), left open, and for its note of the choice."""
     section, name = path.split(".")
-    return section == "training" and (name == "fitted" or value == OPEN.get(name, name))
+    return section == "training" and (name == "fitted" or name in OPEN and value == OPEN[name])
 
 
 def _is_fixed(section: str, name: str) -> bool:

@@ -18,7 +18,7 @@ needs_gpus, needs_tpus = (
     for plugin in ("jax_cuda13_plugin", "libtpu"))
 
 # Two layers and 512 tokens: as exact for a share as 32 layers and 4096, and compiled in seconds.
-FEW = dict(model__layers=2, data__sequence_length=512, training__batch_size=8)
+FEW = dict(model__layers=2, data__sequence_length=512, training__batch_size=8, training__remat="save_fp8")
 ROLES = ("qkv", "attention_scores", "attention_values", "attention_out", "mlp_up", "mlp_down")
 
 

@@ -28,6 +28,7 @@ VALUES = {
     "evaluation": {"every": 0, "batches": 1},
     "monitor": {"every": 0},
     "mesh": {"fsdp": 1},
+    "fp8": {"recipe": "bf16"},  # compiled in a fraction of the time
 }
 
 
@@ -191,3 +192,35 @@ def test_a_compiler_that_refuses_says_how_much_is_needed(text, needs):
 
 def test_other_errors_are_no_matter_of_memory():
     assert fit.bytes_of_failure(RuntimeError("INTERNAL: ptxas failed")) is None
+
+
+def test_a_step_that_runs_out_of_memory_ends_in_one_line_with_the_state_saved(
+    tmp_path, monkeypatch
+):
+    original = TrainProgram.step
+
+    def step(self, state, batch, *, collect=False):
+        if int(state.step) == 1:
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore"
+            )
+        return original(self, state, batch, collect=collect)
+
+    monkeypatch.setattr(TrainProgram, "step", step)
+    with pytest.raises(ConfigError) as error:
+        loop.train(config_of(), tmp_path, jax.devices()[:1])
+    text = str(error.value)
+    assert "step 2 ran out of memory" in text and "step 1 is saved" in text and "\n" not in text
+    assert "--config.training.microbatches=2" in text
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+    monkeypatch.setattr(TrainProgram, "step", original)
+    assert loop.train(config_of(), tmp_path, jax.devices()[:1]) == 0
+
+
+def test_other_errors_of_a_device_are_not_called_so(tmp_path, monkeypatch):
+    def step(self, state, batch, *, collect=False):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(TrainProgram, "step", step)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        loop.train(config_of(), tmp_path, jax.devices()[:1])

@@ -32,7 +32,7 @@ from fp8jax.training.step import TrainProgram
 UNKNOWN = 1 << 50
 _MOST = 8  # programs that are compiled to find one
 _WORTH = 0.97  # another program is compiled if it should take less than this part of the time
-_TIGHT = 0.6  # part of the limit from which on the step with statistics is compiled as well, before the run
+_TIGHT = 0.8  # part of the limit from which on the step with statistics is compiled as well, before the run
 
 
 class Choice(NamedTuple):

@@ -72,17 +72,17 @@ def audit(config: Config, target: targets.Target) -> dict[str, Any]:
 
 
 def _report(found: TargetFit, target: targets.Target) -> dict[str, Any]:
-    step, traced, executable, text, seconds = found.compiled
-    mesh, config = step.mesh, found.config
+    compiled, config = found.compiled, found.config
+    step, traced, mesh = compiled.step, compiled.traced, compiled.step.mesh
     sequences, length = config.training.batch_size, config.data.sequence_length
     flops = model_flops(step.definition.config, step.definition.vocab_size, sequences=sequences, sequence_length=length)
     asked = program.traced_gemms(traced.jaxpr)
     told = Step(mesh, asked, BLOCK_ROLES, ATTENTION_ROLES, dataclasses.asdict(flops), sequences * length, step.emulated)
-    reading = program.read(executable, mesh, text)
+    reading = program.read(compiled.executable, mesh, compiled.text)
     if target.platform == "cpu":  # whose compiler drops the names of batched dots, and has no FP8 kernels to tell apart
         reading = dataclasses.replace(reading, gemms=[dataclasses.replace(gemm, flops=gemm.flops // mesh.size) for gemm in asked])
     fits = None if found.limit is None else found.choice.fits
-    return {"config": config_lib.to_dict(config)} | report(told, target, reading, seconds, found.limit) | {"fits": fits, "fit": fit_json(found)}
+    return {"config": config_lib.to_dict(config)} | report(told, target, reading, compiled.seconds, found.limit) | {"fits": fits, "fit": fit_json(found)}
 
 
 def _memory(options: argparse.Namespace, overrides: Sequence[str], target: targets.Target) -> int:
@@ -130,7 +130,7 @@ def _write(options: argparse.Namespace, found: dict[str, Any]) -> None:
 def _audit_file(flag: str, file: str, overrides: Sequence[str], target: targets.Target) -> dict[str, Any]:
     config = config_lib.from_dict(read_config(flag, file, overrides))
     count = len(target.devices)
-    print(f"{file} for {target.name} ({count} device{'s' if count > 1 else ''})", file=sys.stderr)
+    print(f"compiling {file} for {target.name} ({count} device{'s' if count > 1 else ''}) ...", file=sys.stderr)
     found = audit(config, target)
     return {"config": {"file": file, "overrides": list(overrides), "resolved": found.pop("config")}, **found}
 

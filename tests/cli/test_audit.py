@@ -27,11 +27,15 @@ def test_two_configs_side_by_side_and_as_json(tmp_path, capsys):
     assert "Side by side" in shown and shown.count("configs/fp8_base.py:tiny") >= 4 and "mlp_up" in shown and "FP8 share" in shown
     found = json.loads(file.read_text())
     keys = ["config", "target", "gemms", "block_gemm_flops", "fp8_share", "non_gemm_bytes", "collectives", "memory", "estimate",
-            "compile_seconds"]
+            "compile_seconds", "fits", "fit"]
     assert list(found) == [*keys, "compare"] and list(found["compare"]) == keys
     assert found["config"]["resolved"]["model"]["width"] == found["compare"]["config"]["resolved"]["model"]["width"] == 64
     assert found["memory"]["peak_bytes_per_device"] > found["memory"]["arguments"]["total"] > 0
     assert found["fp8_share"] == 1.0 and found["block_gemm_flops"] > 0
+    assert found["fits"] is True and found["memory"]["fits"] is True and found["memory"]["usable_bytes"] > 0
+    chosen = found["fit"]
+    assert (chosen["microbatches"], chosen["loss_chunk"], chosen["remat"]) == (1, 0, "save_fp8")
+    assert found["config"]["resolved"]["training"]["microbatches"] == 1 and "needs" in chosen["text"]
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -66,6 +70,24 @@ def test_memory_tells_what_options_save(tmp_path, capsys, monkeypatch):
     assert sizes["first moment"] == sizes["second moment"] > 0 and found["temporaries"] > 0
     assert found["largest"][0]["bytes"] >= found["largest"][1]["bytes"] > 0
     assert audit.main([*given, "--compare=configs/fp8_base.py:tiny"]) == 2 and "leave out --compare" in capsys.readouterr().err
+
+
+def test_fit_shows_the_options_and_the_choice(tmp_path, capsys):
+    file, words = tmp_path / "fit.json", [word.format("config") for word in SMALL]
+    assert audit.main(["--config=configs/fp8_base.py:tiny", "--target=local", "--fit", f"--json={file}", *words]) == 0
+    shown, found = capsys.readouterr().out, json.loads(file.read_text())
+    assert "chosen" in shown and "microbatches=1 loss_chunk=0 remat=save_fp8: needs" in shown
+    (row,) = found["fit"]["options"]
+    assert found["fits"] is True and row["chosen"] and row["compiled"]["bytes_per_device"] == found["fit"]["bytes_per_device"]
+
+
+def test_without_a_size_the_targets_devices_decide(capsys):
+    """Not those at hand, where it would be tiny."""
+    arguments = ["--config=configs/fp8_base.py", "--target=h100:1", "--config.training.batch_size=3", "--config.mesh.data=2"]
+    assert audit.main(arguments) == 2  # as far as the mesh
+    assert "size 390m" in capsys.readouterr().err
+    assert audit.main(["--config=configs/fp8_base.py", "--target=local", "--config.mesh.fsdp=3"]) == 2
+    assert "size tiny" in capsys.readouterr().err
 
 
 def test_help_shows_an_example(capsys):

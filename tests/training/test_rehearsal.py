@@ -33,9 +33,9 @@ def config_of(**changes):
 
 @pytest.fixture(scope="module")
 def two():
-    """Two devices of this machine."""
+    """Two devices of this machine, as if they were not here: attention is not checked on them."""
     found = targets.resolve("local")
-    return dataclasses.replace(found, devices=found.devices[:2])
+    return dataclasses.replace(found, devices=found.devices[:2], kind="planned")
 
 
 def failed(found):
@@ -48,7 +48,7 @@ def test_a_sound_run_passes(two):
     assert {"init", "calibration", "step", "statistics", "evaluation"} <= {
         row.name for row in found.programs
     }
-    assert {row.name for row in found.checks} == {"data", "mesh", "fallback", "attention"}
+    assert {row.name for row in found.checks} == {"data", "mesh", "fallback"}
     by_name = {row.name: row for row in found.programs}
     assert by_name["step"].fp8_share == by_name["statistics"].fp8_share == 1.0
     assert by_name["evaluation"].fp8_share == 0.0
@@ -64,7 +64,7 @@ def test_a_kernel_that_returns_a_list_on_a_mesh(two, monkeypatch):
         data={"sequence_length": 128},
         mesh={"fsdp": 2},
     )
-    found = rehearse(config, dataclasses.replace(two, kind="planned"), compiling=False)
+    found = rehearse(config, two, compiling=False)
     assert set(failed(found)) == {"statistics"}, failed(found)
 
 
@@ -173,10 +173,20 @@ def test_a_program_beside_a_run_needs_its_state_too(two):
     assert rehearsal._peak("init", memory, 30, gpu) == 114
 
 
-@pytest.mark.parametrize("size", list(common.SIZES))
+def test_attention_that_computes_something_else_on_devices_at_hand(two, monkeypatch):
+    def disagrees(program):
+        raise config_lib.ConfigError("config.fp8.attention_backend: disagrees")
+
+    monkeypatch.setattr(rehearsal, "check_attention", disagrees)
+    monkeypatch.setattr(rehearsal, "programs", lambda *given: {})
+    found = rehearse(config_of(), dataclasses.replace(two, kind="local"), compiling=False)
+    assert failed(found) == {"attention": "config.fp8.attention_backend: disagrees"}
+
+
+@pytest.mark.parametrize("size", ["390m", "70b"])
 def test_every_size_is_rehearsed(size, two):
     config = config_lib.from_dict(common.make(size, architecture="fog_max", recipe="fp8_dpa"))
-    found = rehearse(config, dataclasses.replace(two, kind="planned"), compiling=False)
+    found = rehearse(config, two, compiling=False)
     assert failed(found) == {}
 
 
@@ -185,7 +195,7 @@ def test_every_size_is_rehearsed(size, two):
 @pytest.mark.parametrize("size", list(common.SIZES))
 def test_every_preset_is_rehearsed(size, architecture, two):
     config = config_lib.from_dict(common.make(size, architecture=architecture, recipe="fp8_dpa"))
-    found = rehearse(config, dataclasses.replace(two, kind="planned"), compiling=False)
+    found = rehearse(config, two, compiling=False)
     assert failed(found) == {}
 
 

@@ -82,7 +82,8 @@ def _report(found: TargetFit, target: targets.Target) -> dict[str, Any]:
     if target.platform == "cpu":  # whose compiler drops the names of batched dots, and has no FP8 kernels to tell apart
         reading = dataclasses.replace(reading, gemms=[dataclasses.replace(gemm, flops=gemm.flops // mesh.size) for gemm in asked])
     fits = None if found.limit is None else found.choice.fits
-    return {"config": config_lib.to_dict(config)} | report(told, target, reading, compiled.seconds, found.limit) | {"fits": fits, "fit": fit_json(found)}
+    read = report(told, target, reading, compiled.seconds, found.limit)
+    return {"config": config_lib.to_dict(config)} | read | {"fits": fits, "fit": fit_json(found)}
 
 
 def _memory(options: argparse.Namespace, overrides: Sequence[str], target: targets.Target) -> int:

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,12 +19,15 @@ from fp8jax.data import tokenizer
 from fp8jax.interop import hf, hf_config, hf_logits, hf_tokenizer
 from fp8jax.interop.hf_safetensors import DTYPES, HuggingFaceError, read_json
 from fp8jax.models.definition import Definition, Params, define
+from fp8jax.monitor.stages import Stages
 from fp8jax.training.checkpoint import Checkpoints, load_config, save_config
+from fp8jax.training.evaluation import as_float32
 
 KEPT = "hf"  # in a converted run's directory: the source's config.json and tokenizer
 # Of a converted run: a context beyond this is rarely what one trains or evaluates with, and a batch is kept to so many tokens.
 _LONGEST, _BATCH_TOKENS = 32768, 65536
 _UNKNOWN_CONTEXT = 2048  # transformers' default where config.json is silent
+STAGE = Stages()
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -47,8 +51,9 @@ def _from_hf(options: argparse.Namespace) -> None:
     try:
         # Orbax copies what it saves: with the weights in mapped files, its copy is the only one in memory.
         with tempfile.TemporaryDirectory(prefix=".weights-", dir=workdir) as scratch:
-            found = hf.load(options.directory, _Mapped(pathlib.Path(scratch)), ignore_keys=options.ignore_keys, note=print)
-            with Checkpoints(workdir, keep=1) as checkpoints:
+            with STAGE(f"reading {options.directory}"):
+                found = hf.load(options.directory, _Mapped(pathlib.Path(scratch)), ignore_keys=options.ignore_keys, note=print)
+            with STAGE("writing the checkpoint of step 0"), Checkpoints(workdir, keep=1) as checkpoints:
                 checkpoints.save(0, {"params": jax.device_put(found.params, _cpu())}, {"step": 0})
     except BaseException:
         shutil.rmtree(workdir)
@@ -84,8 +89,9 @@ def _to_hf(options: argparse.Namespace) -> None:
     used = None if carried else tokenizer.of(config.data)  # found out before anything is written
     context = config.data.sequence_length
     more = {"max_position_embeddings": context, **(hf_tokenizer.token_ids(used) if used else {})}
-    hf.save(options.out, definition.config, definition.vocab_size, params, model_type, DTYPES[_CODES[options.dtype]],
-            options.max_shard_size, carried, more)
+    with STAGE(f"writing {options.out}"):
+        hf.save(options.out, definition.config, definition.vocab_size, params, model_type, DTYPES[_CODES[options.dtype]],
+                options.max_shard_size, carried, more)
     for name, content in hf_tokenizer.files(used, context, definition.vocab_size).items() if used else ():
         (options.out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"step {step} as {model_type} in {options.dtype}, to {options.out}")
@@ -105,7 +111,7 @@ def _logits(options: argparse.Namespace) -> None:
         model_type = _model_type(options.directory, definition.config) if options.gradients else ""
         found = hf.Loaded(definition.config, definition.vocab_size, params, model_type)
     model, vocab_size, params, model_type = found
-    with jax.default_device(_cpu()):
+    with jax.default_device(_cpu()), STAGE("computing logits" + " and gradients" * options.gradients):
         computed = hf_logits.compute(model, vocab_size, params, tokens, gradients=options.gradients)
     arrays = {"logits": computed["logits"], "loss": computed["loss"]}
     if options.gradients:
@@ -120,14 +126,22 @@ def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definiti
     config = load_config(workdir)
     definition = define(config.model, config.model.vocab_size or tokenizer.vocab_size(config))
     on_host = jax.sharding.SingleDeviceSharding(_cpu())
-    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_host), definition.shapes)
     # Orbax would read everything at once, beside what it has read.
     context = v1.Context()
-    context.memory_options.read_concurrent_bytes = 2 * max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(wanted))
-    with context, Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
+    context.memory_options.read_concurrent_bytes = 2 * max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(definition.shapes))
+    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
         step = checkpoints.chosen(step)
-        found, _ = checkpoints.restore(step, {"params": wanted}, partial=True)
-    return config, definition, found["params"], step
+        kept = checkpoints.dtypes(step)
+
+        def wanted(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            name = f"params/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+            return jax.ShapeDtypeStruct(leaf.shape, kept.get(name, leaf.dtype), sharding=on_host)
+
+        with context, STAGE(f"reading the checkpoint of step {step}"):
+            found, _ = checkpoints.restore(step, {"params": jax.tree_util.tree_map_with_path(wanted, definition.shapes)}, partial=True)
+    if any(name.startswith("opt_state/remainder/") for name in kept):
+        print("note     the run keeps 8 more bits of each weight, for training alone: what is read here are the weights in 16 bits")
+    return config, definition, as_float32(found["params"]), step
 
 
 class _Mapped:

@@ -12,6 +12,7 @@ from fp8jax.cli import processes
 from fp8jax.cli.errors import local_directory
 from fp8jax.cli.flags import run
 from fp8jax.config import ConfigError
+from fp8jax.monitor.stages import Stages
 
 USAGE = """Evaluates a run's checkpoint in BF16: held-out loss, perplexity and bits per byte, or tasks of lm-evaluation-harness.
 
@@ -43,15 +44,18 @@ def _joined() -> int:
         raise ConfigError(f"{workdir}: no config.json there; give the --workdir of a run")
     if _TASK_DIR.value is not None and not _TASKS.value:
         raise ConfigError(f"--task_dir={_TASK_DIR.value}: needs --tasks, the names of tasks there")
-    with processes.joined():
-        return _evaluate_tasks(workdir) if _TASKS.value else _evaluate(workdir)
+    stage = Stages(processes.is_first())
+    with stage("loading JAX"):
+        from fp8jax.training import evaluation  # noqa: F401
+    with processes.joined(stage):
+        return _evaluate_tasks(workdir, stage) if _TASKS.value else _evaluate(workdir, stage)
 
 
-def _evaluate(workdir: pathlib.Path) -> int:
+def _evaluate(workdir: pathlib.Path, stage: Stages) -> int:
     from fp8jax.parallel import distributed
     from fp8jax.training import evaluation
 
-    found = evaluation.evaluate_run(workdir, _STEP.value)
+    found = evaluation.evaluate_run(workdir, _STEP.value, stage=stage)
     if not distributed.is_first():
         return 0
     print(f"step {found['step']}: loss {found['loss']:.4f}  perplexity {found['perplexity']:.4f}  "
@@ -59,7 +63,7 @@ def _evaluate(workdir: pathlib.Path) -> int:
     return 0
 
 
-def _evaluate_tasks(workdir: pathlib.Path) -> int:
+def _evaluate_tasks(workdir: pathlib.Path, stage: Stages) -> int:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt")
     from fp8jax.interop import lm_eval
@@ -69,8 +73,9 @@ def _evaluate_tasks(workdir: pathlib.Path) -> int:
 
     # Before the model: what is wrong with tasks should be known at once.
     tasks = lm_eval.load_tasks(_TASKS.value, _TASK_DIR.value and pathlib.Path(_TASK_DIR.value))
-    model, step = evaluation.load_run(workdir, _STEP.value)
-    found = lm_eval.evaluate(Inference(model), tasks)
+    model, step = evaluation.load_run(workdir, _STEP.value, stage=stage)
+    with stage(f"evaluating {', '.join(_TASKS.value)}"):
+        found = lm_eval.evaluate(Inference(model), tasks)
     if distributed.is_first():
         evaluation.write_json(workdir / "eval_tasks.json", {"step": step, **_plain(found)})
         print("\n".join(f"step {step}: {line}" for line in _lines(found)))

@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 from absl import flags
 
+from fp8jax.monitor.stages import Stages
 from fp8jax.parallel import launchers
 
 _ADDRESS = flags.DEFINE_string("coordinator_address", None, "several processes: HOST:PORT of process 0, where no launcher tells it; the port "
@@ -15,11 +17,25 @@ _START = flags.DEFINE_integer("start_timeout", 300, "seconds to wait at the star
 _HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 100, "seconds of silence after which JAX gives up a process", lower_bound=5)
 
 
-def joined() -> contextlib.AbstractContextManager[None]:
-    """The other processes of this run, as flags or a launcher tell of them; enter it before anything starts JAX."""
-    launch = launchers.find(os.environ, coordinator_address=_ADDRESS.value, num_processes=_COUNT.value, process_id=_PROCESS.value)
+def is_first() -> bool:
+    """Whether this process prints, as far as can be said before JAX has started: on TPU pods, each thinks so."""
+    launch = _launch()
+    return launch is None or launch.process == 0
+
+
+@contextlib.contextmanager
+def joined(stage: Stages) -> Iterator[None]:
+    """The other processes of this run, as flags or a launcher tell of them; enter it before anything starts JAX's devices."""
     from fp8jax.audit.limits import set_memory_fraction  # loads JAX, as the next does
     from fp8jax.parallel import distributed
 
     set_memory_fraction()
-    return distributed.start(launch, start_timeout=_START.value, heartbeat_timeout=_HEARTBEAT.value)
+    with contextlib.ExitStack() as stack:
+        launch = _launch()
+        with stage(f"waiting for {launch.count or 'all'} processes ({launch.by})") if launch else contextlib.nullcontext():
+            stack.enter_context(distributed.start(launch, start_timeout=_START.value, heartbeat_timeout=_HEARTBEAT.value))
+        yield
+
+
+def _launch() -> launchers.Launch | None:
+    return launchers.find(os.environ, coordinator_address=_ADDRESS.value, num_processes=_COUNT.value, process_id=_PROCESS.value)

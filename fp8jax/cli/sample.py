@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from fp8jax.cli.errors import Parser, complain, local_path
+from fp8jax.monitor.stages import Stages
 
 STOPPED = 4
 
@@ -12,15 +13,16 @@ STOPPED = 4
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     options = _parser().parse_args(argv)
-    import jax  # not before the options are known to be right
+    stage = Stages(sys.stderr.isatty(), sys.stderr)  # standard output is the text
+    with stage("loading JAX"):
+        import jax
 
-    from fp8jax.interop.generation import stream
-    from fp8jax.interop.inference import Inference
-    from fp8jax.training.evaluation import load_run
-
+        from fp8jax.interop.generation import stream
+        from fp8jax.interop.inference import Inference
+        from fp8jax.training.evaluation import load_run
     try:
         # One device: generation reads all weights for every token, and sharded ones would travel each time.
-        model, _ = load_run(options.workdir, options.step, jax.devices()[:1])
+        model, _ = load_run(options.workdir, options.step, jax.devices()[:1], stage=stage)
         pieces = stream(Inference(model), options.prompt, tokens=options.tokens, temperature=options.temperature,
                         top_p=options.top_p, seed=options.seed)
         shown = options.prompt

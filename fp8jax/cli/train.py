@@ -12,6 +12,7 @@ from fp8jax.cli import fields, processes
 from fp8jax.cli.errors import local_directory
 from fp8jax.cli.flags import EXAMPLE, find_config, read_config, run, split
 from fp8jax.config import Config, ConfigError
+from fp8jax.monitor.stages import Stages
 
 USAGE = """Trains a model, or continues a run.
 
@@ -46,18 +47,23 @@ def _train(overrides: Sequence[str]) -> int:
     workdir = _workdir(path, size)
     lines.append(f"workdir  {workdir}")
     config = config_lib.from_dict(read_config("config", f"{path}:{size}", overrides), _run_in(workdir))
-    with processes.joined():
-        return _train_joined(config, workdir, lines)
+    stage = Stages(processes.is_first())
+    for line in lines:
+        stage.message(line)
+    with stage("loading JAX"):
+        import jax
+
+    with processes.joined(stage):
+        with stage("looking for devices"):
+            jax.devices()
+        return _train_joined(config, workdir)
 
 
-def _train_joined(config: Config, workdir: pathlib.Path, lines: Sequence[str]) -> int:
+def _train_joined(config: Config, workdir: pathlib.Path) -> int:
     import jax
 
-    from fp8jax.parallel import distributed
     from fp8jax.training import loop
 
-    if distributed.is_first():
-        print("\n".join(lines), flush=True)
     # A restart compiles nothing that an earlier run on this machine has compiled.
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/fp8jax"))

@@ -75,6 +75,8 @@ class Progress:
             self._warned = ""
         text = self._describe(step, metrics)
         if self._console.is_terminal:
+            if not self._live.is_started:
+                self._live.start(refresh=True)
             self._bar.update(self._task, completed=step)
             self._live.update(self._view(text), refresh=True)
         else:
@@ -89,9 +91,7 @@ class Progress:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> "Progress":
-        """Show the view, on a terminal."""
-        if self._console.is_terminal:
-            self._live.start(refresh=True)
+        """Nothing yet: the view is there from the first update on, so that the start has the terminal to itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -8,6 +8,7 @@ outermost and `sequence` innermost: what crosses the slow links between nodes is
 what is sharded: see sharding.py.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from fp8jax.config import MESH_AXES, Config, ConfigError, head_dim
+from fp8jax.config import MESH_AXES, Config, ConfigError, MeshConfig, head_dim
 
 HOST_MEMORY = "pinned_host"  # JAX's name of the memory of the host that devices copy to and from by themselves
 
@@ -38,6 +39,27 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     _check_divides(config, sizes)
     _check_offloads(config, devices)
     return Mesh(_arrange(devices, tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def fitting_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The config's own mesh where these devices allow it, else the nearest that they do, over as many of them as it can have.
+
+    Args:
+        config: as for `make_mesh`.
+        devices: of all processes; where there are several, all are used.
+
+    Raises:
+        ConfigError: no mesh does.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    try:
+        return make_mesh(config, devices)
+    except ConfigError:
+        asked = {axis: max(getattr(config.mesh, axis), 1) for axis in MESH_AXES}
+        for count in [len(devices)] if jax.process_count() > 1 else range(len(devices), 0, -1):
+            if best := _nearest_sizes(config, asked, count):
+                return make_mesh(dataclasses.replace(config, mesh=MeshConfig(**best)), devices[:count])
+        raise
 
 
 def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
@@ -128,6 +150,14 @@ def _divided(config: Config) -> list[tuple[str, int, tuple[str, ...]]]:
 
 
 def _nearest(config: Config, asked: Mapping[str, int], count: int) -> str:
+    """The mesh of this many devices that works and is nearest to what was asked for, as words."""
+    best = _nearest_sizes(config, asked, count)
+    if best is None:
+        return f"no mesh of {count} devices divides this model and batch: change training.batch_size or the number of devices"
+    return "the nearest mesh that works is " + " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.items())
+
+
+def _nearest_sizes(config: Config, asked: Mapping[str, int], count: int) -> dict[str, int] | None:
     """The mesh of this many devices that the model and batch allow and whose sizes differ least from those asked for."""
     def works(sizes: dict[str, int]) -> bool:
         return all(value % math.prod(sizes[axis] for axis in axes) == 0 for _, value, axes in _divided(config))
@@ -135,11 +165,7 @@ def _nearest(config: Config, asked: Mapping[str, int], count: int) -> str:
     def distance(sizes: dict[str, int]) -> float:
         return sum(abs(math.log2(sizes[axis] / asked[axis])) for axis in MESH_AXES)
 
-    possible = [sizes for sizes in _factorisations(count) if works(sizes)]
-    if not possible:
-        return f"no mesh of {count} devices divides this model and batch: change training.batch_size or the number of devices"
-    best = min(possible, key=distance)
-    return "the nearest mesh that works is " + " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.items())
+    return min(filter(works, _factorisations(count)), key=distance, default=None)
 
 
 def _factorisations(count: int) -> Iterator[dict[str, int]]:

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fp8jax.config import Config, MeshConfig, settled
+from fp8jax.config import Config, settled
 from fp8jax.data import pipeline, tokenizer
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, LoadedModel, Params, define
+from fp8jax.monitor.stages import Stages
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel import distributed
-from fp8jax.parallel.mesh import emulates_fp8, make_mesh
+from fp8jax.parallel.mesh import emulates_fp8, fitting_mesh
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
 from fp8jax.training import precision
@@ -133,7 +134,8 @@ def _interval(config: Config) -> int:
 
 
 def evaluate_run(
-    workdir: pathlib.Path, step: int | None = None, progress: Callable[[int, int], object] = lambda done, of: None
+    workdir: pathlib.Path, step: int | None = None, progress: Callable[[int, int], object] = lambda done, of: None, *,
+    stage: Stages = Stages(False),
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run on the whole held-out split and writes WORKDIR/eval.json.
 
@@ -141,42 +143,57 @@ def evaluate_run(
         workdir: directory of the run.
         step: of the checkpoint; None: the newest.
         progress: as in `Evaluator`.
+        stage: announces what takes time.
 
     Raises:
         CheckpointError: no run there, or no such checkpoint.
     """
-    model, step = load_run(workdir, step)
+    model, step = load_run(workdir, step, stage=stage)
     config = dataclasses.replace(model.config, evaluation=dataclasses.replace(model.config.evaluation, batches=0))
-    found = {"step": step, **Evaluator(config, model.definition, model.mesh)(model.params, progress)}
+    with stage(f"evaluating step {step}") as note:
+        def show(done: int, of: int) -> None:
+            progress(done, of)
+            note(f"batch {done + 1} of {of}")
+
+        found = {"step": step, **Evaluator(config, model.definition, model.mesh)(model.params, show)}
     write_json(workdir / "eval.json", found)
     return found
 
 
-def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequence[jax.Device] | None = None) -> tuple[LoadedModel, int]:
+def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequence[jax.Device] | None = None, *,
+             stage: Stages = Stages(False)) -> tuple[LoadedModel, int]:
     """The model of a run as a checkpoint has it, and the checkpoint's step.
 
     Args:
         workdir: directory of the run.
         step: of the checkpoint; None: the newest.
-        devices: to hold the parameters, sharded over all of them; None: all there are. Those that trained may be others.
+        devices: to hold the parameters; None: all there are. Those that trained may be others: the run's mesh is taken where it
+            fits, else the nearest that does, over as many devices as it can have.
+        stage: announces what takes time.
 
     Raises:
         CheckpointError: no run there, or no such checkpoint.
-        ConfigError: devices that do not divide the model or a microbatch.
+        ConfigError: several processes, and no mesh of all their devices that divides the model and a microbatch.
     """
     workdir = pathlib.Path(workdir)
     if not (workdir / "config.json").exists():
         raise CheckpointError(f"{workdir}: no config.json there; give the --workdir of a run")
-    config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
+    config = _elsewhere(settled(load_config(workdir)))
     definition = define(config.model, tokenizer.vocab_size(config))
-    mesh = make_mesh(definition.complete(config), devices)
-    with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.chosen(step)
+    mesh = fitting_mesh(definition.complete(config), devices)
+    with Checkpoints(workdir) as checkpoints, stage(f"restoring the checkpoint of step {(step := checkpoints.chosen(step))}"):
         saved = precision.saved_as(config.optimizer, checkpoints.dtypes(step))
         program = TrainProgram(dataclasses.replace(config, optimizer=saved), definition, mesh)
         state, _ = checkpoints.restore(step, {"params": program.abstract_state.params}, partial=True)
     params = jax.jit(as_float32, donate_argnums=0, out_shardings=program.state_shardings.params)(state["params"])
     return LoadedModel(config, definition, params, mesh), step
+
+
+def _elsewhere(config: Config) -> Config:
+    """A run's configuration for evaluation on devices that may be others: without what only those that trained may have."""
+    attention = config.fp8.attention_backend
+    fp8 = dataclasses.replace(config.fp8, attention_backend="auto" if attention in ("pallas", "cudnn") else attention)
+    return dataclasses.replace(config, fp8=fp8, training=dataclasses.replace(config.training, remat="none"))
 
 
 def as_float32(params: Params) -> Params:

@@ -24,21 +24,23 @@ from fp8jax.models.definition import define
 from fp8jax.monitor import layered, outliers
 from fp8jax.monitor.progress import Progress
 from fp8jax.monitor.report import Refresher
+from fp8jax.monitor.stages import Stages
 from fp8jax.monitor.wandb_sink import open_sink
 from fp8jax.monitor.writers import MetricsWriter, Silent
 from fp8jax.parallel import distributed
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, save_config
 from fp8jax.training.evaluation import Evaluator, write_json
+from fp8jax.training.farewell import how_to_go_on, what_next
 from fp8jax.training.feed import Feed
 from fp8jax.training.fit import bytes_of_failure, fit
 from fp8jax.training.fit_advice import out_of_memory
 from fp8jax.training.lock import exclusive
 from fp8jax.training.profiling import ProfileWindow
 from fp8jax.training.reaction import Decision, Reaction
-from fp8jax.training.resume import Position, Resumed, check_continues, resume
+from fp8jax.training.resume import Position, Resumed, check_continues, finished_step, restore, resume
 from fp8jax.training.saving import Saver
-from fp8jax.training.start_up import check_attention, check_fallbacks, describe, describe_compiled, facts, process_seconds, seconds_at_peak
+from fp8jax.training.start_up import check_fallbacks, describe_compiled, facts, introduce, process_seconds, seconds_at_peak
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
 from fp8jax.training.watchdog import Watchdog
@@ -62,7 +64,7 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
     Raises:
         ConfigError: the data, mesh or directory does not fit the config.
     """
-    workdir, first = pathlib.Path(workdir), True
+    workdir, first, stage = pathlib.Path(workdir), True, Stages(distributed.is_first())
     definition = define(config.model, tokenizer.vocab_size(config))
     mesh = mesh_lib.make_mesh(definition.complete(config), devices)
     check_fallbacks(TrainProgram(config, definition, mesh))
@@ -72,15 +74,19 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
     with alone, _stop_signals() as stop, _watchdog(config) as watchdog, \
             Checkpoints(workdir, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best, facts=origin) as checkpoints:
         watchdog.begin("start", "start-up")
-        lines: list[str] = []
         if distributed.is_first():
-            check_continues(config, workdir, allow_config_change, lines.append)
-        config, program, fit_lines = fit(config, definition, mesh, workdir)
-        lines += fit_lines
-        resumed = resume(program, checkpoints, lines.append)
+            check_continues(config, workdir, allow_config_change, stage.message)
+        if (step := finished_step(config, checkpoints, stage)) is not None:
+            stage.message(how_to_go_on(workdir, step, config.training.steps))
+            return FINISHED
+        with stage("finding what fits, compiling the training step"):
+            config, program, lines = fit(config, definition, mesh, workdir)
+        for line in lines:
+            stage.message(line)
+        resumed = restore(program, checkpoints, stage)
         if distributed.is_first():
             save_config(workdir, config)
-        lines += [*describe(resumed.program), *check_attention(resumed.program)]
+        lines = introduce(resumed.program, stage)
         while True:
             with _writers(program, workdir, resumed.step) as (writer, progress):
                 for line in lines:
@@ -145,12 +151,15 @@ class _Run:
 
     def __call__(self, resumed: Resumed, *, first: bool) -> int | None:
         """Exit code, None where the run must go back to a checkpoint; `first`: of this process."""
-        config, program = self.config, self.program
+        config, program, stage = self.config, self.program, Stages(distributed.is_first())
         self.state, self.step, self.position = resumed.state, resumed.step, resumed.position
         if resumed.calibrate:
-            self._calibrate(resumed.calibrate)
-        ahead = pipeline.train_iterator(config, start_step=self.step + self.position.skipped_batches, rows=program.rows.numbers)
+            self._calibrate(resumed.calibrate, stage)
+        with stage("reading data"):
+            ahead = pipeline.train_iterator(config, start_step=self.step + self.position.skipped_batches, rows=program.rows.numbers)
         iterator = self.feed = Feed(ahead)
+        with stage("compiling the training step"):
+            program.compiled_step()
         for line in [*describe_compiled(program), *([self.evaluator.describe()] if first else [])]:
             self.progress.message(line)
         write_json(self.workdir / "run.json", facts(program))
@@ -174,7 +183,7 @@ class _Run:
             raise out_of_memory(error, config, self.step + 1, self._save_after_failure()) from None
         return self._end(bad)
 
-    def _calibrate(self, roles: tuple[str, ...]) -> None:
+    def _calibrate(self, roles: tuple[str, ...], stage: Stages) -> None:
         """Find the scales of these roles on the first batch to come that has targets: from another the gradients' stay unknown."""
         batches, first = pipeline.train_batches(self.config, self.program.rows.numbers), self.step + self.position.skipped_batches
         for number in range(first, first + CALIBRATION_BATCHES):
@@ -184,9 +193,9 @@ class _Run:
         else:
             raise DataError(f"config.data.source: the first {CALIBRATION_BATCHES} batches from step {self.step + 1} on have no token to "
                             "predict; check the data's masks")
-        self.state = self.program.calibrate(self.state, batch, roles)
+        with stage(f"calibrating scales on the batch of step {self.step + 1 + number - first}"):
+            self.state = self.program.calibrate(self.state, batch, roles)
         self.writer.event("calibrated", self.step, roles=list(roles))
-        self.progress.message(f"fp8      scales calibrated on the batch of step {self.step + 1 + number - first}")
 
     def _save_after_failure(self) -> str:
         """Save the state if it is still there; return what there is to continue from."""
@@ -208,7 +217,7 @@ class _Run:
         self.watchdog.begin("step", f"step {step} (batch {step + self.position.skipped_batches})")
         collect = _due(step, config.monitor.every)
         if collect:
-            jax.block_until_ready(self.state.step)
+            self._compile_statistics()
         self.profile.before(step)
         with self._untimed(collect):
             batch = next(iterator)
@@ -228,9 +237,22 @@ class _Run:
         # A rollback goes to a checkpoint from before the warning.
         if (late or self.saver.is_due(step)) and not last and self.ended != "rollback":
             self.agreement.forget()
-            if not self.saver.save(step, self.state, self.position, self._loss_here(), busy=self.busy):
-                bad = config.training.bad_steps
+            jax.block_until_ready(self.state.step)
+            with self._untimed(skip=True):
+                if not self.saver.save(step, self.state, self.position, self._loss_here(), busy=self.busy):
+                    bad = config.training.bad_steps
         return bad
+
+    def _compile_statistics(self) -> None:
+        """Has the step with statistics ready, and the time that this takes left out of the timing of ordinary steps."""
+        jax.block_until_ready(self.state.step)
+        if self.program.is_compiled(collect=True):
+            return
+        self.progress.message("compiling the step with statistics, once; not counted in tok/s and ETA")
+        with self._untimed(skip=True):
+            began = time.perf_counter()
+            self.program.compiled_step(collect=True)
+        self.progress.message(f"compiled in {time.perf_counter() - began:.1f} s")
 
     def _react(self) -> None:
         """Does what the early warning asks for."""
@@ -291,6 +313,8 @@ class _Run:
         step = self.step
         if step == self.config.training.steps and not bad_end:  # whatever signal came in the last step
             self.writer.event("finished", step)
+            for line in what_next(self.workdir, step, report=self.config.log.report_minutes > 0):
+                self.progress.message(line)
             return FINISHED
         if not self.stopping:
             if self.ended == "stop":
@@ -299,7 +323,7 @@ class _Run:
             return BAD_NUMBERS
         name = signal.Signals(self.stop[0]).name if self.stop else "a signal to another process"
         self.writer.event("stopped", step, signal=name)
-        self.progress.message(f"stopped on {name} after step {step}; {saved}. Run again to continue.")
+        self.progress.message(f"stopped on {name} after step {step} of {self.config.training.steps}; {saved}. Run again to continue.")
         return STOPPED
 
     def _log(self, step: int, metrics: dict[str, jax.Array], taps: Any, held_out: dict[str, float]) -> int:
@@ -370,7 +394,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _untimed(self, skip: bool) -> Iterator[None]:
-        """Leaves steps with statistics, and what they compile, out of the timing of ordinary ones."""
+        """Counts an ordinary step; leaves anything else (`skip`) out of the timing of those."""
         before, waited = time.perf_counter(), self.feed.waited
         yield
         if skip:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from fp8jax import config as config_lib
 from fp8jax.config import Config, ConfigError
 from fp8jax.data import tokenizer
+from fp8jax.monitor.stages import Stages
 from fp8jax.parallel import distributed
 from fp8jax.training import manifest, precision, scaling_state
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
@@ -42,6 +43,28 @@ class Resumed(NamedTuple):
     step: int
     position: Position
     calibrate: tuple[str, ...]
+
+
+def finished_step(config: Config, checkpoints: Checkpoints, stage: Stages) -> int | None:
+    """The step of a run that has all its steps and a sound checkpoint of the last; None where there is something left to do."""
+    latest = distributed.from_first(-1 if (step := checkpoints.latest_step()) is None else step)
+    if latest < config.training.steps:
+        return None
+    with stage(f"checking the checkpoint of step {latest}"):
+        step, _ = checkpoints.newest()
+    return step if step is not None and step >= config.training.steps else None
+
+
+def restore(program: TrainProgram, checkpoints: Checkpoints, stage: Stages) -> Resumed:
+    """As `resume`, with words on what is done and where the run goes on."""
+    latest, lines = distributed.from_first(-1 if (step := checkpoints.latest_step()) is None else step), []
+    with stage("initialising the weights" if latest < 0 else f"restoring the checkpoint of step {latest}"):
+        resumed = resume(program, checkpoints, lines.append)
+    if latest >= 0:
+        lines.append(f"continuing from step {resumed.step} of {program.config.training.steps}")
+    for line in lines:
+        stage.message(line)
+    return resumed
 
 
 def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str], None]) -> Resumed:

@@ -16,6 +16,7 @@ from fp8jax.audit.roofline import device_of
 from fp8jax.config import ConfigError
 from fp8jax.data import pipeline
 from fp8jax.models.flops import model_flops
+from fp8jax.monitor.stages import Stages
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics.attention import SCORES, VALUES
 from fp8jax.numerics.self_check import self_check
@@ -24,6 +25,15 @@ from fp8jax.training.reaction import fallbacks
 from fp8jax.training.step import TrainProgram
 
 BLOCK_ROLES = [role for role in recipes_lib.ROLES if role != "lm_head"]
+
+
+def introduce(program: TrainProgram, stage: Stages) -> list[str]:
+    """Lines on what will run, and on attention's agreement with its definition on this device; says what takes time meanwhile."""
+    with stage("tracing the training step"):
+        _traced(program)
+    lines = describe(program)
+    with stage("checking attention on this device"):
+        return lines + check_attention(program)
 
 
 def describe(program: TrainProgram) -> list[str]:

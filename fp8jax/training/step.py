@@ -182,6 +182,10 @@ class TrainProgram:
             self._compiled[collect] = self.lower_step(collect=collect).compile()
         return self._compiled[collect]
 
+    def is_compiled(self, *, collect: bool = False) -> bool:
+        """Whether `compiled_step` has its executable already."""
+        return collect in self._compiled
+
     def step(self, state: TrainState, batch: Batch, *, collect: bool = False) -> tuple[TrainState, dict[str, jax.Array], Taps]:
         """One update. Donates `state`. With `collect`, waits until it is done.
 

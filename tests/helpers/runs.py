@@ -9,7 +9,7 @@ from fp8jax.models.definition import define
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.training import loop
-from fp8jax.training.checkpoint import Checkpoints
+from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.step import TrainProgram
 
 MICRO = {
@@ -63,3 +63,13 @@ def logged(workdir):
     """The log without what depends on the clock."""
     timed = ("tokens_per_second", "step_seconds", "data_wait_seconds")
     return [{key: value for key, value in entry.items() if key not in timed} for entry in read_metrics(workdir / "metrics.jsonl")]
+
+
+def save_untrained(config, workdir):
+    """A run that has saved the state it begins with as that of step 1, and has not trained; its program and state."""
+    program = program_of(config)
+    state = program.init()
+    save_config(workdir, config)
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(1, dict(state.items()), {"step": 1})
+    return program, state

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from fp8jax.interop import hf
 from fp8jax.interop.hf_safetensors import TensorFiles
 from fp8jax.training import loop
 from fp8jax.training.evaluation import Evaluator, load_run
+from tests.helpers.runs import micro, save_untrained
 
 from . import fog_reference
 
@@ -131,3 +133,18 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_code:
         convert("to-hf", "--workdir", spoilt, "--out", tmp_path / "out", "--max_shard_size", "five")
     assert exit_code.value.code == 2 and "'five' is not a size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", [{"master_dtype": "bfloat16"}, {"master_dtype": "float16", "master_rounding": "compensated"}])
+def test_weights_of_sixteen_bits_are_exported(optimizer, tmp_path, capsys):
+    _, state = save_untrained(micro(optimizer=optimizer), tmp_path / "run")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.params)} == {optimizer["master_dtype"], "float32"}
+    assert convert("to-hf", "--workdir", tmp_path / "run", "--out", tmp_path / "out") == 0
+    assert ("8 more bits" in capsys.readouterr().out) == ("master_rounding" in optimizer)
+    exported = hf.load(tmp_path / "out").params
+    for kept, found in zip(jax.tree.leaves(state.params), jax.tree.leaves(exported), strict=True):
+        np.testing.assert_array_equal(np.asarray(kept, np.float32), found)
+    np.save(tmp_path / "tokens.npy", np.arange(24).reshape(2, 12))
+    for directory in ("run", "out"):
+        assert convert("logits", tmp_path / directory, "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / f"{directory}.npz") == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "run.npz")["logits"], np.load(tmp_path / "out.npz")["logits"])

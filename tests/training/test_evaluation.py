@@ -3,6 +3,7 @@
 import importlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,9 +12,10 @@ from fp8jax import config as config_lib
 from fp8jax.data import pipeline, shards, tokenizer
 from fp8jax.models.flops import model_flops
 from fp8jax.training import evaluation, loop
+from fp8jax.training.checkpoint import save_config
 from fp8jax.training.evaluation import Evaluator, batches_by_share
 from fp8jax.training.watchdog import Watchdog
-from tests.helpers.runs import logged, micro, program_of, train
+from tests.helpers.runs import logged, micro, on_mesh, program_of, save_untrained, train
 
 
 @pytest.mark.parametrize("size", common.SIZES)
@@ -74,3 +76,28 @@ def test_an_evaluation_is_not_under_the_limit_of_a_step_but_watched_batch_by_bat
     told = capsys.readouterr().out
     assert "held-out 96 of 14,590 sequences, every 2 steps and at the end" in told and "eval.py reads the whole split" in told
     assert re.search(r"step 2  held-out loss \S+  bits per byte \S+  \(96 of 14,590 sequences\)", told)
+
+
+def test_a_run_is_evaluated_on_its_own_mesh_and_on_any_number_of_devices(tmp_path):
+    """Four sequences at a time do not go onto eight devices of fsdp alone."""
+    config = on_mesh({"fsdp": 4, "tensor": 2}, training={"batch_size": 16, "microbatches": 4})
+    _, state = save_untrained(config, tmp_path)
+    shapes, losses = [], []
+    for count in (8, 4, 3, 1):
+        model, step = evaluation.load_run(tmp_path, devices=jax.devices()[:count])
+        shapes.append((model.mesh.shape["fsdp"], model.mesh.shape["tensor"], model.mesh.size))
+        losses.append(Evaluator(config, model.definition, model.mesh)(model.params)["loss"] if count in (8, 3) else losses[0])
+        for kept, found in zip(jax.tree.leaves(state.params), jax.tree.leaves(model.params), strict=True):
+            np.testing.assert_array_equal(np.asarray(kept), np.asarray(found))
+    assert shapes[0] == (4, 2, 8) and [size for *_, size in shapes] == [8, 4, 2, 1]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"fp8": {"attention_backend": "pallas"}}, {"fp8": {"attention_backend": "cudnn"}},
+                                     {"training": {"remat": "offload_fp8"}}])
+def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(tmp_path, changes):
+    config = micro(**changes)
+    save_untrained(micro(), tmp_path)
+    save_config(tmp_path, config)
+    model, step = evaluation.load_run(tmp_path, devices=jax.devices()[:1])
+    assert step == 1 and np.isfinite(Evaluator(model.config, model.definition, model.mesh)(model.params)["loss"])

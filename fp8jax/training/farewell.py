@@ -1,0 +1,25 @@
+"""What a run says at its end: where everything is, and what to type next."""
+
+import pathlib
+import shlex
+
+
+def what_next(workdir: pathlib.Path, step: int, *, report: bool) -> list[str]:
+    """Return the last lines of a run that has finished.
+
+    Args:
+        workdir: directory of the run.
+        step: its last.
+        report: whether the run wrote WORKDIR/report.html.
+    """
+    name = shlex.quote(str(workdir))
+    lines = [f"finished step {step}; checkpoint {workdir / 'checkpoints' / str(step)}"]
+    lines += [f"report   {workdir / 'report.html'}"] if report else []
+    return lines + [f"next     python eval.py --workdir={name}", f"         python -m fp8jax sample --workdir={name} --prompt='Anne Elliot'",
+                    f"         to train on: the same command with --config.training.steps={2 * step}"]
+
+
+def how_to_go_on(workdir: pathlib.Path, step: int, steps: int) -> str:
+    """Return the line for a run that is started again though it has all its steps."""
+    return (f"finished already: the run in {workdir} is at step {step} of {steps}; to train on say --config.training.steps={2 * step}, "
+            "to train anew choose another --workdir")

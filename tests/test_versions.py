@@ -24,7 +24,7 @@ def test_range(version, tested):
 
 def test_requirements_say_the_same():
     least, below = (".".join(map(str, numbers)) for numbers in fp8jax.JAX_VERSIONS)
-    for file in ("requirements.txt", "requirements-gpu.txt", "requirements-tpu.txt"):
+    for file in ("requirements.txt", "requirements-gpu.txt", "requirements-gpu-cuda12.txt", "requirements-tpu.txt"):
         for found in re.findall(r"^jax(?:\[\w+\])?(.*)$", (ROOT / file).read_text(), re.M):
             assert found == f">={least},<{below}", file
 

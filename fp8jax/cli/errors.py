@@ -19,10 +19,10 @@ def complain(message: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line, as everywhere else; takes no abbreviations."""
+    """A parser whose mistakes are one line, as everywhere else; takes no abbreviations, and leaves examples unbroken."""
 
     def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        super().__init__(*arguments, **{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
 
     def error(self, message: str):
         """Exits with code 2."""

@@ -10,7 +10,7 @@ from absl import flags
 
 from fp8jax.cli import processes
 from fp8jax.cli.errors import local_directory
-from fp8jax.cli.flags import run
+from fp8jax.cli.flags import WORKDIR, run
 from fp8jax.config import ConfigError
 from fp8jax.monitor.stages import Stages
 
@@ -23,7 +23,6 @@ USAGE = """Evaluates a run's checkpoint in BF16: held-out loss, perplexity and b
 Exit codes: 0 finished, 2 bad usage, config, checkpoint or task.
 """
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run")
 _STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest", lower_bound=0)
 _TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-evaluation-harness, separated by commas; 'fog': those of the FOG paper")
 _TASK_DIR = flags.DEFINE_string("task_dir", None, "directory with task files of your own, for --tasks")
@@ -37,9 +36,9 @@ def main(argv: Sequence[str], usage: str = USAGE) -> int:
 
 
 def _joined() -> int:
-    if not _WORKDIR.value:
+    if not WORKDIR.value:
         raise ConfigError("--workdir: is missing; for example --workdir=runs/fp8_base-tiny")
-    workdir = local_directory("workdir", _WORKDIR.value)
+    workdir = local_directory("workdir", WORKDIR.value)
     if not (workdir / "config.json").is_file():
         raise ConfigError(f"{workdir}: no config.json there; give the --workdir of a run")
     if _TASK_DIR.value is not None and not _TASKS.value:

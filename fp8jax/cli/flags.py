@@ -21,6 +21,7 @@ from fp8jax.config import CheckpointError, ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the repository, where configs/ is
 EXAMPLE = "--config=configs/fp8_base.py:tiny"
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; that of train.py is runs/CONFIG-SIZE where it is not given")
 _BOOLEANS = ("true", "t", "1", "false", "f", "0")
 
 

@@ -123,11 +123,11 @@ def _printable(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m fp8jax prepare", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m fp8jax prepare",
         description="Tokenises text into shards to train on. Run again after an interruption, it continues. `prepare inspect DIR` "
                     "shows what was made.",
         epilog="example: python -m fp8jax prepare --input 'crawl/*.jsonl.zst' --tokenizer tokenizer.json --out tokens\n"
-               "         python train.py --config=configs/fp8_base.py:tiny --config.data.source=tokens")
+               "         python train.py --config=configs/fp8_base.py:tiny --config.data.source=tokens --workdir=runs/own")
     parser.add_argument("--input", nargs="+", action="extend", required=True, metavar="PATH",
                         help="files, directories or quoted patterns: .jsonl, .txt, .md (also .gz, .bz2, .xz, .zst), .parquet, .arrow, "
                              ".array_record (token ids); or hf:NAME[:CONFIG], a dataset of the Hugging Face hub")

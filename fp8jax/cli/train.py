@@ -10,7 +10,7 @@ from fp8jax import config as config_lib
 from fp8jax import hardware
 from fp8jax.cli import fields, processes
 from fp8jax.cli.errors import local_directory
-from fp8jax.cli.flags import EXAMPLE, find_config, read_config, run, split
+from fp8jax.cli.flags import EXAMPLE, WORKDIR, find_config, read_config, run, split
 from fp8jax.config import Config, ConfigError
 from fp8jax.monitor.stages import Stages
 
@@ -24,7 +24,6 @@ SIGUSR1 after saving (run again to continue).
 """
 
 _CONFIG = flags.DEFINE_string("config", None, "configuration file and size, e.g. configs/fp8_base.py:tiny")
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; default runs/CONFIG-SIZE")
 _ALLOW = flags.DEFINE_list("allow_config_change", [], "fields, e.g. data.source, that may differ from those of the run in the directory")
 
 flags.adopt_module_key_flags(processes)
@@ -72,8 +71,8 @@ def _train_joined(config: Config, workdir: pathlib.Path) -> int:
 
 def _workdir(path: pathlib.Path, size: str) -> pathlib.Path:
     """The directory of the run; that of the run whose configuration is taken, where it is."""
-    if _WORKDIR.value:
-        return local_directory("workdir", _WORKDIR.value)
+    if WORKDIR.value:
+        return local_directory("workdir", WORKDIR.value)
     return pathlib.Path(size) if path.stem == "from_run" else pathlib.Path("runs", f"{path.stem}-{size}")
 
 

@@ -183,7 +183,7 @@ class _Run:
             raise out_of_memory(error, config, self.step + 1, self._save_after_failure()) from None
         return self._end(bad)
 
-    def _calibrate(self, roles: tuple[str, ...], stage: Stages) -> None:
+    def _calibrate(self, roles: tuple[str, ...], stage: Stages = Stages(False)) -> None:
         """Find the scales of these roles on the first batch to come that has targets: from another the gradients' stay unknown."""
         batches, first = pipeline.train_batches(self.config, self.program.rows.numbers), self.step + self.position.skipped_batches
         for number in range(first, first + CALIBRATION_BATCHES):
@@ -193,9 +193,10 @@ class _Run:
         else:
             raise DataError(f"config.data.source: the first {CALIBRATION_BATCHES} batches from step {self.step + 1} on have no token to "
                             "predict; check the data's masks")
-        with stage(f"calibrating scales on the batch of step {self.step + 1 + number - first}"):
+        with stage("calibrating scales"):
             self.state = self.program.calibrate(self.state, batch, roles)
         self.writer.event("calibrated", self.step, roles=list(roles))
+        self.progress.message(f"fp8      scales calibrated on the batch of step {self.step + 1 + number - first}")
 
     def _save_after_failure(self) -> str:
         """Save the state if it is still there; return what there is to continue from."""

@@ -79,7 +79,7 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
         if (step := finished_step(config, checkpoints, stage)) is not None:
             stage.message(how_to_go_on(workdir, step, config.training.steps))
             return FINISHED
-        with stage("finding what fits, compiling the training step"):
+        with stage("compiling the training step, finding what fits"):
             config, program, lines = fit(config, definition, mesh, workdir)
         for line in lines:
             stage.message(line)
@@ -158,8 +158,9 @@ class _Run:
         with stage("reading data"):
             ahead = pipeline.train_iterator(config, start_step=self.step + self.position.skipped_batches, rows=program.rows.numbers)
         iterator = self.feed = Feed(ahead)
-        with stage("compiling the training step"):
-            program.compiled_step()
+        if not program.is_compiled():  # after a fall back
+            with stage("compiling the training step"):
+                program.compiled_step()
         for line in [*describe_compiled(program), *([self.evaluator.describe()] if first else [])]:
             self.progress.message(line)
         write_json(self.workdir / "run.json", facts(program))

@@ -34,6 +34,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
     ({"fp8": {"overrides": "qkv@3-9=bf16"}}, ["config.fp8.overrides", "0-3"]),
     ({"fp8": {"attention_backend": "flash"}}, ["config.fp8.attention_backend", "flash", "composed"]),
     ({"training": {"batch_size": 16, "microbatches": 3}}, ["config.training.microbatches", "3", "16"]),
+    ({"training": {"steps": 2**31}}, ["config.training.steps", "2147483648", "not below"]),
     ({"optimizer": {"warmup_steps": 700}}, ["config.optimizer.warmup_steps", "700", "600"]),
     ({"optimizer": {"b1": 1.0}}, ["config.optimizer.b1", "below 1.0"]),
     ({"mesh": {"data": -1, "fsdp": -1}}, ["config.mesh", "-1"]),

@@ -232,8 +232,11 @@ class TrainProgram:
 
     def has_targets(self, batch: Batch) -> bool:
         """Whether any token of a batch counts in the loss."""
-        count = jax.jit(lambda mask: jnp.sum(mask > 0, dtype=jnp.int32), out_shardings=self.replicated)
-        return bool(jax.device_get(count(batch["mask"])) > 0)
+        return bool(jax.device_get(self._any_target(batch["mask"])))
+
+    @functools.cached_property
+    def _any_target(self) -> Any:
+        return jax.jit(lambda mask: jnp.any(mask > 0), out_shardings=self.replicated)
 
     def jitted_calibration(self) -> Any:
         """The jitted pass of `calibrate`, for tracing: (state, batch) to role → amaxes."""

@@ -92,13 +92,13 @@ def out_of_memory(error: Exception, config: Config, step: int, saved: str) -> Co
     Args:
         error: the device's.
         config: of the run.
-        step: that did not get done.
+        step: the last that got done.
         saved: what there is to continue from.
     """
     what = str(error).splitlines()[0][:160]
     more = 2 * max(config.training.microbatches, 1)
     return ConfigError(
-        f"step {step} ran out of memory ({what}); {saved}; "
+        f"out of memory after step {step} ({what}); {saved}; "
         f"--config.training.microbatches={more} needs less, if it divides the batch of a replica"
     )
 

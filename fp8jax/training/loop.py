@@ -181,7 +181,7 @@ class _Run:
         except jax.errors.JaxRuntimeError as error:
             if bytes_of_failure(error) is None:
                 raise
-            raise out_of_memory(error, config, self.step + 1, self._save_after_failure()) from None
+            raise out_of_memory(error, config, self.step, self._save_after_failure()) from None
         return self._end(bad)
 
     def _calibrate(self, roles: tuple[str, ...], stage: Stages = Stages(False)) -> None:

@@ -210,7 +210,7 @@ def test_a_step_that_runs_out_of_memory_ends_in_one_line_with_the_state_saved(
     with pytest.raises(ConfigError) as error:
         loop.train(config_of(), tmp_path, jax.devices()[:1])
     text = str(error.value)
-    assert "step 2 ran out of memory" in text and "step 1 is saved" in text and "\n" not in text
+    assert "out of memory after step 1" in text and "step 1 is saved" in text and "\n" not in text
     assert "--config.training.microbatches=2" in text
     assert (tmp_path / "checkpoints" / "1").is_dir()
     monkeypatch.setattr(TrainProgram, "step", original)

@@ -148,7 +148,7 @@ class OptimizerConfig:
                        "for the rest", choices=OPTIMIZERS)
     learning_rate: float = _field(1e-3, "peak learning rate", at_least=0.0)
     final_learning_rate: float = _field(1e-8, "learning rate at the last step", at_least=0.0)
-    warmup_steps: int = _field(100, "steps of linear warm-up", at_least=0)
+    warmup_steps: int = _field(100, "steps of linear warm-up; where not set, the preset's share of training.steps", at_least=0)
     decay_fraction: float = _field(0.2, "last part of the steps, falling as 1 - sqrt(progress)", at_least=0.0, below=1.0001)
     b1: float = _field(0.9, "decay of the first moment", at_least=0.0, below=1.0)
     b2: float = _field(0.95, "decay of the second moment", at_least=0.0, below=1.0)
@@ -199,7 +199,7 @@ class MeshConfig:
     """Devices along each mesh axis; at most one -1 takes what is left."""
 
     data: int = _field(1, "data parallelism", at_least=-1)
-    fsdp: int = _field(-1, "data parallelism with sharded parameters", at_least=-1)
+    fsdp: int = _field(-1, "data parallelism with sharded parameters; where not set, 1 beside another axis that is -1", at_least=-1)
     tensor: int = _field(1, "heads, FFN and vocabulary split", at_least=-1)
     sequence: int = _field(1, "sequence split between blocks", at_least=-1)
 

@@ -77,7 +77,7 @@ def fit(
     found = choose(config, definition, mesh, limit, compiled, first)
     if not found.fits and limit is not None:
         raise ConfigError(nothing_fits(config, definition, mesh, limit, found.plan))
-    if first is not None and found.plan.option != first:
+    if found.tried[0].option == first and found.plan.option != first:
         lines.append(f"fit      {first}, with which the run began, does not fit here any more")
     if open_fields(config):
         lines.append(describe(found, limit))

@@ -15,6 +15,7 @@ from fp8jax.data import tokenizer
 from fp8jax.models.definition import define
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.training import fit, fit_advice, fit_options, loop
+from fp8jax.training.checkpoint import save_config
 from fp8jax.training.estimates import Formula, Option, state_bytes
 from fp8jax.training.fit_options import Plan
 from fp8jax.training.step import TrainProgram
@@ -141,7 +142,8 @@ def test_a_run_keeps_its_choice_and_makes_it_anew_elsewhere(tmp_path, monkeypatc
 
 def test_a_run_of_before_goes_on_as_it_began(tmp_path, monkeypatch):
     """Its config.json names microbatches that nobody need have set."""
-    run(config_of(training={"microbatches": 2, "remat": "full", "loss_chunk": 0}), tmp_path)
+    values = {"microbatches": 2, "remat": "full", "loss_chunk": 0}
+    save_config(tmp_path, config_of(training=values))
     found = run(config_of(training={"steps": 3}), tmp_path)
     assert (found["microbatches"], found["remat"], found["loss_chunk"]) == (2, "full", 0)
 

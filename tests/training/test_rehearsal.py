@@ -69,10 +69,12 @@ def test_a_kernel_that_returns_a_list_on_a_mesh(two, monkeypatch):
 
 
 def test_a_count_that_does_not_fit_its_type(two, monkeypatch):
-    def divided(*given, **named):
-        return jnp.ones((), jnp.int32) / jnp.int32(2**31)
+    original = statistics.combine
 
-    monkeypatch.setattr(statistics, "combine", divided)
+    def counted(parts, *given, **named):
+        return original(parts, *given, **named) if not parts else jnp.int32(2**31)
+
+    monkeypatch.setattr(statistics, "combine", counted)
     found = rehearse(config_of(training={"microbatches": 2}), two, compiling=False)
     assert "OverflowError" in failed(found)["statistics"] and set(failed(found)) == {"statistics"}
 

@@ -22,7 +22,7 @@ from fp8jax.monitor import layered
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 STATISTICS = b'"rms/'  # what a line with statistics has, and no other
 _BLOCK = 1 << 20
-_STEP = re.compile(rb'\{"step": (\d+)[,}]')
+_STEP = re.compile(rb'\{"step": (\d{1,18})[,}]')
 
 
 class MetricsError(ValueError):

@@ -93,6 +93,15 @@ def test_a_tail_is_the_end_of_the_log(tmp_path, monkeypatch, packed):
         list(tail(path, entries=2))
 
 
+@pytest.mark.parametrize("line", ['{"step": ' + "9" * 5000 + "}", "{" * 100_000, '{"step": 1.5}', '{"step": -1', "\0" * 50])
+def test_what_is_no_line_is_named_from_the_end_too(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    for read in (lambda: list(tail(path, entries=5)), lambda: cut(path, 3)):
+        with pytest.raises(MetricsError, match=r"metrics\.jsonl, line 2: not a JSON object"):
+            read()
+
+
 @pytest.mark.parametrize("last", [0, 1, 29, 30, 59, 60, 99])
 def test_what_follows_a_checkpoint_is_cut_off_in_place(tmp_path, monkeypatch, last):
     monkeypatch.setattr(logs, "_BLOCK", 100)

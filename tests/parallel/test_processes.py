@@ -19,6 +19,7 @@ from fp8jax.monitor.writers import read_metrics
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
+from fp8jax.training import manifest
 from tests.helpers.processes import free_port
 from tests.helpers.runs import on_mesh
 
@@ -103,6 +104,39 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, victim):
     finish(start(tmp_path / "run", cache, processes=2, devices=1, steps=newest + 4, mesh=mesh))
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["kind"] == "started"][-1] >= newest
+
+
+SHARED = """
+import json, sys
+from fp8jax.parallel import distributed
+from fp8jax.parallel.launchers import Launch
+from fp8jax.training import manifest
+from fp8jax.training.checkpoint import Checkpoints
+process, read, digests = int(sys.argv[1]), [], manifest._digests
+manifest._digests = lambda directory, paths: read.extend(f"{directory.name}/{path}" for path in paths) or digests(directory, paths)
+with distributed.start(Launch("test", sys.argv[2], 2, process), start_timeout=300, heartbeat_timeout=100):
+    print(json.dumps([*Checkpoints(sys.argv[3]).newest(), read]))
+"""
+
+
+def test_processes_share_the_check_of_a_checkpoint(tmp_path):
+    """Each file is read by one of them, and all know what one of them found."""
+    for step in (10, 20):
+        directory = tmp_path / "checkpoints" / str(step)
+        directory.mkdir(parents=True)
+        for number in range(5):
+            (directory / f"file{number}").write_bytes(bytes([number]) * 1000)
+        manifest.write(directory, {"step": step})
+    (directory / "file3").write_bytes(bytes(1000))
+    address, environment = f"127.0.0.1:{free_port()}", os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    processes = [subprocess.Popen([sys.executable, "-c", SHARED, str(i), address, str(tmp_path)], cwd=ROOT, env=environment, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+    told = [process.communicate(timeout=PATIENCE) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    found = [json.loads(out.splitlines()[-1]) for out, _ in told]
+    assert [answer[:2] for answer in found] == [[10, {"20": "file3 is damaged: its digest differs"}]] * 2
+    of_ten = [[path for path in answer[2] if path.startswith("10/")] for answer in found]
+    assert sorted(sum(of_ten, [])) == [f"10/file{number}" for number in range(5)] and [len(paths) for paths in of_ten] == [3, 2]
 
 
 BUSY = """

@@ -24,6 +24,7 @@ from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.reaction import fallbacks
 from fp8jax.training.step import TrainProgram
 
+UNROLLED = 4  # layers from which on compiling each by itself is worth a warning
 BLOCK_ROLES = [role for role in recipes_lib.ROLES if role != "lm_head"]
 
 
@@ -49,6 +50,9 @@ def describe(program: TrainProgram) -> list[str]:
         f"mesh     {mesh_lib.describe(program.mesh)}",
         f"batch    {tokens:,} tokens per step, {config.training.steps} steps",
     ]
+    if not model.scan_layers and model.layers > UNROLLED:
+        lines.append(f"warning  config.model.scan_layers=False compiles each of the {model.layers} layers by itself, which takes the longer "
+                     "the more there are; True compiles one")
     own = "; set config.data.source to train on your own" if config.data.source == "embedded" else ""
     return lines + [f"data     {line}{own}" for line in pipeline.describe(config)]
 

@@ -72,3 +72,12 @@ def test_a_fallback_that_cannot_be_is_refused_at_the_start():
     for action in ("fallback", "log"):
         with pytest.raises(ConfigError, match="mlp_gate: the FFN has no gate"):
             start_up.check_fallbacks(program_of(micro(warning={"action": action, "fallback": "mlp_gate"})))
+
+
+@pytest.mark.parametrize(("scan", "layers", "warned"), [(True, 6, False), (False, 2, False), (False, 6, True)])
+def test_layers_that_are_compiled_one_by_one_are_a_warning(monkeypatch, scan, layers, warned):
+    monkeypatch.setattr(start_up, "_traced", lambda program: [])
+    monkeypatch.setattr(start_up.audit, "fp8_share", lambda gemms, roles: 1.0)
+    model = {"width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1, "layers": layers, "scan_layers": scan}
+    lines = start_up.describe(program_of(micro(model=model)))
+    assert any(line.startswith("warning  config.model.scan_layers=False") for line in lines) == warned

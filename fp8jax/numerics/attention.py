@@ -9,23 +9,31 @@ GEMM is in FP8, `cudnn` is NVIDIA's flash attention. Written so that blocking do
 
 forward    S = q·k                                        e4m3 x e4m3
            P~ = exp2(S·c - ceil(m)), m the row maximum in base 2, cast to e4m3 at the fixed scale 1/256
-           O = (P~·v) / rowsum(P~)                        e4m3 x e4m3
-backward   S again; P = exp2(S·c - lse), cast like P~
-           dV = Pᵀ·dO                                     e4m3 x gradient format
-           dP = dO·vᵀ                                     gradient format x e4m3
-           dS = P * (dP - rowsum(dO * O)), cast to the gradient format before the softmax scale
+           O = (P~·v) / w, w = rowsum(P~)                 e4m3 x e4m3
+backward   S and P~ again, cast alike; dO~ = dO / w, cast to the gradient format
+           dV = P~ᵀ·dO~                                   e4m3 x gradient format
+           dP = dO~·vᵀ                                    gradient format x e4m3
+           dS = P~ * (dP - rowsum(dO~ * O)), P~ before its cast; cast to the gradient format before the softmax scale
            dQ = dS·k, dK = dSᵀ·q                          gradient format x e4m3
 
-with c = softmax_scale * log2(e), P~ and dO as cast, and lse the logarithm of the sum of P~ before its cast.
-Softmax, its sums and all accumulation are float32. Because ceil(m) is an integer,
-moving to another block's maximum multiplies P~ by an exact power of two. A probability below 2**-18 of its row's
-largest casts to zero: with n keys at most n * 2**-18 of a row's mass is lost (1.6% at 4096 keys, and only if nearly
-all mass is that thin).
+with c = softmax_scale * log2(e); w, and dO~ in all places, are of the values as cast. Softmax, its sums and all
+accumulation are float32. Three things follow, which hold for every backend and are tested:
 
-The residuals are q, k, v in FP8, O in the activations' dtype and the log-sum-exp. As in `dot_general`, raw amaxes come
-back as the cotangents of tokens: (q, k, dS) for role attention_scores, (v, dO) for attention_values; and as there, tokens
-with room for it bring back `statistics.REPORT`, the distribution of dO with it. dS is counted over the whole square of
-scores, hidden ones zero.
+- The weights of O sum to 1, however P~ rounds, and dV takes the same ones.
+- A row of dS sums to 0, but for the rounding of O and of the weights, whatever the values have in common: dP and what is
+  subtracted from it come of one dO~. (From dO before its cast, dW_k of a trained model's last layer was wrong by 105%.)
+- Because ceil(m) is an integer, moving to another block's maximum multiplies P~ by an exact power of two.
+
+P~ is relative to its row, so flat rows keep their precision at any length: dV loses less than 1% of its magnitude at 131072
+keys. What is lost: a probability below 2**-18 of its row's largest casts to zero, one below 2**-14 to few bits. With n keys that
+is at most n * 2**-18 / w of the row's mass in O and dV (of n equal ones nothing, as w is n); only a row that gives a few keys much and
+100,000 others almost nothing each, together as much, comes near. Where w is above 2**6 the rest of it, an exact power of two, is
+taken from P~ and not from dO, whose format ends, too: in dV, a probability below 2**-23 is then lost as well.
+
+The residuals are q, k, v in FP8, O in the activations' dtype, ceil(m) and w. As in `dot_general`, raw amaxes come
+back as the cotangents of tokens: (q, k, dS) for role attention_scores, (v, dO~) for attention_values; and as there, tokens
+with room for it bring back `statistics.REPORT`, of dO~ with the distribution of dO. dS is counted over the whole square of
+scores, hidden ones zero. A role in BF16 casts to the activations' dtype; with attention_values in it, dO is taken as it is.
 """
 
 import functools
@@ -36,7 +44,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax.numerics import attention_composed, attention_pallas, attention_rows, formats, statistics
-from fp8jax.numerics.attention_rows import Call, Operands, Residuals
+from fp8jax.numerics.attention_rows import Call, Operands, Residuals, Weights
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME, as_bytes, from_bytes, named, report_cast
 from fp8jax.numerics.placement import Partition, moved, pin, placements, report_amax
 from fp8jax.numerics.recipes import GemmRecipe
@@ -118,7 +126,7 @@ def _attention(backend, call, q, k, v, segment_ids, scales, tokens):
 
 
 def _forward(backend, call, q, k, v, segment_ids, scales, tokens):
-    many, few = placements(call.partition, "btkgh", "bskh")
+    many, few, rows = placements(call.partition, "btkgh", "bskh", "btkg")
     q, k, v = pin(q, many.cast), pin(k, few.cast), pin(v, few.cast)
     qq, amax_q = call.scores.quantise(q, _scale(scales, SCORES, 0), "q")
     qk, amax_k = call.scores.quantise(k, _scale(scales, SCORES, 1), "k")
@@ -126,31 +134,37 @@ def _forward(backend, call, q, k, v, segment_ids, scales, tokens):
     qq, qk, qv = moved(qq, many.cast), moved(qk, few.cast), moved(qv, few.cast)
     qq, qk = (named(qq), named(qk)) if call.scores.fp8 else (qq, qk)
     qv = named(qv) if call.values.fp8 else qv
-    o, lse = _FORWARD[backend](call, Operands(moved(qq, many.gemm), moved(qk, few.gemm), moved(qv, few.gemm), segment_ids))
-    o, scores, values = pin(o, many.cast), tokens.get(SCORES), tokens.get(VALUES)
+    o, weights = _FORWARD[backend](call, Operands(moved(qq, many.gemm), moved(qk, few.gemm), moved(qv, few.gemm), segment_ids))
+    o, weights = pin(o, many.cast), Weights(*(pin(row, rows.cast) for row in weights))
+    scores, values = tokens.get(SCORES), tokens.get(VALUES)
     reports = {SCORES: (report_cast(scores, q, qq, amax_q, many.cast), report_cast(scores, k, qk, amax_k, few.cast)),
                VALUES: (report_cast(values, v, qv, amax_v, few.cast),)}
-    o, lse, reports = checkpoint_name((o, lse, reports), CHECKPOINT_NAME)
+    o, weights, reports = checkpoint_name((o, weights, reports), CHECKPOINT_NAME)
     kept = Operands(as_bytes(qq), as_bytes(qk), as_bytes(qv), segment_ids)
-    return o, (kept, o, lse, reports, scales, tokens)
+    return o, (kept, o, weights, reports, scales, tokens)
 
 
 def _backward(backend, call, saved, do):
-    kept, o, lse, reports, scales, tokens = saved
+    kept, o, weights, reports, scales, tokens = saved
     many, few, rows, heads = placements(call.partition, "btkgh", "bskh", "btkg", "bk")
     operands = Operands(*(moved(from_bytes(q), *place) for q, place in zip(kept[:3], (many, few, few), strict=True)), kept.segment_ids)
     do = pin(do, many.cast)
-    qdo, amax_do = call.values.quantise(do, _scale(scales, VALUES, 1), "do")
+    factor, offset = attention_rows.row_factors(call, weights)
+    shared = do.astype(jnp.float32) / factor[..., None] if call.values.fp8 else do
+    qdo, amax_do = call.values.quantise(shared, _scale(scales, VALUES, 1), "do")
     # From the cast dO, which dP takes: from any other, rows of dS do not sum to 0, by as much as the values have in common.
     delta = jnp.sum(formats.dequantise(qdo) * o.astype(jnp.float32), axis=-1)
     scale = call.scores.static_scale("ds") if call.scores.scaling == "static" else _scale(scales, SCORES, 2)
-    residuals = Residuals(moved(qdo, *many), lse, pin(delta, rows.gemm))
+    residuals = Residuals(moved(qdo, *many), pin(offset, rows.gemm), pin(delta, rows.gemm))
     dq, dk, dv, of_ds = _BACKWARD[backend](call, operands, residuals, scale)
     if call.health:
         of_ds = jnp.pad(of_ds, (0, len(statistics.DISTRIBUTION)), constant_values=jnp.nan)
     elif SCORES in tokens and of_ds is not None:
         of_ds = report_amax(of_ds, heads.gemm, formats.amax(of_ds), tokens[SCORES][2])
-    of_do = report_cast(tokens.get(VALUES), do, qdo, amax_do, many.cast, spread=True)
+    of_do = report_cast(tokens.get(VALUES), shared, qdo, amax_do, many.cast)
+    if VALUES in tokens and tokens[VALUES].ndim == 2:  # how dO is spread, and not what its rows are cast as
+        spread = statistics.distribution(do)
+        of_do = jnp.concatenate([of_do[: len(statistics.HEALTH)], jnp.stack([spread[name] for name in statistics.DISTRIBUTION])])
     found = {SCORES: (*reports[SCORES], of_ds), VALUES: (*reports[VALUES], of_do)}
     dq, dk, dv = pin(dq, many.cast), pin(dk, few.cast), pin(dv, few.cast)
     return dq, dk, dv, None, None, {role: _stacked(found[role], token) for role, token in tokens.items()}
@@ -164,7 +178,7 @@ def _stacked(reports: tuple[jax.Array | None, ...], token: jax.Array) -> jax.Arr
 _attention.defvjp(_forward, _backward)
 
 
-def _all_forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
+def _all_forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
     """Backend `emulated`: all rows at once."""
     length = x.q.data.shape[1]
     return attention_rows.output(call, x.q, x.k, x.v, attention_rows.visible(0, length, length, x.segment_ids))

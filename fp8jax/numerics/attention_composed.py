@@ -28,23 +28,24 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.numerics import attention_rows, formats, statistics
-from fp8jax.numerics.attention_rows import Call, Operands, Residuals
+from fp8jax.numerics.attention_rows import Call, Operands, Residuals, Weights
 from fp8jax.numerics.formats import Quantised
 
 CHUNK = 256  # queries; a multiple of 128, the tile of a tensor core's GEMM
 BANDS = 8
 
 
-def forward(call: Call, x: Operands) -> tuple[jax.Array, jax.Array]:
-    """O, [b, t, k, g, h], and the log-sum-exp, [b, t, k, g], as `attention_rows.output` of all rows."""
+def forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
+    """As `attention_rows.output` of all rows."""
     shape = x.q.data.shape
 
     def chunk(carry, start, rows, keys):
         mask = attention_rows.visible(start, rows, keys, x.segment_ids)
         found = attention_rows.output(call, rows_of(x.q, start, rows), rows_of(x.k, 0, keys), rows_of(x.v, 0, keys), mask)
-        return tuple(lax.dynamic_update_slice_in_dim(*pair, start, axis=1) for pair in zip(carry, found, strict=True))
+        return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, axis=1), carry, found)
 
-    return over_chunks(shape[1], chunk, x.q.data, (jnp.zeros(shape, call.dtype), jnp.zeros(shape[:4], jnp.float32)))
+    row = jnp.zeros(shape[:4], jnp.float32)
+    return over_chunks(shape[1], chunk, x.q.data, (jnp.zeros(shape, call.dtype), Weights(row, row)))
 
 
 def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
@@ -96,12 +97,12 @@ def _whole(health: jax.Array, amax: jax.Array, scale: jax.Array | None, length: 
 
 def _chunk_ds(call: Call, x: Operands, residuals: Residuals, start: Any, rows: int,
               keys: int) -> tuple[jax.Array, jax.Array, Quantised]:
-    """P, dS and dO of one chunk."""
+    """P times its rows' factors, dS and dO of one chunk."""
     do = rows_of(residuals.do, start, rows)
-    lse, delta = (lax.dynamic_slice_in_dim(a, start, rows, axis=1) for a in (residuals.lse, residuals.delta))
+    offset, delta = (lax.dynamic_slice_in_dim(a, start, rows, axis=1) for a in (residuals.offset, residuals.delta))
     mask = attention_rows.visible(start, rows, keys, x.segment_ids)
     q, k, v = rows_of(x.q, start, rows), rows_of(x.k, 0, keys), rows_of(x.v, 0, keys)
-    return *attention_rows.score_gradient(call, q, k, v, Residuals(do, lse, delta), mask), do
+    return *attention_rows.score_gradient(call, q, k, v, Residuals(do, offset, delta), mask), do
 
 
 def largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:

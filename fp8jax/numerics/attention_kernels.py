@@ -5,10 +5,9 @@ contiguous, so a GEMM that contracts tokens takes a transposed copy: V in the fo
 (names ending in `_ht`). The dK and dV kernel forms S and P transposed, [keys, queries], so that P and dS are left operands,
 which need no copy: they go from registers to the tensor cores.
 
-What is computed is `attention_rows`', tile by tile: P~ = exp2(S·c - ceil(m)) at scale 1/256 with m the running row maximum,
-so that moving to a later maximum multiplies by an exact power of two; O divided by the sum of the
-cast P~; in the backward pass P from the log-sum-exp, dS before
-the softmax scale. All arithmetic between the GEMMs is float32. Tiles above the diagonal are skipped.
+What is computed is `attention_rows`', tile by tile: P~ = exp2(S·c - ceil(m)) at scale 1/256 with m the running row maximum, so that
+moving to a later maximum multiplies by an exact power of two; O divided by the sum of P~ as cast; in the backward pass P~ again, of the
+last maximum, and dS before the softmax scale. All arithmetic between the GEMMs is float32. Tiles above the diagonal are skipped.
 
 A kernel sees one head of one sequence (for dK and dV one KV head with its `g` query heads). Letters as in `attention`; lengths are
 whole numbers of tiles. `factors` are the scalars that the scales fold into.
@@ -63,8 +62,8 @@ TALLY = ("overflow", "underflow", "nonzero", "negative_zero", "signal", "noise")
 TALLY_DTYPES = (jnp.int32,) * 4 + (jnp.float32,) * 2
 
 
-def forward(shape: Shape, factors, q, k, v_ht, segments, o, lse):
-    """O, [queries, h], and the log-sum-exp in base 2, [queries].
+def forward(shape: Shape, factors, q, k, v_ht, segments, o, level, weight):
+    """O, [queries, h], and of each query the ceil of its largest score in base 2 and the sum of its P~ as cast, [queries].
 
     factors: softmax scale * log2(e) * scale of q * scale of k; scale of v.
     """
@@ -74,32 +73,31 @@ def forward(shape: Shape, factors, q, k, v_ht, segments, o, lse):
     own = None if segments is None else segments[pl.ds(first, rows)]
 
     def step(j, carry, masked):
-        total, sums, weights, peak = carry
+        total, weights, peak = carry
         s = dot(q_tile, k[pl.ds(j * keys, keys), :].T, interpret=shape.interpret)  # not scaled yet: the factor is positive
         if masked:
             s = jnp.where(_visible(first, j * keys, rows, keys, own, segments), s, -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.ceil(jnp.max(s, axis=1) * factor))
         # A row without any visible key so far has a peak of -inf; 0 in its place makes its probabilities 0, not NaN.
-        level = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
-        p = _exponentials(s, factor, (P_BITS - level)[:, None], shape)
-        moved = jnp.exp2(peak - level)
-        qp = _cast(p, formats.E4M3, shape)
-        total = _add(total * moved[:, None], qp, v_ht[:, pl.ds(j * keys, keys)].T, shape, "fprop")
-        sums, weights = (a * moved + jnp.sum(b, axis=1) for a, b in ((sums, p), (weights, qp.astype(jnp.float32))))
-        return total, sums, weights, new_peak
+        finite = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
+        p = _cast(_exponentials(s, factor, (P_BITS - finite)[:, None], shape), formats.E4M3, shape)
+        moved = jnp.exp2(peak - finite)
+        total = _add(total * moved[:, None], p, v_ht[:, pl.ds(j * keys, keys)].T, shape, "fprop")
+        return total, weights * moved + jnp.sum(p.astype(jnp.float32), axis=1), new_peak
 
-    zeros, low = jnp.zeros(rows, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32)
-    init = jnp.zeros((rows, q_tile.shape[1]), jnp.float32), zeros, zeros, low
-    total, sums, weights, peak = _over_keys(shape, first, segments is not None, step, init)
+    init = jnp.zeros((rows, q_tile.shape[1]), jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32)
+    total, weights, peak = _over_keys(shape, first, segments is not None, step, init)
     o[...] = (total * (factors[1] / jnp.where(weights == 0, 1.0, weights))[:, None]).astype(o.dtype)
-    lse[...] = jnp.where(sums == 0, jnp.inf, peak + jnp.log2(sums) - P_BITS)
+    level[...] = jnp.where(peak == -jnp.inf, 0.0, peak)
+    weight[...] = weights * P_SCALE
 
 
 def query_gradient(shape: Shape, factors, q, k, k_ht, v, do, offset, shift, segments, dq, largest, *tally):
     """dQ, [queries, h], and the largest |dS| of each query, in units of its scale, [queries]; and its TALLY, in the same units, if asked.
 
     factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of k * softmax scale.
-    offset, shift: 8 - log-sum-exp; -rowsum(dO * O), dO as cast, / scale of dS / 256; so that dS = 2**(s factor + offset) * (dp factor + shift).
+    do, offset, shift: each row's dO divided by its factor, as cast; 8 - `Residuals.offset`; -rowsum(do * O) / scale of dS / 256; so that
+        dS = 2**(s factor + offset) * (dp factor + shift), where the row's factor cancels.
     """
     rows, keys = shape.tile.queries, shape.tile.keys
     first = _from_the_end(0) * rows
@@ -139,7 +137,7 @@ def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, offset, shift
 
     factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of q * softmax scale;
         scale of dO / 256.
-    offset, shift: as for `query_gradient`.
+    do, offset, shift: as for `query_gradient`.
     """
     rows, keys = shape.tile.queries, shape.tile.keys
     first = pl.program_id(0) * keys

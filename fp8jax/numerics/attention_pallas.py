@@ -27,7 +27,7 @@ from jax.experimental.pallas import triton
 
 from fp8jax.numerics import attention_composed, attention_kernels, attention_rows, statistics, triton_dot
 from fp8jax.numerics.attention_kernels import Shape, Tile
-from fp8jax.numerics.attention_rows import LOG2_E, P_SCALE, Call, Operands, Residuals
+from fp8jax.numerics.attention_rows import LOG2_E, P_SCALE, Call, Operands, Residuals, Weights
 from fp8jax.numerics.formats import Quantised
 
 HEAD_DIMS = (64, 128, 256)
@@ -43,8 +43,8 @@ Tiles = dict[tuple[str, int], Tile]
 _PAD = 128
 
 
-def forward(call: Call, x: Operands, tiles: Tiles | None = None) -> tuple[jax.Array, jax.Array]:
-    """O, [b, t, k, g, h], and the log-sum-exp, [b, t, k, g], as `attention_rows.output` of all rows.
+def forward(call: Call, x: Operands, tiles: Tiles | None = None) -> tuple[jax.Array, Weights]:
+    """As `attention_rows.output` of all rows.
 
     Raises:
         ValueError: a softmax scale that is not positive: the kernel takes a row's maximum before it scales.
@@ -52,8 +52,9 @@ def forward(call: Call, x: Operands, tiles: Tiles | None = None) -> tuple[jax.Ar
     if call.softmax_scale <= 0:
         raise ValueError(f"pallas needs a positive softmax scale, not {call.softmax_scale}; composed and emulated take any")
     factors = _factors(call.softmax_scale * LOG2_E * (_scale(x.q) * _scale(x.k)), _scale(x.v))
-    run = _sharded(call, functools.partial(_forward, call, tiles or TILES), ("", "btkgh", "bskh", "bskh", "bs"), ("btkgh", "btkg"))
-    return run(factors, x.q.data, x.k.data, x.v.data, x.segment_ids)
+    run = _sharded(call, functools.partial(_forward, call, tiles or TILES), ("", "btkgh", "bskh", "bskh", "bs"), ("btkgh", "btkg", "btkg"))
+    o, *rows = run(factors, x.q.data, x.k.data, x.v.data, x.segment_ids)
+    return o, Weights(*rows)
 
 
 def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None,
@@ -68,7 +69,7 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
     of_k = _factors(*shared, of_ds * _scale(x.q) * call.softmax_scale, of_do * P_SCALE)
     run = _sharded(call, functools.partial(_backward, call, tiles or TILES),
                    ("", "", "btkgh", "bskh", "bskh", "btkgh", "btkg", "btkg", "bs"), ("btkgh", "bskh", "bskh", "bkgt", *tally))
-    offset, shift = attention_kernels.P_BITS - residuals.lse, residuals.delta * (-P_SCALE / of_ds)
+    offset, shift = attention_kernels.P_BITS - residuals.offset, residuals.delta * (-P_SCALE / of_ds)
     dq, dk, dv, largest, *sums = run(of_q, of_k, x.q.data, x.k.data, x.v.data, residuals.do.data, offset, shift, x.segment_ids)
     if call.health:
         return dq, dk, dv, _health(jnp.max(attention_rows.amax_by_head(largest)) * of_ds, of_ds, sums, x.q.data.shape[1])
@@ -109,16 +110,16 @@ def _sharded(call: Call, function: Callable, inputs: tuple[str, ...], outputs: t
     return jax.shard_map(function, mesh=mesh, in_specs=of_inputs, out_specs=of_outputs, check_vma=False)
 
 
-def _forward(call: Call, tiles: Tiles, factors, q, k, v, segments) -> tuple[jax.Array, jax.Array]:
+def _forward(call: Call, tiles: Tiles, factors, q, k, v, segments) -> tuple[jax.Array, ...]:
     (b, t, kv, g, h), shape = q.shape, _shape(call, tiles, FORWARD, q)
     q, k, v, segments = (_padded(a) for a in (q, k, v, segments))
     of_head, of_keys, of_keys_ht, of_rows, of_batch = _query_specs(shape, g, h)
-    o, lse = _call(
+    o, *rows = _call(
         attention_kernels.forward, shape, (shape.length // shape.tile.queries, kv * g, b), ("attention_scores.fprop", "attention_values.fprop"),
-        in_specs=[_whole(8), of_head, of_keys, of_keys_ht, of_batch], out_specs=[of_head, of_rows],
-        out_shape=[jax.ShapeDtypeStruct(q.shape, call.dtype), jax.ShapeDtypeStruct((b, kv, g, shape.length), jnp.float32)],
+        in_specs=[_whole(8), of_head, of_keys, of_keys_ht, of_batch], out_specs=[of_head, of_rows, of_rows],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, call.dtype)] + [jax.ShapeDtypeStruct((b, kv, g, shape.length), jnp.float32)] * 2,
     )(factors, q, k, _ht(v), segments)
-    return o[:, :t], jnp.moveaxis(lse, 3, 1)[:, :t]
+    return o[:, :t], *(jnp.moveaxis(row, 3, 1)[:, :t] for row in rows)
 
 
 def _backward(call: Call, tiles: Tiles, of_q, of_k, q, k, v, do, offset, shift, segments) -> tuple[jax.Array, ...]:

@@ -1,6 +1,6 @@
 """FP8 attention of a block of query rows against a prefix of the keys: what all backends of `attention` share.
 
-    o, lse = output(call, q, k, v, visible(0, t, s))                             # forward
+    o, weights = output(call, q, k, v, visible(0, t, s))                         # forward
     p, ds = score_gradient(call, q, k, v, residuals, visible(0, t, s))           # backward, first half
     dq, dk, dv = input_gradients(call, p, quantised_ds, q, k, do)                # second half
 
@@ -26,6 +26,8 @@ from fp8jax.numerics.recipes import GemmRecipe
 
 # P is at most 1, so 1/256 uses e4m3 up to 256 of 448: the next power of two would saturate.
 P_SCALE = 1.0 / 256
+# How much of a row's total goes into dO. What is left of 2**17 equal keys is then 2**-11, five binades above e4m3's subnormal numbers.
+ROW_BITS = 6
 LOG2_E = math.log2(math.e)
 
 # Dimension numbers: (contracting lhs, rhs), (batch lhs, rhs). S is [b, k, t, g, s].
@@ -59,11 +61,23 @@ class Operands(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """Of each query, for the backward pass: do_btkgh; float32 [b, t, k, g] log-sum-exp (base 2) and rowsum(dO as cast * O)."""
+    """What the backward pass takes of each query.
+
+    do: [b, t, k, g, h], the output's gradient divided by the row's factor, as cast.
+    offset: float32 [b, t, k, g], with which exp2(S - offset) is P times the row's factor.
+    delta: float32 [b, t, k, g], rowsum(do * O), of that cast.
+    """
 
     do: Quantised
-    lse: jax.Array
+    offset: jax.Array
     delta: jax.Array
+
+
+class Weights(NamedTuple):
+    """Of each query, float32 [b, t, k, g]: ceil of the largest score in base 2, and the sum of P~ as cast, 0 without a visible key."""
+
+    level: jax.Array
+    total: jax.Array
 
 
 def visible(start: int | jax.Array, queries: int, keys: int, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -85,27 +99,41 @@ def visible(start: int | jax.Array, queries: int, keys: int, segment_ids: jax.Ar
     return causal & (of_queries[:, :, None] == segment_ids[:, None, :keys])
 
 
-def output(call: Call, q: Quantised, k: Quantised, v: Quantised, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """O, [b, t, k, g, h] in the dtype of activations, and the float32 log-sum-exp in base 2, [b, t, k, g]."""
+def output(call: Call, q: Quantised, k: Quantised, v: Quantised, mask: jax.Array) -> tuple[jax.Array, Weights]:
+    """O, [b, t, k, g, h] in the dtype of activations, and what the backward pass needs of the softmax."""
     logits = _logits(call, q, k, mask)
     # A row without any visible key has a maximum of -inf; 0 in its place makes its probabilities 0, not NaN.
     ceiling = jnp.ceil(jnp.max(logits, axis=-1, keepdims=True))
     ceiling = jnp.where(jnp.isneginf(ceiling), 0.0, ceiling)
-    p = jnp.exp2(logits - ceiling)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    qp = _quantise_p(p, call.values, v.data.dtype)
+    qp = _quantise_p(jnp.exp2(logits - ceiling), call.values, v.data.dtype)
     # The weights of an average sum to 1: where a row is flat, all its probabilities round the same way, by up to 6%.
-    weight = jnp.sum(formats.dequantise(qp), axis=-1, keepdims=True)
+    total = jnp.sum(formats.dequantise(qp), axis=-1, keepdims=True)
     o = gemm(qp, v, _PV, **_options(call.values, "fprop"), name="attention_values.fprop")
-    o = o / jnp.where(weight > 0, weight, 1.0)
-    lse = jnp.where(total > 0, ceiling + jnp.log2(total), jnp.inf)
-    return swap_heads(o).astype(call.dtype), swap_heads(lse[..., 0])
+    o = o / jnp.where(total > 0, total, 1.0)
+    return swap_heads(o).astype(call.dtype), Weights(swap_heads(ceiling[..., 0]), swap_heads(total[..., 0]))
+
+
+def row_factors(call: Call, weights: Weights) -> tuple[jax.Array, jax.Array]:
+    """The factor and the offset of each row in the backward pass, float32 [b, t, k, g]; see `Residuals`.
+
+    P is P~ / total. Its GEMM with dO sums over rows, so that one scale has to do for all of them, and cast by itself a row that spreads
+    over 2**14 keys and more would fall among e4m3's subnormal numbers. So P~ is cast again as in the forward pass, and dO is divided
+    by the total. A total beyond 2**ROW_BITS is divided between the two, by an exact power of two, as dO's format ends somewhere, too.
+    """
+    if not call.values.fp8:
+        total = jnp.where(weights.total > 0, weights.total, 1.0)
+        return jnp.ones_like(total), jnp.where(weights.total > 0, weights.level + jnp.log2(total), jnp.inf)
+    exponent = (jax.lax.bitcast_convert_type(weights.total, jnp.int32) >> 23) - 126  # total = f * 2**exponent, 1/2 <= f < 1
+    shift = jnp.maximum(exponent - ROW_BITS, 0)
+    power = jax.lax.bitcast_convert_type((127 - shift) << 23, jnp.float32)  # 2**-shift; exp2 may be off in its last bit
+    empty = weights.total == 0
+    return jnp.where(empty, 1.0, weights.total * power), jnp.where(empty, jnp.inf, weights.level + shift.astype(jnp.float32))
 
 
 def score_gradient(call: Call, q: Quantised, k: Quantised, v: Quantised, residuals: Residuals,
                    mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """P and dS before their casts, float32 [b, k, t, g, s]; dS without the softmax scale."""
-    p = jnp.exp2(_logits(call, q, k, mask) - swap_heads(residuals.lse)[..., None])
+    """P times the rows' factors and dS, before their casts, float32 [b, k, t, g, s]; dS without the softmax scale."""
+    p = jnp.exp2(_logits(call, q, k, mask) - swap_heads(residuals.offset)[..., None])
     dp = gemm(residuals.do, v, _QK, **_options(call.values, "dgrad"), name="attention_values.dgrad")
     return p, p * (dp - swap_heads(residuals.delta)[..., None])
 

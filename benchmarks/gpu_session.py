@@ -4,6 +4,8 @@
     python benchmarks/gpu_session.py --results=/tmp/out --only=checks,step
     python benchmarks/gpu_session.py --size=tiny --quick          # a rehearsal, on a CPU too
 
+`checks` compares native kernels with `emulated` and with float64 mathematics; its figures are in gpu_checks.json.
+
 Each part is a process of its own with a limit of its own, so that none takes the others with it; parts that write results
 do so as they go, so that a part that runs out of time leaves what it had. Writes one log a session (gpu_session.log) and
 a summary (gpu_session.json). Exits with 1 if a part failed.
@@ -46,7 +48,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     figures = f"--figures={args.results / 'gpu_checks.json'}"
     return [
         Part("step", (script("train_step"), size, where, f"--models={MAIN}", f"--layers={depths}", "--profile", *step), 170),
-        Part("checks", ("-m", "pytest", "tests/gpu", "-m", "gpu", "-s", "-W", "default", "-p", "no:cacheprovider", figures), 110),
+        Part("checks", ("-m", "pytest", "tests/gpu", "-m", "gpu", "-s", "-W", "default", "-p", "no:cacheprovider", figures), 150),
         Part("attention", (script("attention"), size, where, f"--lengths={lengths}", "--batch=2", "--scalings=delayed", rounds), 100),
         Part("gemm", (script("gemm"), size, where, rounds, *tokens), 60),
         Part("peers", (script("peers"), size, where, rounds, *batch), 200),

@@ -41,6 +41,7 @@ TILES = {
 Tiles = dict[tuple[str, int], Tile]
 # Lengths are padded to whole numbers of the largest tile; FP8 rows are then also aligned for 16-byte copies.
 _PAD = 128
+_MOST = 2**31 - 1  # elements of an array that a kernel takes
 
 
 def forward(call: Call, x: Operands, tiles: Tiles | None = None) -> tuple[jax.Array, Weights]:
@@ -103,11 +104,38 @@ def _factors(*scalars: jax.Array) -> jax.Array:
 
 def _sharded(call: Call, function: Callable, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Callable:
     """The function on each device's share: dimensions b and k are split as `call.partition` says. '' is a replicated array."""
+    function = _in_parts(function, inputs)
     mesh = jax.sharding.get_abstract_mesh()
     if call.partition is None or mesh.empty or mesh.size == 1:
         return function
     of_inputs, of_outputs = (tuple(call.partition.of(letters).gemm for letters in arrays) for arrays in (inputs, outputs))
     return jax.shard_map(function, mesh=mesh, in_specs=of_inputs, out_specs=of_outputs, check_vma=False)
+
+
+def _in_parts(function: Callable, inputs: tuple[str, ...]) -> Callable:
+    """The function over as many sequences at once as keep every array below 2**31 elements: Pallas counts FP8 ones in 32 signed bits.
+
+    Raises:
+        ValueError: when called with a sequence that is larger by itself.
+    """
+    def run(*arrays):
+        batched = [bool(letters) and array is not None for letters, array in zip(inputs, arrays, strict=True)]
+        given = [array for array, split in zip(arrays, batched, strict=True) if split]
+        batch, length = given[0].shape[:2]
+        of_one = max(math.prod(array.shape[2:]) for array in given) * -(-length // _PAD) * _PAD
+        if of_one > _MOST:
+            raise ValueError(f"pallas: a sequence of {of_one:,} elements on one device is more than its {_MOST:,}; "
+                             "split the heads over more devices, or use composed")
+        together = _MOST // of_one
+        if batch <= together:
+            return function(*arrays)
+        parts = []
+        for first in range(0, batch, together):
+            some = slice(first, first + together)
+            parts.append(function(*(array[some] if split else array for array, split in zip(arrays, batched, strict=True))))
+        return tuple(jnp.concatenate(results) for results in zip(*parts, strict=True))
+
+    return run
 
 
 def _forward(call: Call, tiles: Tiles, factors, q, k, v, segments) -> tuple[jax.Array, ...]:

@@ -44,7 +44,7 @@ def score_statistics(q_btkgh: jax.Array, k_bskh: jax.Array, recipe: GemmRecipe, 
     if backend != "pallas":
         return _in_chunks(call, q, k, segment_ids)
     top, entropy = attention_pallas.scores(call, q, k, segment_ids)
-    return {"max_logit": jnp.max(top), "entropy": jnp.mean(entropy)}
+    return {"max_logit": jnp.max(top), "entropy": jnp.sum(entropy) / float(entropy.size)}
 
 
 def _in_chunks(call: Call, q: Quantised, k: Quantised, segment_ids: jax.Array | None) -> dict[str, jax.Array]:

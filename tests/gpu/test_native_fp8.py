@@ -23,7 +23,7 @@ from fp8jax.numerics.attention import BACKENDS, SCORES, VALUES, attention
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.dot_general import dot_general
 from fp8jax.numerics.recipes import OPERANDS, ROLES, GemmRecipe
-from fp8jax.numerics.self_check import self_check
+from fp8jax.numerics.self_check import self_check, true_attention
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.training.step import TrainProgram
 
@@ -91,6 +91,39 @@ def test_attention_of_a_step_with_statistics_equals_the_definition(backend, figu
     recipe = GemmRecipe("delayed", emulated=False)
     errors = self_check(backend, {SCORES: recipe, VALUES: recipe}, head_dim=128, statistics=True)
     figures.append({"check": "attention with statistics", "backend": backend, **errors})
+
+
+@functools.cache
+def attention_inputs(length, common, groups=4):
+    """q, k, v, do: scores of standard deviation 1 at softmax scale 1/sqrt(128), values with a common part."""
+    random = np.random.default_rng(length)
+    many, few = (1, length, 2, groups, 128), (1, length, 2, 128)
+    q, k, v, do = (random.normal(size=shape) for shape in (many, few, few, many))
+    v += common * random.normal(size=(1, 1, 2, 128))
+    return [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, do * 1e-5)]
+
+
+@pytest.mark.parametrize(("length", "common", "gradient_format"), [
+    (300, 0.0, "e5m2"), (1024, 3.0, "e5m2"), (1024, 3.0, "e4m3"), (2048, 10.0, "e5m2")])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_is_attention(backend, length, common, gradient_format, figures):
+    """Native kernels against float64 mathematics, which shares no line with the definition; bounds as on a CPU."""
+    recipe = GemmRecipe("current", emulated=False, gradient_format=gradient_format)
+    arrays, scale = attention_inputs(length, common), 128**-0.5
+
+    @functools.partial(jax.jit, compiler_options=compiler_options("gpu"))
+    def both(q, k, v, do):
+        forward = functools.partial(attention, recipes={SCORES: recipe, VALUES: recipe}, softmax_scale=scale, backend=backend)
+        o, pull = jax.vjp(forward, q, k, v)
+        return o, *pull(do)
+
+    found = dict(zip(("o", "dq", "dk", "dv"), jax.device_get(both(*arrays)), strict=True))
+    expected = true_attention(*map(np.asarray, arrays), scale, np.zeros((1, length), np.int32))
+    errors = {name: relative(found[name], expected[name]) for name in found}
+    figures.append({"check": "attention against float64", "backend": backend, "length": length, "common": common,
+                    "gradient_format": gradient_format, **errors})
+    bound = {0.0: 0.12, 3.0: 0.15, 10.0: 0.35}[common]
+    assert errors["o"] < 0.065 and errors["dv"] < 0.085 and max(errors["dq"], errors["dk"]) < bound, errors
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "emulated"])

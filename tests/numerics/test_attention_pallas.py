@@ -8,6 +8,7 @@ such element is more than that: the sweep, which meets one in some hundred cases
 
 import functools
 import importlib.util
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend import core
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.audit import targets
 from fp8jax.numerics import attention_pallas, formats, statistics
+from fp8jax.numerics import self_check as self_check_module
 from fp8jax.numerics.attention import SCORES, VALUES, attention, check_backend
 from fp8jax.numerics.attention_kernels import Tile
 from fp8jax.numerics.attention_pallas import FORWARD, KEYS, QUERIES
@@ -184,21 +187,22 @@ def test_sharded_over_batch_and_heads_equals_one_device(sizes):
         np.testing.assert_array_equal(np.float32(a), np.float32(b))
 
 
-@pytest.mark.parametrize(("scaling", "length", "segments"), [("current", 140, False), ("delayed", 300, True)])
+@pytest.mark.parametrize(("scaling", "length", "segments"), [("current", 70, False), ("delayed", 140, True)])
 def test_health_of_the_cast_of_ds(scaling, length, segments):
     """Some clip, some vanish. Which hidden scores are 0 and which -0 is left to the backend."""
     recipes = dict.fromkeys((SCORES, VALUES), GemmRecipe(scaling, gradient_format="e4m3"))
-    arrays, segment_ids = inputs(4, 2, length, 2, 2, 64)
-    scales = {SCORES: jnp.array([2.0**-5, 2.0**-10, 2.0**-11]), VALUES: jnp.array([2.0**-2, 2.0**-22])}
+    arrays, segment_ids = inputs(4, 1, length, 1, 2, 64)
+    scales = {SCORES: jnp.array([2.0**-5, 2.0**-10, 2.0**-13]), VALUES: jnp.array([2.0**-2, 2.0**-17])}
 
     def health(backend):
         tokens = {role: jnp.zeros((len(OPERANDS[role]), len(statistics.REPORT))) for role in recipes}
 
         def forward(q, k, v, tokens):
-            return attention(q, k, v, recipes, softmax_scale=0.3, tokens=tokens, backend=backend, scales=scales,
+            return attention(q, k, v, recipes, softmax_scale=2.0 if segments else 0.3, tokens=tokens, backend=backend, scales=scales,
                              segment_ids=segment_ids if segments else None)
 
-        return jax.device_get(jax.vjp(forward, *arrays[:3], tokens)[1](arrays[3])[3])
+        backward = jax.jit(lambda q, k, v, do, tokens: jax.vjp(forward, q, k, v, tokens)[1](do)[3])
+        return jax.device_get(backward(*arrays, tokens))
 
     found, expected = health("pallas"), health("emulated")
     np.testing.assert_array_equal(found[VALUES], expected[VALUES])
@@ -208,6 +212,35 @@ def test_health_of_the_cast_of_ds(scaling, length, segments):
         rows["zero"] += rows.pop("negative_zero")
     assert one["zero"] > 0.49 and one["underflow"] > 0 and (one["overflow"] > 0) == (scaling == "delayed")
     assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_no_array_of_a_kernel_has_2_to_the_31_elements():
+    """Traced, forward and backward: Pallas counts elements of FP8 arrays in 32 signed bits up to 2**32 of them, and reads elsewhere then."""
+    recipe = GemmRecipe("delayed")
+    recipes, scales = dict.fromkeys((SCORES, VALUES), recipe), {SCORES: jnp.ones(3), VALUES: jnp.ones(2)}
+
+    def both(q, k, v, do):
+        o, pull = jax.vjp(functools.partial(attention, recipes=recipes, softmax_scale=0.1, scales=scales, backend="pallas"), q, k, v)
+        return o, *pull(do)
+
+    def largest(jaxpr):
+        sizes = [0]
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "pallas_call":
+                sizes += [math.prod(x.aval.shape) for x in (*equation.invars, *equation.outvars)]
+            else:
+                sizes += [largest(inner) for inner in core.jaxprs_in_params(equation.params)]
+        return max(sizes)
+
+    def traced(batch, length):
+        q, k = (jax.ShapeDtypeStruct((batch, length, 8, *groups, 128), jnp.bfloat16) for groups in ((4,), ()))
+        return jax.make_jaxpr(both)(q, k, k, q)
+
+    program = traced(5, 131072)  # 2**31 and a quarter
+    assert largest(program.jaxpr) == 3 * 2**29
+    assert [x.shape for x in program.out_avals] == [(5, 131072, 8, 4, 128), (5, 131072, 8, 4, 128), *[(5, 131072, 8, 128)] * 2]
+    with pytest.raises(ValueError, match="pallas: a sequence of 2,147,483,648 elements on one device is more than its 2,147,483,647; split"):
+        traced(1, 524288)
 
 
 def test_what_it_cannot_do_is_said():
@@ -228,6 +261,7 @@ def test_the_self_check_passes(scaling):
 
 
 def test_the_self_check_with_statistics_passes_and_refuses_a_wrong_count(monkeypatch):
+    monkeypatch.setattr(self_check_module, "LENGTH", 200)
     recipes = {SCORES: GemmRecipe("delayed"), VALUES: GemmRecipe("delayed")}
     errors = self_check("pallas", recipes, statistics=True)
     assert max(errors.values()) < 2e-3 and {"signal_ds", "noise_ds", "max_logit", "entropy"} < errors.keys()

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax.numerics.attention_statistics import score_statistics
+from fp8jax.numerics.placement import Partition
 from fp8jax.numerics.recipes import GemmRecipe
 
 from . import reference
@@ -87,10 +88,29 @@ def test_uniform_attention_has_the_largest_entropy_and_bad_scores_show():
 
 @pytest.mark.parametrize("spec", [("data",), (None, None, "data"), (None, "data")])
 def test_sharded_equals_whole(spec):
-    """The maximum to the bit, the mean but for the order of summation."""
-    q, k = (jnp.concatenate([x] * 4) for x in operands(64, heads=8))
-    run = jax.jit(functools.partial(score_statistics, recipe=GemmRecipe("current"), softmax_scale=0.3))
+    """The maximum to the bit, the mean but for the order of summation; and both what float64 says."""
+    q, k = (jnp.concatenate([x, 1.5 * x, -x, 0.5 * x]) for x in operands(64, heads=8))
+    run = jax.jit(functools.partial(score_statistics, recipe=GemmRecipe("delayed"), softmax_scale=0.3, scales=jnp.asarray(SCALES)))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     found, whole = run(*(jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))) for x in (q, k))), run(q, k)
     assert float(found["max_logit"]) == float(whole["max_logit"])
     np.testing.assert_allclose(found["entropy"], whole["entropy"], rtol=1e-6)
+    np.testing.assert_allclose([whole["max_logit"], whole["entropy"]], exact(q, k, SCALES, 0.3), rtol=2e-5)
+
+
+def test_the_kernel_is_traced_on_two_devices():
+    """Regression: what it returned did not fit `shard_map`, so every step with statistics of a run on two devices raised."""
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    q, k = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands(64, width=64))
+    run = functools.partial(score_statistics, recipe=GemmRecipe("current"), softmax_scale=0.3, backend="pallas",
+                            partition=Partition("fsdp", None, None, None))
+    with jax.set_mesh(mesh):
+        found = jax.eval_shape(run, q, k)
+    assert found["max_logit"].shape == found["entropy"].shape == ()
+
+
+def test_as_many_queries_as_an_integer_holds():
+    """2**31 of them, traced only: a Python integer of that size overflows where an array is divided by it."""
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 131072, 32, 64, 64), (8, 131072, 32, 64)))
+    found = jax.eval_shape(functools.partial(score_statistics, recipe=GemmRecipe("current"), softmax_scale=0.3), q, k)
+    assert found["entropy"].shape == ()

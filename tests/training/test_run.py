@@ -13,7 +13,7 @@ from fp8jax import config as config_lib
 from fp8jax.data import pipeline
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.training import start_up, step
-from fp8jax.training.checkpoint import Checkpoints
+from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.evaluation import evaluate_run
 from fp8jax.training.step import TrainProgram
 from tests.helpers.runs import EIGHT, MICRO, logged, micro, program_of, saved, train
@@ -181,6 +181,7 @@ def test_the_step_compiles_once_in_a_run(tmp_path, monkeypatch):
 
 def test_switching_fp8_on_calibrates_again(tmp_path):
     assert train(micro(fp8={"recipe": "bf16"}, training={"steps": 4}), tmp_path) == 0
+    save_config(tmp_path, micro(training={"steps": 6}))  # by a start that dies before its first save
     assert train(micro(training={"steps": 6}), tmp_path) == 0
     arrays, _ = saved(micro(), tmp_path)
     assert all((array[..., 0] > 0).all() for name, array in arrays.items() if "history" in name)

@@ -148,7 +148,12 @@ def _with_statistics(plan: Plan, target: targets.Target) -> Plan:
     compiled = plan.program
     step = compiled.step
     traced = step.jitted_step(collect=True).trace(step.abstract_state, step.abstract_batch)
-    executable, _ = targets.compile_step(traced, target)
+    try:
+        executable, _ = targets.compile_step(traced, target)
+    except jax.errors.JaxRuntimeError as error:
+        if (needs := fit.bytes_of_failure(error)) is None:
+            raise
+        return plan._replace(needs=max(plan.needs, needs))
     needs = fit.needed_bytes(step, program.read_memory(executable))
     both = compiled._replace(statistics=executable)
     return plan._replace(needs=max(plan.needs, needs), program=both)

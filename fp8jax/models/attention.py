@@ -48,7 +48,7 @@ class Attention(nnx.Module):
         partition = Partition(RULES["batch"], RULES["sequence"], RULES["kv_heads"], attention_axes(k.shape[2]))
         spread = functools.partial(score_statistics, recipe=gemms.recipes[SCORES], softmax_scale=self.softmax_scale,
                                    scales=given.scales.get(SCORES), segment_ids=segment_ids, backend=gemms.attention_backend,
-                                   partition=partition)
+                                   partition=partition, counted=gemms.counted)
         record(SCORES, spread, q, k)
         if cache is not None:
             cache = kv_cache.append(cache, k, v)
@@ -57,7 +57,8 @@ class Attention(nnx.Module):
             o = kv_cache.attend(q, cache, gemms.recipes, self.softmax_scale)
         else:
             o = attention(q, k, v, gemms.recipes, softmax_scale=self.softmax_scale, segment_ids=segment_ids,
-                          scales=given.scales, tokens=given.tokens, backend=gemms.attention_backend, partition=partition)
+                          scales=given.scales, tokens=given.tokens, backend=gemms.attention_backend, partition=partition,
+                          counted=gemms.counted)
         return self.out(o, gemms), cache
 
 

@@ -40,11 +40,15 @@ class GemmInputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Gemms:
-    """One layer's GEMMs: static recipes, this layer's slices of GemmInputs, and the backend of attention."""
+    """One layer's GEMMs: static recipes, this layer's slices of GemmInputs, the backend of attention.
+
+    counted: bool [b, t]: the tokens that statistics are of; None: all, or there are none.
+    """
 
     recipes: Mapping[str, GemmRecipe]
     inputs: GemmInputs
     attention_backend: str
+    counted: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +251,7 @@ def read_reports(found: scaling_lib.Tokens, recipes: ModelRecipes, *, pooled: bo
     """What tokens from `zero_reports` brought back: raw amaxes as those of `zero_tokens`, and statistics by operand.
 
     Returns:
-        Role → amaxes, 0 in layers that are not in FP8; 'mlp_up.g' → statistic → float32 [layers], NaN where it is not known.
+        Role → amaxes, 0 in layers that are not in FP8; 'mlp_up.g' → statistic → float32 [layers], of casts 0 where there is none.
     """
     amaxes, health = {}, {}
     for role, token in found.items():
@@ -256,6 +260,7 @@ def read_reports(found: scaling_lib.Tokens, recipes: ModelRecipes, *, pooled: bo
             amaxes[role] = jnp.where(jnp.asarray(fp8)[:, None], token[..., 0], 0.0)
         for i, operand in enumerate(recipes_lib.OPERANDS[role]):
             known = (statistics.HEALTH if any(fp8) else statistics.HEALTH[:1]) + (statistics.DISTRIBUTION if operand in ("g", "do") else ())
+            known += statistics.WEIGHTS
             rows = {name: token[:, i, statistics.REPORT.index(name)] for name in known}
             health[f"{role}.{operand}"] = statistics.choose(rows, pooled=pooled)
     return amaxes, health

@@ -57,7 +57,7 @@ class Dense(nnx.Module):
         y = dot_general(x, self.w[...].reshape(flat), (((lead,), (0,)), ((), ())), recipe,
                         quantised_w=weight._replace(data=weight.data.reshape(flat)), scales=scales,
                         token=given.tokens.get(role), placements=tuple(Placement(*activation_specs(name)) for name in self.features),
-                        role=role)
+                        role=role, counted=gemms.counted)
         return y.reshape(*y.shape[:lead], *outputs)
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from fp8jax.numerics import statistics
 
 Taps = dict[str, dict[str, jax.Array]]
-_found: contextvars.ContextVar[tuple[Taps, bool] | None] = contextvars.ContextVar("found", default=None)
+_found: contextvars.ContextVar[tuple[Taps, bool, jax.Array | None] | None] = contextvars.ContextVar("found", default=None)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["layout"])
@@ -55,15 +55,16 @@ def pack(taps: Taps) -> Packed:
 
 
 @contextlib.contextmanager
-def collecting(enabled: bool = True, *, pooled: bool = False) -> Iterator[Taps]:
+def collecting(enabled: bool = True, *, pooled: bool = False, counted: jax.Array | None = None) -> Iterator[Taps]:
     """Collects what is tapped inside; with enabled=False, taps do nothing.
 
     Args:
         enabled: static.
         pooled: kurtosis over whole sequences instead of tokens.
+        counted: bool [batch, tokens]: the tokens that activations of this shape are taken of; None: all.
     """
     found: Taps = {}
-    token = _found.set((found, pooled) if enabled else None)
+    token = _found.set((found, pooled, counted) if enabled else None)
     try:
         yield found
     finally:
@@ -82,7 +83,12 @@ def tap(name: str, x: jax.Array) -> None:
     """
     if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"tap({name!r}): {x.dtype}{list(x.shape)} is not a floating array [batch, tokens, ..., features]")
-    record(name, statistics.distribution, x)
+    current = _found.get()
+    counted = current and current[2]
+    if counted is None or counted.shape != x.shape[:2]:
+        record(name, statistics.distribution, x)
+    else:
+        record(name, statistics.distribution, x, counted)
 
 
 def record(name: str, compute: Callable[..., dict[str, jax.Array]], *arrays: jax.Array) -> None:
@@ -94,7 +100,7 @@ def record(name: str, compute: Callable[..., dict[str, jax.Array]], *arrays: jax
     current = _found.get()
     if current is None:
         return
-    found, pooled = current
+    found, pooled, _ = current
     if name in found or "/" in name:
         raise ValueError(f"tap({name!r}): {'a name must not contain a slash' if '/' in name else 'this block has a tap of that name'}")
     found[name] = statistics.choose(compute(*map(jax.lax.stop_gradient, arrays)), pooled=pooled)

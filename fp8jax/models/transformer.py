@@ -133,7 +133,7 @@ class Transformer(nnx.Module):
             float32 logits [b, t, v]; taps, each statistic stacked over layers (empty unless options.collect).
         """
         x_btd, taps, _ = self._hidden(batch, recipes, prepared, options)
-        return self._logits(x_btd, recipes, prepared), taps
+        return self._logits(x_btd, recipes, prepared, _counted(batch, options)), taps
 
     def chunked_losses(self, batch: dict[str, jax.Array], recipes: ModelRecipes, prepared: PreparedGemms, chunk: int,
                        options: ForwardOptions = ForwardOptions()) -> tuple[jax.Array, jax.Array, taps_lib.Taps]:
@@ -152,7 +152,8 @@ class Transformer(nnx.Module):
         x_btd, taps, _ = self._hidden(batch, recipes, prepared, options)
         scales, token = _of_head(prepared)
         nll, lse = linear_cross_entropy(x_btd, self.head_weight(), batch["targets"], recipes.head, chunk=chunk, shards=shards("vocab"),
-                                        quantised_w=prepared.head, scales=scales, token=token, role=gemms_lib.HEAD)
+                                        quantised_w=prepared.head, scales=scales, token=token, role=gemms_lib.HEAD,
+                                        counted=_counted(batch, options))
         return nll, lse, taps
 
     def extend(self, inputs_bt: jax.Array, cache: KVCache, recipes: ModelRecipes, prepared: PreparedGemms) -> tuple[jax.Array, KVCache]:
@@ -180,18 +181,19 @@ class Transformer(nnx.Module):
         rope = rope_table(positions, rope_frequencies(self.config))
         x_btd = self.embedding(inputs, self.config.input_scale, self.dtype)
         x_btd = constrain(x_btd, "batch", "residual", None)
-        x_btd, taps, cache = self._run_blocks(x_btd, rope, batch.get("segment_ids"), recipes, prepared, options, cache)
+        x_btd, taps, cache = self._run_blocks(x_btd, rope, batch.get("segment_ids"), recipes, prepared, options, cache,
+                                              _counted(batch, options))
         return constrain(_apply(self.final_norm, x_btd), "batch", "sequence", None), taps, cache
 
-    def _run_blocks(self, x, rope, segment_ids, recipes, prepared, options, cache):
+    def _run_blocks(self, x, rope, segment_ids, recipes, prepared, options, cache, counted):
         graph, params = nnx.split(self.blocks)
         found, caches = [], []
         for (first, last, roles), weights in zip(recipes.segments(), prepared.weights, strict=True):
             def layer(x, stacked, roles=roles, backend=recipes.backend_of(first)):
                 params, cached, weights, scales, tokens = stacked
-                with taps_lib.collecting(options.collect, pooled=options.pooled_kurtosis) as taps:
+                with taps_lib.collecting(options.collect, pooled=options.pooled_kurtosis, counted=counted) as taps:
                     block = nnx.merge(graph, params)
-                    given = Gemms(roles, GemmInputs(weights, scales, tokens), backend)
+                    given = Gemms(roles, GemmInputs(weights, scales, tokens), backend, counted)
                     y, cached = block(x, rope, segment_ids, given, cached and KVCache(*cached, cache.filled))
                 return y, (taps_lib.pack(taps) if taps else taps, cached and cached[:2])
 
@@ -210,10 +212,15 @@ class Transformer(nnx.Module):
             cache = cache._replace(k=jnp.concatenate([k for k, _ in caches]), v=jnp.concatenate([v for _, v in caches]))
         return x, _join(found), cache
 
-    def _logits(self, x_btd: jax.Array, recipes: ModelRecipes, prepared: PreparedGemms) -> jax.Array:
+    def _logits(self, x_btd: jax.Array, recipes: ModelRecipes, prepared: PreparedGemms, counted: jax.Array | None = None) -> jax.Array:
         scales, token = _of_head(prepared)
         return dot_general(x_btd, self.head_weight(), (((2,), (1,)), ((), ())), recipes.head, quantised_w=prepared.head,
-                           scales=scales, token=token, out_dtype=jnp.float32, role=gemms_lib.HEAD)
+                           scales=scales, token=token, out_dtype=jnp.float32, role=gemms_lib.HEAD, counted=counted)
+
+
+def _counted(batch: dict[str, jax.Array], options: ForwardOptions) -> jax.Array | None:
+    """The tokens that statistics are of: padding is none."""
+    return batch["mask"] > 0 if options.collect and "mask" in batch else None
 
 
 def _of_head(prepared: PreparedGemms) -> tuple[jax.Array | None, jax.Array | None]:
@@ -240,13 +247,13 @@ def _rematerialised(layer: Any, remat: str, looped: bool) -> Any:
 
 
 def _join(found: list[taps_lib.Taps]) -> taps_lib.Taps:
-    """Taps of all segments, each statistic concatenated over layers; NaN for layers that do not have one."""
+    """Taps of all segments, each statistic concatenated over layers; zero, as of no tokens, for layers that do not have one."""
     if len(found) == 1:
         return found[0]
     lengths = [jax.tree.leaves(taps)[0].shape[0] if jax.tree.leaves(taps) else 0 for taps in found]
     names = dict.fromkeys((name, key) for taps in found for name, stats in taps.items() for key in stats)
     out: taps_lib.Taps = {}
     for name, key in names:
-        parts = [taps[name][key] if name in taps else jnp.full((n,), jnp.nan) for taps, n in zip(found, lengths, strict=True)]
+        parts = [taps[name][key] if name in taps else jnp.zeros((n,)) for taps, n in zip(found, lengths, strict=True)]
         out.setdefault(name, {})[key] = jnp.concatenate(parts)
     return out

@@ -12,12 +12,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fp8jax.numerics.statistics import HEALTH, WEIGHTS
+
+_OF_CASTS = frozenset(HEALTH) - {"amax"}
+
 
 def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Log entries of one step.
+    """Log entries of one step; what is not known, because nothing entered or nothing was cast, has none.
 
     Args:
-        taps: tensor → statistic → value a layer; NaN where a layer does not have it.
+        taps: tensor → statistic → value a layer, and how many `tokens` and `rows` it is of (statistics.WEIGHTS).
 
     Returns:
         `STATISTIC/TENSOR_layerNNN` and `STATISTIC/TENSOR_avg`; amax and max_logit have a maximum, `amax/TENSOR_max`, instead
@@ -25,19 +29,32 @@ def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
         FP8, `fp8/saturated_fraction` and `fp8/underflow_fraction`: averages over all cast operands and layers.
     """
     out: dict[str, float] = {}
+    of_casts: dict[str, list[np.ndarray]] = {"overflow": [], "underflow": []}
     for name, stats in taps.items():
         for statistic, values in _with_snr(stats).items():
-            known = values[~np.isnan(values)]
+            known = _known(stats, statistic, values)
             whole, reduce = ("max", np.max) if statistic in ("amax", "max_logit") else ("avg", np.mean)
+            if known.any():
+                out[f"{statistic}/{name}_{whole}"] = float(reduce(values[known]))
             keys = _names(statistic, name, len(values))
-            if known.size:
-                out[f"{statistic}/{name}_{whole}"] = float(reduce(known))
-            out.update(zip(keys, values.tolist(), strict=True))
+            out.update((keys[layer], float(values[layer])) for layer in np.flatnonzero(known))
+            of_casts.get(statistic, []).append(values[known])
     for key, statistic in (("fp8/saturated_fraction", "overflow"), ("fp8/underflow_fraction", "underflow")):
-        found = [stats[statistic] for stats in taps.values() if statistic in stats]
-        if found:
-            out[key] = float(np.nanmean(np.concatenate(found)))
+        found = np.concatenate([np.zeros(0), *of_casts[statistic]])
+        if found.size:
+            out[key] = float(np.mean(found))
     return out
+
+
+def _known(stats: Mapping[str, np.ndarray], statistic: str, values: np.ndarray) -> np.ndarray:
+    """In which layers something entered a statistic, and was cast where it is of casts; a signal of nothing has no ratio to noise."""
+    known = np.ones(len(values), bool)
+    if statistic == "snr":
+        known &= stats["signal"] != 0
+    if statistic in _OF_CASTS or statistic == "snr":
+        known &= stats.get("scale", known) != 0
+    weight = "rows" if statistic == "kurtosis" else "tokens"
+    return known & (stats[weight] > 0) if weight in stats and statistic != "amax" else known
 
 
 @functools.cache
@@ -46,9 +63,9 @@ def _names(statistic: str, name: str, layers: int) -> list[str]:
 
 
 def _with_snr(stats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The signal-to-noise ratio of a cast, NaN where there is no signal."""
+    """What is logged: without weights, with the signal-to-noise ratio of a cast."""
+    logged = {name: values for name, values in stats.items() if name not in ("signal", "noise", *WEIGHTS)}
     if "noise" not in stats:
-        return dict(stats)
+        return logged
     with np.errstate(divide="ignore", invalid="ignore"):
-        snr = 10 * np.log10(stats["signal"].astype(np.float64) / stats["noise"])
-    return {name: values for name, values in stats.items() if name not in ("signal", "noise")} | {"snr": snr}
+        return logged | {"snr": 10 * np.log10(stats["signal"].astype(np.float64) / stats["noise"])}

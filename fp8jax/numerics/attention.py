@@ -59,7 +59,7 @@ SCALINGS = ("delayed", "current", "static", "bf16")  # those with one scale a te
 def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes: Mapping[str, GemmRecipe], *,
               softmax_scale: float, segment_ids: jax.Array | None = None, scales: Mapping[str, jax.Array] | None = None,
               tokens: Mapping[str, jax.Array] | None = None, backend: str = "emulated",
-              partition: Partition | None = None) -> jax.Array:
+              partition: Partition | None = None, counted: jax.Array | None = None) -> jax.Array:
     """Causal grouped-query attention.
 
     Args:
@@ -75,6 +75,7 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
         backend: one of BACKENDS. Whether a recipe's GEMMs are FP8 or emulated is the recipe's business, with any.
             Or CUDNN, on a GPU, for recipes in `bf16` and without segment_ids.
         partition: mesh axes that split the operands; `pallas` needs to know them. Their FP8 values are what is moved between devices.
+        counted: bool [b, t]: the tokens that statistics are of; None: all.
 
     Returns:
         O, [b, t, k, g, h], in the dtype of q.
@@ -92,7 +93,7 @@ def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes:
     tokens = {role: tokens[role] for role in (SCORES, VALUES) if role in tokens} if tokens else {}
     health = SCORES in tokens and tokens[SCORES].ndim == 2
     call = Call(recipes[SCORES], recipes[VALUES], softmax_scale, q_btkgh.dtype, health, partition)
-    return _attention(backend, call, q_btkgh, k_bskh, v_bskh, segment_ids, scales, tokens)
+    return _attention(backend, call, q_btkgh, k_bskh, v_bskh, segment_ids, scales, tokens, counted)
 
 
 def check_backend(backend: str, recipes: Mapping[str, GemmRecipe], head_dim: int) -> None:
@@ -121,11 +122,11 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(backend, call, q, k, v, segment_ids, scales, tokens):
-    return _forward(backend, call, q, k, v, segment_ids, scales, tokens)[0]
+def _attention(backend, call, q, k, v, segment_ids, scales, tokens, counted):
+    return _forward(backend, call, q, k, v, segment_ids, scales, tokens, counted)[0]
 
 
-def _forward(backend, call, q, k, v, segment_ids, scales, tokens):
+def _forward(backend, call, q, k, v, segment_ids, scales, tokens, counted):
     many, few, rows = placements(call.partition, "btkgh", "bskh", "btkg")
     q, k, v = pin(q, many.cast), pin(k, few.cast), pin(v, few.cast)
     qq, amax_q = call.scores.quantise(q, _scale(scales, SCORES, 0), "q")
@@ -136,16 +137,16 @@ def _forward(backend, call, q, k, v, segment_ids, scales, tokens):
     qv = named(qv) if call.values.fp8 else qv
     o, weights = _FORWARD[backend](call, Operands(moved(qq, many.gemm), moved(qk, few.gemm), moved(qv, few.gemm), segment_ids))
     o, weights = pin(o, many.cast), Weights(*(pin(row, rows.cast) for row in weights))
-    scores, values = tokens.get(SCORES), tokens.get(VALUES)
-    reports = {SCORES: (report_cast(scores, q, qq, amax_q, many.cast), report_cast(scores, k, qk, amax_k, few.cast)),
-               VALUES: (report_cast(values, v, qv, amax_v, few.cast),)}
+    scores, values, report = tokens.get(SCORES), tokens.get(VALUES), functools.partial(report_cast, counted=counted)
+    reports = {SCORES: (report(scores, q, qq, amax_q, many.cast), report(scores, k, qk, amax_k, few.cast)),
+               VALUES: (report(values, v, qv, amax_v, few.cast),)}
     o, weights, reports = checkpoint_name((o, weights, reports), CHECKPOINT_NAME)
     kept = Operands(as_bytes(qq), as_bytes(qk), as_bytes(qv), segment_ids)
-    return o, (kept, o, weights, reports, scales, tokens)
+    return o, (kept, o, weights, reports, scales, tokens, counted)
 
 
 def _backward(backend, call, saved, do):
-    kept, o, weights, reports, scales, tokens = saved
+    kept, o, weights, reports, scales, tokens, counted = saved
     many, few, rows, heads = placements(call.partition, "btkgh", "bskh", "btkg", "bk")
     operands = Operands(*(moved(from_bytes(q), *place) for q, place in zip(kept[:3], (many, few, few), strict=True)), kept.segment_ids)
     do = pin(do, many.cast)
@@ -158,16 +159,17 @@ def _backward(backend, call, saved, do):
     residuals = Residuals(moved(qdo, *many), pin(offset, rows.gemm), pin(delta, rows.gemm))
     dq, dk, dv, of_ds = _BACKWARD[backend](call, operands, residuals, scale)
     if call.health:
-        of_ds = jnp.pad(of_ds, (0, len(statistics.DISTRIBUTION)), constant_values=jnp.nan)
+        of_ds = statistics.of_gradient(of_ds, do.shape, counted)
     elif SCORES in tokens and of_ds is not None:
         of_ds = report_amax(of_ds, heads.gemm, formats.amax(of_ds), tokens[SCORES][2])
-    of_do = report_cast(tokens.get(VALUES), shared, qdo, amax_do, many.cast)
+    of_do = report_cast(tokens.get(VALUES), shared, qdo, amax_do, many.cast, counted=counted)
     if VALUES in tokens and tokens[VALUES].ndim == 2:  # how dO is spread, and not what its rows are cast as
-        spread = statistics.distribution(do)
-        of_do = jnp.concatenate([of_do[: len(statistics.HEALTH)], jnp.stack([spread[name] for name in statistics.DISTRIBUTION])])
+        spread = statistics.distribution(do, counted)
+        names = *statistics.DISTRIBUTION, *statistics.WEIGHTS
+        of_do = jnp.concatenate([of_do[: len(statistics.HEALTH)], jnp.stack([spread[name] for name in names])])
     found = {SCORES: (*reports[SCORES], of_ds), VALUES: (*reports[VALUES], of_do)}
     dq, dk, dv = pin(dq, many.cast), pin(dk, few.cast), pin(dv, few.cast)
-    return dq, dk, dv, None, None, {role: _stacked(found[role], token) for role, token in tokens.items()}
+    return dq, dk, dv, None, None, {role: _stacked(found[role], token) for role, token in tokens.items()}, None
 
 
 def _stacked(reports: tuple[jax.Array | None, ...], token: jax.Array) -> jax.Array:

@@ -91,7 +91,7 @@ def _whole(health: jax.Array, amax: jax.Array, scale: jax.Array | None, length: 
     """Health of dS from the sum over chunks: what was skipped is zero; amax and scale do not add up."""
     computed = sum(chunks * rows * (first + chunks * rows) for first, chunks, rows in _bands(length)) / max(length, 1) ** 2
     found = dict(zip(statistics.HEALTH, health, strict=True))
-    found |= {"amax": amax, "scale": jnp.float32(jnp.nan) if scale is None else scale, "zero": found["zero"] + (1 - computed)}
+    found |= {"amax": amax, "scale": jnp.float32(0) if scale is None else scale, "zero": found["zero"] + (1 - computed)}
     return jnp.stack([found[name] for name in statistics.HEALTH])
 
 

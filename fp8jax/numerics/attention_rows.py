@@ -148,7 +148,7 @@ def input_gradients(call: Call, p: jax.Array, ds: Quantised, q: Quantised, k: Qu
 
 
 def spread_of_scores(call: Call, q: Quantised, k: Quantised, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of these rows, float32 [b, k]: the largest visible score, infinite if one is NaN, and the sum of the entropies, in nats.
+    """Of each query of these rows, float32 [b, k, g, t]: the largest visible score, infinite if one is NaN, and the entropy, in nats.
 
     Scores are natural ones, with the softmax scale; the entropy is that of the probabilities before their cast.
     """
@@ -158,7 +158,7 @@ def spread_of_scores(call: Call, q: Quantised, k: Quantised, mask: jax.Array) ->
     total = jnp.sum(p, axis=-1)
     below = jnp.sum(jnp.where(p > 0, p * (logits - top), 0.0), axis=-1)  # a hidden key has 0 * -inf
     largest = jnp.where(jnp.isnan(top), jnp.inf, top)  # a maximum over devices drops NaN
-    return jnp.max(largest, axis=(2, 3, 4)) / LOG2_E, jnp.sum(jnp.log2(total) - below / total, axis=(2, 3)) / LOG2_E
+    return tuple(jnp.swapaxes(x, 2, 3) / LOG2_E for x in (largest[..., 0], jnp.log2(total) - below / total))
 
 
 def amax_by_head(x: jax.Array, *, emulated: bool = False) -> jax.Array:

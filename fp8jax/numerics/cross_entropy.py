@@ -36,7 +36,7 @@ from fp8jax.numerics.recipes import GemmRecipe
 
 def linear_cross_entropy(x_btd: jax.Array, w_vd: jax.Array, targets_bt: jax.Array, recipe: GemmRecipe, *, chunk: int, shards: int = 1,
                          quantised_w: Quantised | None = None, scales: jax.Array | None = None, token: jax.Array | None = None,
-                         role: str = "lm_head") -> tuple[jax.Array, jax.Array]:
+                         role: str = "lm_head", counted: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihoods of targets under softmax(x wᵀ), and the log-partitions.
 
     Args:
@@ -48,8 +48,9 @@ def linear_cross_entropy(x_btd: jax.Array, w_vd: jax.Array, targets_bt: jax.Arra
         shards: equal parts of w's rows that are gone through side by side; must divide their number.
         quantised_w: the weight as `quantise_weight` made it.
         scales: float32 [2], of x and g; needed by delayed scaling.
-        token: as of `dot_general`: float32 [2], or [2, len(REPORT)], of zeros; the distribution of the gradient stays unknown, NaN.
+        token: as of `dot_general`: float32 [2], or [2, len(REPORT)], of zeros; the kurtosis of the gradient stays unknown.
         role: name of the GEMMs in profiles and programs.
+        counted: bool [b, t]: the tokens that statistics are of; the others' cotangents are zero. None: all.
 
     Returns:
         nll and lse, [b, t], in float32, or float64 for such x.
@@ -66,7 +67,7 @@ def linear_cross_entropy(x_btd: jax.Array, w_vd: jax.Array, targets_bt: jax.Arra
     if quantised_w is None:
         quantised_w = quantise_weight(lax.stop_gradient(w_vd), recipe, x_btd.dtype)
     call = _Call(recipe, role, chunk, shards, x_btd.dtype, w_vd.dtype)
-    return _cross_entropy(call, x_btd, w_vd, quantised_w, targets_bt, scales, token)
+    return _cross_entropy(call, x_btd, w_vd, quantised_w, targets_bt, scales, token, counted)
 
 
 class _Call(NamedTuple):
@@ -100,11 +101,11 @@ class _Running(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(call, x, w, qw, targets, scales, token):
-    return _forward(call, x, w, qw, targets, scales, token)[0]
+def _cross_entropy(call, x, w, qw, targets, scales, token, counted):
+    return _forward(call, x, w, qw, targets, scales, token, counted)[0]
 
 
-def _forward(call, x, w, qw, targets, scales, token):
+def _forward(call, x, w, qw, targets, scales, token, counted):
     scales = scales if call.recipe.scaling == "delayed" else None
     qx, amax_x = call.recipe.quantise(x, None if scales is None else scales[0], "x")
 
@@ -121,12 +122,12 @@ def _forward(call, x, w, qw, targets, scales, token):
     found, _ = _over_chunks(call, qw, chunk, _Running(lowest, zeros, zeros, lowest))
     largest, target = jnp.max(found.largest, axis=2), jnp.sum(found.target, axis=2)
     lse = largest + jnp.log(jnp.sum(found.total * jnp.exp(found.largest - largest[..., None]), axis=2))
-    residuals = as_bytes(qx), qw, targets, lse, target, jnp.max(found.other, axis=2), scales, token, report_cast(token, x, qx, amax_x)
-    return (lse - target, lse), residuals
+    of_x = report_cast(token, x, qx, amax_x, counted=counted)
+    return (lse - target, lse), (as_bytes(qx), qw, targets, lse, target, jnp.max(found.other, axis=2), scales, token, counted, of_x)
 
 
 def _backward(call, residuals, cotangents):
-    qx, qw, targets, lse, target, other, scales, token, of_x = residuals
+    qx, qw, targets, lse, target, other, scales, token, counted, of_x = residuals
     qx, recipe = from_bytes(qx), call.recipe
     of_nll, both = cotangents[0].astype(call.wide), (cotangents[0] + cotangents[1]).astype(call.wide)
     amax = _amax(lse, target, other, of_nll, both) if recipe.fp8 else None
@@ -134,7 +135,7 @@ def _backward(call, residuals, cotangents):
     elements, in_full = lse.size * qw.data.shape[0], token is not None and token.ndim == 2
 
     def chunk(carry, part, start):
-        dx, health = carry
+        dx, health, total = carry
         logits = _logits(call, qx, part)
         hit = _hits(call, qw, targets, start, logits.shape[3])
         g = _wide(both) * jnp.exp(logits - _wide(lse)) - jnp.where(hit, _wide(of_nll), 0.0)
@@ -142,15 +143,18 @@ def _backward(call, residuals, cotangents):
             g, scale, recipe.format("g"), emulated=recipe.emulated)
         if in_full and scale is not None:
             health += statistics.health(g, qg, elements=elements)
+            total += jnp.sum(g)
         dx += call.gemm(qg, part, (((3,), (1,)), ((2,), (0,))), call.wide, "dgrad")
-        return (dx, health), call.gemm(qg, qx, (((0, 1), (0, 1)), ((), ())), call.w_dtype, "wgrad")
+        return (dx, health, total), call.gemm(qg, qx, (((0, 1), (0, 1)), ((), ())), call.w_dtype, "wgrad")
 
-    zeros = jnp.zeros((call.shards, *qx.data.shape), call.wide), jnp.zeros(len(statistics.HEALTH))
-    (dx, health), dw = _over_chunks(call, qw, chunk, zeros)
-    unknown = jnp.full(len(statistics.DISTRIBUTION), jnp.nan)  # chunks of a token's features do not tell its kurtosis
-    of_g = jnp.concatenate([jnp.stack([amax, scale]), health[2:], unknown]) if in_full and scale is not None else amax
+    zeros = jnp.zeros((call.shards, *qx.data.shape), call.wide), jnp.zeros(len(statistics.HEALTH)), jnp.zeros((), call.wide)
+    (dx, health, total), dw = _over_chunks(call, qw, chunk, zeros)
+    of_g = amax
+    if in_full and scale is not None:
+        whole = jnp.concatenate([jnp.stack([amax, scale]), health[2:]])
+        of_g = statistics.of_gradient(whole, lse.shape, counted, mean=total / float(elements))
     d_token = None if of_x is None else jnp.stack([of_x, of_g])
-    return jnp.sum(dx, axis=0).astype(call.x_dtype), dw, None, None, None, d_token
+    return jnp.sum(dx, axis=0).astype(call.x_dtype), dw, None, None, None, d_token, None
 
 
 _cross_entropy.defvjp(_forward, _backward)

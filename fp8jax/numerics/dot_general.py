@@ -119,7 +119,8 @@ def quantise_weight(w: jax.Array, recipe: GemmRecipe, dtype: Any, scale: jax.Arr
 
 def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers, recipe: GemmRecipe, *,
                 quantised_w: Quantised | None = None, scales: jax.Array | None = None, token: jax.Array | None = None,
-                placements: tuple[Placement, Placement] | None = None, out_dtype: Any = None, role: str = "linear") -> jax.Array:
+                placements: tuple[Placement, Placement] | None = None, out_dtype: Any = None, role: str = "linear",
+                counted: jax.Array | None = None) -> jax.Array:
     """`lax.dot_general(x, w)` with FP8 operands, forward and backward.
 
     Args:
@@ -135,6 +136,7 @@ def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers,
         placements: of x and the output gradient on a mesh; their FP8 values are what is moved between devices.
         out_dtype: dtype of the result; None: that of x.
         role: name of the GEMM in profiles and programs.
+        counted: bool, x's first two dimensions: the tokens that statistics are of; None: all.
 
     Raises:
         ValueError: delayed scaling without scales; blockwise scaling of anything but x times a matrix.
@@ -150,7 +152,7 @@ def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers,
     dims = (tuple(x_contract), tuple(w_contract)), (tuple(x_batch), tuple(w_batch))  # hashable, whatever was given
     places = placements or (Placement(None, None),) * 2
     call = _Call(dims, recipe, role, jnp.dtype(out_dtype or x.dtype), x.dtype, w.dtype, *places)
-    return _dot_general(call, x, w, quantised_w, scales, token)
+    return _dot_general(call, x, w, quantised_w, scales, token, counted)
 
 
 class _Call(NamedTuple):
@@ -167,28 +169,29 @@ class _Call(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot_general(call, x, w, qw, scales, token):
-    return _forward(call, x, w, qw, scales, token)[0]
+def _dot_general(call, x, w, qw, scales, token, counted):
+    return _forward(call, x, w, qw, scales, token, counted)[0]
 
 
-def _forward(call, x, w, qw, scales, token):
+def _forward(call, x, w, qw, scales, token, counted):
     recipe, x = call.recipe, pin(x, call.of_x.cast)
     qx, amax_x = recipe.quantise(x, None if scales is None else scales[0], "x", axes=call.dims[0][0])
     qx = moved(qx, call.of_x.cast)
     qx = named(qx) if recipe.fp8 else qx
-    report = checkpoint_name(report_cast(token, x, qx, amax_x, call.of_x.cast, emulated=recipe.emulated), CHECKPOINT_NAME)
+    of_x = report_cast(token, x, qx, amax_x, call.of_x.cast, counted=counted, emulated=recipe.emulated)
+    report = checkpoint_name(of_x, CHECKPOINT_NAME)
     y = gemm(*_operands(recipe, moved(qx, call.of_x.gemm), qw), call.dims, out_dtype=call.out_dtype, name=f"{call.role}.fprop",
              **_options(recipe, "fprop"))
-    return pin(y, call.of_g.cast), (as_bytes(qx), qw, scales, token, report)
+    return pin(y, call.of_g.cast), (as_bytes(qx), qw, scales, token, counted, report)
 
 
 def _backward(call, residuals, g):
-    qx, qw, scales, token, of_x = residuals
+    qx, qw, scales, token, counted, of_x = residuals
     qx = moved(from_bytes(qx), *call.of_x)  # moved a second time: kept, it would take its place for every layer
     recipe, dims = call.recipe, call.dims
     g = pin(g if recipe.fp8 else g.astype(call.x_dtype), call.of_g.cast)
     qg, amax_g = recipe.quantise(g, None if scales is None else scales[1], "g", axes=(g.ndim - 1,))
-    of_g = report_cast(token, g, qg, amax_g, call.of_g.cast, spread=True, emulated=recipe.emulated)
+    of_g = report_cast(token, g, qg, amax_g, call.of_g.cast, spread=True, counted=counted, emulated=recipe.emulated)
     qg = moved(qg, *call.of_g)
     dx = _transposed_lhs(*_operands(recipe, qg, qw), dims, qx.data.ndim, out_dtype=call.x_dtype, name=f"{call.role}.dgrad",
                          **_options(recipe, "dgrad"))
@@ -197,7 +200,7 @@ def _backward(call, residuals, g):
     dw = _transposed_rhs(*_operands(recipe, qg, qx), dims, qw.data.ndim, out_dtype=call.w_dtype, name=f"{call.role}.wgrad",
                          **_options(recipe, "wgrad"))
     d_token = None if of_x is None else jnp.stack([of_x, of_g])
-    return pin(dx, call.of_x.cast), dw, None, None, d_token
+    return pin(dx, call.of_x.cast), dw, None, None, d_token, None
 
 
 _dot_general.defvjp(_forward, _backward)
@@ -226,15 +229,16 @@ def _options(recipe: GemmRecipe, gemm_pass: str) -> dict[str, Any]:
 
 
 def report_cast(token: jax.Array | None, x: jax.Array, q: Quantised, amax: jax.Array | None, spec: PartitionSpec | None = None, *,
-                spread: bool = False, emulated: bool = False) -> jax.Array | None:
+                spread: bool = False, counted: jax.Array | None = None, emulated: bool = False) -> jax.Array | None:
     """What a token brings back of one operand: its amax, None if that is not taken; or, if the token has room, statistics.REPORT.
 
-    spec: how x is split. spread: whether its distribution belongs to the report. emulated: as of `formats.amax`.
+    spec: how x is split. spread: whether its distribution belongs to the report. counted: the tokens that it is of.
+    emulated: as of `formats.amax`.
     """
     if token is None:
         return None
     if token.ndim == 2:
-        return statistics.report(x, q, spread=spread)
+        return statistics.report(x, q, spread=spread, counted=counted)
     return None if amax is None else report_amax(x, spec, amax, token[0], emulated=emulated)
 
 

@@ -3,10 +3,14 @@
     distribution(x_btd)["kurtosis"], health(x_btd, quantised)[HEALTH.index("underflow")]
 
 All are float32 scalars, computed in float32 from any floating input, and differentiable by nobody: callers stop gradients.
+
+Padding does not count: `counted`, bool [batch, tokens], says which tokens enter. How much entered comes with the numbers (WEIGHTS),
+so that microbatches are averaged by it; where nothing did, and where nothing was cast, a number means nothing (`known`).
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +21,13 @@ from fp8jax.numerics.formats import Quantised
 
 HEALTH = ("amax", "scale", "overflow", "underflow", "zero", "negative_zero", "signal", "noise")
 DISTRIBUTION = ("mean", "rms", "kurtosis", "pooled_kurtosis")
-REPORT = HEALTH + DISTRIBUTION
+# How much entered: tokens; of them, and of their heads, those that the kurtosis is a mean over; sequences, of the pooled one.
+WEIGHTS = ("tokens", "rows", "sequences")
+REPORT = HEALTH + DISTRIBUTION + WEIGHTS
 
 
-def distribution(x: jax.Array) -> dict[str, jax.Array]:
-    """How the values of a tensor are spread: what DISTRIBUTION names.
+def distribution(x: jax.Array, counted: jax.Array | None = None) -> dict[str, jax.Array]:
+    """How the values of a tensor are spread: what DISTRIBUTION names, and WEIGHTS.
 
     `mean` and `rms` are over everything. `kurtosis` is the mean over tokens of mean(x^4) / mean(x^2)^2 over the features: 3 for a
     Gaussian, D at most. `pooled_kurtosis` takes each sequence (tokens x features) as one sample, as the paper's released code does.
@@ -31,19 +37,42 @@ def distribution(x: jax.Array) -> dict[str, jax.Array]:
 
     Args:
         x: [batch, tokens, ..., features], floating.
+        counted: bool [batch, tokens]: the tokens that are meant; None: all.
     """
     x = _as_stored(x).astype(jnp.float32)
     # Behind a barrier, or XLA takes maximum and sum of everything in a pass of its own, from x, and not from these.
     largest, total = lax.optimization_barrier(_by_row(jnp.abs(x), x, maxima=1))
     square = (x * (1.0 / _not_zero(largest))[..., None]) ** 2
     second, fourth = (power / x.shape[-1] for power in _by_row(square, square**2))
+    largest, total, second, fourth = (_kept(part, counted) for part in (largest, total, second, fourth))
     within = tuple(range(1, largest.ndim))
     weight = (largest / _not_zero(jnp.max(largest, axis=within, keepdims=True))) ** 2
-    pooled = jnp.mean(weight * second, axis=within), jnp.mean(weight**2 * fourth, axis=within)
+    in_each, in_all = _rows(largest.shape, counted)
+    pooled = jnp.sum(weight * second, axis=within) / in_each, jnp.sum(weight**2 * fourth, axis=within) / in_each
     top = jnp.max(largest)
-    rms = top * jnp.sqrt(jnp.mean((largest / _not_zero(top)) ** 2 * second))
-    mean = jnp.sum(total) / float(x.size)  # a Python integer becomes an int32, which ends at 2**31
-    return {"mean": mean, "rms": rms, "kurtosis": _mean_ratio(second, fourth), "pooled_kurtosis": _mean_ratio(*pooled)}
+    rms = top * jnp.sqrt(jnp.sum((largest / _not_zero(top)) ** 2 * second) / in_all)
+    mean = jnp.sum(total) / in_all / x.shape[-1]
+    (kurtosis, rows), (pooled_kurtosis, sequences) = _mean_ratio(second, fourth), _mean_ratio(*pooled)
+    return {"mean": mean, "rms": rms, "kurtosis": kurtosis, "pooled_kurtosis": pooled_kurtosis, "tokens": tokens(x.shape, counted),
+            "rows": rows, "sequences": sequences}
+
+
+def tokens(shape: tuple[int, ...], counted: jax.Array | None) -> jax.Array:
+    """How many tokens of an array [batch, tokens, ...] count, float32."""
+    return jnp.float32(math.prod(shape[:2])) if counted is None else jnp.sum(counted.astype(jnp.int32)).astype(jnp.float32)
+
+
+def _kept(rows: jax.Array, counted: jax.Array | None) -> jax.Array:
+    """[batch, tokens, ...], zero where a token does not count."""
+    return rows if counted is None else jnp.where(counted.reshape(*counted.shape, *(1,) * (rows.ndim - 2)), rows, jnp.zeros((), rows.dtype))
+
+
+def _rows(shape: tuple[int, ...], counted: jax.Array | None) -> tuple[jax.Array | float, jax.Array | float]:
+    """How many rows [batch, tokens, ...] count, of each sequence and in all; at least 1, to divide by."""
+    if counted is None:
+        return float(math.prod(shape[1:])), float(math.prod(shape))
+    in_each = jnp.sum(counted.astype(jnp.int32), axis=1).astype(jnp.float32) * float(math.prod(shape[2:]))
+    return jnp.maximum(in_each, 1.0), jnp.maximum(jnp.sum(in_each), 1.0)
 
 
 def _as_stored(x: jax.Array) -> jax.Array:
@@ -55,36 +84,41 @@ def _not_zero(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < 2.0**-126, 1.0, x)  # some devices take subnormal numbers for zero
 
 
-def _mean_ratio(second: jax.Array, fourth: jax.Array) -> jax.Array:
-    """Mean of fourth / second^2 where second is not 0."""
+def _mean_ratio(second: jax.Array, fourth: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean of fourth / second^2 where second is not 0, and how many those are."""
     ratio = fourth / _not_zero(second) ** 2
-    counted = second != 0
-    number = jnp.sum(counted.astype(jnp.int32)).astype(jnp.float32)  # float32 loses ones beyond 2**24
-    return jnp.sum(jnp.where(counted, ratio, 0.0)) / jnp.maximum(number, 1.0)
+    entered = second != 0
+    number = jnp.sum(entered.astype(jnp.int32)).astype(jnp.float32)  # float32 loses ones beyond 2**24
+    return jnp.sum(jnp.where(entered, ratio, 0.0)) / jnp.maximum(number, 1.0), number
 
 
 def choose(found: dict[str, jax.Array], *, pooled: bool) -> dict[str, jax.Array]:
-    """Leaves one kurtosis, under that name: over one token's features, or pooled over a sequence."""
+    """Leaves one kurtosis and what it was taken of, as `kurtosis` and `rows`: over one token's features, or pooled over a sequence."""
     if "pooled_kurtosis" not in found:
         return found
-    kept = {name: value for name, value in found.items() if name != "pooled_kurtosis"}
-    return kept | {"kurtosis": found["pooled_kurtosis"]} if pooled else kept
+    kept = {name: value for name, value in found.items() if name not in ("pooled_kurtosis", "sequences")}
+    return kept | {"kurtosis": found["pooled_kurtosis"], "rows": found["sequences"]} if pooled else kept
 
 
-def report(x: jax.Array, q: Quantised, *, spread: bool) -> jax.Array:
+def report(x: jax.Array, q: Quantised, *, spread: bool, counted: jax.Array | None = None) -> jax.Array:
     """What a token brings back of one operand of a GEMM: a float32 vector, one entry for each name in REPORT.
 
     Args:
         x: the operand, [batch, tokens, ..., features].
         q: its cast; without a scale, not cast at all: of HEALTH, only the amax is known then.
-        spread: whether the distribution is taken, too. What is not known is NaN.
+        spread: whether the distribution is taken, too; else it is 0, and was taken of no rows.
+        counted: bool [batch, tokens]: the tokens that are meant; None: all.
     """
-    of_x = distribution(x) if spread else {}
-    unknown = jnp.float32(jnp.nan)
-    return jnp.concatenate([health(x, q), jnp.stack([of_x.get(name, unknown) for name in DISTRIBUTION])])
+    found = health(x, q, counted=counted)
+    return _with_rest(found, distribution(x, counted) if spread else {"tokens": tokens(x.shape, counted)})
 
 
-def health(x: jax.Array, q: Quantised, *, elements: int | None = None) -> jax.Array:
+def _with_rest(found: jax.Array, rest: dict[str, jax.Array]) -> jax.Array:
+    """REPORT from HEALTH and what else is known."""
+    return jnp.concatenate([found, jnp.stack([jnp.float32(rest.get(name, 0.0)) for name in (*DISTRIBUTION, *WEIGHTS)])])
+
+
+def health(x: jax.Array, q: Quantised, *, elements: int | None = None, counted: jax.Array | None = None) -> jax.Array:
     """What a cast did to a tensor: a float32 vector, one entry for each name in HEALTH.
 
     `amax`: largest magnitude; `scale`: the scale, the largest of them if there are several; fractions of the elements:
@@ -96,11 +130,12 @@ def health(x: jax.Array, q: Quantised, *, elements: int | None = None) -> jax.Ar
 
     Args:
         x: the tensor, floating.
-        q: its cast; without a scale, not cast at all: all but the amax is NaN then.
+        q: its cast; without a scale, not cast at all: all but the amax is 0 then, the scale too, which no cast has.
         elements: what fractions and means refer to, if x is a part of something larger; parts then add up.
+        counted: bool [batch, tokens]: the tokens that are meant; None: all. The amax and the scale are those of all, as is the cast.
     """
     if q.scale is None:
-        return jnp.full(len(HEALTH), jnp.nan).at[0].set(formats.amax(_as_stored(x)))
+        return jnp.zeros(len(HEALTH)).at[0].set(formats.amax(_as_stored(x)))
     x = _as_stored(x).astype(jnp.float32)
     scale, elements = jnp.max(q.scale), elements or max(x.size, 1)
     by_element = blockwise.spread(q.scale, x.shape)
@@ -118,7 +153,35 @@ def health(x: jax.Array, q: Quantised, *, elements: int | None = None) -> jax.Ar
     amax = lax.bitcast_convert_type(jnp.max(top, initial=0), jnp.float32)
     scaled = x * (1.0 / scale)
     error = scaled - q.data.astype(jnp.float32) * (by_element / scale)
-    return from_rows(amax, scale, counts, [jnp.sum(part**2, axis=-1) for part in (scaled, error)], elements)
+    energies = [jnp.sum(part**2, axis=-1) for part in (scaled, error)]
+    counts, energies = ([_kept(rows, counted) for rows in parts] for parts in (counts, energies))
+    found = from_rows(amax, scale, counts, energies, elements)
+    return found if counted is None else found.at[2:].multiply(_factor(counted))
+
+
+def of_gradient(found: jax.Array, shape: tuple[int, ...], counted: jax.Array | None, *, mean: Any = 0.0) -> jax.Array:
+    """REPORT of a gradient that was there in parts only, so without its kurtosis; padding, of which gradients are zero, does not count.
+
+    Args:
+        found: HEALTH of all of it.
+        shape: [batch, tokens, ...].
+        counted: bool [batch, tokens]: the tokens that are meant; None: all.
+        mean: of all of it.
+    """
+    factor = 1.0 if counted is None else _factor(counted)
+    of = dict(zip(HEALTH, found, strict=True))
+    for name in HEALTH[2:]:
+        of[name] = of[name] * factor
+    if counted is not None:
+        of["zero"] = jnp.where(factor > 0, jnp.maximum(of["zero"] + 1 - factor, 0.0), 0.0)
+    rest = {"mean": mean * factor, "rms": of["scale"] * jnp.sqrt(of["signal"]), "tokens": tokens(shape, counted)}
+    return _with_rest(jnp.stack(list(of.values())), rest)
+
+
+def _factor(counted: jax.Array) -> jax.Array:
+    """What makes a mean over all tokens one over those that count: their inverse share, 0 if there are none."""
+    number = tokens(counted.shape, counted)
+    return jnp.where(number > 0, float(counted.size) / jnp.maximum(number, 1.0), 0.0)
 
 
 def from_rows(amax: jax.Array, scale: jax.Array, counts: Sequence[jax.Array], energies: Sequence[jax.Array], elements: int) -> jax.Array:
@@ -181,19 +244,42 @@ def _number(rows: jax.Array) -> int:
 
 
 def combine(parts: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
-    """Statistics of a whole batch from those of its microbatches, equal in size.
+    """Statistics of a whole batch from those of its microbatches, each weighed by what entered it.
 
     Args:
-        parts: tensor → statistic → float32 [microbatches, ...].
+        parts: tensor → statistic → float32 [microbatches, ...]; `tokens` and `rows`, where they are absent, are alike.
     """
-    def one(stats: dict[str, jax.Array], statistic: str) -> jax.Array:
-        values = stats[statistic]
-        if statistic in ("amax", "scale", "max_logit"):
-            return jnp.max(values, axis=0)
-        if statistic in ("signal", "noise"):  # each in units of its own microbatch's scale
-            return jnp.mean(values * (stats["scale"] / jnp.max(stats["scale"], axis=0)) ** 2, axis=0)
-        if statistic == "rms":
-            return jnp.sqrt(jnp.mean(values**2, axis=0))
-        return jnp.mean(values, axis=0)
+    return {name: {key: _combined(stats, key) for key in stats} for name, stats in parts.items()}
 
-    return {name: {key: one(stats, key) for key in stats} for name, stats in parts.items()}
+
+def _combined(stats: dict[str, jax.Array], statistic: str) -> jax.Array:
+    values = stats[statistic]
+    if statistic in WEIGHTS:
+        return jnp.sum(values, axis=0)
+    if statistic == "amax":
+        return jnp.max(values, axis=0)
+    weights = stats.get("rows" if statistic == "kurtosis" else "tokens", jnp.ones_like(values))
+    if statistic == "max_logit":
+        top = jnp.max(jnp.where(weights > 0, values, -jnp.inf), axis=0)
+        return jnp.where(jnp.sum(weights, axis=0) > 0, top, 0.0)
+    if statistic == "scale":
+        return _largest_scale(stats, weights)
+    if statistic in ("signal", "noise"):  # each in units of its own microbatch's scale
+        values = values * jnp.minimum(stats["scale"] / _not_zero(_largest_scale(stats, weights)), 1.0) ** 2
+    if statistic == "rms":
+        top = jnp.max(jnp.where(weights > 0, values, 0.0), axis=0)  # the squares themselves may overflow
+        return top * jnp.sqrt(_mean((values / _not_zero(top)) ** 2, weights))
+    return _mean(values, weights)
+
+
+def _largest_scale(stats: dict[str, jax.Array], weights: jax.Array) -> jax.Array:
+    """Of the microbatches in which there was anything to cast; the scale of nothing is 1, which means nothing."""
+    entered = (weights > 0) & (stats["amax"] > 0)
+    entered = entered | ~jnp.any(entered, axis=0)
+    return jnp.max(jnp.where(entered, stats["scale"], 0.0), axis=0)
+
+
+def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weighted, over the first dimension; what has no weight does not count even if it is not finite."""
+    total = jnp.sum(jnp.where(weights > 0, values * weights, 0.0), axis=0)
+    return total / jnp.maximum(jnp.sum(weights, axis=0), 1.0)

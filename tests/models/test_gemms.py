@@ -143,9 +143,9 @@ def test_a_step_reports_the_health_of_every_operand():
     for name in operands:
         layers = 1 if name.startswith("lm_head") else 2
         for layer in range(layers):
-            found = {key: logged[f"{key}/{name}_layer{layer:03d}"] for key in (*statistics.HEALTH[:6], "snr")}
+            found = {key: logged.get(f"{key}/{name}_layer{layer:03d}") for key in (*statistics.HEALTH[:6], "snr")}
             if name.startswith("mlp_up") and layer == 1:
-                assert found.pop("amax") > 0 and all(map(math.isnan, found.values()))
+                assert found.pop("amax") > 0 and set(found.values()) == {None}
                 continue
             assert found["amax"] > 0 and math.log2(found["scale"]).is_integer()
             assert found["overflow"] == 0 and found["underflow"] < 0.1  # the scale is that of the tensor itself

@@ -44,7 +44,7 @@ def collected(program):
 def dumped(monkeypatch):
     """Statistics of activations come with the tensor that they are of."""
     original = statistics.distribution
-    monkeypatch.setattr(statistics, "distribution", lambda x: original(x) | {"tensor": x})
+    monkeypatch.setattr(statistics, "distribution", lambda x, *counted: original(x, *counted) | {"tensor": x})
 
 
 @pytest.mark.parametrize("kurtosis", ["per_token", pytest.param("pooled", marks=pytest.mark.slow)])
@@ -74,6 +74,33 @@ def test_sharded_equals_whole(training):
             np.testing.assert_allclose(sharded[name][key], values, rtol=2e-4, atol=1e-5 * size, err_msg=f"{name} {key}")
 
 
+@pytest.mark.parametrize(("recipe", "microbatches"), [("fp8_dpa", 2), ("bf16", 1)])
+def test_padding_does_not_count(recipe, microbatches):
+    """Four rows and a half followed by padding: as a microbatch of its own, and within one; against the rows alone."""
+    mask = np.repeat([[1.0], [0.0]], 4, axis=0) * np.ones((8, 32))
+    tokens = np.random.default_rng(0).integers(0, 120, (8, 33)).astype(np.int32)
+    tokens[4:] = 7
+    padded, alone = program_of(recipe=recipe, microbatches=microbatches), program_of(recipe=recipe, batch_size=4)
+    found = []
+    for program, rows in ((padded, 8), (alone, 4)):
+        batch = {"inputs": tokens[:rows, :-1], "targets": tokens[:rows, 1:], "mask": mask[:rows].astype(np.float32)}
+        _, _, taps = program.step(program.init(), program.put(batch), collect=True)
+        found.append(outliers.flatten(jax.tree.map(np.asarray, taps)))
+    assert found[0].keys() == found[1].keys() and {"kurtosis/mlp_up.g_layer001", "entropy/attention_scores_avg"} <= found[0].keys()
+    for name, value in found[1].items():
+        size = found[1][name.replace("mean/", "rms/")] if name.startswith("mean/") and "avg" not in name else abs(value)
+        if not name.startswith("amax/") or microbatches == 2 and ".g" in name:
+            assert found[0][name] == pytest.approx(value, rel=1e-4, abs=1e-5 * size + 1e-12), name
+
+
+def test_of_a_batch_of_padding_alone_nothing_is_logged_but_amax_of_what_was_cast():
+    program = program_of(recipe="fp8_dpa")
+    batch = {"inputs": np.full((8, 32), 7, np.int32), "targets": np.full((8, 32), 7, np.int32), "mask": np.zeros((8, 32), np.float32)}
+    _, _, taps = program.step(program.init(), program.put(batch), collect=True)
+    logged = outliers.flatten(jax.tree.map(np.asarray, taps))
+    assert {name.split("/")[0] for name in logged if ".w" not in name} == {"amax"}
+
+
 @pytest.mark.slow
 def test_gradient_statistics_ride_on_tokens_in_fp8_and_bf16():
     for recipe in ("bf16", "fp8_dpa"):
@@ -91,15 +118,15 @@ def test_every_operand_of_a_step_against_float64(monkeypatch, recipe):
     """All that tokens bring back, beside the tensors as they were in the step, forward and backward."""
     seen, original = [], statistics.report
 
-    def report(x, q, *, spread):
-        row = original(x, q, spread=spread)
+    def report(x, q, *, spread, counted):
+        row = original(x, q, spread=spread, counted=counted)
         jax.debug.callback(lambda *arrays: seen.append([np.asarray(array) for array in arrays]), x, row)
         return row
 
     monkeypatch.setattr(statistics, "report", report)
     _, taps = collected(program_of(recipe=recipe, dtype="bfloat16"))
     jax.effects_barrier()
-    rows = {tuple(row[8:10].tolist()): x for x, row in seen if not np.isnan(row[8])}
+    rows = {tuple(row[8:10].tolist()): x for x, row in seen if row[statistics.REPORT.index("rows")]}
     assert len(seen) == 2 * (5 * 2 + 4) and len(rows) == 2 * 6  # layers, operands of linear roles, q k v do; gradients
     for x, row in seen:
         assert row[0] == np.abs(x.astype(np.float64)).max()

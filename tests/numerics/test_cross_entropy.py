@@ -85,9 +85,10 @@ def test_fp8_gemms_are_those_of_the_plain_head(scaling, shards):
         found, (fx, fw, f_token) = graded(chunked, chunk=24, shards=shards)
         assert abs(found - loss) < 1e-6 * abs(loss)
         assert largest_error((fx, fw), (dx, dw)) < 2e-3
-        known = d_token if token.ndim == 1 else d_token.at[1, len(statistics.HEALTH):].set(jnp.nan)
+        unknown = [statistics.REPORT.index(name) for name in ("kurtosis", "pooled_kurtosis", "rows", "sequences")]
+        known = d_token if token.ndim == 1 else d_token.at[1, jnp.asarray(unknown)].set(0)
         np.testing.assert_allclose(f_token, known, rtol=1e-5, atol=1e-7)
-        assert scaling == "static" and token.ndim == 1 or float(jnp.nanmax(jnp.abs(d_token))) > 0
+        assert scaling == "static" and token.ndim == 1 or float(jnp.max(jnp.abs(d_token))) > 0
     exact = jax.grad(plain, (0, 1))(x, w, targets, mask)
     assert 1e-3 < largest_error((fx, fw), exact) < 0.15  # FP8 it is
 

@@ -169,7 +169,7 @@ def test_statistics_of_tensors_beyond_2_31_elements_are_traced(shape):
     traced = jax.eval_shape(lambda x, q: statistics.health(x, formats.Quantised(q, jnp.float32(1))), x, q)
     assert traced.shape == (len(statistics.HEALTH),)
     if len(shape) > 2:
-        assert set(jax.eval_shape(statistics.distribution, x)) == set(statistics.DISTRIBUTION)
+        assert set(jax.eval_shape(statistics.distribution, x)) == {*statistics.DISTRIBUTION, *statistics.WEIGHTS}
 
 
 @pytest.mark.parametrize("scaling", ["static", "current"])
@@ -188,6 +188,50 @@ def test_combine_equals_the_whole_batch(scaling):
     for name, value in whole.items():
         if name not in depends_on_scale:
             np.testing.assert_allclose(combined["qkv"][name], value, rtol=1e-5, err_msg=name)
+
+
+COUNTED = np.array([[1, 0, 1, 1, 0, 0], [0] * 6, [1] * 6], bool)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 33), (3, 6, 2, 4, 16)], ids=["features", "heads"])
+def test_padding_does_not_count(shape):
+    """Numbers of a tensor are those of the tensor with its padding cut out, whatever lies there; amax and scale are the cast's."""
+    x = heavy(shape, 3.0).at[0, 1].set(1e3).at[0, 4].set(jnp.nan).at[2, 5].set(0)
+    samples = [np.asarray(x)[i][COUNTED[i]].astype(np.float64) for i in (0, 2)]
+    rows = np.concatenate(samples).reshape(-1, shape[-1])
+    found = jax.jit(statistics.distribution)(x, COUNTED)
+    assert found["mean"] == pytest.approx(rows.mean(), rel=1e-5) and found["rms"] == pytest.approx(np.sqrt(np.mean(rows**2)), rel=1e-5)
+    assert found["kurtosis"] == pytest.approx(kurtosis(rows[None]), rel=2e-5)
+    pooled = [np.mean(s**4) / np.mean(s**2) ** 2 for s in samples]
+    assert found["pooled_kurtosis"] == pytest.approx(np.mean(pooled), rel=2e-5)
+    heads = len(rows) / 9
+    assert [found[name] for name in statistics.WEIGHTS] == [9, 8 * heads, 2]
+    x, scale, delayed = jnp.nan_to_num(x) / 64, jnp.float32(2.0**-12), GemmRecipe("delayed")
+    got = jax.jit(lambda x: statistics.health(x, delayed.quantise(x, scale, "x")[0], counted=COUNTED))(x)
+    wanted = health(jnp.asarray(rows / 64, jnp.float32), delayed, scale=scale)
+    assert wanted["overflow"] > 0 and wanted["zero"] > 0
+    np.testing.assert_allclose(got[1:], [wanted[name] for name in statistics.HEALTH[1:]], rtol=1e-5)
+    assert got[0] == pytest.approx(1e3 / 64)
+
+
+def test_of_padding_alone_nothing_is_known():
+    """And finite it is, all of it."""
+    x, none = heavy((3, 6, 32), 1.0), jnp.zeros((3, 6), bool)
+    found = dict(zip(statistics.REPORT, statistics.report(x, RECIPE.quantise(x, None, "x")[0], spread=True, counted=none), strict=True))
+    assert {name for name, value in found.items() if value != 0} == {"amax", "scale"}
+
+
+def test_combine_weighs_by_what_entered():
+    """A microbatch of padding alone counts for nothing, one of few tokens for little; of no tokens at all nothing is known."""
+    stats = {"tokens": [6.0, 0, 2], "rows": [3.0, 0, 0], "mean": [1.0, 9, 5], "rms": [1.0, jnp.inf, 3], "kurtosis": [20.0, 0, 0],
+             "max_logit": [-4.0, 7, -5], "amax": [2.0, 0, 1e-3], "scale": [2.0**-7, 1, 2.0**-18], "signal": [64.0, 0, 64],
+             "zero": [0.25, 1, 0.5], "overflow": [0.0, jnp.nan, 0.5]}
+    found = statistics.combine({"x": {name: jnp.asarray(values)[:, None] for name, values in stats.items()}})["x"]
+    wanted = {"tokens": 8, "rows": 3, "mean": 2, "rms": 3**0.5, "kurtosis": 20, "max_logit": -4, "amax": 2, "scale": 2.0**-7,
+              "signal": (6 * 64 + 2 * 64 * 2.0**-22) / 8, "zero": 0.3125, "overflow": 0.125}
+    assert {name: float(value[0]) for name, value in found.items()} == pytest.approx(wanted, rel=1e-6)
+    none = statistics.combine({"x": {"tokens": jnp.zeros(2), "mean": jnp.ones(2), "rms": jnp.ones(2), "max_logit": jnp.ones(2)}})["x"]
+    assert {name: float(value) for name, value in none.items()} == {"tokens": 0, "mean": 0, "rms": 0, "max_logit": 0}
 
 
 LAYER = (((2,), (0,)), ((), ()))
@@ -210,8 +254,8 @@ def test_tokens_with_room_bring_back_health(scaling):
     for a, b in zip(narrow, wide, strict=True):
         np.testing.assert_array_equal(a, b)
     found, spread = np.split(found, [len(statistics.HEALTH)], axis=1)
-    assert np.isnan(spread[0]).all()
-    np.testing.assert_allclose(spread[1], spread_of(g), rtol=2e-5)
+    np.testing.assert_array_equal(spread[0], [0, 0, 0, 0, 80, 0, 0])
+    np.testing.assert_allclose(spread[1], [*spread_of(g), 80, 80, 2], rtol=2e-5)
     np.testing.assert_array_equal(found[:, 0], [jnp.max(jnp.abs(x)), jnp.max(jnp.abs(g))])
     if scaling != "static":
         np.testing.assert_array_equal(found[:, 0], amaxes)
@@ -243,7 +287,8 @@ def test_attention_brings_back_health(scalings):
             expected = health(array, recipes[role], name, scales[role][i])
             np.testing.assert_allclose(found, [expected[key] for key in statistics.HEALTH], rtol=1e-5, err_msg=name)
             np.testing.assert_array_equal(chunked[role][i], rows[i])
-            np.testing.assert_allclose(spread, spread_of(do) if name == "do" else [np.nan] * 4, rtol=2e-5, err_msg=name)
+            wanted = [*spread_of(do), 600, 1200, 1] if name == "do" else [0, 0, 0, 0, 600, 0, 0]
+            np.testing.assert_allclose(spread, wanted, rtol=2e-5, err_msg=name)
     np.testing.assert_allclose(whole[SCORES][2, 0], chunked[SCORES][2, 0], rtol=1e-4)
     if recipes[SCORES].fp8:
         one, other = (dict(zip(statistics.HEALTH, rows[SCORES][2], strict=False)) for rows in (whole, chunked))

@@ -1,7 +1,9 @@
-"""RoPE frequencies against Llama 3.1's published rule, worked through pair by pair."""
+"""RoPE: frequencies against Llama 3.1's published rule, worked through pair by pair; angles against float64."""
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,7 +35,28 @@ def test_llama_3_scaling_slows_long_wavelengths_only():
     found = frequencies(rope_scaling_factor=factor)
     np.testing.assert_allclose(found, expected, rtol=1e-7)
     changed = found / frequencies()
-    assert changed[0] == 1 and changed[-1] == np.float32(1 / 8) and ((changed > 0.2) & (changed < 0.9)).any()
+    assert changed[0] == 1 and changed[-1] == 1 / 8 and ((changed > 0.2) & (changed < 0.9)).any()
+
+
+@pytest.mark.parametrize("theta", [1.0, 10000.0, 500000.0, 1e9])
+def test_angles_are_exact_at_every_position(theta):
+    """To 2**24 positions, traced, as with document masks; float32 loses all of an angle there."""
+    rng = np.random.default_rng(0)
+    edges = [0, 1, 4095, 65535, 65536, 131071, 131072, 10**6, 2**24 - 1, 2**24]
+    positions = np.concatenate([edges, rng.integers(0, 2**24, 500)]).astype(np.int32)[None]
+    model = frequencies(rope_theta=theta)
+    cos, sin = jax.jit(lambda positions: layers.rope_table(positions, model))(positions)
+    angles = positions[..., None].astype(np.float64) * theta ** (-np.arange(0, 128, 2) / 128)
+    assert cos.dtype == sin.dtype == jnp.float32 and cos.shape == (1, 510, 64)
+    np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(sin, np.sin(angles), rtol=0, atol=1e-6)
+
+
+def test_scaled_angles_are_exact_as_well():
+    model = frequencies(rope_scaling_factor=8.0)
+    positions = np.array([[131072, 10**6 + 1]])
+    cos, sin = layers.rope_table(jnp.asarray(positions), model)
+    np.testing.assert_allclose(np.asarray(cos) + 1j * np.asarray(sin), np.exp(1j * positions[..., None] * model), rtol=0, atol=1.5e-6)
 
 
 def test_bounds_in_the_wrong_order_are_refused():

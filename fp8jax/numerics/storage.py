@@ -12,6 +12,9 @@ Why scales are of blocks (128 numbers along the last dimension, powers of two): 
 apart, row by row. And why the root of a second moment: squares of gradients span twice the powers of two that gradients do.
 What is not zero is not stored as zero there, because the update divides by it.
 
+What is read is the square of what was stored, and squares of numbers whose mean is right are too large on average: by the variance
+of the rounding. So roots are rounded up with the probability that makes the mean of their squares right.
+
 What it does not do: quantise operands of GEMMs (formats.py, blockwise.py).
 """
 
@@ -58,21 +61,37 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def round_stochastic(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
+def round_stochastic(x: jax.Array, dtype: Any, bits: jax.Array, *, squares: bool = False) -> jax.Array:
     """Rounds to one of the two neighbours in `dtype`, so that the mean is x; beyond the largest finite number, to that.
 
     Args:
         x: float32, any shape. NaN and infinity stay what they are, where the format has them.
         dtype: a floating format of at most 16 bits.
         bits: uint32 like x, uniformly distributed.
+        squares: the mean of squares is x squared instead; x is not negative.
     """
     info = jnp.finfo(dtype)
     quantum = _quantum(x, dtype)
-    # As many random bits as x has below the quantum: the sum is exact.
-    share = (bits >> (9 + info.nmant)).astype(jnp.float32) * jnp.float32(2.0 ** (info.nmant - 23))
-    rounded = jnp.floor(x * (1.0 / quantum) + share) * quantum
+    if squares:
+        rounded = _up_by_squares(x * (1.0 / quantum), bits) * quantum
+    else:
+        # As many random bits as x has below the quantum: the sum is exact.
+        share = (bits >> (9 + info.nmant)).astype(jnp.float32) * jnp.float32(2.0 ** (info.nmant - 23))
+        rounded = jnp.floor(x * (1.0 / quantum) + share) * quantum
     top = float(info.max)
     return jnp.where(jnp.isfinite(x), jnp.clip(rounded, -top, top), x).astype(dtype)
+
+
+def _up_by_squares(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """One of the integers around x, so that the mean of squares is x squared."""
+    below = jnp.floor(x)
+    probability = (x - below) * (x + below) / (2 * below + 1)
+    return below + (_uniform(bits) < probability).astype(jnp.float32)
+
+
+def _uniform(bits: jax.Array) -> jax.Array:
+    """float32, in [0, 1)."""
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
 def _quantum(x: jax.Array, dtype: Any) -> jax.Array:
@@ -103,7 +122,7 @@ def encode(x: jax.Array, name: str, bits: jax.Array, *, root: bool = False) -> t
     x = jnp.sqrt(x) if root else x
     axis = x.ndim - 1
     scale = formats.scale_of(blockwise.amax(x, (axis,)), dtype)
-    data = round_stochastic(x * (1.0 / blockwise.spread(scale, x.shape)), dtype, bits)
+    data = round_stochastic(x * (1.0 / blockwise.spread(scale, x.shape)), dtype, bits, squares=root)
     if root:
         data = jnp.where((x > 0) & (data == 0), jnp.finfo(dtype).smallest_subnormal.astype(dtype), data)
     return data, scale

@@ -23,7 +23,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from fp8jax import open_fields
+from fp8jax import bounds, open_fields
+from fp8jax.bounds import COUNT, LARGE, YEARS
 from fp8jax.numerics import roles
 
 ARCHITECTURES = ("fog_max", "fog_opt", "fog_flash", "op", "op_frozen_qk", "llama3", "llama3_smooth", "olmo2")
@@ -40,7 +41,6 @@ CHUNK_AUTO = -1
 WARNING_ACTIONS = ("log", "checkpoint", "fallback", "rollback", "stop")
 WARNING_LEVELS = ("watch", "warn", "act")
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
-_LARGE = (1 << 24) + 1  # sizes from here on are mistakes, or a damaged file's, and no memory should be asked for them
 
 
 class ConfigError(ValueError):
@@ -59,8 +59,8 @@ class DataError(ConfigError):
 
 
 def _field(default: Any, doc: str, *, choices: tuple = (), at_least: float | None = None, above: float | None = None,
-           below: float | None = None):
-    metadata = {"doc": doc, "choices": choices, "at_least": at_least, "above": above, "below": below}
+           below: float | None = None, at_most: float | None = None):
+    metadata = {"doc": doc, "choices": choices, "at_least": at_least, "above": above, "below": below, "at_most": at_most}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -70,30 +70,32 @@ class ModelConfig:
 
     architecture: str = _field("fog_max", "row of the architecture table that fills the switches", choices=ARCHITECTURES)
     layers: int = _field(4, "number of blocks", at_least=1, below=10_001)
-    width: int = _field(256, "model width d", at_least=1, below=_LARGE)
-    ffn_width: int = _field(512, "width of a gated FFN; a two-layer FFN takes 1.5 times this", at_least=1, below=_LARGE)
-    ffn_hidden: int | None = _field(None, "hidden features of the FFN, whatever its kind; None: by ffn_width", at_least=1, below=_LARGE)
-    heads: int = _field(2, "query heads", at_least=1, below=_LARGE)
-    kv_heads: int = _field(1, "key and value heads", at_least=1, below=_LARGE)
-    head_dim: int | None = _field(None, "features a head; None: width / heads", at_least=1, below=_LARGE)
-    vocab_size: int | None = _field(None, "rows of the embedding; None: the tokenizer's, up to a multiple of 128", at_least=1, below=_LARGE)
+    width: int = _field(256, "model width d", at_least=1, below=LARGE)
+    ffn_width: int = _field(512, "width of a gated FFN; a two-layer FFN takes 1.5 times this", at_least=1, below=LARGE)
+    ffn_hidden: int | None = _field(None, "hidden features of the FFN, whatever its kind; None: by ffn_width", at_least=1, below=LARGE)
+    heads: int = _field(2, "query heads", at_least=1, below=LARGE)
+    kv_heads: int = _field(1, "key and value heads", at_least=1, below=LARGE)
+    head_dim: int | None = _field(None, "features a head; None: width / heads", at_least=1, below=LARGE)
+    vocab_size: int | None = _field(None, "rows of the embedding; None: the tokenizer's, up to a multiple of 128", at_least=1, below=LARGE)
     tied_embeddings: bool = _field(True, "the head is the embedding, transposed")
-    init_std: float = _field(0.02, "sigma0: standard deviation of every matrix at the start", at_least=0.0)
-    norm_eps: float = _field(1e-5, "epsilon of RMSNorm", at_least=0.0)
-    rope_theta: float = _field(500000.0, "base of the rotary frequencies", at_least=1.0)
-    rope_scaling_factor: float = _field(1.0, "Llama-3 RoPE scaling: low rotary frequencies are divided by this; 1: off", at_least=1.0)
-    rope_low_freq_factor: float = _field(1.0, "frequencies that turn less often in the original context are low", at_least=1e-6)
-    rope_high_freq_factor: float = _field(4.0, "frequencies that turn more often in the original context stay as they are", at_least=1e-6)
-    rope_original_context: int = _field(8192, "tokens of context before RoPE scaling", at_least=1)
+    init_std: float = _field(0.02, "sigma0: standard deviation of every matrix at the start", at_least=0.0, at_most=10.0)
+    norm_eps: float = _field(1e-5, "epsilon of RMSNorm", at_least=1e-12, at_most=1.0)
+    rope_theta: float = _field(500000.0, "base of the rotary frequencies", at_least=1.0, at_most=1e12)
+    rope_scaling_factor: float = _field(1.0, "Llama-3 RoPE scaling: low rotary frequencies are divided by this; 1: off", at_least=1.0,
+                                        at_most=1e6)
+    rope_low_freq_factor: float = _field(1.0, "frequencies that turn less often in the original context are low", at_least=1e-6, at_most=1e6)
+    rope_high_freq_factor: float = _field(4.0, "frequencies that turn more often in the original context stay as they are", at_least=1e-6,
+                                          at_most=1e6)
+    rope_original_context: int = _field(8192, "tokens of context before RoPE scaling", at_least=1, below=LARGE)
     dtype: str = _field("bfloat16", "dtype of activations between GEMMs", choices=("bfloat16", "float32"))
     scan_layers: bool = _field(True, "compile one block and scan over layers; False unrolls, for debugging")
     pre_norm: bool | None = _field(None, "RMSNorm before each branch")
     qk_regulariser: str | None = _field(None, "what acts on queries and keys before RoPE", choices=QK_REGULARISERS)
     activation: str | None = _field(None, "the FFN's nonlinearity; swiglu kinds are gated", choices=ACTIVATIONS)
     branch_output: str | None = _field(None, "what acts on a branch before the residual addition", choices=BRANCH_OUTPUTS)
-    branch_gain_init: float | None = _field(None, "initial gain of branch_output", at_least=0.0)
-    input_scale: float | None = _field(None, "u: fixed factor on the embedding's output", at_least=0.0)
-    softmax_scale: float | None = _field(None, "s: factor on attention scores", at_least=0.0)
+    branch_gain_init: float | None = _field(None, "initial gain of branch_output", at_least=0.0, at_most=100.0)
+    input_scale: float | None = _field(None, "u: fixed factor on the embedding's output", at_least=1e-6, at_most=1e6)
+    softmax_scale: float | None = _field(None, "s: factor on attention scores", at_least=1e-6, at_most=1e3)
     final_norm: bool | None = _field(None, "RMSNorm before the head")
 
 
@@ -107,11 +109,11 @@ class Fp8Config:
                                  "or from a history as well", choices=roles.WEIGHT_SCALINGS)
     history_length: int = _field(1024, "delayed: steps of amax kept", at_least=1, below=1025)
     history_reduction: str = _field("max", "delayed: amax of the history", choices=("max", "most_recent"))
-    margin: int = _field(0, "scales are 2**margin times larger than needed: headroom against saturation", at_least=0)
+    margin: int = _field(0, "scales are 2**margin times larger than needed: headroom against saturation", at_least=0, at_most=8)
     power_of_two: bool = _field(True, "round scales up to powers of two: exact on every device")
     gradient_format: str = _field("e5m2", "format of output gradients (HYBRID: e5m2)", choices=("e4m3", "e5m2"))
-    static_weight_scale: float | None = _field(None, "static: scale of weights; None: model.init_std. Activations: 1", above=0.0)
-    static_gradient_scale: float | None = _field(None, "static: scale of output gradients; None: 1 / tokens a step", above=0.0)
+    static_weight_scale: float | None = _field(None, "static: scale of weights; None: model.init_std. Activations: 1", above=0.0, at_most=1e9)
+    static_gradient_scale: float | None = _field(None, "static: scale of output gradients; None: 1 / tokens a step", above=0.0, at_most=1e9)
     fast_accumulation: str = _field("fprop", "passes that accumulate fast and less exactly on Hopper",
                                     choices=roles.FAST_ACCUMULATION)
     head: bool = _field(False, "the language-model head in FP8 as well; needs untied embeddings")
@@ -137,7 +139,7 @@ class DataConfig:
                           choices=("concat", "best_fit"))
     document_masks: bool = _field(False, "packed documents do not attend to each other")
     on_fault: str = _field("fail", "a shard cut off, a token id that is none: fail, or skip its sequences, counted", choices=("fail", "skip"))
-    read_threads: int = _field(1, "background reading threads; 0 reads in the loop", at_least=0)
+    read_threads: int = _field(1, "background reading threads; 0 reads in the loop", at_least=0, at_most=1024)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,17 +148,18 @@ class OptimizerConfig:
 
     name: str = _field("adamw", "AdamW; AdEMAMix (a slow average of gradients beside the fast one); Muon for the blocks' matrices, Adam "
                        "for the rest", choices=OPTIMIZERS)
-    learning_rate: float = _field(1e-3, "peak learning rate", at_least=0.0)
-    final_learning_rate: float = _field(1e-8, "learning rate at the last step", at_least=0.0)
-    warmup_steps: int = _field(100, "steps of linear warm-up; where not set, the preset's share of training.steps", at_least=0)
-    decay_fraction: float = _field(0.2, "last part of the steps, falling as 1 - sqrt(progress)", at_least=0.0, below=1.0001)
-    b1: float = _field(0.9, "decay of the first moment", at_least=0.0, below=1.0)
-    b2: float = _field(0.95, "decay of the second moment", at_least=0.0, below=1.0)
-    eps: float = _field(1e-8, "added to the root of the second moment", at_least=0.0)
-    weight_decay: float = _field(0.1, "decoupled weight decay of matrices; norms and scalars have none", at_least=0.0)
-    clip_norm: float = _field(1.0, "global norm to which gradients are clipped; 0: no clipping", at_least=0.0)
-    b3: float = _field(0.9999, "ademamix: decay of the slow average", at_least=0.0, below=1.0)
-    alpha: float = _field(5.0, "ademamix: weight of the slow average in the update", at_least=0.0)
+    learning_rate: float = _field(1e-3, "peak learning rate", at_least=0.0, at_most=10.0)
+    final_learning_rate: float = _field(1e-8, "learning rate at the last step", at_least=0.0, at_most=10.0)
+    warmup_steps: int = _field(100, "steps of linear warm-up; where not set, the preset's share of training.steps", at_least=0,
+                               at_most=COUNT)
+    decay_fraction: float = _field(0.2, "last part of the steps, falling as 1 - sqrt(progress)", at_least=0.0, at_most=1.0)
+    b1: float = _field(0.9, "decay of the first moment", at_least=0.0, below=1.0, at_most=0.99999)
+    b2: float = _field(0.95, "decay of the second moment", at_least=0.0, below=1.0, at_most=0.99999)
+    eps: float = _field(1e-8, "added to the root of the second moment", at_least=1e-30, at_most=1.0)
+    weight_decay: float = _field(0.1, "decoupled weight decay of matrices; norms and scalars have none", at_least=0.0, at_most=10.0)
+    clip_norm: float = _field(1.0, "global norm to which gradients are clipped; 0: no clipping", at_least=0.0, at_most=1e30)
+    b3: float = _field(0.9999, "ademamix: decay of the slow average", at_least=0.0, below=1.0, at_most=0.99999)
+    alpha: float = _field(5.0, "ademamix: weight of the slow average in the update", at_least=0.0, at_most=100.0)
     gradient_dtype: str = _field("mixed", "dtype in which matrices' gradients are reduced over devices and summed over microbatches; "
                                  "mixed: model.dtype for the first (tables float32), float32 for the second", choices=GRADIENT_DTYPES)
     master_dtype: str = _field("float32", "dtype in which matrices are kept", choices=MASTER_DTYPES)
@@ -164,7 +167,8 @@ class OptimizerConfig:
                                   choices=MASTER_ROUNDINGS)
     first_moment: str = _field("float32", "how averages of matrices' gradients are kept", choices=roles.STORED)
     second_moment: str = _field("float32", "how averages of their squares are kept", choices=roles.STORED)
-    z_loss: float = _field(0.0, "weight of the mean squared log-partition of the logits in the training loss; 0: none", at_least=0.0)
+    z_loss: float = _field(0.0, "weight of the mean squared log-partition of the logits in the training loss; 0: none", at_least=0.0,
+                           at_most=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,22 +176,27 @@ class TrainingConfig:
     """Length and shape of the run."""
 
     steps: int = _field(600, "optimizer steps", at_least=1, below=2**31)  # counted in int32
-    batch_size: int = _field(16, "sequences a step, over all devices and microbatches", at_least=1)
+    batch_size: int = _field(16, "sequences a step, over all devices and microbatches", at_least=1, below=LARGE)
     microbatches: int = _field(0, "parts into which a step's batch is split, one after another; 0: the fewest that fit the devices",
-                               at_least=0)
+                               at_least=0, below=LARGE)
     seed: int = _field(0, "seed of initial weights and of the data order", at_least=0, below=2**32)
-    start_limit: int = _field(3600, "seconds until the first step may begin, compilation included; then the process ends; 0: any", at_least=0)
-    step_limit: int = _field(1800, "seconds a step may take, without its evaluation; then the process ends; 0: any", at_least=0)
+    start_limit: int = _field(3600, "seconds until the first step may begin, compilation included; then the process ends; 0: any", at_least=0,
+                              at_most=YEARS)
+    step_limit: int = _field(1800, "seconds a step may take, without its evaluation; then the process ends; 0: any", at_least=0,
+                             at_most=YEARS)
     evaluation_limit: int = _field(1800, "seconds a batch of an evaluation may take, compilation included; then the process ends; 0: any",
-                                   at_least=0)
-    save_limit: int = _field(3600, "seconds a save may take, in the background or not; then the process ends; 0: any", at_least=0)
-    bad_steps: int = _field(20, "bad steps in a row after which the run goes back to its newest checkpoint", at_least=1)
-    rollbacks: int = _field(2, "times a run may go back, passing over the batches it could not digest, before it stops", at_least=0)
+                                   at_least=0, at_most=YEARS)
+    save_limit: int = _field(3600, "seconds a save may take, in the background or not; then the process ends; 0: any", at_least=0,
+                             at_most=YEARS)
+    bad_steps: int = _field(20, "bad steps in a row after which the run goes back to its newest checkpoint", at_least=1, at_most=COUNT)
+    rollbacks: int = _field(2, "times a run may go back, passing over the batches it could not digest, before it stops", at_least=0,
+                            at_most=COUNT)
     skip_spikes: float = _field(0.0, "skip a step whose loss or gradient norm lies this many robust standard deviations above the "
                                 "median of the last 128, skipped ones included, so that a new level that lasts is accepted; 0: never",
-                                at_least=0.0)
+                                at_least=0.0, at_most=1e6)
     loss_chunk: int = _field(CHUNK_AUTO, "rows of the vocabulary whose logits are in memory at a time, computed once more in the "
-                             "backward pass; 0: all; -1: all where they fit", at_least=-1)
+                             "backward pass; 0: all; -1: all where they fit", at_least=-1,
+                             below=LARGE)
     remat: str = _field(AUTO, "what the backward pass recomputes: nothing, each block, or all but FP8 tensors, which wait on the device or "
                         "(offload_fp8) in the host's memory; auto: as little as fits", choices=REMAT_POLICIES)
     fitted: str = _field("", "microbatches, loss_chunk and remat that a run chose where they were left open, and for which devices; "
@@ -198,37 +207,40 @@ class TrainingConfig:
 class MeshConfig:
     """Devices along each mesh axis; at most one -1 takes what is left."""
 
-    data: int = _field(1, "data parallelism", at_least=-1)
-    fsdp: int = _field(-1, "data parallelism with sharded parameters; where not set, 1 beside another axis that is -1", at_least=-1)
-    tensor: int = _field(1, "heads, FFN and vocabulary split", at_least=-1)
-    sequence: int = _field(1, "sequence split between blocks", at_least=-1)
+    data: int = _field(1, "data parallelism", at_least=-1, at_most=2**20)
+    fsdp: int = _field(-1, "data parallelism with sharded parameters; where not set, 1 beside another axis that is -1", at_least=-1,
+                       at_most=2**20)
+    tensor: int = _field(1, "heads, FFN and vocabulary split", at_least=-1, at_most=2**20)
+    sequence: int = _field(1, "sequence split between blocks", at_least=-1, at_most=2**20)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Saving."""
 
-    every: int = _field(1000, "steps between checkpoints; one is always saved at the end and on a stop; 0: only those", at_least=0)
-    minutes: int = _field(60, "minutes after the last checkpoint at which another is saved; 0: only by steps", at_least=0)
-    keep: int = _field(2, "newest checkpoints kept", at_least=1)
-    keep_every: int = _field(0, "checkpoints of steps that this divides are kept for good; 0: none", at_least=0)
-    keep_best: int = _field(0, "checkpoints of the lowest held-out loss kept, of those saved at an evaluated step", at_least=0)
+    every: int = _field(1000, "steps between checkpoints; one is always saved at the end and on a stop; 0: only those", at_least=0,
+                        at_most=COUNT)
+    minutes: int = _field(60, "minutes after the last checkpoint at which another is saved; 0: only by steps", at_least=0, at_most=YEARS)
+    keep: int = _field(2, "newest checkpoints kept", at_least=1, at_most=COUNT)
+    keep_every: int = _field(0, "checkpoints of steps that this divides are kept for good; 0: none", at_least=0, at_most=COUNT)
+    keep_best: int = _field(0, "checkpoints of the lowest held-out loss kept, of those saved at an evaluated step", at_least=0, at_most=COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out loss during training and in eval.py."""
 
-    every: int = _field(200, "steps between evaluations; 0: only at the end", at_least=0)
+    every: int = _field(200, "steps between evaluations; 0: only at the end", at_least=0, at_most=COUNT)
     batches: int = _field(-1, "held-out batches of training.batch_size sequences an evaluation reads, spread evenly over the split; 0: the "
-                          "whole split; -1: as many as take 2% of the time of the steps between. eval.py reads the whole split", at_least=-1)
+                          "whole split; -1: as many as take 2% of the time of the steps between. eval.py reads the whole split", at_least=-1,
+                          at_most=COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
 class MonitorConfig:
     """Outlier statistics."""
 
-    every: int = _field(50, "steps between outlier statistics; 0: never", at_least=0)
+    every: int = _field(50, "steps between outlier statistics; 0: never", at_least=0, at_most=COUNT)
     kurtosis: str = _field("per_token", "over one token's features, or pooled over a sequence", choices=("per_token", "pooled"))
     parameters: bool = _field(False, "statistics of parameters and of the optimizer's moments as well")
 
@@ -248,8 +260,9 @@ class WarningConfig:
 class LogConfig:
     """Logged steps."""
 
-    every: int = _field(10, "steps between lines of metrics.jsonl and of the progress display", at_least=1)
-    report_minutes: int = _field(5, "minutes between refreshes of WORKDIR/report.html while the run trains; 0: no report", at_least=0)
+    every: int = _field(10, "steps between lines of metrics.jsonl and of the progress display", at_least=1, at_most=COUNT)
+    report_minutes: int = _field(5, "minutes between refreshes of WORKDIR/report.html while the run trains; 0: no report", at_least=0,
+                                 at_most=YEARS)
     wandb: str = _field("", "project of Weights & Biases to log to; empty: none")
     wandb_offline: bool = _field(False, "write Weights & Biases' files to WORKDIR/wandb instead of sending them")
 
@@ -258,8 +271,8 @@ class LogConfig:
 class ProfileConfig:
     """A JAX profiler window, written to the workdir."""
 
-    start: int = _field(0, "first step to trace; 0: the first that runs", at_least=0)
-    steps: int = _field(0, "how many steps to trace; 0: none", at_least=0)
+    start: int = _field(0, "first step to trace; 0: the first that runs", at_least=0, at_most=COUNT)
+    steps: int = _field(0, "how many steps to trace; 0: none", at_least=0, at_most=COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,15 +392,11 @@ def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
         raise ConfigError(f"{path}: {value!r} is not {kind.__name__}{' or None' if optional else ''}: {field.metadata['doc']}")
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{path}: {value!r} is not a finite number")
-    choices, least, above, below = (field.metadata[key] for key in ("choices", "at_least", "above", "below"))
+    choices = field.metadata["choices"]
     if choices and value not in choices:
         raise ConfigError(f"{path}: {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
-    if least is not None and value < least:
-        raise ConfigError(f"{path}: {value!r} is below {least}: {field.metadata['doc']}")
-    if above is not None and value <= above:
-        raise ConfigError(f"{path}: {value!r} is not above {above}: {field.metadata['doc']}")
-    if below is not None and value >= below:
-        raise ConfigError(f"{path}: {value!r} is not below {below}: {field.metadata['doc']}")
+    if outside := bounds.outside(value, field.metadata):
+        raise ConfigError(f"{path}: {value!r} is {outside}: {field.metadata['doc']}")
     return value
 
 
@@ -457,6 +466,8 @@ def check(config: Config) -> None:
     if config.optimizer.warmup_steps > training.steps:
         raise ConfigError(f"config.optimizer.warmup_steps: {config.optimizer.warmup_steps} exceeds training.steps={training.steps}; "
                           "leave it out, and it follows the run's length")
+    if problem := bounds.problem(config):
+        raise ConfigError(problem)
     parse_sources(config.data.source)
     try:
         roles.parse_overrides(fp8.overrides, layers=model.layers)

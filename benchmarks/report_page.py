@@ -26,7 +26,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LINEAR = ("qkv", "attention_out", "mlp_up", "mlp_down")
 CASTS = [f"{role}.{operand}" for role in LINEAR for operand in "xwg"] + [f"attention_scores.{x}" for x in ("q", "k", "ds")] + [
     "attention_values.v", "attention_values.do"]
-TAPS = ("qkv_input", "qkv", "q", "k", "mlp_intermediate", "mlp_post_act", "mlp_out", "activation")
+TAPS = ("qkv_input", "qkv", "q", "k", "mlp_intermediate", "mlp_up", "mlp_post_act", "mlp_out", "activation")
 SPREAD = [*TAPS, *(f"{role}.g" for role in LINEAR), "attention_values.do"]
 STATISTICS = dict.fromkeys(("kurtosis", "rms", "mean"), SPREAD) | dict.fromkeys(("max_logit", "entropy"), ["attention_scores"]) | dict.fromkeys(
     ("amax", "scale", "overflow", "underflow", "zero", "negative_zero", "snr"), CASTS)

@@ -26,6 +26,8 @@ class FeedForward(nnx.Module):
         up = self.up(x_btd, gemms)
         gate = None if self.gate is None else self.gate(x_btd, gemms)
         tap("mlp_intermediate", up if gate is None else gate)
+        if gate is not None:
+            tap("mlp_up", up)
         s = None
         if self.kind == "smooth_swiglu":
             hidden, s = activations.smooth_swiglu(gate, up)

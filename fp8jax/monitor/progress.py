@@ -83,8 +83,11 @@ class Progress:
             self.message(text)
 
     def warn(self, level: str) -> None:
-        """Sets the light to a warning's level, `watch`, `warn` or `act`, until the next statistics say otherwise."""
-        self._light = self._warned = level
+        """Sets the light to a warning's level, `watch`, `warn` or `act`, or leaves a higher one, until the next statistics say otherwise.
+
+        To be called before `update` with the statistics that it is of.
+        """
+        self._light = self._warned = max(level, self._warned, key=list(LIGHTS).index)
 
     def message(self, text: str) -> None:
         """Print a line, above the view if there is one."""

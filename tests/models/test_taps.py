@@ -16,7 +16,7 @@ from fp8jax.training.state_statistics import state_statistics
 from fp8jax.training.step import TrainProgram
 from tests.numerics.reference import spread_of
 
-ACTIVATIONS = ("qkv_input", "qkv", "q", "k", "mlp_intermediate", "mlp_post_act", "mlp_out", "activation")
+ACTIVATIONS = ("qkv_input", "qkv", "q", "k", "mlp_intermediate", "mlp_up", "mlp_post_act", "mlp_out", "activation")
 GRADIENTS = ("qkv.g", "attention_out.g", "mlp_up.g", "mlp_down.g", "attention_values.do")
 ONE, EIGHT = {"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}
 

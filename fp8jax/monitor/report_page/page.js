@@ -22,7 +22,7 @@ const STATISTICS = {
   snr: ["SNR", "dB", true, "Signal to noise of each cast. Dark is bad: 10 dB says that a tenth of the energy is rounding error."],
   rms: ["RMS", "", false, "Root mean square of activations and output gradients."],
 };
-const ORDER = ["qkv_input", "qkv", "q", "k", "attention_scores", "mlp_intermediate", "mlp_post_act", "mlp_out", "activation"];
+const ORDER = ["qkv_input", "qkv", "q", "k", "attention_scores", "mlp_intermediate", "mlp_up", "mlp_post_act", "mlp_out", "activation"];
 const view = { mode: "steps", domain: [0, 1], full: [0, 1],
   x: (step, run) => view.mode === "steps" ? step : step * (RUNS[run].tokens_per_step || 1) };
 const cards = [];

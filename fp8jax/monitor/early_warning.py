@@ -82,12 +82,20 @@ class Alarm(NamedTuple):
 
 
 class EarlyWarning:
-    """What was seen of a run, and what was said about it."""
+    """What was seen of a run, and what was said about it.
 
-    def __init__(self):
+    Args:
+        gradient_format: of the run, `config.fp8.gradient_format`.
+        losses: what `losses` returned when the run was saved; what was seen until then is in them.
+    """
+
+    def __init__(self, *, gradient_format: str = "e5m2", losses: Mapping[str, Any] | None = None):
+        self._gradient_format = gradient_format
         self._gradients: collections.deque[float] = collections.deque(maxlen=GRADIENTS + SOON)
         self._rates: collections.deque[float] = collections.deque(maxlen=GRADIENTS)
         self._losses: collections.deque[tuple[int, float]] = collections.deque(maxlen=trend.PAST + trend.RECENT)
+        self._course = trend.Course(losses)
+        self._known = self._course.last  # entries until then are seen again when a run continues
         self._entries = 0
         self._steps: collections.deque[tuple[int, int]] = collections.deque(maxlen=WINDOW)
         self._loads, self._sizes, self._kurtoses = _History(), _History(), _History()
@@ -107,13 +115,17 @@ class EarlyWarning:
         found = self._gradient(entry) + self._rate(entry)
         if any(name.startswith("rms/") for name in entry):
             self._steps.append((entry["step"], entry.get("tokens", entry["step"])))
-            self._loads.add(loads(entry))
+            self._loads.add(loads(entry, self._gradient_format))
             self._sizes.add(_sizes(entry))
             self._largest_logits = _by_place(_LOGIT, entry)
             self._kurtoses.add(_by_place(_KURTOSIS, entry))
             if len(self._steps) >= SETTLED:
                 found += self._ranges() + self._break() + self._kurtosis()
         return [alarm for alarm in found if self._is_news(alarm)]
+
+    def losses(self) -> dict[str, Any]:
+        """The losses of the whole run, made few, for JSON: all else is seen again in the end of the log."""
+        return self._course.saved()
 
     def _is_news(self, alarm: Alarm) -> bool:
         """Whether this tensor was not spoken of at this level lately; notes that now it is."""
@@ -130,6 +142,8 @@ class EarlyWarning:
     def _loss(self, entry: Mapping[str, Any]) -> None:
         """Notes the loss, and when it has come off its trend."""
         self._losses.append((entry["step"], entry.get("loss", math.nan)))
+        if entry["step"] > self._known:
+            self._course.add(*self._losses[-1])
         if trend.excess(*zip(*self._losses, strict=True)) >= trend.ABOVE:
             self._off_trend = self._entries
 
@@ -165,7 +179,7 @@ class EarlyWarning:
         """What harm is seen by; empty: there is none."""
         if self._is_off_trend():
             return "the loss is above its trend"
-        return "the loss no longer falls" if trend.stands_still([loss for _, loss in self._losses]) else ""
+        return "the loss no longer falls" if self._course.stands_still() else ""
 
     def _level(self, harm: str, distance: np.ndarray, load: np.ndarray, weights: np.ndarray) -> str:
         """Of a tensor whose layers are so far from the edge."""

@@ -31,17 +31,18 @@ _RMS = re.compile(r"rms/q_layer(\d+)")
 Place = tuple[str, int]
 
 
-def loads(entry: Mapping[str, Any]) -> dict[Place, float]:
+def loads(entry: Mapping[str, Any], gradient_format: str = "e5m2") -> dict[Place, float]:
     """Loads by tensor and layer; nothing for tensors that are not in FP8, or not in the log.
 
     Args:
         entry: a line of metrics.jsonl, as `read_metrics` returns it.
+        gradient_format: of output gradients, "e4m3" or "e5m2"; everything else is in e4m3.
     """
     out: dict[Place, float] = {}
     for name, value in entry.items():
         if (found := _SNR.fullmatch(name)) and not math.isnan(value):
             tensor, layer = found[1], int(found[2])
-            rounding = ROUNDING["e5m2" if tensor.endswith(GRADIENTS) else "e4m3"]
+            rounding = ROUNDING[gradient_format if tensor.endswith(GRADIENTS) else "e4m3"]
             out[tensor, layer] = _ratio(rounding - BIT - value)
         elif found := _RMS.fullmatch(name):
             layer = int(found[1])

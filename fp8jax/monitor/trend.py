@@ -5,14 +5,20 @@ bits. It hurts where the loss leaves its own way. That shows long before the los
 that should fall by a tenth stays where it is.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 PAST, RECENT = 64, 12  # entries that the law is fitted to, and those after them that are compared with it
 LEAST = 24  # of the former before anything is said
 ABOVE = 4.0  # standard errors above the law: more than batches that are harder than others explain
-IMPROVES = -1.0  # standard errors of a slope: above it a loss has not fallen over PAST entries
+IMPROVES = -1.0  # standard errors of a slope: above it a loss has not fallen
+RISES = 4.0  # standard errors of a slope that is up, whatever went before
+HALF = 1.8  # times the steps at its beginning: what counts as half of a run
+EXPECTED = 6.0  # standard errors that a loss must be expected to fall within a window, before it is looked for
+BUCKETS, FEWEST = 512, 32  # of the whole past, and of a window
 
 
 def excess(steps: Sequence[float], losses: Sequence[float]) -> float:
@@ -41,15 +47,73 @@ def excess(steps: Sequence[float], losses: Sequence[float]) -> float:
     return float((y_now.mean() - y.mean() - slope * far) / error)
 
 
-def stands_still(losses: Sequence[float]) -> bool:
-    """Whether the last PAST losses have not fallen, as far as their noise lets one tell."""
-    y = np.asarray(losses, float)[-PAST:]
-    if len(y) < PAST:
-        return False
-    if not np.isfinite(y).all():
-        return True
-    slope, spread, variance = _line(np.arange(len(y), dtype=float), y)
-    return bool(slope * np.sqrt(variance) / spread >= IMPROVES)
+class Course:
+    """The losses of a whole run in at most BUCKETS numbers, and whether they still fall.
+
+    A bucket is a mean over as many entries as the next; where there are too many, pairs of them become one. So a window that is a
+    part of the run has as many buckets late as early, and a mean of so many losses that noise does not hide what it falls by: windows of
+    a fixed number of entries grow short in a long run, and a healthy loss does not visibly fall within them.
+    """
+
+    def __init__(self, saved: Mapping[str, Any] | None = None):
+        """Nothing yet; or what `saved` returned before."""
+        self._each, self._entries, self._bad, self.last = 1, 0, -PAST, 0.0
+        self._steps, self._means = [], []
+        self._open: list[list[float]] = []  # of the bucket under way
+        for name, value in (saved or {}).items():
+            setattr(self, name if name == "last" else f"_{name}", value)
+
+    def saved(self) -> dict[str, Any]:
+        """What is remembered, for JSON: a few thousand numbers at most."""
+        return {"each": self._each, "entries": self._entries, "bad": self._bad, "last": self.last, "steps": list(self._steps),
+                "means": list(self._means), "open": list(self._open)}
+
+    def add(self, step: float, loss: float) -> None:
+        """The next entry's; what is not finite is remembered as such. A step that is not new has been taken back, and all after it."""
+        if step <= self.last:
+            keep = sum(x < np.log(step) for x in self._steps)
+            self._steps, self._means, self._open = self._steps[:keep], self._means[:keep], []
+        self._entries, self.last = self._entries + 1, step
+        if not np.isfinite(loss):
+            self._bad = self._entries
+            return
+        self._open.append([math.log(max(step, 1e-9)), loss])
+        if len(self._open) < self._each:
+            return
+        x, y = np.mean(self._open, axis=0)
+        self._open = []
+        self._steps.append(float(x))
+        self._means.append(float(y))
+        if len(self._means) == BUCKETS:
+            self._each *= 2
+            self._steps, self._means = ([float(np.mean(pair)) for pair in zip(part[::2], part[1::2], strict=True)]
+                                        for part in (self._steps, self._means))
+
+    def stands_still(self) -> bool:
+        """Whether the loss has not fallen where it should have, as far as its noise lets one tell.
+
+        Over the last half of the run every loss should have fallen. Over a shorter part it should have if it fell in the part before,
+        which is as long, so fast that going on like that would show: EXPECTED standard errors. A loss that rises shows in any part. One
+        that was not finite within the last PAST entries stands still.
+        """
+        if self._entries - self._bad < PAST:
+            return True
+        x, y = np.array(self._steps), np.array(self._means)
+        sizes = max(len(y) // 2, PAST // self._each), len(y) // 4, len(y) // 8
+        return any(self._stands(x, y, size) for size in sizes if size >= FEWEST and PAST <= size * self._each and size <= len(y))
+
+    @staticmethod
+    def _stands(x: np.ndarray, y: np.ndarray, size: int) -> bool:
+        """Whether the last `size` buckets stand still."""
+        slope, spread, variance = _line(x[-size:], y[-size:])
+        error = spread / np.sqrt(variance)
+        half = x[-1] - x[-size] >= np.log(HALF)
+        if slope > RISES * error or half and slope > IMPROVES * error:
+            return True
+        if len(y) < 2 * size:
+            return False
+        before, noise, width = _line(x[-2 * size:-size], y[-2 * size:-size])
+        return bool(slope > IMPROVES * error and before + noise / np.sqrt(width) < -EXPECTED * error)
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:

@@ -139,7 +139,8 @@ class _Run:
                  writer: MetricsWriter | Silent, progress: Progress | Silent, stop: list[int], watchdog: Watchdog):
         self.config, self.workdir, self.program, self.checkpoints = config, workdir, resumed.program, checkpoints
         self.writer, self.progress, self.stop, self.watchdog = writer, progress, stop, watchdog
-        self.reaction = Reaction(config.warning, workdir, resumed.step, resumed.position.fallback)
+        self.reaction = Reaction(config.warning, workdir, resumed.step, resumed.position.fallback, losses=resumed.position.losses,
+                                 gradient_format=config.fp8.gradient_format)
         self.decision: Decision | None = None
         self.evaluator = Evaluator(config, self.program.definition, self.program.mesh)
         self.profile = ProfileWindow(config.profile, workdir / "profile") if distributed.is_first() else Silent()
@@ -241,7 +242,7 @@ class _Run:
             self.agreement.forget()
             jax.block_until_ready(self.state.step)
             with self._untimed(skip=True):
-                if not self.saver.save(step, self.state, self.position, self._loss_here(), busy=self.busy):
+                if not self.saver.save(step, self.state, self._where(), self._loss_here(), busy=self.busy):
                     bad = config.training.bad_steps
         return bad
 
@@ -262,7 +263,7 @@ class _Run:
         if decision is None:
             return
         if decision.action == "checkpoint":
-            self.saver.save(self.step, self.state, self.position, self._loss_here(), busy=self.busy)
+            self.saver.save(self.step, self.state, self._where(), self._loss_here(), busy=self.busy)
         elif decision.action == "fallback":
             self._fall_back(decision.overrides)
         else:
@@ -290,8 +291,12 @@ class _Run:
             self._save_last()
         return self._finish(bad_end, "not saved" if unsound else "saved")
 
+    def _where(self) -> Position:
+        """As a checkpoint stores it."""
+        return self.position._replace(losses=self.reaction.losses())
+
     def _save_last(self) -> None:
-        self.saver.save_last(self.step, self.state, self.position, self._loss_here())
+        self.saver.save_last(self.step, self.state, self._where(), self._loss_here())
 
     def _loss_here(self) -> float | None:
         """The held-out loss of the present state, where it was evaluated."""
@@ -340,8 +345,8 @@ class _Run:
             self._tell(self.feed.warning(seconds, waited))
         entry |= held_out | layered.rounded(outliers.flatten(taps))
         self.writer.write(step, entry)
-        self.progress.update(step, entry)
         self.decision = self.reaction({"step": step, **entry}, self.writer, self.progress)
+        self.progress.update(step, entry)
         if (waiting := self.writer.waiting()) != self.waiting:
             self.waiting = waiting
             self.progress.message(f"logs wait in memory: {waiting}; training goes on" if waiting else "logs are written again")

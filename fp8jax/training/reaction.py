@@ -8,6 +8,7 @@ that it warns as one that was never stopped; what fell back to BF16 is in the ch
 """
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fp8jax.config import WARNING_LEVELS, WarningConfig
@@ -49,11 +50,14 @@ class Reaction:
         workdir: of the run; the end of its log up to `start_step` is replayed.
         start_step: steps already taken.
         fallen_back: overrides of earlier fallbacks, which are not repeated.
+        gradient_format: `config.fp8.gradient_format`.
+        losses: what `losses` returned at `start_step`; without them, whether the loss still falls is not known before long.
     """
 
-    def __init__(self, config: WarningConfig, workdir: pathlib.Path, start_step: int, fallen_back: str):
+    def __init__(self, config: WarningConfig, workdir: pathlib.Path, start_step: int, fallen_back: str, *, gradient_format: str = "e5m2",
+                 losses: Mapping[str, Any] | None = None):
         self._config, self._done = config, fallen_back.split(",")
-        self._watch, log = EarlyWarning(), workdir / "metrics.jsonl"
+        self._watch, log = EarlyWarning(gradient_format=gradient_format, losses=losses), workdir / "metrics.jsonl"
         if start_step and log.exists():
             for entry in tail(log, entries=2 * REMEMBERED, statistics=2 * WINDOW, last_step=start_step):
                 self._watch.observe(entry)
@@ -65,10 +69,15 @@ class Reaction:
             fields = alarm._asdict()
             writer.event("early_warning", fields.pop("step"), **fields)
             progress.message(f"early warning  {alarm.text()}")
+            progress.warn(alarm.level)
             decision = decision or self._decide(alarm)
         if decision:
             writer.event("early_warning_action", entry["step"], **decision._asdict())
         return decision
+
+    def losses(self) -> dict[str, Any]:
+        """The losses of the run so far, made few, to go into a checkpoint."""
+        return self._watch.losses()
 
     def _decide(self, alarm: Alarm) -> Decision | None:
         action = self._config.action

@@ -5,7 +5,7 @@ Call `check_continues` first, which refuses what would make it another run, then
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fp8jax import config as config_lib
 from fp8jax.config import Config, ConfigError
@@ -26,13 +26,15 @@ _FIXED = {"model": None, "data": ("sequence_length", "source", "tokenizer", "pac
 class Position(NamedTuple):
     """Where a run stands beyond the step.
 
-    Batches passed over by rollbacks, how many of those, what fell back, as `fp8.overrides`, sequences that could not be read.
+    Batches passed over by rollbacks, how many of those, what fell back, as `fp8.overrides`, sequences that could not be read, and
+    what the early warning knows of the losses (monitor/trend.py).
     """
 
     skipped_batches: int = 0
     rollbacks: int = 0
     fallback: str = ""
     unread_sequences: int = 0
+    losses: dict[str, Any] | None = None
 
 
 class Resumed(NamedTuple):

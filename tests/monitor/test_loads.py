@@ -23,7 +23,24 @@ def snr(x, y):
 @pytest.mark.parametrize("name", FORMATS)
 def test_rounding_of_a_gaussian_tensor(name):
     x = np.random.default_rng(0).normal(size=400_000)
-    assert snr(x, cast(x, name)) == pytest.approx(ROUNDING[name], abs=0.3)
+    measured = snr(x, cast(x, name))
+    assert measured == pytest.approx(ROUNDING[name], abs=0.3)
+    if name == "bf16":  # what is not in FP8 has no load of its own, and six roundings in a logit
+        found = loads({"rms/q_layer000": 3.0, "rms/k_layer000": 2.0})
+        assert found == {(LOGITS, 0): pytest.approx(6 * math.sqrt(6 * 10 ** (-measured / 10)), rel=0.05)}
+        return
+    # A quarter of what costs a bit, which are 6 dB; of a gradient by the format that gradients have.
+    operands = {"mlp_down.g": name, "attention_scores.ds": name, "attention_values.do": name, "mlp_down.x": "e4m3", "mlp_down.w": "e4m3"}
+    for tensor, of in operands.items():
+        found = loads({f"snr/{tensor}_layer001": snr(x, cast(x, of))}, name)
+        assert found == {(tensor, 1): pytest.approx(0.25, rel=0.08)}, tensor
+
+
+def test_a_gradient_in_e4m3_that_has_lost_a_bit_is_at_the_edge():
+    """25.5 dB, which is whole for e5m2: it took another bit to be seen."""
+    entry = {"snr/mlp_down.g_layer000": 25.5}
+    assert loads(entry, "e4m3")["mlp_down.g", 0] == pytest.approx(1.0, rel=0.01)
+    assert loads(entry, "e5m2")["mlp_down.g", 0] == loads(entry)["mlp_down.g", 0] == pytest.approx(0.25, rel=0.01)
 
 
 @pytest.mark.parametrize(("size_q", "size_k"), [(1.0, 1.0), (6.0, 3.0)])

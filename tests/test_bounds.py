@@ -15,7 +15,7 @@ from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.step import TrainProgram
 
 SMALL = {"model": {"layers": 2, "width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1}, "data": {"sequence_length": 16},
-         "training": {"steps": 10, "batch_size": 4}, "optimizer": {"warmup_steps": 0}}
+         "training": {"steps": 10, "batch_size": 4, "microbatches": 1, "loss_chunk": 0, "remat": "none"}, "optimizer": {"warmup_steps": 0}}
 # Which only say how large an array is, or how many devices: at their upper ends there is no machine for them.
 SIZES = {f"model.{name}" for name in ("layers", "width", "ffn_width", "ffn_hidden", "heads", "kv_heads", "head_dim", "vocab_size")} | {
     "data.sequence_length", "training.batch_size", "training.microbatches", *(f"mesh.{axis}" for axis in config_lib.MESH_AXES)}

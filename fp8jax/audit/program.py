@@ -136,7 +136,11 @@ def read_memory(compiled: Any) -> Memory:
     parts: dict[str, int] = {}
     details: dict[str, int] = {}
     shardings = jax.tree.leaves(compiled.input_shardings)
-    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(compiled.args_info), shardings, strict=True):
+    arguments = jax.tree_util.tree_leaves_with_path(compiled.args_info)
+    if len(arguments) != len(shardings):  # JAX leaves out arguments that a program does not use
+        kept = sorted(getattr(getattr(compiled, "_executable", None), "_kept_var_idx", ()))
+        arguments = [arguments[i] for i in kept] if len(kept) == len(shardings) else []
+    for (path, leaf), sharding in zip(arguments, shardings, strict=False):
         size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         part = _part(path)
         parts[part] = parts.get(part, 0) + size

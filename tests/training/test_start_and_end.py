@@ -61,10 +61,10 @@ def test_a_run_says_what_it_does_and_what_comes_next(run, capsys):
 
 
 def test_a_lost_terminal_saves_and_a_signal_in_the_last_step_leaves_a_finished_run(tmp_path, stop_at, capsys):
-    stop_at(2, signal.SIGHUP)
+    stop_at(1, signal.SIGHUP)  # while step 2 runs
     assert train(micro(**SHORT), tmp_path) == 4
     assert "stopped on SIGHUP after step 2 of 4; saved" in capsys.readouterr().out
-    stop_at(4, signal.SIGINT)
+    stop_at(3, signal.SIGINT)
     assert train(micro(**SHORT), tmp_path) == 0
     assert "finished step 4" in capsys.readouterr().out
 

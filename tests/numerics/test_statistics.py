@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fp8jax.numerics import formats, statistics
+from fp8jax.numerics import attention_rows, formats, statistics
 from fp8jax.numerics.attention import SCORES, VALUES, attention
 from fp8jax.numerics.dot_general import dot_general
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
@@ -264,6 +264,15 @@ def test_tokens_with_room_bring_back_health(scaling):
         np.testing.assert_allclose(row, [expected[name] for name in statistics.HEALTH], rtol=1e-6)
 
 
+def divided_by_rows(recipes, scales, q, k, v, do):
+    """What of dO is cast: each row over its sum of cast probabilities."""
+    call = attention_rows.Call(recipes[SCORES], recipes[VALUES], 0.8, q.dtype)
+    operands = [recipes[role].quantise(x, scales[role][i], name)[0]
+                for role, i, name, x in ((SCORES, 0, "q", q), (SCORES, 1, "k", k), (VALUES, 0, "v", v))]
+    _, weights = attention_rows.output(call, *operands, attention_rows.visible(0, q.shape[1], q.shape[1]))
+    return do.astype(jnp.float32) / attention_rows.row_factors(call, weights)[0][..., None]
+
+
 @pytest.mark.parametrize("scalings", [("delayed", "current"), ("current", "static"), ("static", "delayed"), ("bf16", "current")])
 def test_attention_brings_back_health(scalings):
     """Of all five operands; chunked as whole but for which hidden scores are 0 and which -0, and for rounding in dS."""
@@ -281,8 +290,9 @@ def test_attention_brings_back_health(scalings):
         return {role: np.asarray(rows) for role, rows in both(tokens).items()}
 
     whole, chunked = run("emulated"), run("composed")
+    cast_do = divided_by_rows(recipes, scales, q, k, v, do)
     for role, rows in whole.items():
-        for i, (name, array) in enumerate(zip(OPERANDS[role], {SCORES: (q, k), VALUES: (v, do)}[role], strict=False)):
+        for i, (name, array) in enumerate(zip(OPERANDS[role], {SCORES: (q, k), VALUES: (v, cast_do)}[role], strict=False)):
             found, spread = np.split(rows[i], [len(statistics.HEALTH)])
             expected = health(array, recipes[role], name, scales[role][i])
             np.testing.assert_allclose(found, [expected[key] for key in statistics.HEALTH], rtol=1e-5, err_msg=name)

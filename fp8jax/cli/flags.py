@@ -32,7 +32,7 @@ def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
     """
     logging.set_verbosity(logging.WARNING)
     if any(word in ("-h", "-help", "--help") for word in argv[1:]):
-        known = flags.FLAGS.get_key_flags_for_module(sys.modules[work.__module__])
+        known = [flags.FLAGS["workdir"], *flags.FLAGS.get_key_flags_for_module(sys.modules[work.__module__])]
         if argv[0].startswith("fp8jax "):
             usage = usage.replace(f"python {argv[0].split()[1]}.py", f"python -m {argv[0]}")
         print("\n".join([usage.strip(), "", *(f"--{flag.name}: {flag.help}" for flag in known)]))

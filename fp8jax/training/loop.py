@@ -424,8 +424,8 @@ def _due(step: int, every: int) -> bool:
 def _stop_signals() -> Iterator[list[int]]:
     """A list to which signals that ask to stop are appended; the loop stops at the end of the step.
 
-    SIGINT, SIGTERM, SIGHUP (a lost terminal) and SIGUSR1 (a scheduler's notice). A second SIGINT interrupts. What is ignored
-    stays so: SIGHUP under nohup.
+    SIGINT, SIGTERM, SIGHUP (a lost terminal) and SIGUSR1 (a scheduler's notice). A second SIGINT interrupts. Under nohup
+    SIGHUP stays ignored; SIGINT does not, which shells ignore for what they start in the background.
     """
     caught: list[int] = []
 
@@ -435,7 +435,9 @@ def _stop_signals() -> Iterator[list[int]]:
         caught.append(number)
 
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
-    before = {number: signal.signal(number, note) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers = tuple(number for number in numbers if number != signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield caught
     finally:

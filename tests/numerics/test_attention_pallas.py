@@ -205,7 +205,8 @@ def test_health_of_the_cast_of_ds(scaling, length, segments):
         return jax.device_get(backward(*arrays, tokens))
 
     found, expected = health("pallas"), health("emulated")
-    np.testing.assert_array_equal(found[VALUES], expected[VALUES])
+    np.testing.assert_array_equal(found[VALUES][0], expected[VALUES][0])
+    np.testing.assert_allclose(found[VALUES][1], expected[VALUES][1], rtol=2e-6)  # dO over its rows' sums, which tiles add up in another order
     one, other = (dict(zip(statistics.HEALTH, rows[SCORES][2], strict=False)) for rows in (found, expected))
     assert one["negative_zero"] <= other["negative_zero"]
     for rows in (one, other):

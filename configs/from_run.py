@@ -21,5 +21,5 @@ def get_config(workdir: str | None = None) -> ml_collections.ConfigDict:
     config.preset.update(open_fields.planned(config))
     for section, field in open_fields.OPEN:
         if field != "fsdp" or config.mesh.fsdp == -1:
-            config[section][field] = None
+            config[section][field] = None  # pyright: ignore[reportOptionalSubscript]
     return config

@@ -67,7 +67,10 @@ def _places(names: tuple[str, ...]) -> tuple[list[tuple[str, int | None]], dict[
             lengths[key] = max(lengths.get(key, 0), int(match[2]) + 1)
     places: list[tuple[str, int | None]] = []
     for name, match in zip(names, matches, strict=True):
-        key = match[1] + SUFFIX if match else name
-        own = match is None or key in names or name != layer_names(match[1], int(match[2]) + 1)[-1]
-        places.append((name, None) if own else (key, int(match[2])))
+        if match is None:
+            places.append((name, None))
+            continue
+        key, layer = match[1] + SUFFIX, int(match[2])
+        own = key in names or name != layer_names(match[1], layer + 1)[-1]
+        places.append((name, None) if own else (key, layer))
     return places, lengths

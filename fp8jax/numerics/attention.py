@@ -163,7 +163,7 @@ def _backward(backend, call, saved, do):
     elif SCORES in tokens and of_ds is not None:
         of_ds = report_amax(of_ds, heads.gemm, formats.amax(of_ds), tokens[SCORES][2])
     of_do = report_cast(tokens.get(VALUES), shared, qdo, amax_do, many.cast, counted=counted)
-    if VALUES in tokens and tokens[VALUES].ndim == 2:  # how dO is spread, and not what its rows are cast as
+    if of_do is not None and VALUES in tokens and tokens[VALUES].ndim == 2:  # how dO is spread, and not what its rows are cast as
         spread = statistics.distribution(do, counted)
         names = *statistics.DISTRIBUTION, *statistics.WEIGHTS
         of_do = jnp.concatenate([of_do[: len(statistics.HEALTH)], jnp.stack([spread[name] for name in names])])

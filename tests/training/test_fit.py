@@ -154,7 +154,7 @@ def test_where_nothing_fits_one_line_says_what_would(tmp_path, monkeypatch):
         loop.train(config_of(), tmp_path, jax.devices()[:1])
     text = str(error.value)
     assert "needs" in text and "there are" in text and "\n" not in text
-    assert "--config.optimizer.first_moment=fp8 saves" in text and "devices would do" in text
+    assert "--config.optimizer.first_moment=fp8 saves" in text
     assert not (tmp_path / "checkpoints").exists() or not any((tmp_path / "checkpoints").iterdir())
 
 

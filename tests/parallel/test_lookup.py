@@ -22,7 +22,8 @@ VOCAB, BATCH, LENGTH = 24, 4, 16
 
 def config_of(mesh):
     return config_lib.from_dict({"model": MODEL | {"vocab_size": VOCAB}, "fp8": {"recipe": "bf16"}, "mesh": mesh,
-                                 "data": {"sequence_length": LENGTH}, "training": {"microbatches": 1, "remat": "none", "loss_chunk": 0, "steps": 1, "batch_size": BATCH},
+                                 "data": {"sequence_length": LENGTH},
+                                 "training": {"microbatches": 1, "remat": "none", "loss_chunk": 0, "steps": 1, "batch_size": BATCH},
                                  "optimizer": {"warmup_steps": 0, "gradient_dtype": "float32"}})
 
 

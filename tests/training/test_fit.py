@@ -149,12 +149,12 @@ def test_a_run_of_before_goes_on_as_it_began(tmp_path, monkeypatch):
 
 
 def test_where_nothing_fits_one_line_says_what_would(tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "of_devices", lambda devices: limit_of(200_000))
+    monkeypatch.setattr(limits, "of_devices", lambda devices: limit_of(600_000))
     with pytest.raises(ConfigError) as error:
         loop.train(config_of(), tmp_path, jax.devices()[:1])
     text = str(error.value)
     assert "needs" in text and "there are" in text and "\n" not in text
-    assert "--config.optimizer.first_moment=fp8 saves" in text
+    assert "--config.optimizer.first_moment=fp8 saves" in text and "devices would do" in text
     assert not (tmp_path / "checkpoints").exists() or not any((tmp_path / "checkpoints").iterdir())
 
 

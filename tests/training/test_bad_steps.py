@@ -5,12 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from fp8jax.training import bad_steps
 from fp8jax.training.bad_steps import Health
-
-pytestmark = pytest.mark.slow
 
 AMAXES = {"qkv": (2, 2), "attention_scores": (2, 3), "attention_values": (2, 2), "attention_out": (2, 2), "mlp_up": (2, 2), "mlp_down": (2, 2),
           "lm_head": (1, 2)}

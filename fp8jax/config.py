@@ -494,12 +494,13 @@ def settled(config: Config) -> Config:
 def parse_sources(text: str) -> tuple[tuple[str, float], ...]:
     """Names and weights, which add up to 1, of `config.data.source`: 'name' or 'name=weight,name=weight'.
 
-    A name may hold '=' itself (lang=en/tokens): one source without a weight is a name as it stands.
+    A path may hold '=' itself (lang=en/tokens): one source without a weight is a name as it stands.
 
     Raises:
         ConfigError: a weight is missing or not above 0, or a name is missing or there twice.
     """
-    if "," not in text and (_weight(text.rpartition("=")[2]) is None or pathlib.Path(text).exists()):
+    last = text.rpartition("=")[2]
+    if "," not in text and ("=" not in text or ("/" in text and _weight(last) is None) or pathlib.Path(text).exists()):
         return ((text, 1.0),)
     found: dict[str, float] = {}
     for pair in text.split(","):

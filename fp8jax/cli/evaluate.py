@@ -38,6 +38,8 @@ def main(argv: Sequence[str], usage: str = USAGE) -> int:
 def _joined() -> int:
     if not WORKDIR.value:
         raise ConfigError("--workdir: is missing; for example --workdir=runs/fp8_base-tiny")
+    if _TASKS.value and importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError("--tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt")
     workdir = local_directory("workdir", WORKDIR.value)
     if not (workdir / "config.json").is_file():
         raise ConfigError(f"{workdir}: no config.json there; give the --workdir of a run")
@@ -63,8 +65,6 @@ def _evaluate(workdir: pathlib.Path, stage: Stages) -> int:
 
 
 def _evaluate_tasks(workdir: pathlib.Path, stage: Stages) -> int:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("--tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt")
     from fp8jax.interop import lm_eval
     from fp8jax.interop.inference import Inference
     from fp8jax.parallel import distributed

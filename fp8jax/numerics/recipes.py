@@ -114,6 +114,6 @@ class GemmRecipe:
         if self.scaling == "static":
             return formats.quantise(x, self.static_scale(operand), dtype, emulated=self.emulated), None
         largest = formats.amax(x, emulated=self.emulated)
-        if self.scaling == "current" or (operand == "w" and scale is None):
+        if self.scaling == "current" or (operand == "w" and (scale is None or not self.delayed_weight)):
             scale = self.scale(largest, dtype)
         return formats.quantise(x, scale, dtype, emulated=self.emulated), largest

@@ -257,6 +257,7 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
         Mean loss in nats a token, float32, without the z-loss; gradients like the parameters, in dtypes as `optimizer.gradient_dtype`
         says; role → amaxes; taps.
     """
+    config = settled(config)
     scales = {role: entry["scale"] for role, entry in state.scaling.items()}
     model = definition.bind(state.params)
     prepared = model.prepare(recipes, scales, {})

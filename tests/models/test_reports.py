@@ -49,9 +49,9 @@ def test_statistics_keep_their_names():
             for name in statistics.HEALTH:
                 place = 20 * (i + 1) + statistics.REPORT.index(name)
                 np.testing.assert_array_equal(found[name], [100 + place, 200 + place])
-    assert set(health["qkv.x"]) == {"amax"}  # not cast: nothing else is known
-    spread = {"amax", "mean", "rms", "kurtosis"}
-    assert set(health["qkv.g"]) == spread and not spread & set(health["mlp_up.x"]) - {"amax"}
+    assert set(health["qkv.x"]) == {"amax", *statistics.WEIGHTS}  # not cast: nothing else is known
+    spread = {"mean", "rms", "kurtosis"}
+    assert set(health["qkv.g"]) == spread | {"amax", "tokens", "rows"} and not spread & set(health["mlp_up.x"])
     _, pooled = gemms.read_reports(reports(), recipes(), pooled=True)
     places = [statistics.REPORT.index(name) for name in ("kurtosis", "pooled_kurtosis")]
     assert [float(found["mlp_up.g"]["kurtosis"][0]) for found in (health, pooled)] == [140 + place for place in places]

@@ -57,6 +57,7 @@ def test_which_scale_an_operand_gets():
     """Delayed: the one given, but weights their own; current: always their own. bf16: none, and no cast."""
     x, given = jnp.asarray([448.0, 1.0], jnp.float32), jnp.float32(4)
     assert [float(GemmRecipe("delayed").quantise(x, given, operand)[0].scale) for operand in ("x", "w")] == [4, 1]
+    assert float(GemmRecipe("delayed", weight_scaling="delayed").quantise(x, given, "w")[0].scale) == 4
     assert [float(GemmRecipe("current").quantise(x, given, operand)[0].scale) for operand in ("x", "g")] == [1, 2.0**-7]
     q, amax = GemmRecipe("bf16").quantise(x, given, "x")
     assert q.data is x and q.scale is None and amax is None

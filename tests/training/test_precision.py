@@ -13,7 +13,7 @@ from fp8jax import config as config_lib
 from fp8jax.data import pipeline
 from fp8jax.models.definition import define
 from fp8jax.parallel.mesh import make_mesh
-from fp8jax.training import loop, precision
+from fp8jax.training import loop, precision, scaling_state
 from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.evaluation import load_run
 from fp8jax.training.gradients import GradientSums
@@ -106,7 +106,8 @@ def test_another_optimizer_starts_its_moments_anew(tmp_path):
     said = []
     with Checkpoints(tmp_path) as checkpoints:
         state = program.init()
-        checkpoints.save(3, dataclasses.replace(state, step=jnp.int32(3)).items(), {"step": 3})
+        data = {"step": 3, "scaling": scaling_state.record(program.recipes)}
+        checkpoints.save(3, dataclasses.replace(state, step=jnp.int32(3)).items(), data)
         checkpoints.wait()
         found = resume(other, checkpoints, said.append).state
     assert said == ["optimizer adamw in the checkpoint, muon from here on: its moments start anew"] and int(found.step) == 3

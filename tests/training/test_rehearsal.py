@@ -140,7 +140,7 @@ def test_a_batch_of_an_evaluation_that_takes_longer_than_its_limit(two, traced, 
 
 def test_memory_that_does_not_fit(monkeypatch, tmp_path, capsys):
     """As the command says it: exit code 1, one line, and the same in JSON."""
-    monkeypatch.setattr(limits, "of_target", lambda target: Limit(1000, 1000, "for this test"))
+    monkeypatch.setattr(limits, "of_target", lambda target: Limit(1_100_000, 1_100_000, "for this test"))
     monkeypatch.setattr(rehearsal, "programs", lambda *given: {})
     words = [
         f"--config.{name}.{field}={value}"
@@ -149,7 +149,7 @@ def test_memory_that_does_not_fit(monkeypatch, tmp_path, capsys):
     ]
     words += [
         "--config.mesh.data=8",
-        "--config.training.batch_size=8",
+        "--config.training.batch_size=64",
         f"--json={tmp_path / 'found.json'}",
     ]
     assert (

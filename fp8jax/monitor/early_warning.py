@@ -144,7 +144,7 @@ class EarlyWarning:
         self._losses.append((entry["step"], entry.get("loss", math.nan)))
         if entry["step"] > self._known:
             self._course.add(*self._losses[-1])
-        if trend.excess(*zip(*self._losses, strict=True)) >= trend.ABOVE:
+        if trend.excess(*zip(*self._losses, strict=True)) >= trend.above(self._course.entries):
             self._off_trend = self._entries
 
     def _is_off_trend(self) -> bool:

@@ -175,8 +175,8 @@ def test_a_healthy_long_run_is_not_asked_to_act(every, steps):
     """Whose tensors are out of range, which does no harm: its loss goes on falling, though within no 64 entries for one to see."""
     falling = lambda step: 1.9 + 9.0 * step**-0.25
     settled = steps // 10  # the first steps of a power law with a floor are no power law
-    # Of six seeds two come 4 standard errors above their trend once in 2,700 entries; that is the trend's affair, not standing still's.
-    assert {alarm.level for alarm in alarms(long_run(every, falling, steps, settled, seed=1))} == {"watch"}
+    for seed in range(3):
+        assert {alarm.level for alarm in alarms(long_run(every, falling, steps, settled, seed))} == {"watch"}
     stalled = lambda step: falling(min(step, steps // 2))
     assert "act" in {alarm.level for alarm in alarms(long_run(every, stalled, steps, settled))}
 

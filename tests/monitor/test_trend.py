@@ -24,6 +24,16 @@ def test_on_its_trend_the_excess_is_about_a_standard_normal(law):
     assert np.mean(found >= trend.ABOVE) < 0.01
 
 
+def test_who_looks_often_must_see_more():
+    """Of healthy runs of 3,000 entries about one in a hundred is found above its trend, where a fixed 4 finds one in four of them."""
+    steps = np.arange(300, 3300)
+    runs = [9 * steps**-0.25 + 0.03 * np.random.default_rng(seed).normal(size=len(steps)) for seed in range(40)]
+    window = trend.PAST + trend.RECENT
+    worst = [max(trend.excess(steps[:end], run[:end]) for end in range(window, len(steps), 3)) for run in runs]
+    assert np.mean(np.array(worst) > trend.above(3000)) <= 1 / 40 and np.mean(np.array(worst) > trend.ABOVE) > 0.1
+    assert [round(trend.above(entries), 1) for entries in (1, 300, 3_000, 100_000)] == [4.0, 4.3, 5.2, 6.5]
+
+
 def test_a_bend_of_two_percent_is_seen_within_the_recent_entries():
     """12 entries of noise 2% about a law that 64 fix: a standard error of about 0.7%."""
     found = np.array([trend.excess(STEPS, noisy(LAWS["power"], seed, at=289, factor=1.04)) for seed in range(100)])

@@ -97,8 +97,9 @@ def out_of_memory(error: Exception, config: Config, step: int, saved: str) -> Co
     """
     what = str(error).splitlines()[0][:160]
     more = 2 * max(config.training.microbatches, 1)
+    when = f"after step {step}" if step else "before the first step"
     return ConfigError(
-        f"out of memory after step {step} ({what}); {saved}; "
+        f"out of memory {when} ({what}); {saved}; "
         f"--config.training.microbatches={more} needs less, if it divides the batch of a replica"
     )
 

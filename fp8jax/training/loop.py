@@ -11,7 +11,7 @@ import contextlib
 import pathlib
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -83,7 +83,8 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
             config, program, lines = fit(config, definition, mesh, workdir)
         for line in lines:
             stage.message(line)
-        resumed = restore(program, checkpoints, stage)
+        with _one_line_without_memory(config, lambda: (0, "nothing is lost")):
+            resumed = restore(program, checkpoints, stage)
         if distributed.is_first():
             save_config(workdir, config)
         lines = introduce(resumed.program, stage)
@@ -97,6 +98,17 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
                 return code
             resumed, lines = _roll_back(program, checkpoints, run.position, run.step)
             first = False
+
+
+@contextlib.contextmanager
+def _one_line_without_memory(config: Config, done: Callable[[], tuple[int, str]]) -> Iterator[None]:
+    """End in one line where a device has no more memory; `done`: the last step that got done, and what there is to continue from."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if bytes_of_failure(error) is None:
+            raise
+        raise out_of_memory(error, config, *done()) from None
 
 
 @contextlib.contextmanager
@@ -152,13 +164,19 @@ class _Run:
 
     def __call__(self, resumed: Resumed, *, first: bool) -> int | None:
         """Exit code, None where the run must go back to a checkpoint; `first`: of this process."""
-        config, program, stage = self.config, self.program, Stages(distributed.is_first())
         self.state, self.step, self.position = resumed.state, resumed.step, resumed.position
+        with _one_line_without_memory(self.config, lambda: (self.step, self._save_after_failure())):
+            self._start(resumed, first=first)
+            return self._end(self._steps(first=first))
+
+    def _start(self, resumed: Resumed, *, first: bool) -> None:
+        """Have ready what steps need: scales, data, programs."""
+        config, program, stage = self.config, self.program, Stages(distributed.is_first())
         if resumed.calibrate:
             self._calibrate(resumed.calibrate, stage)
         with stage("reading data"):
             ahead = pipeline.train_iterator(config, start_step=self.step + self.position.skipped_batches, rows=program.rows.numbers)
-        iterator = self.feed = Feed(ahead)
+        self.feed = Feed(ahead)
         if not program.is_compiled():  # after a fall back
             with stage("compiling the training step"):
                 program.compiled_step()
@@ -168,10 +186,13 @@ class _Run:
         self.writer.event("started", self.step, skipped_batches=self.position.skipped_batches)
         self._restart_clock()
         self.watchdog.end("start")
-        bad, self.ended = 0, ""
+
+    def _steps(self, *, first: bool) -> int:
+        """Step until the run is over or must stop; returns bad steps in a row."""
+        training, bad, self.ended = self.config.training, 0, ""
         try:
-            while self.step < config.training.steps and not (self.stopping or self.ended) and bad < config.training.bad_steps:
-                bad = self._step(iterator)
+            while self.step < training.steps and not (self.stopping or self.ended) and bad < training.bad_steps:
+                bad = self._step(self.feed)
                 if first:
                     first = self._tell_first_step()
         except DataError as fault:
@@ -179,11 +200,7 @@ class _Run:
             if not self.saver.unsound(self.step, self.state):
                 self._save_last()
             raise
-        except jax.errors.JaxRuntimeError as error:
-            if bytes_of_failure(error) is None:
-                raise
-            raise out_of_memory(error, config, self.step, self._save_after_failure()) from None
-        return self._end(bad)
+        return bad
 
     def _calibrate(self, roles: tuple[str, ...], stage: Stages = Stages(False)) -> None:
         """Find the scales of these roles on the first batch to come that has targets: from another the gradients' stay unknown."""
@@ -204,6 +221,8 @@ class _Run:
         """Save the state if it is still there; return what there is to continue from."""
         latest = self.checkpoints.latest_step()
         before = "nothing is saved" if latest is None else f"the newest checkpoint is of step {latest}"
+        if not self.step or self.step == latest:
+            return before
         if jax.process_count() > 1 or any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
             return before
         try:

@@ -219,6 +219,17 @@ def test_a_step_that_runs_out_of_memory_ends_in_one_line_with_the_state_saved(
     assert loop.train(config_of(), tmp_path, jax.devices()[:1]) == 0
 
 
+@pytest.mark.parametrize("name", ["calibrate", "init"])
+def test_memory_that_ends_before_the_first_step_ends_in_one_line(name, tmp_path, monkeypatch):
+    def exhausted(self, *given, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore")
+
+    monkeypatch.setattr(TrainProgram, name, exhausted)
+    with pytest.raises(ConfigError, match="^out of memory before the first step .*") as error:
+        loop.train(config_of(fp8={"recipe": "fp8"}), tmp_path, jax.devices()[:1])
+    assert "\n" not in str(error.value) and not (tmp_path / "checkpoints" / "0").exists()
+
+
 def test_other_errors_of_a_device_are_not_called_so(tmp_path, monkeypatch):
     def step(self, state, batch, *, collect=False):
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")

@@ -20,7 +20,7 @@ def programs_of(size, architecture="fog_max", recipe="fp8_dpa", devices=1, **fie
     """Of a preset with all its sequences in one microbatch: the largest arrays that there can be."""
     values = common.make(size, architecture=architecture, recipe=recipe)
     values.training.microbatches = 1
-    values.warning.update(action="fallback", fallback="mlp_down@1")
+    values.warning.update(action="fallback", fallback="mlp_down")
     for name, value in fields.items():
         section, _, field = name.partition("__")
         values[section][field] = value
@@ -34,7 +34,7 @@ def programs_of(size, architecture="fog_max", recipe="fp8_dpa", devices=1, **fie
 def test_every_program_of_every_size_and_recipe(size, recipe):
     """390m and above have products of sizes beyond 2**31 in every step."""
     found = programs_of(size, recipe=recipe)
-    fallback = {"fallback mlp_down@1=bf16", "fallback mlp_down@1=bf16, statistics"}
+    fallback = {"fallback mlp_down=bf16", "fallback mlp_down=bf16, statistics"}
     assert found.keys() == ALWAYS | fallback | ({"calibration"} if recipe != "bf16" else set())
     for program in found.values():
         program.trace()
@@ -72,6 +72,12 @@ def test_kernels_on_two_devices_with_statistics():
     found = programs_of("390m", devices=2, fp8__attention_backend="pallas")
     for name in ("calibration", "step", "statistics"):
         found[name].trace()
+
+
+def test_a_fallback_of_one_layer():
+    """Layers before, in and after it are programs of their own."""
+    found = programs_of("390m", warning__fallback="mlp_down@1")
+    found["fallback mlp_down@1=bf16, statistics"].trace()
 
 
 def test_every_fallback_that_a_warning_can_ask_for_is_listed():

@@ -1,12 +1,12 @@
 """The configuration of a run, or of a converted model, with whatever fields the command line changes."""
 
-import json
 import pathlib
 
 import ml_collections
 
 from fp8jax import config as config_lib
 from fp8jax import open_fields
+from fp8jax.data import run_tokenizer
 
 
 def get_config(workdir: str | None = None) -> ml_collections.ConfigDict:
@@ -15,7 +15,7 @@ def get_config(workdir: str | None = None) -> ml_collections.ConfigDict:
     if not workdir or not path.is_file():
         raise ValueError(f"{path}: no such file; write --config=configs/from_run.py:WORKDIR")
     config = config_lib.defaults()
-    for section, fields in config_lib.to_dict(config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))).items():
+    for section, fields in config_lib.to_dict(run_tokenizer.read_config(workdir)).items():
         config[section].update(fields)
     # The run is a preset here: schedules that the command line leaves alone follow a length that it sets.
     config.preset.update(open_fields.planned(config))

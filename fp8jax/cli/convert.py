@@ -15,13 +15,13 @@ from orbax.checkpoint import v1
 
 from fp8jax.cli.errors import Parser, complain, local_path
 from fp8jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
-from fp8jax.data import tokenizer
+from fp8jax.data import run_tokenizer, tokenizer
 from fp8jax.interop import hf, hf_config, hf_logits, hf_tokenizer
 from fp8jax.interop.hf_safetensors import DTYPES, HuggingFaceError, read_json
 from fp8jax.models.definition import Definition, Params, define
 from fp8jax.monitor.stages import Stages
-from fp8jax.training.checkpoint import Checkpoints, load_config, save_config
-from fp8jax.training.evaluation import as_float32
+from fp8jax.training.checkpoint import Checkpoints, save_config
+from fp8jax.training.evaluation import as_float32, run_config
 
 KEPT = "hf"  # in a converted run's directory: the source's config.json and tokenizer
 # Of a converted run: a context beyond this is rarely what one trains or evaluates with, and a batch is kept to so many tokens.
@@ -49,26 +49,36 @@ def _from_hf(options: argparse.Namespace) -> None:
         raise HuggingFaceError(f"{options.directory}: no such directory; nothing is downloaded")
     workdir.mkdir(parents=True, exist_ok=True)
     try:
+        kept = _keep(options.directory, workdir)
+        loaded, note = _tokenizer(kept)
+        context = _context(kept)
         # Orbax copies what it saves: with the weights in mapped files, its copy is the only one in memory.
         with tempfile.TemporaryDirectory(prefix=".weights-", dir=workdir) as scratch:
             with STAGE(f"reading {options.directory}"):
                 found = hf.load(options.directory, _Mapped(pathlib.Path(scratch)), ignore_keys=options.ignore_keys, note=print)
             with STAGE("writing the checkpoint of step 0"), Checkpoints(workdir, keep=1) as checkpoints:
                 checkpoints.save(0, {"params": jax.device_put(found.params, _cpu())}, {"step": 0})
+        name = "byte" if loaded is None else str(loaded.file)
+        data = DataConfig(tokenizer=name, sequence_length=context, allow_normalisation=loaded is not None)
+        batch_size = max(1, min(TrainingConfig.batch_size, _BATCH_TOKENS // context))
+        save_config(workdir, Config(model=found.model, data=data, training=TrainingConfig(batch_size=batch_size)))
+        if loaded is not None:
+            run_tokenizer.keep(workdir, loaded)
     except BaseException:
         shutil.rmtree(workdir)
         raise
-    kept = workdir / KEPT
-    kept.mkdir()
-    shutil.copyfile(options.directory / hf.CONFIG, kept / hf.CONFIG)
-    hf.carry(options.directory, kept)
-    name, note = _tokenizer(kept)
-    context = _context(kept)
-    data = DataConfig(tokenizer=name, sequence_length=context, allow_normalisation=name != "byte")
-    batch_size = max(1, min(TrainingConfig.batch_size, _BATCH_TOKENS // context))
-    save_config(workdir, Config(model=found.model, data=data, training=TrainingConfig(batch_size=batch_size)))
     count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     print(f"{found.model_type}, {count:,} parameters, context {context:,} tokens, to {options.out}; {note}")
+
+
+def _keep(source: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """Copy a model directory's config.json and tokenizer into a run's; return where they are."""
+    read_json(source / hf.CONFIG)  # says what is wrong with it
+    kept = workdir / KEPT
+    kept.mkdir()
+    shutil.copyfile(source / hf.CONFIG, kept / hf.CONFIG)
+    hf.carry(source, kept)
+    return kept
 
 
 def _context(kept: pathlib.Path) -> int:
@@ -123,7 +133,7 @@ def _logits(options: argparse.Namespace) -> None:
 
 def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definition, Params, int]:
     """A run's parameters on the host. Unlike training and evaluation, needs no tokenizer where the config has a vocab_size."""
-    config = load_config(workdir)
+    config = run_config(workdir)
     definition = define(config.model, config.model.vocab_size or tokenizer.vocab_size(config))
     on_host = jax.sharding.SingleDeviceSharding(_cpu())
     # Orbax would read everything at once, beside what it has read.
@@ -165,16 +175,16 @@ def _check_empty(workdir: pathlib.Path) -> None:
         raise HuggingFaceError(f"{workdir}: is there already and not an empty directory; choose another --out")
 
 
-def _tokenizer(kept: pathlib.Path) -> tuple[str, str]:
-    """What config.data.tokenizer becomes, and a note on it."""
+def _tokenizer(kept: pathlib.Path) -> tuple[tokenizer.Tokenizer | None, str]:
+    """What config.data.tokenizer becomes, None for bytes, and a note on it."""
     path = kept / "tokenizer.json"
     if not path.is_file():
-        return "byte", "it has no tokenizer.json, so config.data.tokenizer is 'byte': change that in config.json before training"
+        return None, "it has no tokenizer.json, so config.data.tokenizer is 'byte': change that in config.json before training"
     try:
         loaded = tokenizer.load(str(path), allow_normalisation=True)
     except ConfigError as error:
-        return "byte", f"{error}; so config.data.tokenizer is 'byte': change that in config.json before training"
-    return str(path), "; ".join(["with its tokenizer", *loaded.notes])
+        return None, f"{error}; so config.data.tokenizer is 'byte': change that in config.json before training"
+    return loaded, "; ".join(["with its tokenizer", *loaded.notes])
 
 
 def _model_type(workdir: pathlib.Path, model: ModelConfig) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fp8jax import config as config_lib
 from fp8jax.cli.errors import Parser, complain, local_path
-from fp8jax.data import pipeline, tokenizer
+from fp8jax.data import pipeline, run_tokenizer, tokenizer
 
 END = "<|end of document|>"
 STOPPED = 4
@@ -75,13 +75,11 @@ def _shown(text: str) -> str:
 
 def _config(workdir: pathlib.Path) -> config_lib.Config:
     """The run's config; read here, so that JAX's checkpoints need not be loaded to look at data."""
-    path = workdir / "config.json"
     try:
-        return config_lib.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError:
+        return run_tokenizer.own(run_tokenizer.read_config(workdir), workdir)
+    except FileNotFoundError:
+        path = workdir / "config.json"
         raise config_lib.ConfigError(f"{path}: no such file; --workdir must be the directory of a run started with train.py") from None
-    except ValueError as error:  # ConfigError is one
-        raise config_lib.ConfigError(f"{path}: {error}") from None
 
 
 def _passed_over(workdir: pathlib.Path, step: int) -> int:

@@ -307,7 +307,7 @@ def _read(path: str) -> tuple[Any, dict[str, Any], str]:
         tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         spec = json.loads(content)
     except FileNotFoundError:
-        raise _error(path, "no such file; use 'byte' or the path of a tokenizer.json") from None
+        raise _error(path, "no such file; it is the path of a tokenizer.json, 'tekken' or 'byte'") from None
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and panics are not even that

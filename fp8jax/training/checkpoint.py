@@ -32,6 +32,7 @@ from orbax.checkpoint import v1
 
 from fp8jax import config as config_lib
 from fp8jax.config import CheckpointError
+from fp8jax.data import run_tokenizer
 from fp8jax.parallel.distributed import from_any, from_first
 from fp8jax.training import manifest
 
@@ -282,7 +283,8 @@ def save_config(workdir: str | os.PathLike, config: config_lib.Config) -> None:
     path = pathlib.Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name("config.json.tmp")
-    temporary.write_text(json.dumps(config_lib.to_dict(config), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    values = run_tokenizer.as_written(config, workdir)
+    temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -293,17 +295,11 @@ def load_config(workdir: str | os.PathLike) -> config_lib.Config:
         CheckpointError: there is no config.json.
         ConfigError: it is not JSON, or holds an unknown or forbidden field.
     """
-    path = pathlib.Path(workdir) / "config.json"
     try:
-        values = config_lib.read_json(path)
+        return run_tokenizer.read_config(workdir)
     except FileNotFoundError:
+        path = pathlib.Path(workdir) / "config.json"
         raise CheckpointError(f"{path}: no such file; --workdir must be the directory of a run started with train.py") from None
-    if not isinstance(values, dict):
-        raise config_lib.ConfigError(f"{path}: is not an object of sections")
-    try:
-        return config_lib.from_dict(values)
-    except config_lib.ConfigError as error:
-        raise config_lib.ConfigError(f"{path}: {error}") from None
 
 
 def _by_name(tree: Any) -> dict[Names, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.config import Config, settled
-from fp8jax.data import pipeline, tokenizer
+from fp8jax.data import pipeline, run_tokenizer, tokenizer
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, LoadedModel, Params, define
 from fp8jax.monitor.stages import Stages
@@ -31,7 +31,7 @@ from fp8jax.parallel import distributed
 from fp8jax.parallel.mesh import emulates_fp8, fitting_mesh
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
-from fp8jax.training import precision
+from fp8jax.training import manifest, precision
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.step import TrainProgram, token_losses
 
@@ -178,7 +178,7 @@ def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequ
     workdir = pathlib.Path(workdir)
     if not (workdir / "config.json").exists():
         raise CheckpointError(f"{workdir}: no config.json there; give the --workdir of a run")
-    config = _elsewhere(settled(load_config(workdir)))
+    config = _elsewhere(settled(run_config(workdir)))
     definition = define(config.model, tokenizer.vocab_size(config))
     mesh = fitting_mesh(definition.complete(config), devices)
     with Checkpoints(workdir) as checkpoints, stage(f"restoring the checkpoint of step {(step := checkpoints.chosen(step))}"):
@@ -187,6 +187,17 @@ def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequ
         state, _ = checkpoints.restore(step, {"params": program.abstract_state.params}, partial=True)
     params = jax.jit(as_float32, donate_argnums=0, out_shardings=program.state_shardings.params)(state["params"])
     return LoadedModel(config, definition, params, mesh), step
+
+
+def run_config(workdir: pathlib.Path) -> Config:
+    """Return the configuration of a run with the tokenizer of its own: its data may be away.
+
+    Raises:
+        CheckpointError: no run there.
+    """
+    checkpoints = Checkpoints(workdir)
+    fingerprint = manifest.fact(checkpoints.directory / str(checkpoints.latest_step()), "tokenizer")
+    return run_tokenizer.own(load_config(workdir), workdir, fingerprint)
 
 
 def _elsewhere(config: Config) -> Config:

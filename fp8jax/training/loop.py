@@ -19,7 +19,7 @@ import jax
 import fp8jax
 from fp8jax import config as config_lib
 from fp8jax.config import Config, DataError
-from fp8jax.data import pipeline, tokenizer
+from fp8jax.data import fingerprints, pipeline, run_tokenizer, tokenizer
 from fp8jax.models.definition import define
 from fp8jax.monitor import layered, outliers
 from fp8jax.monitor.progress import Progress
@@ -65,11 +65,12 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
         ConfigError: the data, mesh or directory does not fit the config.
     """
     workdir, first, stage = pathlib.Path(workdir), True, Stages(distributed.is_first())
+    config = run_tokenizer.found(config, workdir)
     definition = define(config.model, tokenizer.vocab_size(config))
     mesh = mesh_lib.make_mesh(definition.complete(config), devices)
     check_fallbacks(TrainProgram(config, definition, mesh))
     origin = {"config": config_lib.digest(config), "tokenizer": tokenizer.of(config.data).fingerprint,
-              "fp8jax": fp8jax.__version__, "jax": jax.__version__}
+              "data": fingerprints.of(config.data), "fp8jax": fp8jax.__version__, "jax": jax.__version__}
     keep, alone = config.checkpoint, exclusive(workdir) if distributed.is_first() else contextlib.nullcontext()
     with alone, _stop_signals() as stop, _watchdog(config) as watchdog, \
             Checkpoints(workdir, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best, facts=origin) as checkpoints:
@@ -87,6 +88,7 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
             resumed = restore(program, checkpoints, stage)
         if distributed.is_first():
             save_config(workdir, config)
+            run_tokenizer.keep(workdir, tokenizer.of(config.data))
         lines = introduce(resumed.program, stage)
         while True:
             with _writers(program, workdir, resumed.step) as (writer, progress):

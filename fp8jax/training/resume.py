@@ -4,12 +4,12 @@ Call `check_continues` first, which refuses what would make it another run, then
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from fp8jax import config as config_lib
 from fp8jax.config import Config, ConfigError
-from fp8jax.data import tokenizer
+from fp8jax.data import fingerprints, tokenizer
 from fp8jax.monitor.stages import Stages
 from fp8jax.parallel import distributed
 from fp8jax.training import manifest, precision, scaling_state
@@ -142,25 +142,61 @@ def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str
             raise ConfigError(f"--allow_config_change={path}: no such field{config_lib.did_you_mean(path, now) or '; as in data.source'}")
     if not (workdir / "config.json").exists():
         return
-    old = load_config(workdir)
-    if "data.tokenizer" not in allowed:
-        _check_tokenizer(config, workdir)
+    old, saved = load_config(workdir), _Saved(workdir)
     changed = {path: (before, now[path]) for path, before in _flat(old).items() if before != now[path] and not _is_fitted(path, now[path])}
-    refused = [path for path in changed if _is_fixed(*path.split(".")) and path not in allowed]
+    same = _same_content(config, saved, changed, allowed, tell)
+    refused = [path for path in changed if _is_fixed(*path.split(".")) and path not in allowed and path not in same]
     if refused:
         listed = ", ".join(f"config.{path}: {changed[path][1]!r}, but the run in {workdir} has {changed[path][0]!r}" for path in refused)
         raise ConfigError(f"{listed}; keep it, choose another --workdir, or say --allow_config_change={','.join(refused)}")
     for path, (before, after) in changed.items():
-        tell(f"config.{path} is {after!r}, was {before!r}")
+        what = ", the same by content" if path in same else ""
+        tell(f"config.{path} is {after!r}, was {before!r}{what}")
 
 
-def _check_tokenizer(config: Config, workdir: pathlib.Path) -> None:
-    """Raises ConfigError where the tokenizer's file holds another tokenizer than when the run was saved."""
-    checkpoints = Checkpoints(workdir)
-    saved = manifest.fact(checkpoints.directory / str(checkpoints.latest_step()), "tokenizer")
-    if saved is not None and saved != (found := tokenizer.of(config.data).fingerprint):
-        raise ConfigError(f"config.data.tokenizer: is {found}, but the run in {workdir} was trained with {saved}; restore that file, "
-                          "choose another --workdir, or say --allow_config_change=data.tokenizer")
+class _Saved:
+    """What the newest checkpoint of a run was trained with; None of what its manifest does not say."""
+
+    def __init__(self, workdir: pathlib.Path):
+        directory = Checkpoints(workdir)
+        path = directory.directory / str(directory.latest_step())
+        data = manifest.fact(path, "data")
+        self.workdir, self.tokenizer = workdir, manifest.fact(path, "tokenizer")
+        self.data: dict[str, Any] = data if isinstance(data, dict) else {}
+
+
+def _same_content(config: Config, saved: _Saved, changed: Collection[str], allowed: Sequence[str], tell: Callable[[str], None]) -> set[str]:
+    """Return which of the tokenizer and the sources are, by content, those of the run: their names may change then.
+
+    Args:
+        config: of the run that is about to start.
+        saved: what the run was trained with.
+        changed: fields that differ; what differs by name is refused by name.
+        allowed: fields that may differ.
+        tell: receives a line where held-out text is another.
+
+    Raises:
+        ConfigError: a file holds another tokenizer, or a source other data, than when the run was saved.
+    """
+    same = set()
+    if saved.tokenizer is not None and "data.tokenizer" not in allowed:
+        found = tokenizer.of(config.data).fingerprint
+        if saved.tokenizer != found:
+            raise ConfigError(f"config.data.tokenizer: is {found}, but the run in {saved.workdir} was trained with {saved.tokenizer}; "
+                              "restore that file, choose another --workdir, or say --allow_config_change=data.tokenizer")
+        same.add("data.tokenizer")
+    if not saved.data or "data.source" in allowed:
+        return same
+    found = fingerprints.of(config.data)
+    if fingerprints.same(found["train"], saved.data.get("train")):
+        same.add("data.source")
+    elif "data.source" not in changed:
+        names = ", ".join(fingerprints.changed(found["train"], saved.data.get("train"))) or config.data.source
+        raise ConfigError(f"config.data.source: {names} holds other data than the run in {saved.workdir} was trained with; "
+                          "restore it, choose another --workdir, or say --allow_config_change=data.source")
+    if other := fingerprints.changed(found["held_out"], saved.data.get("held_out")):
+        tell(f"held-out text of {', '.join(other)} is another than before: held-out losses do not compare")
+    return same
 
 
 def _flat(config: Config) -> dict[str, object]:

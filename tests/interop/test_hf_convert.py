@@ -11,10 +11,11 @@ import pytest
 from configs import from_run
 from fp8jax import config as config_lib
 from fp8jax.__main__ import main
+from fp8jax.data import tokenizer
 from fp8jax.interop import hf
 from fp8jax.interop.hf_safetensors import TensorFiles
 from fp8jax.training import loop
-from fp8jax.training.evaluation import Evaluator, load_run
+from fp8jax.training.evaluation import Evaluator, load_run, run_config
 from tests.helpers.runs import micro, save_untrained
 
 from . import fog_reference
@@ -106,8 +107,14 @@ def test_a_tokenizer_is_carried_and_used(tmp_path):
     made.save(str(source / "tokenizer.json"))
     assert convert("from-hf", source, "--out", tmp_path / "run") == 0
     name = json.loads((tmp_path / "run" / "config.json").read_text())["data"]["tokenizer"]
-    assert pathlib.Path(name).read_bytes() == (source / "tokenizer.json").read_bytes()
-    assert convert("to-hf", "--workdir", tmp_path / "run", "--out", tmp_path / "out") == 0
+    assert name == "{workdir}/hf/tokenizer.json"
+    shutil.rmtree(source.rename(tmp_path / "gone"))
+    run = (tmp_path / "run").rename(tmp_path / "moved")
+    source = run / "hf"
+    assert from_run.get_config(str(run)).data.tokenizer == str(source / "tokenizer.json")
+    used = tokenizer.of(run_config(run).data)
+    assert used.encode("é").tolist() == [made.token_to_id(c) for c in "Ã©"] and used.end_of_document == 256
+    assert convert("to-hf", "--workdir", run, "--out", tmp_path / "out") == 0
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 

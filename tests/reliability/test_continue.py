@@ -1,13 +1,15 @@
 """Continuing under another configuration: what is refused, what is told, what is calibrated."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
 from fp8jax.config import ConfigError
-from fp8jax.data import tokenizer
+from fp8jax.data import fingerprints, shards, tokenizer
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.training import loop
+from fp8jax.training import loop, manifest
 from fp8jax.training.checkpoint import Checkpoints, load_config, save_config
 from fp8jax.training.resume import check_continues, resume
 from tests.helpers.runs import EIGHT, MICRO, micro, program_of, train
@@ -67,3 +69,67 @@ def test_bf16_to_fp8_and_back(tmp_path, capsys):
     events = read_metrics(tmp_path / "events.jsonl")
     assert [event["step"] for event in events if event["kind"] == "calibrated"] == [2, 6]
     assert load_config(tmp_path).fp8.recipe == "fp8" and loop.FINISHED == 0
+
+
+@pytest.fixture
+def a_run(tmp_path):
+    """A run of prepared data that has a checkpoint, and what makes the data anew."""
+    def prepare(texts, held_out=("of Kellynch Hall",)):
+        shutil.rmtree(tmp_path / "tokens", ignore_errors=True)
+        byte = tokenizer.load("byte")
+        documents = {"train": map(byte.encode, texts), "held_out": map(byte.encode, held_out)}
+        shards.write_shards(tmp_path / "tokens", byte, documents)
+
+    prepare(["Sir Walter Elliot"])
+    config = micro(data={"source": str(tmp_path / "tokens")})
+    save_config(tmp_path / "run", config)
+    directory = tmp_path / "run" / "checkpoints" / "1"
+    directory.mkdir(parents=True)
+    manifest.write(directory, {"tokenizer": "byte", "data": fingerprints.of(config.data)})
+    return config, tmp_path / "run", prepare
+
+
+def test_data_prepared_anew_is_refused(a_run):
+    config, workdir, prepare = a_run
+    prepare(["Sir Walter Elliot"])
+    check_continues(config, workdir)
+    prepare(["Sir Walter Elliot"] * 3)
+    with pytest.raises(ConfigError, match=r"config.data.source: \S+/tokens holds other data than the run .*--allow_config_change=data.source"):
+        check_continues(config, workdir)
+    check_continues(config, workdir, ["data.source"])
+
+
+def test_other_held_out_text_is_told(a_run):
+    config, workdir, prepare = a_run
+    prepare(["Sir Walter Elliot"], ["was a man who"])
+    told = []
+    check_continues(config, workdir, tell=told.append)
+    assert [line.partition(" is another")[0] for line in told] == [f"held-out text of {config.data.source}"]
+
+
+def test_data_that_has_moved_is_the_same_data(a_run):
+    config, workdir, prepare = a_run
+    moved = workdir.parent / "moved"
+    (workdir.parent / "tokens").rename(moved)
+    now, told = micro(data={"source": str(moved), "tokenizer": "byte"}), []
+    check_continues(now, workdir, tell=told.append)
+    assert [line.rpartition(", ")[2] for line in told] == ["the same by content"] * 2
+    prepare(["another"])
+    with pytest.raises(ConfigError, match="config.data.source: .*, but the run in"):
+        check_continues(micro(data={"source": f"{moved}=1,{config.data.source}=1"}), workdir)
+
+
+def test_a_run_writes_what_its_data_was(tmp_path, monkeypatch):
+    facts = {}
+
+    class Stop(Exception):
+        pass
+
+    def stop(*arguments, **options):
+        facts.update(options["facts"])
+        raise Stop
+
+    monkeypatch.setattr(loop, "Checkpoints", stop)
+    with pytest.raises(Stop):
+        train(micro(), tmp_path)
+    assert facts["data"] == fingerprints.of(micro().data) and facts["tokenizer"] == "byte"

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import types
 import typing
 from typing import Any
@@ -132,6 +133,8 @@ class DataConfig:
     sequence_length: int = _field(256, "tokens a sequence", at_least=1, below=2**24 + 1)  # positions are float32 in RoPE
     source: str = _field("embedded", "'embedded' (the novels shipped with fp8jax), a directory of prepared token shards, a Megatron "
                          "prefix, or a mixture of them: 'dirA=0.7,dirB=0.3'")
+    held_out: str = _field("auto", "text of the held-out loss. auto: what the sources hold out; none: no evaluation; or sources, each logged "
+                           "by its name where there are several: 'dirA' or 'wiki=dirA,code=dirB'")
     tokenizer: str = _field("auto", "auto: the source's own; 'byte', 'tekken' or the path of a tokenizer.json")
     allow_normalisation: bool = _field(False, "take a tokenizer that brings text into a Unicode form (NFC) first; bits per byte is then of "
                                        "that text")
@@ -469,6 +472,10 @@ def check(config: Config) -> None:
     if problem := bounds.problem(config):
         raise ConfigError(problem)
     parse_sources(config.data.source)
+    parse_held_out(config.data.held_out)
+    if config.data.held_out == "none" and config.checkpoint.keep_best:
+        raise ConfigError(f"config.checkpoint.keep_best: {config.checkpoint.keep_best} needs a held-out loss, and "
+                          "config.data.held_out is 'none'; set it to 0")
     try:
         roles.parse_overrides(fp8.overrides, layers=model.layers)
     except ValueError as error:
@@ -510,6 +517,29 @@ def parse_sources(text: str) -> tuple[tuple[str, float], ...]:
             raise ConfigError(f"config.data.source: {pair!r} in {text!r} is not a new source with a weight above 0, as in 'dirA=0.7,dirB=0.3'")
         found[name] = value
     return tuple((name, value / math.fsum(found.values())) for name, value in found.items())
+
+
+def parse_held_out(text: str) -> tuple[tuple[str, str], ...]:
+    """Return name and source of each part of `config.data.held_out`; none where it is 'auto' or 'none'.
+
+    A source without a name is called by the last part of its path.
+
+    Raises:
+        ConfigError: a part without a source, or a name that is there twice.
+    """
+    if text in ("auto", "none"):
+        return ()
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, source = (word.strip() for word in part.partition("="))
+        if not equals or "/" in name:  # a path may hold '=' itself
+            source = part.strip()
+            name = re.sub(r"[^\w.-]", "_", pathlib.PurePath(source).name)
+        if not source or not re.fullmatch(r"[\w.-]+", name) or name in found:
+            raise ConfigError(f"config.data.held_out: {part!r} in {text!r} is not a source with a name of its own, as in "
+                              "'wiki=dirA,code=dirB'; or say auto or none")
+        found[name] = source
+    return tuple(found.items())
 
 
 def _weight(text: str) -> float | None:

@@ -26,6 +26,7 @@ Exit codes: 0 finished, 2 bad usage, config, checkpoint or task.
 _STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest", lower_bound=0)
 _TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-evaluation-harness, separated by commas; 'fog': those of the FOG paper")
 _TASK_DIR = flags.DEFINE_string("task_dir", None, "directory with task files of your own, for --tasks")
+_HELD_OUT = flags.DEFINE_string("held_out", None, "other text than the run's: 'dirA' or 'wiki=dirA,code=dirB', as config.data.held_out")
 
 flags.adopt_module_key_flags(processes)
 
@@ -56,11 +57,13 @@ def _evaluate(workdir: pathlib.Path, stage: Stages) -> int:
     from fp8jax.parallel import distributed
     from fp8jax.training import evaluation
 
-    found = evaluation.evaluate_run(workdir, _STEP.value, stage=stage)
+    found = evaluation.evaluate_run(workdir, _STEP.value, stage=stage, held_out=_HELD_OUT.value)
     if not distributed.is_first():
         return 0
-    print(f"step {found['step']}: loss {found['loss']:.4f}  perplexity {found['perplexity']:.4f}  "
-          f"bits per byte {found['bits_per_byte']:.4f}  ({found['tokens']:,} tokens, {found['bytes']:,} bytes)")
+    texts = found.get("texts", {})
+    for name, values in {"": found, **texts}.items():
+        print(f"step {found['step']}: {name}{': ' * bool(name)}loss {values['loss']:.4f}  perplexity {values['perplexity']:.4f}  "
+              f"bits per byte {values['bits_per_byte']:.4f}  ({values['tokens']:,} tokens, {values['bytes']:,} bytes)")
     return 0
 
 

@@ -31,8 +31,12 @@ def of(data: DataConfig) -> dict[str, list[list[Any]]]:
     Raises:
         ConfigError: a source that cannot be read; the message names the file.
     """
-    named = parse_sources(data.source)
-    return {split: [[name, weight, _digest(name, data, split)] for name, weight in named] for split in shards.SPLITS}
+    train = parse_sources(data.source)
+    held_out = sources.held_out_parts(data)
+    return {
+        "train": [[name, weight, _digest(name, data, sources.part_of(name, data, "train"))] for name, weight in train],
+        "held_out": [[name, 1.0, _digest(source, data, part)] for name, source, part in held_out],
+    }
 
 
 def same(found: list[list[Any]], saved: Any) -> bool:
@@ -52,28 +56,28 @@ def changed(found: list[list[Any]], saved: Any) -> list[str]:
     return [name for name, _, digest in found if before.get(name, digest) != digest]
 
 
-def _digest(name: str, data: DataConfig, split: str) -> str:
+def _digest(name: str, data: DataConfig, part: str) -> str:
     if name == "embedded":
-        return _of_corpus(split)
+        return _of_corpus(part)
     if megatron.is_dataset(name):
-        return _of_megatron(pathlib.Path(f"{name}.idx"), pathlib.Path(f"{name}.bin"))
-    return _of_directory(pathlib.Path(name), data, split)
+        return _of_megatron(pathlib.Path(f"{name}.idx"), pathlib.Path(f"{name}.bin"), part)
+    return _of_directory(pathlib.Path(name), data, part)
 
 
-def _of_directory(directory: pathlib.Path, data: DataConfig, split: str) -> str:
+def _of_directory(directory: pathlib.Path, data: DataConfig, part: str) -> str:
     index = shards.read_index(directory)
     splits = index.get("splits")
-    found = splits.get(split) if isinstance(splits, dict) else None
+    found = splits.get(part) if isinstance(splits, dict) else None
     listed = found.get("shards") if isinstance(found, dict) else None
     content = [index.get("dtype"), listed]
-    if split == "train" and data.packing == "best_fit":
+    if part == "train" and data.packing == "best_fit":
         packed = index.get("best_fit")
         content.append(packed.get(str(data.sequence_length)) if isinstance(packed, dict) else None)
     return f"sha256:{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}"
 
 
-def _of_megatron(index: pathlib.Path, tokens: pathlib.Path) -> str:
-    digest = hashlib.sha256()
+def _of_megatron(index: pathlib.Path, tokens: pathlib.Path, part: str) -> str:
+    digest = hashlib.sha256(part.encode())
     try:
         with index.open("rb") as file:
             for piece in iter(functools.partial(file.read, _READ), b""):

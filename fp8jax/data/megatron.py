@@ -64,6 +64,11 @@ class Ended:
 def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> np.ndarray | Ended:
     """The tokens of a split, memory-mapped, [tokens] in the file's own dtype; `Ended` where documents do not end themselves.
 
+    Args:
+        prefix: of the dataset's files.
+        tokenizer: that it was written with.
+        split: 'train', 'held_out' or 'all', both of them.
+
     Raises:
         ConfigError: files that are damaged, do not belong together, or of whose documents only some end.
     """
@@ -84,15 +89,16 @@ def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> 
     stops = stops[1:][np.diff(stops) > 0]
     documents = len(stops)
     first_held_out = documents - max(1, documents // _HELD_OUT)
-    if first_held_out < 1:
-        raise _error(f"{prefix}.idx", f"holds {documents} document{'' if documents == 1 else 's'} with tokens; there is nothing to hold out")
+    if first_held_out < (split != "all"):
+        raise _error(f"{prefix}.idx", f"holds {documents} document{'' if documents == 1 else 's'} with tokens; there is nothing to hold "
+                     "out: set config.data.held_out to other text, or to none")
     tokens = np.memmap(path, index.kind, mode="r")
     ended = _ends_itself(path, tokens, stops, tokenizer)
-    cut = stops[first_held_out - 1]
-    if split == "train":
-        tokens, of_split = tokens[:cut], stops[:first_held_out]
-    else:
-        tokens, of_split = tokens[cut:], stops[first_held_out:] - cut
+    of_split = stops
+    if split != "all":
+        cut = stops[first_held_out - 1]
+        tokens = tokens[:cut] if split == "train" else tokens[cut:]
+        of_split = stops[:first_held_out] if split == "train" else stops[first_held_out:] - cut
     if ended:
         return tokens
     return Ended(tokens, of_split, tokenizer.end_of_document)

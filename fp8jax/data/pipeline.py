@@ -1,12 +1,13 @@
-"""Batches: the training order, which is a function of (seed, step), and the held-out split, in order and once.
+"""Batches: the training order, which is a function of (seed, step), and held-out text, in order and once.
 
     batches = train_batches(config)             # batches[step] is the batch of that step
     iterator = train_iterator(config, start_step=1000)
     batch = next(iterator)                      # read ahead in config.data.read_threads threads
     iterator.get_state()                        # small JSON; iterator.set_state(...) continues there
     train_places(config, step)                  # where each sequence of that batch comes from
-    for batch, text_bytes in held_out_batches(config, batch_size=16): ...
-    held_out_sequences(config)                  # how many sequences the split has
+    for name, stream in held_out_streams(config).items():
+        held_out_sequences(config, stream)      # how many sequences it has
+        for batch, text_bytes in held_out_batches(config, batch_size=16, stream=stream): ...
 
 A sequence is a window of a source (`packing`), and sources take turns by their weights (`mixing`). The windows of a source
 are shuffled anew every epoch (Grain's index shuffle: nothing is kept in memory); batches run on across epochs. Nothing
@@ -101,7 +102,7 @@ def train_iterator(config: Config, start_step: int = 0, rows: Sequence[int] | No
     Raises:
         ConfigError: as `train_batches`; also where there is nothing to evaluate on, which would come out much later.
     """
-    sources.load(config.data, "held_out")
+    held_out_streams(config)
     threads = config.data.read_threads
     # Two batches a thread: Grain's own default of 500 elements would be 500 batches.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -135,19 +136,33 @@ def describe(config: Config) -> list[str]:
     return lines
 
 
-def held_out_sequences(config: Config) -> int:
-    """Return the number of sequences of the whole held-out split.
+def held_out_streams(config: Config) -> dict[str, sources.TokenStream]:
+    """Return what held-out losses are taken of, by name; '' is the name of what the sources themselves hold out.
+
+    Empty with `data.held_out=none`, and where the sources hold nothing out and no evaluation is asked for.
+
+    Raises:
+        ConfigError: text that cannot be read, or there is none though evaluations are asked for.
+    """
+    if config.data.held_out == "auto" and not config.evaluation.every and not sources.holds_out(config.data):
+        return {}
+    return dict(sources.load_held_out(config.data))
+
+
+def held_out_sequences(config: Config, stream: sources.TokenStream | None = None) -> int:
+    """Return the number of sequences of a whole held-out text; None: of what the sources hold out.
 
     Raises:
         ConfigError: as `train_batches`.
     """
-    return len(packing.ConcatWindows(sources.load(config.data, "held_out"), config.data))
+    stream = stream or sources.load(config.data, "held_out")
+    return len(packing.ConcatWindows(stream, config.data))
 
 
 def held_out_batches(
-    config: Config, batch_size: int, rows: Sequence[int] | None = None, *, sequences: int = 0
+    config: Config, batch_size: int, rows: Sequence[int] | None = None, *, sequences: int = 0, stream: sources.TokenStream | None = None
 ) -> Iterator[tuple[Batch, int]]:
-    """The held-out split in order, no token a target more than once; all batches have the same shapes.
+    """A held-out text in order, no token a target more than once; all batches have the same shapes.
 
     Documents run on here whatever config.data.packing is. The splits of several sources follow one another.
 
@@ -155,7 +170,8 @@ def held_out_batches(
         config: reads `data`.
         batch_size: sequences of a batch, over all processes.
         rows: which of every batch to load; None: all.
-        sequences: how many to read, spread evenly over the split; 0, or more than there are: every one.
+        sequences: how many to read, spread evenly over the text; 0, or more than there are: every one.
+        stream: one of `held_out_streams`; None: what the sources hold out.
 
     Yields:
         A batch [len(rows), T], the last one padded with sequences of mask 0; and how many bytes of text the targets
@@ -166,7 +182,7 @@ def held_out_batches(
         ConfigError: as `train_batches`.
     """
     rows = _rows(batch_size, rows)
-    windows = packing.ConcatWindows(sources.load(config.data, "held_out"), config.data)
+    windows = packing.ConcatWindows(stream or sources.load(config.data, "held_out"), config.data)
     count = min(sequences or len(windows), len(windows))
     return _in_order(windows, count, batch_size, rows)
 

@@ -306,7 +306,8 @@ def _listed(directory: pathlib.Path, index: dict[str, Any], split: str) -> list[
     except (KeyError, TypeError):
         listed = []
     if not listed:
-        raise _error(directory / INDEX, f"lists no shards of split {split!r}; prepare it again")
+        fix = "set config.data.held_out to other text, or to none" if split == "held_out" else "prepare it again"
+        raise _error(directory / INDEX, f"lists no shards of split {split!r}; {fix}")
     for shard in listed:
         file, tokens = shard["file"], shard["tokens"]
         if not isinstance(file, str) or not re.fullmatch(rf"{split}_[0-9]{{5,9}}\.bin", file):

@@ -3,6 +3,7 @@
     stream = load(config.data, "train")         # or "held_out"; several sources one after another
     len(stream), stream.read(0, 100)            # tokens; int32 [100]
     for name, weight, stream in load_each(config.data, "train"): ...
+    for name, stream in load_held_out(config.data): ...     # what config.data.held_out says
 
 A split is one stream of tokens in which every document ends with the tokenizer's end-of-document id, so that id is
 the boundary between documents, wherever in the stream one starts to read. Batches are made in `pipeline.py`,
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fp8jax.config import DataConfig, DataError, parse_sources
+from fp8jax.config import ConfigError, DataConfig, DataError, parse_held_out, parse_sources
 from fp8jax.data import megatron, shards
 from fp8jax.data import tokenizer as tokenizers
 
@@ -108,7 +109,7 @@ def load(data: DataConfig, split: str) -> TokenStream:
     names = [name for name, _ in parse_sources(data.source)]
     if split == "held_out":
         names = [name for name in names if not is_directory(name) or shards.has_split(name, split)] or names[:1]
-    streams = [_load(name, tokenizers.of(data), split, data.on_fault == "skip") for name in names]
+    streams = [_load(name, tokenizers.of(data), part_of(name, data, split), data.on_fault == "skip") for name in names]
     if len(streams) == 1:
         return streams[0]
     arrays, paths = (sum((getattr(one, field) for one in streams), ()) for field in ("arrays", "names"))
@@ -122,7 +123,61 @@ def load_each(data: DataConfig, split: str) -> list[Source]:
         ConfigError: as `load`.
     """
     tokenizer, tolerant = tokenizers.of(data), data.on_fault == "skip"
-    return [Source(name, weight, _load(name, tokenizer, split, tolerant)) for name, weight in parse_sources(data.source)]
+    named = parse_sources(data.source)
+    return [Source(name, weight, _load(name, tokenizer, part_of(name, data, split), tolerant)) for name, weight in named]
+
+
+def load_held_out(data: DataConfig) -> list[tuple[str, TokenStream]]:
+    """Name and text of each part of `config.data.held_out`; one without a name for 'auto', none for 'none'.
+
+    Of a source of one's own what it holds out is read, or all of it where it holds nothing out.
+
+    Raises:
+        ConfigError: as `load`; or a part holds nothing out and is trained on.
+    """
+    if data.held_out == "auto":
+        return [("", load(data, "held_out"))]
+    tokenizer, tolerant = tokenizers.of(data), data.on_fault == "skip"
+    try:
+        return [(name, _load(source, tokenizer, part, tolerant)) for name, source, part in held_out_parts(data)]
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("config.data.source:", "config.data.held_out:", 1)) from None
+
+
+def held_out_parts(data: DataConfig) -> list[tuple[str, str, str]]:
+    """Return what held-out losses are taken of: names, sources, and 'held_out', 'train' or 'all' of each source.
+
+    Raises:
+        ConfigError: as `load_held_out`.
+    """
+    trained = [name for name, _ in parse_sources(data.source)]
+    if data.held_out == "auto":
+        return [(name, name, "held_out") for name in trained]
+    found = []
+    for name, source in parse_held_out(data.held_out):
+        if megatron.is_dataset(source):
+            part = "held_out" if source in trained else "all"
+        else:
+            part = "held_out" if source == "embedded" or shards.has_split(source, "held_out") else "train"
+        if part == "train" and source in trained:
+            raise ConfigError(f"config.data.held_out: {source} holds nothing out, and the run trains on it; give another source, or none")
+        found.append((name, source, part))
+    return found
+
+
+def holds_out(data: DataConfig) -> bool:
+    """True if one of the configured sources has a held-out split of its own.
+
+    Raises:
+        ConfigError: an index that cannot be read.
+    """
+    return any(not is_directory(name) or shards.has_split(name, "held_out") for name, _ in parse_sources(data.source))
+
+
+def part_of(name: str, data: DataConfig, split: str) -> str:
+    """Return 'all' for a Megatron dataset that is trained on and of whose last documents no loss is taken, else the split."""
+    apart = data.held_out == "auto" or name in dict(parse_held_out(data.held_out)).values()
+    return "all" if split == "train" and megatron.is_dataset(name) and not apart else split
 
 
 def is_directory(name: str) -> bool:
@@ -131,7 +186,7 @@ def is_directory(name: str) -> bool:
 
 
 def _load(name: str, tokenizer: tokenizers.Tokenizer, split: str, tolerant: bool) -> TokenStream:
-    if split not in shards.SPLITS:
+    if split not in (*shards.SPLITS, "all"):
         raise ValueError(f"split {split!r} is not one of {', '.join(shards.SPLITS)}")
     if name == "embedded":
         return _embedded(tokenizer, split)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fp8jax.config import Config, settled
+from fp8jax.config import Config, ConfigError, settled
 from fp8jax.data import pipeline, run_tokenizer, tokenizer
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, LoadedModel, Params, define
@@ -43,15 +43,16 @@ class Evaluator:
     """Evaluates parameters on the held-out split; compiles once.
 
     Attributes:
-        sequences: how many of the held-out split an evaluation reads.
-        all_sequences: how many the split has.
+        sequences: how many of the held-out text an evaluation reads; 0: there is none, and nothing to call this for.
+        all_sequences: how many the text has.
     """
 
     def __init__(self, config: Config, definition: Definition, mesh: Mesh):
         self.config, self.mesh = config, mesh
-        self.all_sequences = pipeline.held_out_sequences(config)
-        asked = batches_by_share(config) if config.evaluation.batches < 0 else config.evaluation.batches
-        self.sequences = min(asked * config.training.batch_size or self.all_sequences, self.all_sequences)
+        self.texts = pipeline.held_out_streams(config)
+        self.parts = _parts(config, {name: pipeline.held_out_sequences(config, text) for name, text in self.texts.items()})
+        self.all_sequences = sum(there for _, there in self.parts.values())
+        self.sequences = sum(read for read, _ in self.parts.values())
         self.sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
         self.abstract_batch = self._abstract_batch()
         emulated = emulates_fp8(config, mesh.devices.flat[0])
@@ -88,16 +89,19 @@ class Evaluator:
 
     def describe(self) -> str:
         """Return a line for the start of a run: when an evaluation is due and what it reads."""
+        if not self.sequences:
+            return "held-out none: the loss of text that is not trained on is never taken; data.held_out sets some"
         every, steps = self.config.evaluation.every, _interval(self.config)
         when = f"every {every:,} steps and at the end" if every else "at the end"
         share = self.sequences / (FORWARDS_A_STEP * steps * self.config.training.batch_size)
         spread = "; eval.py reads the whole split" if self.sequences < self.all_sequences else ""
-        return f"held-out {self.part()}, {when}: about {share:.1%} of the time{spread}"
+        of = f" of {', '.join(self.parts)}" if len(self.parts) > 1 else ""
+        return f"held-out {self.part()}{of}, {when}: about {share:.1%} of the time{spread}"
 
     def __call__(
         self, params: Params, progress: Callable[[int, int], object] = lambda done, of: None
-    ) -> dict[str, float]:
-        """Compute metrics over `sequences` of the held-out split.
+    ) -> dict[str, Any]:
+        """Compute metrics over `sequences` of the held-out text.
 
         Args:
             params: of the model, in 16 or 32 bits.
@@ -105,22 +109,49 @@ class Evaluator:
 
         Returns:
             `loss` in nats a token, `perplexity`, `bits_per_byte` of text, `tokens` and `bytes` scored, `sequences`
-            of `all_sequences` read.
+            of `all_sequences` read. Where there are several texts also `texts`: name → loss, perplexity, bits per byte, tokens, bytes.
         """
-        sums, text_bytes, waiting = np.zeros(2), 0, None
-        size, _ = shape = self.abstract_batch["inputs"].shape
-        rows = Rows(shape, self.sharding)
-        batches, count = pipeline.held_out_batches(self.config, size, rows.numbers, sequences=self.sequences), -(-self.sequences // size)
-        for done, (batch, read) in enumerate(batches):
-            progress(done, count)
-            found = self.total_loss(params, {name: rows.put(batch[name]) for name in self.abstract_batch})
+        size = self.abstract_batch["inputs"].shape[0]
+        count, done = sum(-(-read // size) for read, _ in self.parts.values()), 0
+        sums = {}
+        for name, (read, _) in self.parts.items():
+            sums[name] = self._sums(name, params, lambda number, before=done: progress(before + number, count))
+            done += -(-read // size)
+        whole = _metrics(sum(sums.values(), np.zeros(3)))
+        whole |= {"sequences": self.sequences, "all_sequences": self.all_sequences}
+        return whole | ({"texts": {name: _metrics(found) for name, found in sums.items()}} if len(sums) > 1 else {})
+
+    def _sums(self, name: str, params: Params, progress: Callable[[int], object]) -> np.ndarray:
+        """Return nats, tokens and bytes of a text's part, float64 [3]."""
+        shape = self.abstract_batch["inputs"].shape
+        rows, sums, waiting = Rows(shape, self.sharding), np.zeros(3), None
+        batches = pipeline.held_out_batches(self.config, shape[0], rows.numbers, sequences=self.parts[name][0], stream=self.texts[name])
+        for number, (batch, read) in enumerate(batches):
+            progress(number)
+            found = self.total_loss(params, {field: rows.put(batch[field]) for field in self.abstract_batch})
             if waiting is not None:  # the devices have the next batch already
-                sums += np.asarray(jax.device_get(waiting), np.float64)
-            text_bytes, waiting = text_bytes + read, found
-        nats, tokens = sums + np.asarray(jax.device_get(waiting), np.float64)
-        loss = float(nats / tokens) if tokens else math.nan
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": float(nats) / math.log(2) / max(text_bytes, 1),
-                "tokens": int(tokens), "bytes": text_bytes, "sequences": self.sequences, "all_sequences": self.all_sequences}
+                sums[:2] += np.asarray(jax.device_get(waiting), np.float64)
+            sums[2], waiting = sums[2] + read, found
+        sums[:2] += np.asarray(jax.device_get(waiting), np.float64)
+        return sums
+
+
+def _parts(config: Config, there: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Return for each text how many of its sequences are read, in proportion, a batch at least; and how many there are."""
+    asked = batches_by_share(config) if config.evaluation.batches < 0 else config.evaluation.batches
+    batch_size, total = config.training.batch_size, sum(there.values())
+    parts = {}
+    for name, count in there.items():
+        share = max(round(asked * count / total), 1) if asked else 0
+        parts[name] = min(share * batch_size or count, count), count
+    return parts
+
+
+def _metrics(sums: np.ndarray) -> dict[str, Any]:
+    nats, tokens, text_bytes = sums.tolist()
+    loss = nats / tokens if tokens else math.nan
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
+            "tokens": int(tokens), "bytes": int(text_bytes)}
 
 
 def batches_by_share(config: Config) -> int:
@@ -135,27 +166,34 @@ def _interval(config: Config) -> int:
 
 def evaluate_run(
     workdir: pathlib.Path, step: int | None = None, progress: Callable[[int, int], object] = lambda done, of: None, *,
-    stage: Stages = Stages(False),
+    stage: Stages = Stages(False), held_out: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run on the whole held-out split and writes WORKDIR/eval.json.
+    """Evaluates a checkpoint of a run on the whole held-out text and writes WORKDIR/eval.json.
 
     Args:
         workdir: directory of the run.
         step: of the checkpoint; None: the newest.
         progress: as in `Evaluator`.
         stage: announces what takes time.
+        held_out: other text than that of the run, as `config.data.held_out`.
 
     Raises:
         CheckpointError: no run there, or no such checkpoint.
+        ConfigError: no held-out text, or none that can be read.
     """
     model, step = load_run(workdir, step, stage=stage)
     config = dataclasses.replace(model.config, evaluation=dataclasses.replace(model.config.evaluation, batches=0))
+    if held_out is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=held_out))
     with stage(f"evaluating step {step}") as note:
         def show(done: int, of: int) -> None:
             progress(done, of)
             note(f"batch {done + 1} of {of}")
 
-        found = {"step": step, **Evaluator(config, model.definition, model.mesh)(model.params, show)}
+        evaluator = Evaluator(config, model.definition, model.mesh)
+        if not evaluator.sequences:
+            raise ConfigError(f"config.data.held_out: the run in {workdir} has no held-out text; give some with eval.py --held_out=DIR")
+        found = {"step": step, **evaluator(model.params, show)}
     write_json(workdir / "eval.json", found)
     return found
 

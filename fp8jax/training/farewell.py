@@ -4,18 +4,20 @@ import pathlib
 import shlex
 
 
-def what_next(workdir: pathlib.Path, step: int, *, report: bool) -> list[str]:
+def what_next(workdir: pathlib.Path, step: int, *, report: bool, held_out: bool = True) -> list[str]:
     """Return the last lines of a run that has finished.
 
     Args:
         workdir: directory of the run.
         step: its last.
         report: whether the run wrote WORKDIR/report.html.
+        held_out: whether it has text to evaluate on.
     """
     name = shlex.quote(str(workdir))
     lines = [f"finished step {step}; checkpoint {workdir / 'checkpoints' / str(step)}"]
     lines += [f"report   {workdir / 'report.html'}"] if report else []
-    return lines + [f"next     python eval.py --workdir={name}", f"         python -m fp8jax sample --workdir={name} --prompt='Anne Elliot'",
+    evaluate = f"next     python eval.py --workdir={name}" + ("" if held_out else " --held_out=DIR")
+    return lines + [evaluate, f"         python -m fp8jax sample --workdir={name} --prompt='Anne Elliot'",
                     f"         to train on: the same command with --config.training.steps={2 * step}"]
 
 

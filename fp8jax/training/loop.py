@@ -253,7 +253,7 @@ class _Run:
                 jax.block_until_ready(metrics)
         self._tell(self.profile.after(step, metrics))
         last, bad = step == config.training.steps, 0
-        evaluate = _due(step, config.evaluation.every) or last
+        evaluate = bool(self.evaluator.sequences) and (_due(step, config.evaluation.every) or last)
         if _due(step, config.log.every) or collect or evaluate:
             bad = self._log(step, metrics, taps, self._evaluate() if evaluate else {})
         self.stopping, late, self.busy = self.agreement((bool(self.stop), self.saver.is_late(step), self.checkpoints.busy()))
@@ -341,7 +341,8 @@ class _Run:
         step = self.step
         if step == self.config.training.steps and not bad_end:  # whatever signal came in the last step
             self.writer.event("finished", step)
-            for line in what_next(self.workdir, step, report=self.config.log.report_minutes > 0):
+            for line in what_next(self.workdir, step, report=self.config.log.report_minutes > 0,
+                                  held_out=bool(self.evaluator.sequences)):
                 self.progress.message(line)
             return FINISHED
         if not self.stopping:
@@ -391,7 +392,8 @@ class _Run:
             write_json(self.workdir / "eval.json", {"step": self.step, **found})
         except OSError as error:
             self.progress.message(f"{self.workdir / 'eval.json'} is not written: {error.strerror}; training goes on")
-        return {f"held_out/{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte", "tokens")}
+        texts = {"held_out": found} | {f"held_out/{name}": values for name, values in found.get("texts", {}).items()}
+        return {f"{text}/{name}": values[name] for text, values in texts.items() for name in ("loss", "perplexity", "bits_per_byte", "tokens")}
 
     def _evaluating(self, done: int, batches: int) -> None:
         self.watchdog.begin("evaluation", f"evaluation of step {self.step}, batch {done + 1} of {batches}")

@@ -190,7 +190,8 @@ def _read_data(config: Config) -> None:
     batches = pipeline.train_batches(config)
     for step in (0, 1):
         batches[step]
-    next(iter(pipeline.held_out_batches(config, 1, sequences=1)))
+    for stream in pipeline.held_out_streams(config).values():
+        next(iter(pipeline.held_out_batches(config, 1, sequences=1, stream=stream)))
 
 
 def _limits(

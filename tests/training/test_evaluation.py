@@ -101,3 +101,53 @@ def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(tmp_path, changes):
     save_config(tmp_path, config)
     model, step = evaluation.load_run(tmp_path, devices=jax.devices()[:1])
     assert step == 1 and np.isfinite(Evaluator(model.config, model.definition, model.mesh)(model.params)["loss"])
+
+
+def held_out_directories(tmp_path):
+    byte, random = tokenizer.load("byte"), np.random.default_rng(0)
+    for name, count in (("wiki", 1300), ("code", 500)):
+        documents = {split: [random.integers(97, 123, count).astype(np.uint16)] for split in shards.SPLITS}
+        shards.write_shards(tmp_path / name, byte, documents)
+    return str(tmp_path / "wiki"), str(tmp_path / "code")
+
+
+def test_several_texts_have_losses_of_their_own_and_one_together(tmp_path):
+    """Each is what it is alone; together they are their sum over all tokens."""
+    wiki, code = held_out_directories(tmp_path)
+    settings = {"evaluation": {"batches": 0}, "training": {"batch_size": 16}}
+    found = []
+    for held_out in (f"{wiki},c={code}", wiki, code):
+        config = micro(data={"sequence_length": 32, "held_out": held_out}, **settings)
+        program = program_of(config)
+        found.append(Evaluator(config, program.definition, program.mesh)(program.init().params))
+    both, alone = found[0], found[1:]
+    assert list(both["texts"]) == ["wiki", "c"] and "texts" not in alone[0]
+    for text, one in zip(both["texts"].values(), alone, strict=True):
+        assert text == {name: one[name] for name in text}
+    assert both["tokens"] == 1301 + 501 and both["bytes"] == 1800 and both["sequences"] == both["all_sequences"] == 41 + 16
+    assert both["loss"] == pytest.approx((1301 * alone[0]["loss"] + 501 * alone[1]["loss"]) / 1802, rel=1e-12)
+
+
+def test_several_texts_share_what_an_evaluation_reads():
+    config = micro(evaluation={"batches": 10}, training={"batch_size": 4})
+    assert evaluation._parts(config, {"": 1000}) == {"": (40, 1000)}
+    assert evaluation._parts(config, {"a": 700, "b": 300, "c": 3}) == {"a": (28, 700), "b": (12, 300), "c": (3, 3)}
+    assert evaluation._parts(micro(evaluation={"batches": 0}), {"a": 700, "b": 3}) == {"a": (700, 700), "b": (3, 3)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("held_out", ["several", "none"])
+def test_a_run_logs_each_text_by_its_name_or_none(tmp_path, capsys, held_out):
+    wiki, code = held_out_directories(tmp_path)
+    config = micro(data={"held_out": f"{wiki},c={code}" if held_out == "several" else "none"}, training={"steps": 2}, monitor={"every": 0},
+                   evaluation={"every": 2, "batches": 1}, checkpoint={"every": 0})
+    assert train(config, tmp_path / "run") == 0
+    names = {f"held_out/{text}{name}" for text in ("", "wiki/", "c/") for name in ("loss", "perplexity", "bits_per_byte", "tokens")}
+    assert {name for name in logged(tmp_path / "run")[-1] if name.startswith("held_out")} == (names if held_out == "several" else set())
+    assert (tmp_path / "run" / "eval.json").exists() == (held_out == "several")
+    told = capsys.readouterr().out
+    assert ("held-out none: " in told and "eval.py --workdir" in told and "--held_out=DIR" in told) == (held_out == "none")
+    if held_out == "none":
+        with pytest.raises(config_lib.ConfigError, match="has no held-out text; give some with eval.py --held_out=DIR"):
+            evaluation.evaluate_run(tmp_path / "run")
+        assert evaluation.evaluate_run(tmp_path / "run", held_out=code)["tokens"] == 501

@@ -75,12 +75,20 @@ def _evaluate_tasks(workdir: pathlib.Path, stage: Stages) -> int:
 
     # Before the model: what is wrong with tasks should be known at once.
     tasks = lm_eval.load_tasks(_TASKS.value, _TASK_DIR.value and pathlib.Path(_TASK_DIR.value))
+    for name, reason in lm_eval.unsupported(tasks).items():
+        stage.message(f"{name} will fail: {reason}")
     model, step = evaluation.load_run(workdir, _STEP.value, stage=stage)
-    with stage(f"evaluating {', '.join(_TASKS.value)}"):
-        found = lm_eval.evaluate(Inference(model), tasks)
-    if distributed.is_first():
+
+    def keep(found: dict[str, Any]) -> None:
         evaluation.write_json(workdir / "eval_tasks.json", {"step": step, **_plain(found)})
+
+    with stage(f"evaluating {', '.join(_TASKS.value)}"):
+        found = lm_eval.evaluate(Inference(model), tasks, keep)
+    if distributed.is_first():
         print("\n".join(f"step {step}: {line}" for line in _lines(found)))
+    if found["failed"]:
+        failed = "; ".join(f"{name}: {reason}" for name, reason in found["failed"].items())
+        raise ConfigError(f"--tasks: {failed}" + ("; the others are done" if found["results"] else ""))
     return 0
 
 

@@ -13,12 +13,14 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import datasets
 import huggingface_hub
+import jax
+from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import simple_evaluate
@@ -54,18 +56,51 @@ class Harness(LM):
         return scoring.generate_until(self.inference, [request.args for request in requests])
 
 
-def evaluate(inference: Inference, tasks: Sequence[Any]) -> dict[str, Any]:
-    """Runs tasks from `load_tasks`; few-shot examples and metrics are as each task's file says.
+def evaluate(inference: Inference, tasks: Sequence[Any], keep: Callable[[dict[str, Any]], object] = lambda found: None) -> dict[str, Any]:
+    """Run tasks from `load_tasks`, one after another; few-shot examples and metrics are as each task's file says.
+
+    Args:
+        inference: the model.
+        tasks: a task that cannot be run leaves the others as they are.
+        keep: given what is done after each task: what this returns in the end.
 
     Returns:
-        `results` (task → metric → value), `n-shot` and `versions` (by task), and `lm_eval`, the harness's version.
+        `results` (task → metric → value), `n-shot` and `versions` (by task), `lm_eval`, the harness's version, and `failed` (task → why).
     """
     # Its bootstrap forks, and a fork of a process with JAX's threads may never return; in this process fewer draws must do.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    with contextlib.redirect_stdout(sys.stderr):
-        found = simple_evaluate(model=Harness(inference), tasks=list(tasks), task_manager=TaskManager(include_defaults=False),
-                                log_samples=False, bootstrap_iters=1000)
-    return {name: dict(found[name]) for name in ("results", "n-shot", "versions")} | {"lm_eval": version("lm_eval")}
+    done: dict[str, Any] = {"results": {}, "n-shot": {}, "versions": {}, "lm_eval": version("lm_eval"), "failed": {}}
+    for task in tasks:
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                found = simple_evaluate(model=Harness(inference), tasks=[task], task_manager=TaskManager(include_defaults=False),
+                                        log_samples=False, bootstrap_iters=1000)
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:  # whatever a task's own code raises
+            done["failed"][_name(task)] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        else:
+            for name in ("results", "n-shot", "versions"):
+                done[name] |= found[name]
+        keep(done)
+    return done
+
+
+def unsupported(tasks: Sequence[Any]) -> dict[str, str]:
+    """Return which tasks from `load_tasks` cannot be run, and why, as far as their files say."""
+    found = {}
+    for task in tasks:
+        for one in task.get_all_tasks() if isinstance(task, Group) else [task]:
+            try:
+                if one.OUTPUT_TYPE == "generate_until":
+                    scoring.check_options(one.config.generation_kwargs or {})
+            except (ValueError, TypeError) as error:
+                found[one.task_name] = str(error)
+    return found
+
+
+def _name(task: Any) -> str:
+    return task.name if isinstance(task, Group) else task.task_name
 
 
 def load_tasks(names: Sequence[str], task_dir: pathlib.Path | None = None) -> list[Any]:
@@ -103,8 +138,9 @@ def _load(manager: TaskManager, names: list[str]) -> list[Any]:
             missing.append(name)
             # Asking the network for every other task as well would take half a minute each.
             datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--tasks: {name}: its data cannot be read: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # its file may bring code of its own
+            reason = (str(error).splitlines() or [""])[0]
+            raise ConfigError(f"--tasks: {name}: its data cannot be read: {type(error).__name__}: {reason}") from error
     if missing:
         raise ConfigError(f"--tasks: the data of {', '.join(missing)} is not on this machine and huggingface.co cannot be reached; run "
                         "once with a network, copy its HF_HOME here, or give task files with local data by --task_dir=DIR")

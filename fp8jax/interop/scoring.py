@@ -26,6 +26,12 @@ from fp8jax.interop.inference import Inference
 from fp8jax.models.runner import Bound
 
 DEFAULT_TOKENS = 256  # of generate_until, as in the harness
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness's names for it; the first one counts
+_KNOWN = ("until", "do_sample", "temperature", "top_p", "use_cache", "pad_token_id", "length_penalty", "early_stopping")
+# Other options, with the values at which they change nothing; the last two of those above do nothing without beams.
+_NEUTRAL = {"num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "repetition_penalty": (1,), "top_k": (0, -1),
+            "min_p": (0,), "typical_p": (1,), "no_repeat_ngram_size": (0,), "diversity_penalty": (0,), "presence_penalty": (0,),
+            "frequency_penalty": (0,)}
 # Of a batch, for each replica: enough to keep a device busy, and float32 logits of at most 4 GiB.
 BATCH_TOKENS, LOGITS_BYTES = 16384, 4 << 30
 
@@ -118,19 +124,31 @@ def generate_until(inference: Inference, requests: Sequence[tuple[str, Mapping[s
 
     Args:
         inference: the model.
-        requests: (context, options); options are the harness's `until` (a string or several), `max_gen_toks` (256), `do_sample`,
-            `temperature` and `top_p`. A context that would leave no room loses its oldest tokens, down to half the model's context.
+        requests: (context, options); options are the harness's `until` (a string or several), `max_gen_toks` (256) or another of
+            LENGTHS, `do_sample`, `temperature` and `top_p`. A context that would leave no room loses its oldest tokens, down to half
+            the model's context.
 
     Raises:
-        ValueError: an option that is not understood.
+        ValueError: an option that would change the text and is not supported.
     """
     out, alike = [""] * len(requests), defaultdict(list)
     for i, (context, options) in enumerate(requests):
         alike[_Options.read(options)].append((i, document(inference, context)))
     for options, rows in alike.items():
+        if not options.tokens:
+            continue
         for i, text in _generate_alike(inference, options, rows):
             out[i] = text
     return out
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Look at the options of a request.
+
+    Raises:
+        ValueError: as `generate_until`.
+    """
+    _Options.read(options)
 
 
 def _generate_alike(inference: Inference, options: "_Options", rows: list[tuple[int, Ids]]) -> Iterator[tuple[int, str]]:
@@ -156,17 +174,27 @@ class _Options(NamedTuple):
 
     @staticmethod
     def read(options: Mapping[str, Any]) -> "_Options":
-        """From the harness's."""
-        known = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ValueError(f"generation option {unknown[0]!r} is not one of {', '.join(known)}; change generation_kwargs of the task")
-        until, temperature = options.get("until") or (), float(options.get("temperature", 0.0))
+        """From the harness's.
+
+        Raises:
+            ValueError: as `generate_until`.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        until = options.get("until") or ()
         until = (until,) if isinstance(until, str) else tuple(until)
+        temperature = float(options.get("temperature", 0.0))
         if not options.get("do_sample", temperature > 0):
             temperature = 0.0
-        sampling = Sampling(temperature, float(options.get("top_p", 1.0)))
-        return _Options(tuple(filter(None, until)), int(options.get("max_gen_toks", DEFAULT_TOKENS)), sampling)
+        drawing = ("top_k", "min_p", "typical_p") if not temperature else ()
+        for name, value in options.items():
+            if name not in (*_KNOWN, *LENGTHS, *drawing) and value not in _NEUTRAL.get(name, ()):
+                raise ValueError(f"generation option {name}={value!r} is not supported; change generation_kwargs of the task")
+        length = next((name for name in LENGTHS if name in options), LENGTHS[0])
+        tokens = options.get(length, DEFAULT_TOKENS)
+        if type(tokens) is not int or tokens < 0:
+            raise ValueError(f"generation option {length}={tokens!r} is not a number of tokens; change generation_kwargs of the task")
+        top_p = float(options.get("top_p", 1.0)) if temperature else 1.0
+        return _Options(tuple(filter(None, until)), tokens, Sampling(temperature, top_p))
 
 
 def _before(text: str, stops: Iterable[str]) -> str:

@@ -10,9 +10,12 @@ import sys
 
 import pytest
 
+from fp8jax.cli.evaluate import main as eval_main
 from fp8jax.config import ConfigError
+from fp8jax.interop import inference as inference_module
 from fp8jax.interop import scoring
 from fp8jax.interop.scoring import encode_pair, windows
+from fp8jax.training import evaluation
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(not INSTALLED, reason="needs requirements-eval.txt")
@@ -111,6 +114,44 @@ def test_a_local_file_takes_the_place_of_a_task_of_the_harness(harness, tmp_path
     found = harness.evaluate(inference, harness.load_tasks(["lambada_openai"], tmp_path))
     ((nats, _),) = scoring.log_likelihoods(inference, [("Sir Walter Elliot, of Kellynch", " Hall")])
     assert found["results"]["lambada_openai"]["perplexity,none"] == pytest.approx(math.exp(-nats), rel=1e-4)
+
+
+@pytest.mark.slow
+@needs_harness
+def test_a_task_that_cannot_be_run_leaves_the_others_as_they_are(harness, tmp_path, inference):
+    """What is done before and after it is kept, and it is known before anything is computed."""
+    task = (TASKS / "persuasion_names.yaml").read_text().replace("names.jsonl", str(TASKS / "names.jsonl"))
+    kinds = {"a_none": "max_gen_toks: 0", "b_beams": "num_beams: 4", "c_same": "max_new_tokens: 3\n  num_beams: 1", "d_raises": "max_gen_toks: 1"}
+    for name, options in kinds.items():
+        text = task.replace("max_gen_toks: 16", options).replace("task: persuasion_names", f"task: {name}")
+        text = text.replace('"{{text}}"', "!function broken.text") if name == "d_raises" else text
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "broken.py").write_text("def text(doc):\n    return {'Sir Walter Ell': 'Sir'}[doc['text']]\n")
+    tasks = harness.load_tasks(list(kinds), tmp_path)
+    assert harness.unsupported(tasks) == {"b_beams": "generation option num_beams=4 is not supported; change generation_kwargs of the task"}
+    kept = []
+    found = harness.evaluate(inference, tasks, lambda done: kept.append((sorted(done["results"]), sorted(done["failed"]))))
+    assert kept == [(["a_none"], []), (["a_none"], ["b_beams"]), (["a_none", "c_same"], ["b_beams"]),
+                    (["a_none", "c_same"], ["b_beams", "d_raises"])]
+    assert found["failed"]["b_beams"].startswith("ValueError: generation option num_beams=4") and "KeyError" in found["failed"]["d_raises"]
+    assert found["results"]["a_none"]["exact_match,none"] == 0 and found["n-shot"] == {"a_none": 0, "c_same": 0}
+
+
+@pytest.mark.slow
+@needs_harness
+def test_the_command_keeps_what_is_done_and_names_what_is_not(harness, tmp_path, inference, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(evaluation, "load_run", lambda *_, **__: (None, 7))
+    monkeypatch.setattr(inference_module, "Inference", lambda model: inference)
+    text = (TASKS / "persuasion_names.yaml").read_text().replace("names.jsonl", str(TASKS / "names.jsonl"))
+    (tmp_path / "bad.yaml").write_text(text.replace("max_gen_toks: 16", "num_beams: 4").replace("task: persuasion_names", "task: bad"))
+    (tmp_path / "good.yaml").write_text(text.replace("max_gen_toks: 16", "max_gen_toks: 0").replace("task: persuasion_names", "task: good"))
+    assert eval_main(["eval.py", f"--workdir={tmp_path}", "--tasks=bad,good", f"--task_dir={tmp_path}"]) == 2
+    output = capsys.readouterr()
+    assert "error: --tasks: bad: ValueError: generation option num_beams=4 is not supported" in output.err and "the others are done" in output.err
+    assert "step 7: good" in output.out
+    saved = json.loads((tmp_path / "eval_tasks.json").read_text())
+    assert list(saved["results"]) == ["good"] and list(saved["failed"]) == ["bad"]
 
 
 @pytest.mark.skipif(INSTALLED, reason="lm_eval is installed")

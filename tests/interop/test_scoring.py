@@ -6,7 +6,7 @@ import pytest
 from fp8jax.interop import scoring
 from fp8jax.interop.generation import Sampling, generate, generate_ids
 from fp8jax.interop.inference import Inference
-from fp8jax.interop.scoring import Window, encode_pair, generate_until, log_likelihoods, rolling_log_likelihoods, score, windows
+from fp8jax.interop.scoring import _Options, Window, encode_pair, generate_until, log_likelihoods, rolling_log_likelihoods, score, windows
 
 from .micro_model import load, uncached
 
@@ -140,9 +140,35 @@ def test_generate_until_cuts_long_contexts_and_samples_where_asked(inference):
     assert first != second
 
 
-def test_unknown_options_are_named(inference):
-    with pytest.raises(ValueError, match="'top_k'.*top_p"):
-        generate_until(inference, [("Anne", {"top_k": 5})])
+@pytest.mark.parametrize(("options", "words"), [
+    ({"top_k": 5, "temperature": 1.0}, "top_k=5 is not supported"), ({"num_beams": 4}, "num_beams=4 is not supported"),
+    ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not supported"), ({"mirostat": 2}, "mirostat=2 is not supported"),
+    ({"max_gen_toks": -1}, "max_gen_toks=-1 is not a number of tokens"), ({"max_tokens": "8"}, "max_tokens='8' is not a number of tokens"),
+])
+def test_options_that_would_change_the_text_are_named(inference, options, words):
+    with pytest.raises(ValueError, match=f"generation option {words}; change generation_kwargs of the task"):
+        generate_until(inference, [("Anne", options)])
+
+
+@pytest.mark.parametrize("options", [
+    {"num_beams": 1, "top_k": 50, "early_stopping": True, "length_penalty": 1.0}, {"top_k": 0, "repetition_penalty": 1.0, "min_p": None},
+    {"do_sample": False, "temperature": 0.7, "top_p": 0.9, "typical_p": 0.5}, {"use_cache": True, "num_return_sequences": 1},
+])
+def test_options_that_change_nothing_are_taken(options):
+    assert _Options.read(options) == _Options.read({})
+
+
+def test_every_name_of_a_length_is_that_of_the_harness():
+    """As lm_eval.models.utils.normalize_gen_kwargs: the first of these names that is there counts."""
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    for first in range(4):
+        options = {name: 10 + number for number, name in list(enumerate(names))[first:][::-1]}
+        assert _Options.read(options).tokens == 10 + first
+    assert _Options.read({"max_gen_toks": None, "max_tokens": 3}).tokens == 3 and _Options.read({}).tokens == 256
+
+
+def test_no_tokens_are_no_text(inference):
+    assert generate_until(inference, [("Anne", {"max_gen_toks": 0}), ("Sir Walter", {"max_new_tokens": 0})]) == ["", ""]
 
 
 def test_logits_of_a_batch_fit_the_budget_of_the_table(monkeypatch):

@@ -122,14 +122,14 @@ def test_data_that_has_moved_is_the_same_data(a_run):
 def test_a_run_writes_what_its_data_was(tmp_path, monkeypatch):
     facts = {}
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(*arguments, **options):
         facts.update(options["facts"])
-        raise Stop
+        raise StopError
 
     monkeypatch.setattr(loop, "Checkpoints", stop)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train(micro(), tmp_path)
     assert facts["data"] == fingerprints.of(micro().data) and facts["tokenizer"] == "byte"

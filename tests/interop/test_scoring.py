@@ -6,7 +6,7 @@ import pytest
 from fp8jax.interop import scoring
 from fp8jax.interop.generation import Sampling, generate, generate_ids
 from fp8jax.interop.inference import Inference
-from fp8jax.interop.scoring import _Options, Window, encode_pair, generate_until, log_likelihoods, rolling_log_likelihoods, score, windows
+from fp8jax.interop.scoring import Window, _Options, encode_pair, generate_until, log_likelihoods, rolling_log_likelihoods, score, windows
 
 from .micro_model import load, uncached
 

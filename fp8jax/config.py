@@ -30,7 +30,8 @@ from fp8jax.numerics import roles
 
 ARCHITECTURES = ("fog_max", "fog_opt", "fog_flash", "op", "op_frozen_qk", "llama3", "llama3_smooth", "olmo2")
 ACTIVATIONS = ("xielu", "gelu", "swiglu", "smooth_swiglu", "relu2")
-QK_REGULARISERS = ("none", "rmsnorm", "rmsnorm_frozen", "rmsnorm_full", "tanh")
+# Of each head: without a gain (frozen), with a trained one, or with one that is kept as it was loaded (kept).
+QK_REGULARISERS = ("none", "rmsnorm", "rmsnorm_frozen", "rmsnorm_kept", "rmsnorm_full", "tanh", "tanh_gain", "tanh_kept")
 BRANCH_OUTPUTS = ("none", "rmsnorm", "layerscale")
 OPTIMIZERS = ("adamw", "ademamix", "muon")
 GRADIENT_DTYPES = ("mixed", "float32", "bfloat16")

@@ -9,6 +9,7 @@ memory. What is not understood (a key of config.json, a tensor's name or shape) 
 docs/convert.md lists the keys and tensors.
 """
 
+import dataclasses
 import difflib
 import json
 import pathlib
@@ -64,7 +65,9 @@ def load(directory: pathlib.Path, allocate: Callable[[tuple[int, ...]], np.ndarr
     model, model_type = hf_config.from_config(read_json(directory / CONFIG), ignore_keys, note)
     vocab_size = model.vocab_size
     assert vocab_size is not None
-    files, definition = TensorFiles(directory), define(model, vocab_size)
+    files = TensorFiles(directory)
+    model = _with_gains(model, files)
+    definition = define(model, vocab_size)
     slots = list(hf_tensors.slots(definition.config, vocab_size, model_type))
     constants = list(hf_tensors.constants(definition.config, model_type))
     _check_names(files, slots, constants, tied=model.tied_embeddings)
@@ -76,7 +79,7 @@ def load(directory: pathlib.Path, allocate: Callable[[tuple[int, ...]], np.ndarr
         if not np.isfinite(view).all():
             raise HuggingFaceError(f"{files.entries[slot.name].path}: {slot.name} holds NaN or infinity; nothing can be computed with it")
     for constant in constants:
-        _check_constant(files, constant)
+        _check_constant(files, constant, note)
     if model.tied_embeddings and HEAD in files.entries and (files.read(HEAD) != files.read(EMBEDDING)).any():
         raise HuggingFaceError(f"{HEAD}: differs from {EMBEDDING}, but tie_word_embeddings is true")
     return Loaded(definition.config, vocab_size, params, model_type)
@@ -139,7 +142,9 @@ def carry(source: pathlib.Path, target: pathlib.Path) -> list[str]:
 def by_name(params: Params, model: ModelConfig, vocab_size: int, model_type: str) -> dict[str, np.ndarray]:
     """Arrays like the parameters (gradients, say) by tensor name, in Hugging Face's shapes; frozen tensors are left out."""
     params = jax.tree.map(np.asarray, params)
-    return {slot.name: slot.view(params).reshape(slot.shape) for slot in hf_tensors.slots(model, vocab_size, model_type)}
+    kept = ("q_norm.weight", "k_norm.weight") if model.qk_regulariser in hf_config.KEPT.values() else ()
+    return {slot.name: slot.view(params).reshape(slot.shape) for slot in hf_tensors.slots(model, vocab_size, model_type)
+            if not slot.name.endswith(kept)}
 
 
 def _check_names(files: TensorFiles, slots: list[hf_tensors.Slot], constants: list[hf_tensors.Constant], *, tied: bool) -> None:
@@ -166,10 +171,26 @@ def _raise_first(names: Iterable[str], what: str, known: Iterable[str]) -> None:
         raise HuggingFaceError(f"{name}: {what}{f'; nearest: {close[0]}' if close else ''}")
 
 
-def _check_constant(files: TensorFiles, constant: hf_tensors.Constant) -> None:
+def _with_gains(model: ModelConfig, files: TensorFiles) -> ModelConfig:
+    """Return a model that keeps frozen gains of queries and keys, where they are not 1 as FOG's are."""
+    kind = architectures.resolve(model).qk_regulariser
+    if kind not in hf_config.KEPT:
+        return model
+    names = [name for name in files.entries if name.endswith(("self_attn.q_norm.weight", "self_attn.k_norm.weight"))]
+    shape = (model.head_dim,)
+    sound = [name for name in names if files.entries[name].shape == shape and files.entries[name].dtype in DTYPES]
+    if all((files.read(name) == 1).all() for name in sound):
+        return model
+    return dataclasses.replace(model, qk_regulariser=hf_config.KEPT[kind])
+
+
+def _check_constant(files: TensorFiles, constant: hf_tensors.Constant, note: Callable[[str], None]) -> None:
     if constant.name not in files.entries:
         return
     tensor, value = files.read(constant.name), np.full(constant.shape, constant.value, np.float32)
     # Files in float32 may hold what bfloat16 had made of xIELU's eps.
-    if not any((tensor == value.astype(once).astype(tensor.dtype)).all() for once in (tensor.dtype, DTYPES["BF16"])):
+    same = any((tensor == value.astype(once).astype(tensor.dtype)).all() for once in (tensor.dtype, DTYPES["BF16"]))
+    if not same and constant.unused:
+        note(f"{constant.name}: passed over, the model has no such norm (final_layernorm is false)")
+    elif not same:
         raise HuggingFaceError(f"{constant.name}: is not {constant.value} throughout, as config.json makes it")

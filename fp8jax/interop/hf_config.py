@@ -72,6 +72,8 @@ FORMATS: dict[str, Format] = {
     "fog": Format("FOGForCausalLM", 500000.0, None, {"rms_norm_eps": 1e-5} | _FOG_DEFAULTS,
                   {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False}, {}),
 }
+# Regularisers of queries and keys whose gains are 1, and those that keep other gains as they are.
+KEPT = {"rmsnorm_frozen": "rmsnorm_kept", "tanh": "tanh_kept"}
 # Written by Apertus's and Llama's own transformers releases; the others' configs do not know them.
 _NOT_WRITTEN = ("hidden_dropout", "qk_norm", "post_norm", "mlp_bias")
 
@@ -253,8 +255,9 @@ def _fog_switches(given: Mapping[str, Any]) -> dict[str, Any]:
         raise HuggingFaceError(f"config.json: hidden_act: {given['hidden_act']!r} is not one of {', '.join(_FOG_ACTIVATIONS)}")
     if given["qk_type"] not in ("rms", "dyt"):
         raise HuggingFaceError(f"config.json: qk_type: {given['qk_type']!r} is not one of rms, dyt")
-    frozen = "rmsnorm_frozen" if _boolean(given, "freeze_qk") else "rmsnorm"
-    qk = {"rms": frozen, "dyt": "tanh"}[given["qk_type"]] if _boolean(given, "qk_norm") else "none"
+    frozen = _boolean(given, "freeze_qk")
+    kinds = {"rms": "rmsnorm_frozen" if frozen else "rmsnorm", "dyt": "tanh" if frozen else "tanh_gain"}
+    qk = kinds[given["qk_type"]] if _boolean(given, "qk_norm") else "none"
     switches = dict(pre_norm=pre, qk_regulariser=qk, activation=_FOG_ACTIVATIONS[given["hidden_act"]],
                     branch_output="rmsnorm" if post else "none", input_scale=_number(given, "input_upscale"),
                     final_norm=_boolean(given, "final_layernorm"))
@@ -269,8 +272,8 @@ def _fog_keys(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keys of a `fog` config, and the switches that such a config cannot tell otherwise."""
     activation = next((name for name, ours in _FOG_ACTIVATIONS.items() if ours == model.activation), None)
     keys = {"hidden_act": activation, "qk_norm": model.qk_regulariser != "none",
-            "qk_type": "dyt" if model.qk_regulariser == "tanh" else "rms",
-            "freeze_qk": model.qk_regulariser in ("rmsnorm_frozen", "tanh"), "pre_norm": model.pre_norm, "post_norm": not model.pre_norm,
+            "qk_type": "dyt" if str(model.qk_regulariser).startswith("tanh") else "rms",
+            "freeze_qk": model.qk_regulariser in (*KEPT, *KEPT.values()), "pre_norm": model.pre_norm, "post_norm": not model.pre_norm,
             "input_upscale": model.input_scale, "layerscale": not model.pre_norm, "final_layernorm": model.final_norm}
     needs: dict[str, Any] = {"branch_output": "none" if model.pre_norm else "rmsnorm"}
     if model.qk_regulariser == "rmsnorm_full":

@@ -52,11 +52,15 @@ class Slot(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A tensor that always holds one value and has no parameter here: may be missing in files, is always written."""
+    """A tensor that always holds one value and has no parameter here: may be missing in files, is always written.
+
+    unused: it may hold anything, since no number depends on it.
+    """
 
     name: str
     shape: tuple[int, ...]
     value: float
+    unused: bool = False
 
 
 def slots(model: ModelConfig, vocab_size: int, model_type: str) -> Iterator[Slot]:
@@ -77,14 +81,14 @@ def constants(model: ModelConfig, model_type: str) -> Iterator[Constant]:
     """Every tensor that a format has and the model needs not: frozen gains, xIELU's constants."""
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}."
-        if model.qk_regulariser in ("rmsnorm_frozen", "tanh"):
+        if model.qk_regulariser in ("rmsnorm_frozen", "tanh"):  # other gains: hf.load takes a regulariser that has them
             yield Constant(f"{prefix}self_attn.q_norm.weight", (head_dim(model),), 1.0)
             yield Constant(f"{prefix}self_attn.k_norm.weight", (head_dim(model),), 1.0)
         if model_type == "apertus":
             yield Constant(f"{prefix}mlp.act_fn.beta", (), XIELU.beta)
             yield Constant(f"{prefix}mlp.act_fn.eps", (), XIELU.eps)
     if model_type == "fog" and not model.final_norm:
-        yield Constant("model.norm.weight", (model.width,), 1.0)
+        yield Constant("model.norm.weight", (model.width,), 1.0, unused=True)
 
 
 def _attention(model: ModelConfig, layer: int) -> Iterator[Slot]:
@@ -99,9 +103,9 @@ def _attention(model: ModelConfig, layer: int) -> Iterator[Slot]:
         yield Slot("self_attn.q_norm.weight", (n * h,), ("attention", "q_norm", "gain"), (layer,), (0, 1, 2))
         yield Slot("self_attn.k_norm.weight", (k * h,), ("attention", "k_norm", "gain"), (layer,), (0, 1))
     for name in ("q_norm", "k_norm"):
-        if model.qk_regulariser == "rmsnorm":
+        if model.qk_regulariser in ("rmsnorm", "rmsnorm_kept", "tanh_gain", "tanh_kept"):
             yield Slot(f"self_attn.{name}.weight", (h,), ("attention", name, "gain"), (layer,), (0,))
-        elif model.qk_regulariser == "tanh":
+        if str(model.qk_regulariser).startswith("tanh"):
             yield _scalar(f"self_attn.{name}.alpha", ("attention", name, "alpha"), layer)
 
 

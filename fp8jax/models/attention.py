@@ -67,10 +67,12 @@ def _regularisers(config: ModelConfig, k: int, g: int, h: int) -> tuple[nnx.Modu
     kind, eps = config.qk_regulariser, config.norm_eps
     if kind == "none":
         return None, None
-    if kind == "tanh":
-        return Tanh(), Tanh()
+    if kind.startswith("tanh"):
+        features, trained = None if kind == "tanh" else h, kind != "tanh_kept"
+        return Tanh(features, trained=trained), Tanh(features, trained=trained)
     if kind == "rmsnorm_full":
         q_norm = RMSNorm((k, g, h), ("kv_heads", None, "head_dim"), eps=eps)
         return q_norm, RMSNorm((k, h), ("kv_heads", "head_dim"), eps=eps)
-    init = None if kind == "rmsnorm_frozen" else 1.0
-    return RMSNorm((h,), ("head_dim",), eps=eps, init=init), RMSNorm((h,), ("head_dim",), eps=eps, init=init)
+    init, trained = None if kind == "rmsnorm_frozen" else 1.0, kind != "rmsnorm_kept"
+    q_norm = RMSNorm((h,), ("head_dim",), eps=eps, init=init, trained=trained)
+    return q_norm, RMSNorm((h,), ("head_dim",), eps=eps, init=init, trained=trained)

@@ -81,15 +81,16 @@ class RMSNorm(nnx.Module):
         axes: their logical axes.
         init: initial gain; None: no gain at all (frozen at 1).
         eps: added to the mean square.
+        trained: False: the gain has no gradient, and so stays what it is.
     """
 
-    def __init__(self, shape: tuple[int, ...], axes: Axes, *, eps: float, init: float | None = 1.0):
-        self.eps, self.dims = eps, tuple(range(-len(shape), 0))
+    def __init__(self, shape: tuple[int, ...], axes: Axes, *, eps: float, init: float | None = 1.0, trained: bool = True):
+        self.eps, self.dims, self.trained = eps, tuple(range(-len(shape), 0)), trained
         self.gain = None if init is None else gain(shape, axes, init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalised x in the dtype of x."""
-        return _rms_norm(x, None if self.gain is None else self.gain[...], self.eps, self.dims)
+        return _rms_norm(x, _gain_of(self), self.eps, self.dims)
 
 
 @functools.partial(pointwise, static_argnums=(3,))
@@ -111,14 +112,32 @@ class LayerScale(nnx.Module):
 
 
 class Tanh(nnx.Module):
-    """tanh(alpha x) with one trained scalar: the QK regulariser of FOG-flash."""
+    """tanh(alpha x) with one trained scalar: the QK regulariser of FOG-flash; times a gain, where there is one.
 
-    def __init__(self):
-        self.alpha = gain((), (), 0.5)
+    Args:
+        features: the last dimension of x, for a gain [features] that is 1 at the start; None: no gain.
+        trained: False: the gain has no gradient, and so stays what it is.
+    """
+
+    def __init__(self, features: int | None = None, *, trained: bool = True):
+        self.alpha, self.trained = gain((), (), 0.5), trained
+        self.gain = None if features is None else gain((features,), ("head_dim",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """In float32, returned in the dtype of x."""
-        return pointwise(lambda x, alpha: jnp.tanh(alpha * x.astype(jnp.float32)).astype(x.dtype))(x, self.alpha[...])
+        return _tanh(x, self.alpha[...], _gain_of(self))
+
+
+@pointwise
+def _tanh(x: jax.Array, alpha: jax.Array, gain: jax.Array | None) -> jax.Array:
+    y = jnp.tanh(alpha * x.astype(jnp.float32))
+    return (y if gain is None else y * gain).astype(x.dtype)
+
+
+def _gain_of(module: RMSNorm | Tanh) -> jax.Array | None:
+    if module.gain is None:
+        return None
+    return module.gain[...] if module.trained else lax.stop_gradient(module.gain[...])
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:

@@ -21,8 +21,8 @@ DEFAULTS = {"qk_norm": True, "pre_norm": False, "post_norm": True, "input_upscal
             "rope_theta": 500000.0, "rms_norm_eps": 1e-5}
 
 
-def random_tensors(keys, seed=0):
-    """Every tensor of a `fog` directory, float32, so that each matters."""
+def random_tensors(keys, seed=0, *, ones=True):
+    """Every tensor of a `fog` directory, float32, so that each matters; frozen gains are 1, as FOG's are, unless `ones` is false."""
     rng, hidden = np.random.default_rng(seed), keys["intermediate_size"]
     keys = DEFAULTS | keys
     shapes = {"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
@@ -45,7 +45,7 @@ def random_tensors(keys, seed=0):
     tensors = {n: (rng.normal(0, 0.2, s) if len(s) == 2 else 1 + rng.normal(0, 0.2, s)).astype(np.float32) for n, s in shapes.items()}
     frozen = [n for n in tensors if "self_attn" in n and n.endswith("_norm.weight") and (keys.get("freeze_qk") or keys["qk_type"] == "dyt")]
     frozen += [] if keys["final_layernorm"] else ["model.norm.weight"]
-    return tensors | {name: np.ones_like(tensors[name]) for name in frozen}
+    return tensors | {name: np.ones_like(tensors[name]) for name in frozen if ones}
 
 
 def write_directory(directory, keys, tensors):

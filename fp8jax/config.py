@@ -83,11 +83,17 @@ class ModelConfig:
     init_std: float = _field(0.02, "sigma0: standard deviation of every matrix at the start", at_least=0.0, at_most=10.0)
     norm_eps: float = _field(1e-5, "epsilon of RMSNorm", at_least=1e-12, at_most=1.0)
     rope_theta: float = _field(500000.0, "base of the rotary frequencies", at_least=1.0, at_most=1e12)
-    rope_scaling_factor: float = _field(1.0, "Llama-3 RoPE scaling: low rotary frequencies are divided by this; 1: off", at_least=1.0,
+    rope_scaling: str = _field("llama3", "how RoPE is scaled by rope_scaling_factor. llama3 and yarn: low frequencies; linear: all; dynamic: "
+                               "the base, from rope_original_context on", choices=("llama3", "linear", "dynamic", "yarn"))
+    rope_scaling_factor: float = _field(1.0, "RoPE scaling: rotary frequencies are divided by this, see rope_scaling; 1: off", at_least=1.0,
                                         at_most=1e6)
     rope_low_freq_factor: float = _field(1.0, "frequencies that turn less often in the original context are low", at_least=1e-6, at_most=1e6)
     rope_high_freq_factor: float = _field(4.0, "frequencies that turn more often in the original context stay as they are", at_least=1e-6,
                                           at_most=1e6)
+    rope_beta_fast: float = _field(32.0, "yarn: frequencies that turn more often in the original context stay", at_least=1e-6, at_most=1e6)
+    rope_beta_slow: float = _field(1.0, "yarn: frequencies that turn less often are divided", at_least=1e-6, at_most=1e6)
+    rope_truncate: bool = _field(True, "yarn: the bounds between which frequencies are interpolated are whole pairs")
+    rope_attention_factor: float = _field(1.0, "yarn: factor on rotated queries and keys", at_least=1e-3, at_most=1e3)
     rope_original_context: int = _field(8192, "tokens of context before RoPE scaling", at_least=1, below=LARGE)
     dtype: str = _field("bfloat16", "dtype of activations between GEMMs", choices=("bfloat16", "float32"))
     scan_layers: bool = _field(True, "compile one block and scan over layers; False unrolls, for debugging")
@@ -451,7 +457,9 @@ def check(config: Config) -> None:
                           "or set model.head_dim")
     if head_dim(model) % 2:
         raise ConfigError(f"config.model.head_dim: {head_dim(model)} is odd; RoPE rotates pairs")
-    if model.rope_scaling_factor > 1 and model.rope_high_freq_factor <= model.rope_low_freq_factor:
+    if model.rope_scaling == "yarn" and model.rope_scaling_factor > 1 and model.rope_theta == 1.0:
+        raise ConfigError("config.model.rope_theta: 1.0 has no frequencies for yarn to tell apart; set it above 1")
+    if model.rope_scaling == "llama3" and model.rope_scaling_factor > 1 and model.rope_high_freq_factor <= model.rope_low_freq_factor:
         raise ConfigError(f"config.model.rope_high_freq_factor: {model.rope_high_freq_factor} is not above "
                           f"model.rope_low_freq_factor={model.rope_low_freq_factor}")
     if fp8.head and model.tied_embeddings:

@@ -211,7 +211,7 @@ def _add_ignore_keys(command: argparse.ArgumentParser) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m fp8jax convert",
-        description="Hugging Face model directories (llama, olmo2, apertus, fog; safetensors only) in and out.",
+        description="Hugging Face model directories (llama, mistral, qwen3, olmo2, olmo3, apertus, fog; safetensors only) in and out.",
         epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama && python eval.py --workdir=runs/llama")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 

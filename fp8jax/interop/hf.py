@@ -1,4 +1,4 @@
-"""Model directories of Hugging Face transformers, in and out: `llama`, `olmo2`, `apertus`, and FOG's own `fog`.
+"""Model directories of Hugging Face transformers, in and out: the model types of hf_config.FORMATS.
 
     found = load(directory)                            # found.model, found.params (float32 numpy), found.model_type
     save(out, model, vocab_size, params, "llama", np.dtype("float32"), max_shard_bytes=5 * 10**9)

@@ -1,4 +1,4 @@
-"""A Hugging Face config.json as a model config, and back: `llama`, `olmo2`, `apertus` and `fog`.
+"""A Hugging Face config.json as a model config, and back: `llama`, `mistral`, `qwen3`, `olmo2`, `olmo3`, `apertus`, `fog`.
 
     model, model_type = from_config(json_values)      # ModelConfig with every switch set, "llama"
     values = to_config(model, vocab_size, "llama")    # what config.json holds
@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 
 from fp8jax import config as config_lib
 from fp8jax.config import ModelConfig
+from fp8jax.interop import hf_rope
+from fp8jax.interop.hf_rope import FULL, SLIDING
 from fp8jax.interop.hf_safetensors import HuggingFaceError
+from fp8jax.interop.hf_values import boolean, number
 from fp8jax.models import architectures
 
 # Keys without influence on logits, loss or gradients.
@@ -32,11 +35,8 @@ HARMLESS = frozenset((
     "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
     "task_specific_params", "temperature", "tf_legacy_loss", "top_k", "top_p", "torchscript", "transformers.js_config", "typical_p",
     "unsloth_fixed", "unsloth_version", "use_bfloat16"))
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL = ("num_key_value_heads", "head_dim")
-_LLAMA3_ROPE = {"factor": "rope_scaling_factor", "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor",
-                "original_max_position_embeddings": "rope_original_context"}
 _APERTUS_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                  "original_max_position_embeddings": 8192}
 _FOG_ACTIVATIONS = {"xielu": "xielu", "gelu": "gelu", "relu2": "relu2", "silu": "swiglu", "smoothswiglu": "smooth_swiglu"}
@@ -46,7 +46,8 @@ class Format(NamedTuple):
     """What tells one model_type from another.
 
     class_name: in transformers. theta, rope_scaling: where config.json is silent. defaults: of all other optional keys, as
-    transformers has them; fixed: keys that must have this value. switches: of the model (empty: read from the keys).
+    transformers has them; fixed: keys that must have this value. switches: of the model (empty: read from the keys). context:
+    max_position_embeddings where config.json is silent.
     """
 
     class_name: str
@@ -55,6 +56,7 @@ class Format(NamedTuple):
     defaults: dict[str, Any]
     fixed: dict[str, Any]
     switches: dict[str, Any]
+    context: int | None = None
 
 
 _SILU = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
@@ -63,15 +65,24 @@ _FOG_DEFAULTS = {"hidden_act": "xielu", "qk_norm": True, "qk_type": "rms", "free
                  "input_upscale": 1.0, "softmax_scale": None, "layerscale": True, "final_layernorm": True}
 
 FORMATS: dict[str, Format] = {
-    "llama": Format("LlamaForCausalLM", 10000.0, None, {"rms_norm_eps": 1e-6}, _SILU | {"mlp_bias": False}, _LLAMA),
+    "llama": Format("LlamaForCausalLM", 10000.0, None, {"rms_norm_eps": 1e-6}, _SILU | {"mlp_bias": False}, _LLAMA, 2048),
+    "mistral": Format("MistralForCausalLM", 10000.0, None, {"rms_norm_eps": 1e-6, "num_key_value_heads": 8},
+                      {"hidden_act": "silu", "attention_dropout": 0.0}, _LLAMA, 131072),
+    "qwen3": Format("Qwen3ForCausalLM", 10000.0, None, {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128}, _SILU,
+                    _LLAMA | dict(qk_regulariser="rmsnorm"), 32768),
     "olmo2": Format("Olmo2ForCausalLM", 10000.0, None, {"rms_norm_eps": 1e-5}, _SILU,
                     _LLAMA | dict(pre_norm=False, qk_regulariser="rmsnorm_full", branch_output="rmsnorm")),
+    "olmo3": Format("Olmo3ForCausalLM", 500000.0, None, {"rms_norm_eps": 1e-5}, _SILU,
+                    _LLAMA | dict(pre_norm=False, qk_regulariser="rmsnorm_full", branch_output="rmsnorm"), 2048),
     "apertus": Format("ApertusForCausalLM", 12000000.0, _APERTUS_ROPE, {"rms_norm_eps": 1e-5},
                       _SILU | {"hidden_act": "xielu", "mlp_bias": False, "hidden_dropout": 0.0, "qk_norm": True, "post_norm": False},
                       _LLAMA | dict(qk_regulariser="rmsnorm", activation="xielu")),
     "fog": Format("FOGForCausalLM", 500000.0, None, {"rms_norm_eps": 1e-5} | _FOG_DEFAULTS,
                   {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False}, {}),
 }
+# Windows of attention where config.json is silent, and kinds of layers.
+_WINDOWS = {"mistral": 4096, "qwen3": 4096, "olmo3": 4096}
+_DEFAULT_LAYERS = {"mistral": (SLIDING,), "qwen3": (FULL, SLIDING), "olmo3": (FULL, SLIDING)}
 # Regularisers of queries and keys whose gains are 1, and those that keep other gains as they are.
 KEPT = {"rmsnorm_frozen": "rmsnorm_kept", "tanh": "tanh_kept"}
 # Written by Apertus's and Llama's own transformers releases; the others' configs do not know them.
@@ -97,7 +108,9 @@ def from_config(values: Mapping[str, Any], ignore: Collection[str] = (),
     values = {key: value for key, value in values.items() if key not in ignore}
     _check_keys(values, form, note)
     given = {"tie_word_embeddings": False} | form.defaults | {key: value for key, value in values.items() if value is not None}
-    size = {key: _number(given, key, int) for key in (*_REQUIRED, *_OPTIONAL) if key in _REQUIRED or key in given}
+    if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
+        given.pop("num_key_value_heads", None)  # null: as many as query heads, whatever the default
+    size = {key: number(given, key, int) for key in (*_REQUIRED, *_OPTIONAL) if key in _REQUIRED or key in given}
     head_dim = size.get("head_dim") or size["hidden_size"] // size["num_attention_heads"]
     if not head_dim:
         raise HuggingFaceError(f"config.json: hidden_size: {size['hidden_size']} is less than num_attention_heads")
@@ -106,10 +119,10 @@ def from_config(values: Mapping[str, Any], ignore: Collection[str] = (),
     fields = dict(
         layers=size["num_hidden_layers"], width=size["hidden_size"], heads=size["num_attention_heads"],
         kv_heads=size.get("num_key_value_heads") or size["num_attention_heads"], head_dim=head_dim, vocab_size=size["vocab_size"],
-        tied_embeddings=_boolean(given, "tie_word_embeddings"), norm_eps=_number(given, "rms_norm_eps"),
-        **_ffn(hidden, gated), **_rope(values, form), branch_gain_init=1.0, softmax_scale=1 / math.sqrt(head_dim))
+        tied_embeddings=boolean(given, "tie_word_embeddings"), norm_eps=number(given, "rms_norm_eps"),
+        **_ffn(hidden, gated), **_rope(values, form, model_type), branch_gain_init=1.0, softmax_scale=1 / math.sqrt(head_dim))
     if "initializer_range" in given:
-        fields["init_std"] = _number(given, "initializer_range")
+        fields["init_std"] = number(given, "initializer_range")
     fields |= switches
     fields["architecture"] = _nearest_architecture(fields)
     try:
@@ -136,13 +149,26 @@ def to_config(model: ModelConfig, vocab_size: int, model_type: str) -> dict[str,
         "architectures": [form.class_name], "model_type": model_type, "vocab_size": vocab_size, "hidden_size": model.width,
         "intermediate_size": architectures.ffn_hidden(model), "num_hidden_layers": model.layers, "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads, "rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied_embeddings,
-        "initializer_range": model.init_std, "rope_theta": model.rope_theta, "rope_scaling": _rope_scaling(model, form),
+        "initializer_range": model.init_std, "rope_theta": model.rope_theta,
+        "rope_scaling": hf_rope.write(model, always=form.rope_scaling is not None),
         **{key: value for key, value in form.fixed.items() if key not in _NOT_WRITTEN}}
-    if head_dim * model.heads != model.width:
+    if head_dim * model.heads != model.width or "head_dim" in form.defaults:
         values["head_dim"] = head_dim
+    values |= _without_windows(model, model_type)
+    if model.rope_scaling_factor != 1.0 and model.rope_scaling == "dynamic":
+        values["max_position_embeddings"] = model.rope_original_context
     if model_type == "fog":
         values |= _fog_keys(model)[0] | {"softmax_scale": None if default_scale else model.softmax_scale}
     return values
+
+
+def _without_windows(model: ModelConfig, model_type: str) -> dict[str, Any]:
+    """Keys that say that every layer attends to all that came before."""
+    if model_type not in _WINDOWS:
+        return {}
+    if model_type == "mistral":
+        return {"sliding_window": None}
+    return {"layer_types": [FULL] * model.layers} | ({"use_sliding_window": False} if model_type == "qwen3" else {})
 
 
 def fitting_type(model: ModelConfig) -> str:
@@ -162,7 +188,9 @@ def fitting_type(model: ModelConfig) -> str:
 
 
 def _check_keys(values: Mapping[str, Any], form: Format, note: Callable[[str], None]) -> None:
-    known = {*_REQUIRED, *_OPTIONAL, *_ROPE, "tie_word_embeddings", *form.defaults, *form.fixed, *NO_INFLUENCE}
+    known = {*_REQUIRED, *_OPTIONAL, *hf_rope.KEYS, "tie_word_embeddings", *form.defaults, *form.fixed, *NO_INFLUENCE}
+    if values["model_type"] in _WINDOWS:
+        known |= {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
     passed_over = []
     for key, value in values.items():
         if key in known:
@@ -186,21 +214,39 @@ def _is_harmless(key: str, value: Any) -> bool:
     return key.startswith("_") or empty or key in HARMLESS
 
 
-def _number(values: Mapping[str, Any], key: str, kind: type = float) -> Any:
-    value = values[key]
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise HuggingFaceError(f"config.json: {key}: {value!r} is not {kind.__name__}")
-    if kind is int and value < 1:
-        raise HuggingFaceError(f"config.json: {key}: {value!r} is below 1")
-    if abs(value) > 1e300 or value != value:
-        raise HuggingFaceError(f"config.json: {key}: {str(value)[:20]} is not a finite number")
-    return kind(value)
+def _rope(values: Mapping[str, Any], form: Format, model_type: str) -> dict[str, Any]:
+    """Fields of RoPE, for all layers alike."""
+    context = values.get("max_position_embeddings", form.context)
+    context = context if type(context) is int and context > 0 else None
+    layers = _kinds_of_layers(values, model_type, context)
+    return hf_rope.read(values, theta=form.theta, left_out=form.rope_scaling, context=context, layers=layers)
 
 
-def _boolean(values: Mapping[str, Any], key: str) -> bool:
-    if type(values[key]) is not bool:
-        raise HuggingFaceError(f"config.json: {key}: {values[key]!r} is not true or false")
-    return values[key]
+def _kinds_of_layers(values: Mapping[str, Any], model_type: str, context: int | None) -> set[str]:
+    """Kinds of layers that there are.
+
+    Raises:
+        HuggingFaceError: a window of attention that is shorter than the context, or a kind that is not known.
+    """
+    if model_type not in _WINDOWS:
+        return {FULL}
+    listed, window = values.get("layer_types"), values.get("sliding_window", _WINDOWS[model_type])
+    if listed is not None and (not isinstance(listed, list) or any(kind not in (FULL, SLIDING) for kind in listed)):
+        raise HuggingFaceError(f"config.json: layer_types: {str(listed)[:60]} is not a list of {FULL!r} and {SLIDING!r}")
+    kinds = set(listed or _DEFAULT_LAYERS[model_type])
+    if model_type == "mistral":
+        kinds = {SLIDING}
+    if model_type == "qwen3":
+        window = window if values.get("use_sliding_window") else None
+        first = values.get("max_window_layers", 28)
+        kinds = {FULL} if listed is None and isinstance(first, int) and first >= values["num_hidden_layers"] else kinds
+    if SLIDING not in kinds or window is None:
+        return {FULL} if model_type != "olmo3" else kinds
+    window = number({"sliding_window": window}, "sliding_window", int)
+    if context is None or window < context:
+        raise HuggingFaceError(f"config.json: sliding_window: {window} is below max_position_embeddings={context}, and windows of attention "
+                               f"are not supported; with max_position_embeddings of {window} or less there it changes nothing")
+    return kinds if model_type == "olmo3" else {FULL}
 
 
 def _ffn(hidden: int, gated: bool) -> dict[str, int]:
@@ -209,44 +255,9 @@ def _ffn(hidden: int, gated: bool) -> dict[str, int]:
     return {"ffn_width": width} if gated or width * 3 // 2 == hidden else {"ffn_width": hidden, "ffn_hidden": hidden}
 
 
-def _rope(values: Mapping[str, Any], form: Format) -> dict[str, Any]:
-    """rope_theta and the fields of Llama-3 scaling, from the keys of either generation of transformers."""
-    old, new = values.get("rope_scaling"), values.get("rope_parameters")
-    if old is not None and new is not None and old != new:
-        raise HuggingFaceError("config.json: rope_scaling and rope_parameters differ; keep one")
-    key, scaling = ("rope_parameters", new) if new is not None else ("rope_scaling", old)
-    if scaling is None and form.rope_scaling and key in values:
-        raise HuggingFaceError(f"config.json: {key}: null is Llama-3 scaling to some releases of transformers and none to others; "
-                               'write {"rope_type": "default"} for none, or leave the key out')
-    scaling = form.rope_scaling if scaling is None else scaling
-    scaling = dict(scaling or {}) if isinstance(scaling, dict | None) else {"rope_type": scaling}
-    scaling = {name: value for name, value in scaling.items() if value is not None}
-    theta = scaling.pop("rope_theta", values.get("rope_theta"))
-    theta = form.theta if theta is None else theta
-    if values.get("rope_theta") not in (None, theta):
-        raise HuggingFaceError(f"config.json: rope_theta: {values['rope_theta']!r}, but {theta!r} in rope_parameters")
-    kind, other = scaling.pop("rope_type", None), scaling.pop("type", None)
-    kind = kind or other or "default"
-    fields = {"rope_theta": _number({"rope_theta": theta}, "rope_theta")}
-    if kind not in ("default", "llama3"):
-        raise HuggingFaceError(f"config.json: {key}: type {kind!r} is not supported, only 'default' and 'llama3'")
-    wanted = _LLAMA3_ROPE if kind == "llama3" else {}
-    wrong = next((name for name in (*scaling, *wanted) if name not in wanted or name not in scaling), None)
-    if wrong is not None:
-        fault = "missing" if wrong in wanted else "not understood"
-        raise HuggingFaceError(f"config.json: {key}: {wrong or 'an empty name'} is {fault} for type {kind!r}")
-    return fields | {field: _number(scaling, name, int if field == "rope_original_context" else float) for name, field in wanted.items()}
-
-
-def _rope_scaling(model: ModelConfig, form: Format) -> dict[str, Any] | None:
-    if model.rope_scaling_factor == 1.0:
-        return {"rope_type": "default"} if form.rope_scaling else None
-    return {"rope_type": "llama3"} | {name: getattr(model, field) for name, field in _LLAMA3_ROPE.items()}
-
-
 def _fog_switches(given: Mapping[str, Any]) -> dict[str, Any]:
     """Switches of a `fog` config."""
-    pre, post, layerscale = (_boolean(given, key) for key in ("pre_norm", "post_norm", "layerscale"))
+    pre, post, layerscale = (boolean(given, key) for key in ("pre_norm", "post_norm", "layerscale"))
     if pre == post:
         raise HuggingFaceError(f"config.json: post_norm: {post}, like pre_norm; one must be true, the other false")
     if layerscale and pre:
@@ -255,16 +266,16 @@ def _fog_switches(given: Mapping[str, Any]) -> dict[str, Any]:
         raise HuggingFaceError(f"config.json: hidden_act: {given['hidden_act']!r} is not one of {', '.join(_FOG_ACTIVATIONS)}")
     if given["qk_type"] not in ("rms", "dyt"):
         raise HuggingFaceError(f"config.json: qk_type: {given['qk_type']!r} is not one of rms, dyt")
-    frozen = _boolean(given, "freeze_qk")
+    frozen = boolean(given, "freeze_qk")
     kinds = {"rms": "rmsnorm_frozen" if frozen else "rmsnorm", "dyt": "tanh" if frozen else "tanh_gain"}
-    qk = kinds[given["qk_type"]] if _boolean(given, "qk_norm") else "none"
+    qk = kinds[given["qk_type"]] if boolean(given, "qk_norm") else "none"
     switches = dict(pre_norm=pre, qk_regulariser=qk, activation=_FOG_ACTIVATIONS[given["hidden_act"]],
-                    branch_output="rmsnorm" if post else "none", input_scale=_number(given, "input_upscale"),
-                    final_norm=_boolean(given, "final_layernorm"))
+                    branch_output="rmsnorm" if post else "none", input_scale=number(given, "input_upscale"),
+                    final_norm=boolean(given, "final_layernorm"))
     if given["softmax_scale"]:
-        switches["softmax_scale"] = _number(given, "softmax_scale")
+        switches["softmax_scale"] = number(given, "softmax_scale")
     if layerscale:
-        switches["branch_gain_init"] = 1 / math.sqrt(_number(given, "num_hidden_layers", int))
+        switches["branch_gain_init"] = 1 / math.sqrt(number(given, "num_hidden_layers", int))
     return switches
 
 

@@ -24,8 +24,8 @@ Params = dict[str, Any]
 
 # Our norms' names in each format.
 _NORMS = {
-    "llama": {"pre_attention": "input_layernorm", "pre_ffn": "post_attention_layernorm"},
-    "olmo2": {"post_attention": "post_attention_layernorm", "post_ffn": "post_feedforward_layernorm"},
+    **dict.fromkeys(("llama", "mistral", "qwen3"), {"pre_attention": "input_layernorm", "pre_ffn": "post_attention_layernorm"}),
+    **dict.fromkeys(("olmo2", "olmo3"), {"post_attention": "post_attention_layernorm", "post_ffn": "post_feedforward_layernorm"}),
     "apertus": {"pre_attention": "attention_layernorm", "pre_ffn": "feedforward_layernorm"},
     "fog": {"pre_attention": "attention_layernorm", "pre_ffn": "feedforward_layernorm",
             "post_attention": "attention_layernorm", "post_ffn": "feedforward_layernorm"},

@@ -73,8 +73,8 @@ def evaluate(inference: Inference, tasks: Sequence[Any], keep: Callable[[dict[st
     for task in tasks:
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                found = simple_evaluate(model=Harness(inference), tasks=[task], task_manager=TaskManager(include_defaults=False),
-                                        log_samples=False, bootstrap_iters=1000)
+                found: Any = simple_evaluate(model=Harness(inference), tasks=[task], task_manager=TaskManager(include_defaults=False),
+                                             log_samples=False, bootstrap_iters=1000)
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # whatever a task's own code raises

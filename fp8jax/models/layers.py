@@ -140,24 +140,58 @@ def _gain_of(module: RMSNorm | Tanh) -> jax.Array | None:
     return module.gain[...] if module.trained else lax.stop_gradient(module.gain[...])
 
 
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Angle a position of every rotated pair, float64 [head_dim / 2]; with Llama-3 scaling, if config asks for it.
+def rope_frequencies(config: ModelConfig, length: int = 0) -> np.ndarray:
+    """Angle a position of every rotated pair, float64 [head_dim / 2], scaled as `config.rope_scaling` says.
 
-    Scaling (Llama 3.1): what turns less than `low` times in the original context is slowed by the factor, what turns more
-    than `high` times stays, and between them the slowing is interpolated.
+    llama3 (Llama 3.1): what turns less than `low` times in the original context is slowed by the factor, what turns more
+    than `high` times stays, and between them the slowing is interpolated. yarn (Peng et al. 2023, arXiv:2309.00071): the same with
+    bounds that are linear in the number of the pair. linear: all are slowed. dynamic: the base grows with the length, once
+    that is above the original context, as transformers has it.
+
+    Args:
+        config: of the model.
+        length: positions of the sequence; read where scaling is dynamic.
     """
+    features, factor = head_dim(config), config.rope_scaling_factor
+    pairs = np.arange(0, features, 2)
+    frequencies = config.rope_theta ** (-pairs / features)
+    if factor == 1.0:
+        return frequencies
+    if config.rope_scaling == "linear":
+        return frequencies / factor
+    if config.rope_scaling == "dynamic":
+        stretch = max(length / config.rope_original_context, 1.0)
+        base = config.rope_theta * (factor * stretch - (factor - 1)) ** (features / max(features - 2, 1))
+        return base ** (-pairs / features)
+    kept = _kept_by_yarn(config) if config.rope_scaling == "yarn" else _kept_by_llama3(config, frequencies)
+    return kept * frequencies + (1 - kept) * frequencies / factor
+
+
+def _kept_by_llama3(config: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
+    """How much of each frequency stays, 0 to 1."""
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_context * frequencies / (2 * np.pi)
+    return np.clip((turns - low) / (high - low), 0.0, 1.0)
+
+
+def _kept_by_yarn(config: ModelConfig) -> np.ndarray:
+    """How much of each frequency stays, 0 to 1: a ramp over the pairs between those that turn often enough and those that do not."""
     features = head_dim(config)
-    frequencies = config.rope_theta ** (-np.arange(0, features, 2) / features)
-    if config.rope_scaling_factor != 1.0:
-        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-        turns = config.rope_original_context * frequencies / (2 * np.pi)
-        kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / config.rope_scaling_factor
-    return frequencies
+
+    def pair_that_turns(times: float) -> float:
+        ratio = config.rope_original_context / (times * 2 * math.pi)
+        return features * math.log(ratio) / (2 * math.log(config.rope_theta))
+
+    first, last = pair_that_turns(config.rope_beta_fast), pair_that_turns(config.rope_beta_slow)
+    if config.rope_truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, features - 1)
+    ramp = (np.arange(features // 2) - first) / (last - first or 0.001)
+    return 1 - np.clip(ramp, 0.0, 1.0)
 
 
-def rope_table(positions_bt: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cos and sin of the rotary angles, float32 [b, t, head_dim / 2], to 1e-6 whatever the position.
+def rope_table(positions_bt: jax.Array, frequencies: np.ndarray, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Cos and sin of the rotary angles, times a factor, float32 [b, t, head_dim / 2], to 1e-6 whatever the position.
 
     In float32 a product of position and frequency has lost 8e-3 of its angle at 131072 and 6e-2 at a million. Here it is in turns, in
     fixed point: integers wrap where turns do, and lose nothing.
@@ -165,13 +199,16 @@ def rope_table(positions_bt: jax.Array, frequencies: np.ndarray) -> tuple[jax.Ar
     Args:
         positions_bt: integers, at least 0 and below 2**32.
         frequencies: float64 [head_dim / 2], radians a position.
+        factor: on both.
     """
     turns = np.mod(frequencies / (2 * np.pi), 1.0) * 2.0**32
     whole, rest = np.floor(turns), np.floor(np.mod(turns, 1.0) * 2.0**32)
     position = positions_bt.astype(jnp.uint32)[..., None]
     wrapped = position * whole.astype(np.uint32) + _upper_half(position, rest.astype(np.uint32))
     angles = lax.bitcast_convert_type(wrapped, jnp.int32).astype(jnp.float32) * np.float32(2 * np.pi / 2.0**32)
-    return jnp.cos(angles), jnp.sin(angles)
+    if factor == 1.0:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * np.float32(factor), jnp.sin(angles) * np.float32(factor)
 
 
 def _upper_half(a: jax.Array, b: np.ndarray) -> jax.Array:

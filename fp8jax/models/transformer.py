@@ -178,7 +178,8 @@ class Transformer(nnx.Module):
         """What the head reads, [b, t, d]."""
         inputs = batch["inputs"]
         positions = batch["positions"] if "positions" in batch else jnp.arange(inputs.shape[1])[None]
-        rope = rope_table(positions, rope_frequencies(self.config))
+        length = inputs.shape[1] if cache is None else cache.k.shape[2]
+        rope = rope_table(positions, rope_frequencies(self.config, length), self.config.rope_attention_factor)
         x_btd = self.embedding(inputs, self.config.input_scale, self.dtype)
         x_btd = constrain(x_btd, "batch", "residual", None)
         x_btd, taps, cache = self._run_blocks(x_btd, rope, batch.get("segment_ids"), recipes, prepared, options, cache,

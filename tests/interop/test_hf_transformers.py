@@ -31,6 +31,12 @@ SIZES = dict(vocab_size=301, hidden_size=64, intermediate_size=112, num_hidden_l
              bos_token_id=1, eos_token_id=2, pad_token_id=None, max_position_embeddings=256)
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 64}
+
+
+def _rope(kind, theta=1000.0, **keys):
+    return {"rope_type": kind, "rope_theta": theta, **keys}
+
+
 CONFIGS = {
     "llama": transformers.LlamaConfig(**SIZES),
     "llama_tied_rope": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
@@ -41,6 +47,18 @@ CONFIGS = {
     "apertus": transformers.ApertusConfig(**SIZES),
     "apertus_without_scaling": transformers.ApertusConfig(
         **SIZES | {"intermediate_size": 113}, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=None),
+    "mistral_window_over_the_context": transformers.MistralConfig(**SIZES, sliding_window=256, head_dim=8),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
+    "olmo3": transformers.Olmo3Config(**SIZES, layer_types=["full_attention"] * 3),
+    "olmo3_windows_over_the_context": transformers.Olmo3Config(**SIZES, sliding_window=256),
+    "llama_linear": transformers.LlamaConfig(**SIZES, rope_parameters=_rope("linear", factor=4.0)),
+    "llama_dynamic": transformers.LlamaConfig(**SIZES | {"max_position_embeddings": 40}, rope_parameters=_rope("dynamic", factor=4.0)),
+    "llama_yarn": transformers.LlamaConfig(**SIZES, head_dim=8, rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=64)),
+    "qwen3_yarn": transformers.Qwen3Config(**SIZES, head_dim=16, rope_parameters=_rope(
+        "yarn", factor=8.0, original_max_position_embeddings=32, beta_fast=16.0, mscale=1.0, mscale_all_dim=0.7, truncate=False)),
+    "smollm2": transformers.LlamaConfig(**SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4}, tie_word_embeddings=True,
+                                        rope_parameters=_rope("default", theta=130000.0)),
 }
 
 

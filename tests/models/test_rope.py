@@ -38,6 +38,39 @@ def test_llama_3_scaling_slows_long_wavelengths_only():
     assert changed[0] == 1 and changed[-1] == 1 / 8 and ((changed > 0.2) & (changed < 0.9)).any()
 
 
+def test_linear_scaling_slows_every_pair():
+    np.testing.assert_allclose(frequencies(rope_scaling="linear", rope_scaling_factor=4.0), frequencies() / 4, rtol=1e-15)
+
+
+def test_yarn_keeps_what_turns_often_and_slows_what_does_not():
+    """Peng et al. 2023, section 3.2, pair by pair, with the bounds rounded to whole pairs as in their code."""
+    factor, context, fast, slow, theta = 16.0, 4096, 32.0, 1.0, 10000.0
+    pair = [128 * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow)]
+    first, last = math.floor(pair[0]), math.ceil(pair[1])
+    expected = []
+    for i in range(64):
+        frequency, slowed = theta ** (-i / 64), min(max((i - first) / (last - first), 0.0), 1.0)
+        expected.append(frequency * (1 - slowed) + frequency / factor * slowed)
+    found = frequencies(rope_scaling="yarn", rope_scaling_factor=factor, rope_original_context=context, rope_theta=theta)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert 0 < first < last < 64 and found[0] == 1 and found[-1] == pytest.approx(theta ** (-63 / 64) / 16)
+
+
+def test_dynamic_scaling_begins_where_the_original_context_ends():
+    model = {"rope_scaling": "dynamic", "rope_scaling_factor": 2.0, "rope_original_context": 100}
+    config = architectures.resolve(config_lib.from_dict({"model": {"width": 128, "heads": 1, "kv_heads": 1} | model}).model)
+    for length in (1, 99, 100):
+        np.testing.assert_array_equal(layers.rope_frequencies(config, length), frequencies())
+    base = 500000.0 * (2.0 * 250 / 100 - 1) ** (128 / 126)
+    np.testing.assert_allclose(layers.rope_frequencies(config, 250), [base ** (-i / 64) for i in range(64)], rtol=1e-12)
+
+
+def test_a_factor_on_queries_and_keys_is_one_on_cos_and_sin():
+    positions = jnp.arange(5)[None]
+    for one, other in zip(layers.rope_table(positions, frequencies()), layers.rope_table(positions, frequencies(), 1.25), strict=True):
+        np.testing.assert_array_equal(np.asarray(one) * np.float32(1.25), other)
+
+
 @pytest.mark.parametrize("theta", [1.0, 10000.0, 500000.0, 1e9])
 def test_angles_are_exact_at_every_position(theta):
     """To 2**24 positions, traced, as with document masks; float32 loses all of an angle there."""

@@ -24,7 +24,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from fp8jax import bounds, open_fields
+from fp8jax import bounds, files, open_fields
 from fp8jax.bounds import COUNT, LARGE, YEARS
 from fp8jax.numerics import roles
 
@@ -359,28 +359,24 @@ def from_dict(values: ml_collections.ConfigDict | dict[str, Any], run: Config | 
     return config
 
 
-def read_json(path: pathlib.Path, most: int = 1 << 26) -> Any:
+def read_json(path: pathlib.Path, most: int = files.JSON_BYTES) -> Any:
     """The JSON of a file that anyone may have written.
 
     Args:
         path: of the file.
-        most: bytes that are read at all.
+        most: bytes that are read at all; its values may take four times as many.
 
     Raises:
         ConfigError: it cannot be read, is larger than `most`, or is not JSON. A missing file is a FileNotFoundError.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-        if len(content) > most:
-            raise ConfigError(f"{path}: has more than {most} bytes")
-        return json.loads(content.decode("utf-8"))
+        return files.read_json(path, most, memory=4 * most)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(f"{path}: cannot be read as JSON: {str(error)[:100]}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {str(error)[:100]}") from None
 
 
 def _build_section(section: str, kind: Any, values: dict[str, Any]) -> Any:

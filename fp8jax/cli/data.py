@@ -1,17 +1,16 @@
 """`python -m fp8jax data show`: exactly what a step of a run has seen, or will see."""
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from fp8jax import config as config_lib
 from fp8jax.cli.errors import Parser, complain, local_path
 from fp8jax.data import pipeline, run_tokenizer, tokenizer
+from fp8jax.monitor import logs
 
 END = "<|end of document|>"
 STOPPED = 4
@@ -84,13 +83,14 @@ def _config(workdir: pathlib.Path) -> config_lib.Config:
 
 def _passed_over(workdir: pathlib.Path, step: int) -> int:
     """Batches that rollbacks had passed over when the step was taken: what the last start before it says in events.jsonl."""
-    try:
-        lines = (workdir / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    path = workdir / "events.jsonl"
+    if not path.exists():
         return 0
-    events: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
-    starts = [event for event in events if event.get("kind") == "started" and event["step"] < step]
-    return int(starts[-1].get("skipped_batches", 0)) if starts else 0
+    starts = [event for event in logs.records(path) if event.get("kind") == "started" and event["step"] < step]
+    skipped = starts[-1].get("skipped_batches", 0) if starts else 0
+    if type(skipped) is not int:
+        raise config_lib.ConfigError(f"{path}: skipped_batches: {str(skipped)[:60]!r} is not a number of batches; remove that line")
+    return skipped
 
 
 def _parser() -> argparse.ArgumentParser:

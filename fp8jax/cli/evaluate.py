@@ -1,7 +1,6 @@
 """The command line of eval.py. JAX is loaded once the flags are known to be right."""
 
 import importlib.util
-import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -80,7 +79,7 @@ def _evaluate_tasks(workdir: pathlib.Path, stage: Stages) -> int:
     model, step = evaluation.load_run(workdir, _STEP.value, stage=stage)
 
     def keep(found: dict[str, Any]) -> None:
-        evaluation.write_json(workdir / "eval_tasks.json", {"step": step, **_plain(found)})
+        evaluation.write_json(workdir / "eval_tasks.json", {"step": step, **found})
 
     with stage(f"evaluating {', '.join(_TASKS.value)}"):
         found = lm_eval.evaluate(Inference(model), tasks, keep)
@@ -103,10 +102,3 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
             error = metrics.get(f"{metric}_stderr,{chosen}")
             spread = f" ± {error:.4f}" if isinstance(error, float) else ""
             yield f"{task:<24} {found['n-shot'].get(task, 0)}-shot  {name:<18} {value:.4f}{spread}"
-
-
-def _plain(value: Any) -> Any:
-    """The same as strict JSON, which has no infinity: a task that a model fails may well have that perplexity."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
             for line in early_warnings.lines(options.warnings):
                 print(line)
             return 0
-        out = write_report(options.workdirs, options.out, remember=options.background)
+        out = write_report(options.workdirs, options.out, remember=options.background, note=lambda line: print(f"note     {line}"))
     except ValueError as error:  # MetricsError is one
         return complain(str(error))
     except OSError as error:

@@ -25,6 +25,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from fp8jax import files
 from fp8jax.config import ConfigError
 from fp8jax.data import hub, opening, tables, token_records
 from fp8jax.data.opening import COMPRESSED, Input, Progress
@@ -318,7 +319,9 @@ def _text(line: bytes, field: str) -> str:
         value = _json(line.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8") from None
-    except (ValueError, RecursionError):
+    except files.TooManyValuesError:
+        raise
+    except ValueError:
         raise ValueError("is not JSON") from None
     found = _member(value, field)
     if isinstance(found, list) and found and all(isinstance(part, str) for part in found):
@@ -330,11 +333,11 @@ def _text(line: bytes, field: str) -> str:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return files.parse_json(text)
     except ValueError as error:
-        if isinstance(error, json.JSONDecodeError):
+        if isinstance(error, json.JSONDecodeError | files.TooManyValuesError):
             raise
-    return json.loads(text, parse_int=str)  # an integer of thousands of digits is JSON, and no field of text
+    return files.parse_json(text, parse_int=str)  # an integer of thousands of digits is JSON, and no field of text
 
 
 def _member(value: Any, field: str) -> Any:

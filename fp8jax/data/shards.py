@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from fp8jax import files
 from fp8jax.config import ConfigError, read_json
 from fp8jax.data.tokenizer import Tokenizer, dtype
 
@@ -193,8 +194,9 @@ def read_sources(directory: pathlib.Path) -> Iterator[dict[str, Any]]:
         yield from index.get("sources", ())
         return
     try:
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        with path.open("rb") as file:
+            while line := file.readline(files.JSON_BYTES):
+                yield files.parse_json(line)
     except (OSError, ValueError) as error:
         raise _error(path, f"cannot be read: {str(error)[:100]}") from None
 

@@ -28,11 +28,14 @@ from typing import Any
 
 import numpy as np
 
+from fp8jax import files
 from fp8jax.config import Config, ConfigError, DataConfig, parse_sources, read_json
-from fp8jax.data import lossless
+from fp8jax.data import lossless, trial
 
 # Ids that a vocabulary may have; a larger one is a damaged file, for which no memory should be asked.
 _MOST_IDS = 1 << 24
+# Of a tokenizer's file, and of its values; the largest in use have 40 MB.
+_MOST_BYTES, _MOST_MEMORY = 1 << 28, 1 << 29
 END_OF_DOCUMENT_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 
 
@@ -155,10 +158,9 @@ class TekkenTokenizer:
         except ImportError:
             raise _error(path, "needs the package tiktoken; pip install tiktoken, or use 'byte'") from None
         self.file = pathlib.Path(path)
-        content = self.file.read_bytes()
+        content, values = _content(path)
         self.fingerprint = f"sha256:{hashlib.sha256(content).hexdigest()}"
         try:
-            values = json.loads(content)
             config, vocab = values["config"], values["vocab"]
             self.vocab_size, self._special = config["default_vocab_size"], config["default_num_special_tokens"]
             if not 0 <= self._special <= self.vocab_size <= min(len(vocab) + self._special, _MOST_IDS):
@@ -302,12 +304,12 @@ def _read(path: str) -> tuple[Any, dict[str, Any], str]:
         import tokenizers
     except ImportError:
         raise _error(path, "needs the package tokenizers; pip install tokenizers, or use 'byte'") from None
+    content, spec = _content(path)
     try:
-        content = pathlib.Path(path).read_bytes()
+        if not isinstance(spec, dict):
+            raise ValueError("is not a JSON object")
+        trial.run(path, lossless.probes())
         tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        spec = json.loads(content)
-    except FileNotFoundError:
-        raise _error(path, "no such file; it is the path of a tokenizer.json, 'tekken' or 'byte'") from None
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and panics are not even that
@@ -318,6 +320,23 @@ def _read(path: str) -> tuple[Any, dict[str, Any], str]:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, spec, f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _content(path: str) -> tuple[bytes, Any]:
+    """A file's bytes, and the JSON that they are.
+
+    Raises:
+        ConfigError: it cannot be read, is larger than tokenizers are, or is not JSON.
+    """
+    try:
+        content = files.read_bytes(pathlib.Path(path), _MOST_BYTES)
+        return content, files.parse_json(content, memory=_MOST_MEMORY)
+    except FileNotFoundError:
+        raise _error(path, "no such file; it is the path of a tokenizer.json, 'tekken' or 'byte'") from None
+    except OSError as error:
+        raise _error(path, f"cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise _error(path, f"is not a tokenizer.json: {_first_line(error)}") from None
 
 
 def _without_dropout(tokenizer: Any) -> tuple[str, ...]:

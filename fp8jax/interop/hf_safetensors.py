@@ -21,12 +21,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fp8jax import files
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Bytes an element of what else may stand in a header; such tensors are refused when they are read.
 _OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "F64": 8,
                 "I64": 8, "U64": 8}
 _MAX_HEADER = 100_000_000  # the reference implementation's limit
+_MAX_VALUES = 1 << 29  # bytes of memory that a header's values may take: 600,000 tensors
 _MAX_JSON = 1 << 26  # of config.json and of an index, which has some 100 bytes a tensor
 
 
@@ -88,13 +91,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         HuggingFaceError: no such file, or something else in it.
     """
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_JSON + 1)
-        if len(text) > _MAX_JSON:
-            raise HuggingFaceError(f"{path}: has more than {_MAX_JSON} bytes")
-        return _json_object(path, text)
+        return _json_object(path, files.read_bytes(path, _MAX_JSON))
     except OSError as error:
         raise HuggingFaceError(f"{path}: cannot be read: {error.strerror}") from None
+    except HuggingFaceError:
+        raise
+    except ValueError as error:
+        raise HuggingFaceError(f"{path}: {error}") from None
 
 
 def write_files(directory: pathlib.Path, tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]], dtype: np.dtype,
@@ -208,10 +211,10 @@ def _json_object(path: pathlib.Path, text: bytes) -> dict[str, Any]:
         return found
 
     try:
-        values = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+        values = files.parse_json(text, memory=_MAX_VALUES, object_pairs_hook=no_duplicates)
     except HuggingFaceError:
         raise
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise HuggingFaceError(f"{path}: is not JSON: {str(error)[:100]}") from None
     if not isinstance(values, dict):
         raise HuggingFaceError(f"{path}: is not a JSON object")

@@ -15,6 +15,7 @@ from typing import Any
 
 SUFFIX = "_layers"
 DIGITS = 6
+LAYERS = 10_000  # that a model may have: what says that it is of others is a value like any other
 _LAYER = re.compile(r"(.+)_layer(\d{3,5})")
 _EXACT = "scale/"  # powers of two
 
@@ -42,7 +43,7 @@ def unpack(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a line, old or new, each under its own name."""
     out: dict[str, Any] = {}
     for key, value in record.items():
-        if isinstance(value, list) and key.endswith(SUFFIX):
+        if isinstance(value, list) and key.endswith(SUFFIX) and len(value) <= LAYERS:
             names = layer_names(key.removesuffix(SUFFIX), len(value))
             out.update((name, item) for name, item in zip(names, value, strict=True) if item is not None)
         else:
@@ -59,7 +60,7 @@ def layer_names(statistic: str, layers: int) -> list[str]:
 @functools.lru_cache(maxsize=16)
 def _places(names: tuple[str, ...]) -> tuple[list[tuple[str, int | None]], dict[str, int]]:
     """Where each name goes, list and layer, or the name itself; and the lists' lengths."""
-    matches = [_LAYER.fullmatch(name) for name in names]
+    matches = [match if (match := _LAYER.fullmatch(name)) and int(match[2]) < LAYERS else None for name in names]
     lengths: dict[str, int] = {}
     for match in matches:
         if match:

@@ -9,18 +9,20 @@ A log may have gigabytes. `tail` and `cut` read it from its end, so they take as
 a short one. A last line that a crash cut short is no line.
 """
 
-import json
+import functools
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from fp8jax import files
 from fp8jax.monitor import layered
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 STATISTICS = b'"rms/'  # what a line with statistics has, and no other
+LINE = 1 << 26  # bytes of one that are read at all: a thousand times those of a 70b model
 _BLOCK = 1 << 20
 _STEP = re.compile(rb'\{"step": (\d{1,18})[,}]')
 
@@ -54,17 +56,29 @@ def lines(path: str | os.PathLike, start: int = 0) -> Iterator[dict[str, Any]]:
     return (record for _, record in ended_lines(path, start))
 
 
-def ended_lines(path: str | os.PathLike, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `lines`, with the byte from which to go on after each: its end, but its beginning where its newline is not there yet."""
+def ended_lines(path: str | os.PathLike, start: int = 0,
+                damaged: Callable[[Callable[[], MetricsError]], object] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `lines`, with the byte from which to go on after each: its end, but its beginning where its newline is not there yet.
+
+    Args:
+        path: of the log.
+        start: byte to begin at.
+        damaged: receives what makes the error of each line that cannot be read, and is passed over then; None: it is raised. Making one
+            reads the log up to there.
+    """
     with _open(pathlib.Path(path)) as file:
         file.seek(start)
         at = start
-        for line in file:
+        while line := file.readline(LINE):
             record = _parse(line)
             if record is not None:
                 yield at + len(line) * line.endswith(b"\n"), record
-            elif line.endswith(b"\n"):
-                raise _damaged(file, at, line)
+            elif line.endswith(b"\n") or len(line) == LINE:
+                error = functools.partial(_damaged, file, at, line)
+                if damaged is None:
+                    raise error()
+                damaged(error)
+                file.seek(at + len(line))
             at += len(line)
 
 
@@ -141,20 +155,28 @@ def _open(path: pathlib.Path) -> BinaryIO:
 
 def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yield (where it begins, line with its newline) of each line, the last one first."""
-    at, after = file.seek(0, os.SEEK_END), b""  # `after`: what of the line that crosses `at` has been read
+    at, after = file.seek(0, os.SEEK_END), []  # `after`: what of the line that crosses `at` has been read, the last block first
     while at > 0:
         size = min(_BLOCK, at)
         at -= size
         file.seek(at)
-        *whole, rest = (file.read(size) + after).split(b"\n")
+        after.append(file.read(size))
+        if b"\n" not in after[-1] and at:
+            if len(after) > LINE // _BLOCK:
+                raise _damaged(file, at, after[-1])
+            continue
+        text = b"".join(reversed(after))
+        after.clear()
+        *whole, rest = text.split(b"\n")
+        del text  # a block is all the memory that a long log takes
         pieces = [line + b"\n" for line in whole] + [rest] * bool(rest)
         place = at + sum(map(len, pieces))
         for piece in reversed(pieces[1:]):
             place -= len(piece)
             yield place, piece
-        after = pieces[0]
-    if after:
-        yield 0, after
+        after = [pieces[0]]
+    if after and after[0]:
+        yield 0, after[0]
 
 
 def _step(line: bytes) -> int | None:
@@ -168,8 +190,8 @@ def _step(line: bytes) -> int | None:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line.decode(errors="replace"))
-    except (ValueError, RecursionError):
+        record = files.parse_json(line.decode(errors="replace"))
+    except ValueError:
         return None
     return record if isinstance(record, dict) and type(record.get("step")) is int else None
 

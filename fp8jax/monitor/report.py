@@ -6,6 +6,7 @@ What is read of a run, and how it is made small, is in report_data.py; the page 
 on canvases, in report_page/. While a run trains, `Refresher` has another process write its page now and then.
 """
 
+import contextlib
 import datetime
 import json
 import logging
@@ -13,7 +14,8 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import fp8jax
 from fp8jax.monitor import report_data
@@ -23,19 +25,21 @@ CELLS = 1_350_000  # of all maps of all runs, 2.7 bytes each in the page
 SHARE = 20  # a refresh that took a second comes again after as many seconds at the earliest
 
 
-def write_report(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path, *, remember: bool = False) -> pathlib.Path:
-    """Writes the page, whole or not at all; returns its path.
+def write_report(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path, *, remember: bool = False,
+                 note: Callable[[str], object] = lambda line: None) -> pathlib.Path:
+    """Writes the page, whole or not at all; returns its path. It shows what there is, and says what is missing.
 
     Args:
         workdirs: of runs.
         out: the page.
         remember: as in `report_data.read_run`.
+        note: receives a line on each thing that is missing.
 
     Raises:
-        MetricsError: a directory without a log, or with one that cannot be read.
+        MetricsError: no directory has a log.
     """
     out = pathlib.Path(out)
-    runs = [report_data.read_run(workdir, cells=CELLS // len(workdirs), remember=remember) for workdir in workdirs]
+    runs = _read(workdirs, remember, note)
     names = [run["name"] for run in runs]
     for run in runs:
         if names.count(run["name"]) > 1:
@@ -46,6 +50,23 @@ def write_report(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path
     temporary.write_text(_page(data), encoding="utf-8")
     temporary.replace(out)
     return out
+
+
+def _read(workdirs: Sequence[str | pathlib.Path], remember: bool, note: Callable[[str], object]) -> list[dict[str, Any]]:
+    runs, missing = [], []
+    for workdir in workdirs:
+        try:
+            runs.append(report_data.read_run(workdir, cells=CELLS // len(workdirs), remember=remember))
+        except report_data.MetricsError as error:
+            missing.append(error)
+            continue
+        for problem in runs[-1]["problems"]:
+            note(f"{workdir}: {problem}")
+    if not runs:
+        raise missing[0]
+    for error in missing:
+        note(str(error))
+    return runs
 
 
 def _page(data: dict) -> str:
@@ -82,17 +103,18 @@ class Refresher:
             return
         self._started = now
         command = ["-m", "fp8jax", "report", str(self._workdir), "--out", str(self._workdir / "report.html"), "--background"]
-        self._process = subprocess.Popen([sys.executable, *command], cwd=pathlib.Path(fp8jax.__file__).parent.parent, stdin=subprocess.DEVNULL,
-                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._due = now + 60 * self._minutes  # if it does not start
+        with contextlib.suppress(OSError):
+            self._process = subprocess.Popen([sys.executable, *command], cwd=pathlib.Path(fp8jax.__file__).parent.parent,
+                                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def close(self) -> None:
         """Writes the page a last time; a page that cannot be written is told, and stops nothing."""
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
-        if not self._minutes or not (self._workdir / "metrics.jsonl").exists():
-            return
         try:
-            write_report([self._workdir], self._workdir / "report.html", remember=True)
-        except (OSError, report_data.MetricsError) as error:
-            logging.getLogger(__name__).warning("report.html was not written: %s", error)
+            if self._process is not None:
+                self._process.terminate()
+                self._process.wait()
+            if self._minutes and (self._workdir / "metrics.jsonl").exists():
+                write_report([self._workdir], self._workdir / "report.html", remember=True)
+        except Exception as error:  # whatever is in the logs: a run does not fail by its picture
+            logging.getLogger(__name__).warning("report.html was not written: %s: %s", type(error).__name__, error)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 NAME = "report.npz"
-VERSION = 1
+VERSION = 2
 _BEFORE = 1 << 16  # bytes of the log before the place where it goes on, by which it is known again
 
 
@@ -33,7 +33,7 @@ def load(workdir: pathlib.Path, gathered: Any) -> None:
                 arrays = {name.removeprefix(prefix): kept[name] for name in about["names"][number]}
                 part = gathered.line(*names) if kind == "line" else gathered.table(*names)
                 part.restore(arrays)
-            gathered.end = about["end"]
+            gathered.restored(about["end"], about["problems"])
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         gathered.__init__()
 
@@ -48,7 +48,7 @@ def save(workdir: pathlib.Path, gathered: Any) -> None:
         found = {f"{number} {name}": values for name, values in part.arrays().items()}
         names.append(list(found))
         arrays |= found
-    about = {"version": VERSION, "end": gathered.end, "log": _known_by(workdir, gathered.end),
+    about = {"version": VERSION, "end": gathered.end, "problems": sorted(gathered.problems), "log": _known_by(workdir, gathered.end),
              "parts": [key for key, _ in lines + tables], "names": names}
     temporary = workdir / f"{NAME}.tmp"
     try:

@@ -11,16 +11,16 @@ the run's device is touched.
 
 import base64
 import collections
-import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from fp8jax import files
 from fp8jax.monitor import layered, report_cache
-from fp8jax.monitor.logs import MetricsError, ended_lines, records
+from fp8jax.monitor.logs import MetricsError, ended_lines
 
 LINES = ("loss", "held_out/loss", "held_out/bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds",
          "fp8/saturated_fraction", "fp8/underflow_fraction", "tokens")
@@ -32,6 +32,8 @@ POINTS, MAP_POINTS = 600, 240
 FINE, FINE_MAP = 8 * POINTS, 2 * MAP_POINTS
 _WAITING, _WAITING_ROWS = 1024, 32
 EVENTS = 400
+# Layers of all tensors and statistics, twice as many as a model of 126 layers has; and a bound of steps: what JavaScript counts exactly.
+ROWS, STEPS = 100_000, 2**53
 MISSING, NON_FINITE, FIRST_CODE, LAST_CODE = 0, 1, 2, 65535
 
 
@@ -44,7 +46,7 @@ def read_run(workdir: str | pathlib.Path, *, cells: int, remember: bool = False)
         remember: keep what was gathered in WORKDIR/report.npz, and read only what was logged since it was kept.
 
     Raises:
-        MetricsError: there is no log, or it cannot be read.
+        MetricsError: there is no log. What of it cannot be read is left out, and named in `problems`.
     """
     workdir = pathlib.Path(workdir)
     gathered = Gathered()
@@ -54,13 +56,15 @@ def read_run(workdir: str | pathlib.Path, *, cells: int, remember: bool = False)
     if remember:
         report_cache.save(workdir, gathered)
     series, maps = gathered.series, {name: tables for name, tables in gathered.maps.items() if tables}
-    events = _shown(records(workdir / "events.jsonl")) if (workdir / "events.jsonl").exists() else []
+    problems = sorted(gathered.problems)
+    events = _shown(_events(workdir / "events.jsonl", problems))
+    files_of_run = {name: _json(workdir / f"{file}.json", problems) for name, file in
+                    (("config", "config"), ("facts", "run"), ("evaluation", "eval"))}
     height = sum(table.layers for tables in maps.values() for table in tables.values())
     points = max(20, min(MAP_POINTS, cells // max(height, 1)))
     return {
-        "name": workdir.resolve().name, "workdir": str(workdir), "config": _json(workdir / "config.json"),
-        "facts": _json(workdir / "run.json"),
-        "evaluation": _json(workdir / "eval.json"), "series": {name: line.reduced(POINTS) for name, line in series.items()},
+        "name": workdir.resolve().name, "workdir": str(workdir), **files_of_run, "problems": problems,
+        "series": {name: line.reduced(POINTS) for name, line in series.items()},
         "maps": {name: {tensor: table.reduced(points, smallest=MAPS[name]) for tensor, table in sorted(tables.items())}
                  for name, tables in maps.items()},
         "events": events, "state": _state(events), "seconds": series["step_seconds"].total() if "step_seconds" in series else None,
@@ -279,6 +283,25 @@ def _coded(values: np.ndarray, bad: np.ndarray) -> dict[str, Any]:
     return {"low": low, "high": high, "log": log, "zero": zero, "cells": base64.b64encode(codes.astype("<u2").tobytes()).decode()}
 
 
+class Damage:
+    """Lines of a log that cannot be read: how many, and the first of them."""
+
+    def __init__(self):
+        self._count, self._first = 0, ""
+
+    def add(self, error: Callable[[], MetricsError]) -> None:
+        """Count a line; the first error is made."""
+        self._first = self._first or str(error())
+        self._count += 1
+
+    def lines(self) -> list[str]:
+        """What to say of them."""
+        if not self._count:
+            return []
+        more = f", and {self._count - 1:,} more" if self._count > 1 else ""
+        return [f"{self._first}{more}: left out"]
+
+
 class Gathered:
     """What a log says up to a byte.
 
@@ -286,10 +309,12 @@ class Gathered:
         end: the byte.
         series: lines by name.
         maps: tables by statistic and tensor.
+        problems: what was left out, a line each.
     """
 
     def __init__(self):
-        self.end = 0
+        self.end, self._rows = 0, 0
+        self.problems: set[str] = set()
         self.series: dict[str, _Line] = {}
         self.maps: dict[str, dict[str, _Table]] = {name: {} for name in MAPS}
 
@@ -297,22 +322,44 @@ class Gathered:
         """Go on from `end` to the end of the log.
 
         Raises:
-            MetricsError: there is no log, or it cannot be read.
+            MetricsError: there is no log.
         """
-        for end, record in ended_lines(path, self.end):
+        damage = Damage()
+        for end, record in ended_lines(path, self.end, damage.add):
             if end > self.end:  # else a last line that is still being written
                 self._add(record)
             self.end = end
+        self.problems.update(damage.lines())
+
+    def restored(self, end: int, problems: list[str]) -> None:
+        """Take what was gathered up to a byte, beside lines and tables."""
+        self.end, self.problems = end, set(problems)
+        self._rows = sum(table.layers for tables in self.maps.values() for table in tables.values())
 
     def _add(self, record: dict[str, Any]) -> None:
+        if not 0 <= record["step"] < STEPS:
+            self.problems.add("metrics.jsonl has steps that are none: their lines are left out")
+            return
         for name in LINES:
             if name in record:
-                value = record[name]
-                self.line(name).add(record["step"], value if isinstance(value, int | float) else math.nan)
+                self.line(name).add(record["step"], _number(record[name]))
         for name, value in layered.pack(record).items():
             statistic, _, tensor = name.removesuffix(layered.SUFFIX).partition("/")
-            if isinstance(value, list) and tensor and statistic in MAPS:
-                self.table(statistic, tensor).add(record["step"], *_layers(value))
+            if isinstance(value, list) and 0 < len(value) <= layered.LAYERS and tensor and statistic in MAPS:
+                self._add_layers(statistic, tensor, record["step"], value)
+
+    def _add_layers(self, statistic: str, tensor: str, step: int, values: list[Any]) -> None:
+        """Take values of layers; of more layers and tensors than any model has, the first ones."""
+        layers, found = _layers(values)
+        known = self.maps[statistic].get(tensor)
+        more = len(values) - (known.layers if known else 0)
+        if not len(layers):
+            return
+        if more > 0 and self._rows + more > ROWS:
+            self.problems.add(f"metrics.jsonl has statistics of more than {ROWS:,} layers, of all tensors: those that came first are shown")
+            return
+        self._rows += max(more, 0)
+        self.table(statistic, tensor).add(step, layers, found)
 
     def line(self, name: str) -> _Line:
         """Return a line, a new one where there is none."""
@@ -326,11 +373,22 @@ class Gathered:
 def _layers(values: list[float | str | None]) -> tuple[np.ndarray, np.ndarray]:
     """Layers that have a value, and the values; "inf" and "-inf" are NaN as well."""
     try:
-        return np.arange(len(values)), np.asarray(values, np.float64)
-    except (TypeError, ValueError):
-        known = [layer for layer, value in enumerate(values) if value is not None]
-        numbers = [value if isinstance(value, int | float) else math.nan for value in values if value is not None]
-        return np.asarray(known, int), np.asarray(numbers, np.float64)
+        found = np.asarray(values, np.float64)
+        if found.ndim == 1:
+            return np.arange(len(values)), found
+    except (TypeError, ValueError, OverflowError):
+        pass
+    known = [layer for layer, value in enumerate(values) if value is not None]
+    numbers = [_number(value) for value in values if value is not None]
+    return np.asarray(known, int), np.asarray(numbers, np.float64)
+
+
+def _number(value: Any) -> float:
+    """A float; NaN for what is none."""
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _short(value: float) -> float | None:
@@ -342,7 +400,6 @@ def _shown(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Events as the report lists them: neighbours alike but for the step are one with a count, and the oldest of too many are left out."""
     out: collections.deque[dict[str, Any]] = collections.deque(maxlen=EVENTS)
     for event in events:
-        event = {name: _plain(value) for name, value in event.items()}
         alike = ("kind", "level", "tensor", "layer", "first")
         if out and event["kind"] in ("bad_step", "early_warning") and all(out[-1].get(key) == event.get(key) for key in alike):
             out[-1] = out[-1] | {"last_step": event["step"], "count": out[-1].get("count", 1) + 1}
@@ -351,8 +408,30 @@ def _shown(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(out)
 
 
+def _events(path: pathlib.Path, problems: list[str]) -> Iterator[dict[str, Any]]:
+    """Events that have a kind and a step; what is wrong with others is added to `problems` at the end."""
+    if not path.exists():
+        return
+    damage, nameless = Damage(), 0
+    for _, event in ended_lines(path, 0, damage.add):
+        if isinstance(event.get("kind"), str) and 0 <= event["step"] < STEPS:
+            yield _plain(event)
+        else:
+            nameless += 1
+    problems += damage.lines()
+    if nameless:
+        problems.append(f"{path.name}: {nameless:,} lines have no kind, or no step that is one: left out")
+
+
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    """The same with numbers that are not finite as text, as in logs, and integers that JavaScript has."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value)[:20] if type(value) is int and abs(value) >= STEPS else value
 
 
 def _state(events: list[dict[str, Any]]) -> str:
@@ -361,13 +440,21 @@ def _state(events: list[dict[str, Any]]) -> str:
     return next((names[event["kind"]] for event in reversed(events[-50:]) if event["kind"] in names), "unknown")
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file, or half of one."""
+def _json(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:
+    """A JSON object; an empty one where there is none, and a problem where there is something else. Values that are not finite are left out."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = files.read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError("is not an object")
+        plain = _plain(found)
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name}: cannot be read: {str(error)[:200]}")
+        return {}
+    lost = [name for name, value in found.items() if plain[name] in ("nan", "inf", "-inf")]
+    problems += [f"{path.name}: {name} is {plain[name]}" for name in lost]
+    return {name: value for name, value in plain.items() if name not in lost}
 
 
 __all__ = ["MAPS", "MetricsError", "read_run"]

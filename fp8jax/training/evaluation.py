@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fp8jax import files
 from fp8jax.config import Config, ConfigError, settled
 from fp8jax.data import pipeline, run_tokenizer, tokenizer
 from fp8jax.models import gemms
@@ -251,9 +252,9 @@ def as_float32(params: Params) -> Params:
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all; on process 0 alone."""
+    """Writes a JSON file, strict JSON, whole or not at all; on process 0 alone."""
     if not distributed.is_first():
         return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.write_text(json.dumps(files.strict(values), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)

@@ -181,8 +181,8 @@ def test_a_report_that_is_kept_up_to_date_reads_what_is_new(tmp_path, monkeypatc
     path, read = tmp_path / "metrics.jsonl", []
     whole_lines = report_data.ended_lines
 
-    def counted(path, start):
-        for end, record in whole_lines(path, start):
+    def counted(path, *more):
+        for end, record in whole_lines(path, *more):
             read.append(record["step"])
             yield end, record
 

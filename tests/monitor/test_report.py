@@ -13,6 +13,7 @@ from html import unescape
 import numpy as np
 import pytest
 
+from fp8jax.cli.report import main as report_command
 from fp8jax.monitor import report, report_data
 from fp8jax.monitor.writers import MetricsError, MetricsWriter
 
@@ -109,6 +110,85 @@ def test_mistakes_are_one_line(tmp_path):
     result = subprocess.run([sys.executable, "-m", "fp8jax", "report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not (tmp_path / "report.html").exists()
+
+
+def append(path, *lines):
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+
+
+def test_a_page_shows_what_there_is_and_says_what_is_missing(tmp_path):
+    """A held-out loss that is no number, lines of no kind or no sense, wild numbers: never an error, nothing lost in silence."""
+    workdir = write(tmp_path, steps=20)
+    (workdir / "eval.json").write_text('{"step": 20, "loss": NaN, "bits_per_byte": "nan", "tokens": 5}')
+    (workdir / "config.json").write_text("[1")
+    middle = (workdir / "metrics.jsonl").read_text().splitlines()
+    (workdir / "metrics.jsonl").write_text("\n".join([*middle[:9], "{bad", *middle[9:], ""]))
+    wild = [{"loss": 10**400}, {"loss": "x", "kurtosis/qkv_layers": [10**400, [1], None]}, {"kurtosis/qkv_layers": [[1, 2], [3, 4], [5, 6]]},
+            {"kurtosis/qkv_layers": []}, {"kurtosis/qkv_layers": [None]}, {"kurtosis/qkv_layers": {}}]
+    append(workdir / "metrics.jsonl", *(json.dumps({"step": 21 + number} | entry) for number, entry in enumerate(wild)),
+           '{"step": -5, "loss": 1}', json.dumps({"step": 10**30, "loss": 1}))
+    append(workdir / "events.jsonl", '{"step": 9}', "7", '{"step": 9, "kind": 3}', '{"step": 9, "kind": "new", "list": [NaN, {"a": Infinity}]}')
+    told = []
+    out = report.write_report([workdir], tmp_path / "page.html", note=told.append)
+    run = json.loads(re.search(r"const DATA = (.*);</script>", out.read_text())[1])["runs"][0]
+    assert run["series"]["loss"]["to"] == list(range(1, 23)) and run["series"]["loss"]["bad"][-2:] == [1, 1]
+    assert [event["kind"] for event in run["events"]] == ["started", "early_warning", "finished", "new"]
+    assert run["events"][-1]["list"] == ["nan", {"a": "inf"}] and run["evaluation"] == {"step": 20, "tokens": 5} and run["config"] == {}
+    problems = "\n".join(told)
+    assert run["problems"] == [line.removeprefix(f"{workdir}: ") for line in told] and len(told) == 7
+    for words in ("metrics.jsonl, line 10: not a JSON object", "metrics.jsonl has steps that are none",
+                  "events.jsonl, line 5: not a JSON object", "events.jsonl: 2 lines have no kind", "eval.json: loss is nan",
+                  "eval.json: bits_per_byte is nan", "config.json: cannot be read"):
+        assert words in problems
+
+
+def test_what_a_run_keeps_up_to_date_says_what_is_missing_each_time(tmp_path):
+    append(write(tmp_path, steps=20) / "metrics.jsonl", "{bad", '{"step": 21, "loss": 1.0}')
+    for _ in range(2):
+        told = []
+        report.write_report([tmp_path], tmp_path / "report.html", remember=True, note=told.append)
+        assert len(told) == 1 and "metrics.jsonl, line 21: not a JSON object" in told[0]
+    append(tmp_path / "metrics.jsonl", "{worse", '{"step": 22, "loss": 1.0}')
+    report.write_report([tmp_path], tmp_path / "report.html", remember=True, note=told.append)
+    assert len(told) == 3 and "line 23" in told[2]
+
+
+def test_a_run_without_a_log_leaves_the_others(tmp_path, capsys):
+    write(tmp_path / "a")
+    assert report_command([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "page.html")]) == 0
+    assert f"note     {tmp_path / 'b' / 'metrics.jsonl'}: no such file" in capsys.readouterr().out
+
+
+def test_a_report_never_fails_its_run(tmp_path, monkeypatch, caplog):
+    follower = report.Refresher(write(tmp_path), minutes=5)
+
+    def fail(*_, **__):
+        raise KeyError("kind")
+
+    def no_process(*_, **__):
+        raise OSError("no process")
+
+    monkeypatch.setattr(report.report_data, "read_run", fail)
+    monkeypatch.setattr(report.subprocess, "Popen", no_process)
+    follower.write(1, {})
+    follower.close()
+    assert "report.html was not written: KeyError: 'kind'" in caplog.text
+
+
+def test_names_of_layers_that_no_model_has_make_no_large_page(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 4):
+            names = {f"kurtosis/qkv_layer{layer}": 1.0 for layer in ("90000000", "99999", "10000")}
+            writer.write(step, {"loss": 1.0, "kurtosis/k_layer009": 2.0} | names)
+    append(tmp_path / "metrics.jsonl", json.dumps({"step": 4, "kurtosis/v_layers": [1.0] * 10_001}),
+           *(json.dumps({"step": 5, f"kurtosis/t{number}_layers": [1.0] * 10_000}) for number in range(12)))
+    told = []
+    out = report.write_report([tmp_path], tmp_path / "page.html", note=told.append)
+    assert told == [f"{tmp_path}: metrics.jsonl has statistics of more than 100,000 layers, of all tensors: those that came first are shown"]
+    run = report_data.read_run(tmp_path, cells=10**6)
+    assert run["maps"]["kurtosis"]["k"]["layers"] == 10 and len(run["maps"]["kurtosis"]) == 10
+    assert out.stat().st_size < 8e6
 
 
 def test_the_command_writes_one_page_without_network_and_without_jax(tmp_path):

@@ -41,10 +41,15 @@ function begin() {
     run.last_step = Math.max(0, ...ends, ...run.events.map(e => e.step));
     run.tokens_per_step = training && data ? training.batch_size * data.sequence_length : 0;
   });
-  measure(); showRuns(); showTiles(); showFacts(); showCurves(); showStatistics(); showEvents(); controls();
+  for (const show of [measure, showRuns, showTiles, showFacts, showCurves, showStatistics, showEvents, controls]) {
+    try { show(); } catch (error) { problem(`${show.name} failed: ${error.message}`); }
+  }
+  RUNS.forEach(run => run.problems.forEach(line => problem(RUNS.length > 1 ? `${run.name}: ${line}` : line)));
   byId("footer").textContent = `Made ${DATA.made} by fp8jax ${DATA.version}. Lines show the last value of up to ${whole(DATA.points)} buckets of logged steps, `
     + "bands the smallest and largest in each; a map's cell shows the worst of its bucket. Pink: not finite. Drag over a chart to zoom; double click resets.";
 }
+// What is missing, above all else.
+function problem(line) { byId("problems").append(make("p", { class: "note" }, line)); }
 function measure() {
   const end = Math.max(1, ...RUNS.map((run, i) => view.x(run.last_step, i)));
   view.full = view.domain = [0, end * 1.015];

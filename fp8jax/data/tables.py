@@ -42,8 +42,16 @@ def sizes(path: str) -> list[int]:
 
 
 def rows(path: str, piece: int) -> int:
-    """Rows of one of them; of a stream of Arrow batches, which does not say, 1."""
-    return _open(path).rows(piece)
+    """Rows of one of them; of a stream of Arrow batches, which does not say, 1.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    table = _open(path)
+    try:
+        return table.rows(piece)
+    except (OSError, MemoryError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {first_line(error)}") from None
 
 
 def holds_ids(path: str, field: str) -> bool:
@@ -100,9 +108,11 @@ def id_lists(path: str, piece: int, field: str) -> Iterator[tuple[int, np.ndarra
 def _values(path: str, piece: int, field: str) -> Iterator[tuple[int, Any]]:
     """Row number and Arrow scalar of each row."""
     table = _open(path)
-    number = table.first_row(piece)
+    number = 0
     try:
+        number = table.first_row(piece)
         for array in table.arrays(piece, field):
+            _check(array)
             for value in array:
                 number += 1
                 yield number, value
@@ -110,6 +120,19 @@ def _values(path: str, piece: int, field: str) -> Iterator[tuple[int, Any]]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: cannot be read after row {number}: {first_line(error)}") from None
+
+
+def _check(array: Any) -> None:
+    """Look at an array's offsets and indices, which a file may have made up: reading values would follow them anywhere.
+
+    Raises:
+        ValueError: they lead out of the array.
+    """
+    try:
+        array.validate(full=True)
+    except ValueError as error:
+        if "UTF8" not in str(error):  # looked at last, and told of the row that has it
+            raise
 
 
 class _Parquet:

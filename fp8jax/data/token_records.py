@@ -74,7 +74,7 @@ def _rows(path: str, start: int, stop: int, field: str) -> Iterator[tuple[int, n
 def _array(path: str, number: int, record: bytes) -> np.ndarray:
     try:
         return _npy(record) if record.startswith(_NPY) else np.frombuffer(record, "<i4")
-    except (ValueError, EOFError, SyntaxError, OverflowError):
+    except Exception:  # NumPy has the header, which is Python, tokenized and parsed
         raise ConfigError(f"{path}: record {number} is neither a .npy array nor little-endian int32") from None
 
 

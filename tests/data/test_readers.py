@@ -184,3 +184,15 @@ def test_a_damaged_table_is_one_line(tmp_path):
     with pytest.raises(configs.ConfigError, match="a.parquet: (row|cannot be read after row|is not a parquet)") as caught:
         read(tmp_path / "a.parquet")
     assert "\n" not in str(caught.value)
+
+
+def test_offsets_that_lead_out_of_a_table_are_refused(tmp_path):
+    """Arrow does not look at them: reading the values would follow them through memory."""
+    path = tmp_path / "a.arrow"
+    with pa.ipc.new_file(path, pa.schema({"text": pa.string()})) as writer:
+        writer.write_table(pa.table({"text": ["Anne", "Elliot", "Kellynch"]}))
+    offsets = np.array([0, 4, 10, 18], "<i4").tobytes()
+    assert path.read_bytes().count(offsets) == 1
+    path.write_bytes(path.read_bytes().replace(offsets, np.array([0, 4, 10, 1 << 30], "<i4").tobytes()))
+    with pytest.raises(configs.ConfigError, match=r"a\.arrow: cannot be read after row 0: .*offset"):
+        read(path)

@@ -1,14 +1,19 @@
-"""Made-up input: only the documented errors, in one line, without a hang and without much memory. Over 25,000 cases."""
+"""Made-up input: only the documented errors, in one line, without a hang and without much memory. Over 40,000 cases."""
 
+import bz2
 import contextlib
 import datetime
+import gzip
+import io
 import json
+import lzma
 import math
 import os
 import pathlib
 import resource
 import shutil
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,17 +21,20 @@ from hypothesis import strategies as st
 from fp8jax import config as config_lib
 from fp8jax.cli import flags, prepare
 from fp8jax.config import ConfigError
-from fp8jax.data import pipeline, shards, tokenizer
+from fp8jax.data import documents, megatron, pipeline, shards, token_records, tokenizer
+from fp8jax.data import tables as table_reader
 from fp8jax.interop import hf_config
 from fp8jax.interop.hf_safetensors import HuggingFaceError, TensorFiles
+from fp8jax.monitor import report
 from fp8jax.monitor.writers import MetricsError, read_metrics
 from fp8jax.numerics import recipes
 from fp8jax.training import manifest
 from fp8jax.training.checkpoint import load_config
+from tests.data.test_megatron import write as write_megatron
 
-# A minute a case is a hang, whatever else the machine does.
+# Ten seconds a case are a hang.
 CASES = int(os.environ.get("FP8JAX_FUZZ_CASES", "3000"))
-MANY = settings(max_examples=CASES, deadline=datetime.timedelta(minutes=1), suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=CASES, deadline=datetime.timedelta(seconds=10), suppress_health_check=list(HealthCheck))
 NAMES = st.sampled_from(sorted({name for section in config_lib.to_dict(config_lib.Config()).items()
                                 for name in (section[0], *section[1])}))
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -202,6 +210,109 @@ def test_token_files(token_directory, tmp_path_factory, data, policy):
         assert str(directory) in str(error)
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
         assert prepare.main(["inspect", str(directory), "--verify"]) in (0, 2)
+
+
+def tables(directory):
+    """Files of tables and of records, as other programs write them: name → bytes."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"text": [f"Sir Walter Elliot {number} é" for number in range(50)], "ids": [[number, 2] for number in range(50)]})
+    parquet.write_table(table, directory / "a.parquet", row_group_size=20)
+    parquet.write_table(table, directory / "b.parquet", compression="zstd", use_dictionary=["text"])
+    with pa.ipc.new_file(directory / "c.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=20)
+    with pa.ipc.new_stream(directory / "d.arrow", table.schema) as writer:
+        writer.write_table(table)
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Files of documents of every kind: name → bytes."""
+    zstandard = pytest.importorskip("zstandard")
+    lines = "".join(json.dumps({"text": f"Kellynch Hall {number} é", "n": number}) + "\n" for number in range(40)).encode()
+    plain = {"a.jsonl": lines, "a.txt": "Sir Walter Elliot é\n".encode() * 40}
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
+    packed = {f"{name}.{suffix}": function(content) for name, content in plain.items() for suffix, function in compress.items()}
+    return plain | packed | tables(tmp_path_factory.mktemp("tables"))
+
+
+@pytest.mark.slow
+@MANY
+@given(st.data(), st.booleans())
+def test_documents(texts, tmp_path_factory, data, tolerant):
+    """Files of text, damaged, then cut into pieces and read to the end."""
+    name = data.draw(st.sampled_from(sorted(texts)))
+    path = tmp_path_factory.getbasetemp() / f"fuzz_{name}"
+    table_reader._open.cache_clear()  # it maps the file that is written anew
+    path.unlink(missing_ok=True)
+    path.write_bytes(damaged(data, texts[name]))
+    skipped = []
+    try:
+        for piece in documents.pieces(str(path), 1 << 12):
+            for blocks in documents.read(piece, "text", lambda more: None, skipped.append if tolerant else None):
+                assert all(isinstance(block, str) for block in blocks)
+    except ConfigError as error:
+        one_line(error)
+        assert str(path) in str(error)
+    for line in skipped:
+        one_line(line)
+
+
+@pytest.mark.slow
+@MANY
+@given(st.data(), st.sampled_from([".idx", ".bin"]), st.sampled_from(["train", "held_out", "all"]))
+def test_megatron(tmp_path_factory, data, suffix, split):
+    prefix = str(tmp_path_factory.getbasetemp() / "fuzz_megatron")
+    write_megatron(prefix, [[[65, 66, 256]], [[67], [68, 256]], [[69, 256]]])
+    path = pathlib.Path(prefix + suffix)
+    path.write_bytes(damaged(data, path.read_bytes()))
+    try:
+        array = megatron.open_stream(prefix, tokenizer.load("byte"), split)
+        assert len(array[0 : len(array)]) == len(array) < 20
+    except ConfigError as error:
+        one_line(error)
+        assert prefix in str(error)
+
+
+@pytest.mark.slow
+@MANY
+@given(st.data())
+def test_npy_records(data):
+    """Bytes of an .npy file in memory, damaged or with another header."""
+    stream = io.BytesIO()
+    np.save(stream, np.arange(9, dtype=np.int32))
+    content = stream.getvalue()
+    if data.draw(st.booleans()):
+        size = data.draw(st.sampled_from(["9", "1000000000000000", "-1", "9,9", "3,3", "2**70", "True", "9 "]))
+        content = content.replace(b"(9,)", f"({size},)".encode())
+    try:
+        found = token_records._array("records", 1, damaged(data, content) if data.draw(st.booleans()) else content)
+        assert found.size <= len(content)
+    except ConfigError as error:
+        one_line(error)
+
+
+@pytest.mark.slow
+@MANY
+@given(st.data())
+def test_reports(tmp_path_factory, data):
+    """A log and what lies beside it, altered: the page is made."""
+    directory = tmp_path_factory.getbasetemp() / "fuzz_report"
+    directory.mkdir(exist_ok=True)
+    (directory / "report.npz").unlink(missing_ok=True)
+    line = {"step": 10, "loss": 2.0, "step_seconds": 0.5, "held_out/loss": 3.0, "kurtosis/qkv_layers": [3.0, 4.0], "snr/q_layer001": 2}
+    event = {"step": 4, "kind": "early_warning", "level": "warn", "tensor": "qkv", "layer": 1}
+    whole = {"metrics.jsonl": line, "events.jsonl": event, "eval.json": {"loss": 2.0, "bits_per_byte": 1.0}, "run.json": {"fp8_share": 0.5},
+             "config.json": config_lib.to_dict(config_lib.Config())}
+    for name, values in whole.items():
+        content = data.draw(st.sampled_from([json.dumps(values).encode(), altered(data, values), damaged(data, json.dumps(values).encode())]))
+        (directory / name).write_bytes(content + b"\n" + json.dumps(values).encode() + b"\n")
+    told = []
+    for _ in range(2):
+        page = report.write_report([directory], directory / "report.html", remember=True, note=told.append)
+        assert page.stat().st_size < 1e6
+    for problem in told:
+        one_line(problem)
 
 
 HEADER = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},

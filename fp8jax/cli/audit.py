@@ -4,11 +4,12 @@ Compiles the step that train.py runs, for the target's mesh, and reads the optim
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -45,16 +46,32 @@ def main(argv: Sequence[str]) -> int:
             jax.config.update("jax_platforms", "cpu")
         target = targets.resolve(options.target)
         _choose_size(options, target)
-        for chosen, command in ((options.memory, _memory), (options.fit, _fit), (options.rehearse, _rehearse)):
-            if chosen:
-                return command(options, overrides["config"], target)
-        found = [_audit_file(flag, getattr(options, flag), overrides[flag], target)
-                 for flag in ("config", "compare") if getattr(options, flag)]
-        audit_tables.show(found)
-        _write(options, found[0] if len(found) == 1 else found[0] | {"compare": found[1]})
+        with _nothing_kept(target):
+            return _audit_target(options, overrides, target)
     except (ValueError, OSError) as error:  # ConfigError and TargetError are ValueErrors
         return complain(str(error))
+
+
+def _audit_target(options: argparse.Namespace, overrides: dict[str, list[str]], target: targets.Target) -> int:
+    for chosen, command in ((options.memory, _memory), (options.fit, _fit), (options.rehearse, _rehearse)):
+        if chosen:
+            return command(options, overrides["config"], target)
+    found = [_audit_file(flag, getattr(options, flag), overrides[flag], target)
+             for flag in ("config", "compare") if getattr(options, flag)]
+    audit_tables.show(found)
+    _write(options, found[0] if len(found) == 1 else found[0] | {"compare": found[1]})
     return 0
+
+
+@contextlib.contextmanager
+def _nothing_kept(target: targets.Target) -> Iterator[None]:
+    """Without JAX's compilation cache, out of which programs for devices that are not here cannot be read again."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", before and target.kind == "local")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def audit(config: Config, target: targets.Target) -> dict[str, Any]:

@@ -30,6 +30,7 @@ CONFIG, HEAD, EMBEDDING = "config.json", "lm_head.weight", "model.embed_tokens.w
 # Carried along as they are: no weights, no code.
 CARRIED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
            "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json")
+_LARGEST_CARRIED = 1 << 28
 # A key with one of these defaults (transformers' own) means nothing; others are carried from directory to directory.
 _OURS = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "initializer_range", "auto_map", "_name_or_path")
 
@@ -132,9 +133,16 @@ def save(directory: pathlib.Path, model: ModelConfig, vocab_size: int, params: P
 
 
 def carry(source: pathlib.Path, target: pathlib.Path) -> list[str]:
-    """Copies tokenizer and generation files; returns their names."""
+    """Copies tokenizer and generation files; returns their names.
+
+    Raises:
+        HuggingFaceError: one of them is larger than any tokenizer.
+    """
     found = [name for name in CARRIED if (source / name).is_file()]
     for name in found:
+        size = (source / name).stat().st_size
+        if size > _LARGEST_CARRIED:
+            raise HuggingFaceError(f"{source / name}: has {size:,} bytes, more than the {_LARGEST_CARRIED:,} that are copied")
         shutil.copyfile(source / name, target / name)
     return found
 

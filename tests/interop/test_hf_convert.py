@@ -118,6 +118,15 @@ def test_a_tokenizer_is_carried_and_used(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
+def test_a_sparse_tokenizer_of_gigabytes_is_not_copied(tmp_path, capsys):
+    source = pathlib.Path(shutil.copytree(DATA / "llama", tmp_path / "source"))
+    with (source / "tokenizer.json").open("wb") as file:
+        file.truncate(3 << 30)
+    assert convert("from-hf", source, "--out", tmp_path / "run") == 2
+    assert "tokenizer.json: has 3,221,225,472 bytes, more than the 268,435,456 that are copied" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_mistakes_are_one_line_and_leave_nothing_behind(tmp_path, capsys):
     def fails(words, *arguments):
         assert convert(*arguments) == 2

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from fp8jax.config import ConfigError
 from fp8jax.data import shards
 from fp8jax.data import tokenizer as tokenizers
+from fp8jax.data.mapping import Mapped
 
 
 class Bin(NamedTuple):
@@ -32,11 +34,11 @@ def tokenizer_of(directory: str | os.PathLike) -> tokenizers.Tokenizer:
     return loaded
 
 
-def length_histogram(ends: tuple[np.ndarray, ...]) -> list[Bin]:
+def length_histogram(ends: Iterable[Mapped | np.ndarray]) -> list[Bin]:
     """Documents by length, in powers of two; `ends` as of `shards.open_ends`."""
     counts = np.zeros(64, np.int64)
     for one in ends:
-        lengths = np.diff(one.astype(np.int64), prepend=0)
+        lengths = np.diff(one[:].astype(np.int64), prepend=0)
         counts += np.bincount(np.frexp(lengths.astype(np.float64))[1], minlength=64)  # 2**(e - 1) <= length < 2**e
     used = np.flatnonzero(counts)
     return [Bin(1 << (e - 1), (1 << e) - 1, int(counts[e])) for e in range(used[0], used[-1] + 1)] if len(used) else []

@@ -22,13 +22,14 @@ A window is a dictionary of numpy arrays [T]:
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fp8jax.config import ConfigError, DataConfig, DataError
 from fp8jax.data import shards
+from fp8jax.data.mapping import Mapped
 from fp8jax.data.sources import TokenStream
 from fp8jax.data.tokenizer import Tokenizer
 
@@ -121,8 +122,8 @@ class BestFit(NamedTuple):
         path: to name in errors.
     """
 
-    pieces: np.ndarray
-    ends: np.ndarray
+    pieces: Mapped | np.ndarray
+    ends: Mapped | np.ndarray
     path: pathlib.Path
 
 
@@ -204,7 +205,7 @@ def write_best_fit(directory: str | os.PathLike, tokenizer: Tokenizer, length: i
     return entry
 
 
-def _packed(shard_ends: tuple[np.ndarray, ...], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _packed(shard_ends: Iterable[Mapped | np.ndarray], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """PIECE [pieces] and uint64 [windows], of some documents after another."""
     offset = 0
     for ends in shard_ends:

@@ -25,6 +25,7 @@ import numpy as np
 
 from fp8jax import files
 from fp8jax.config import ConfigError, read_json
+from fp8jax.data.mapping import Mapped
 from fp8jax.data.tokenizer import Tokenizer, dtype
 
 SPLITS = ("train", "held_out")
@@ -215,7 +216,7 @@ def _check_document(document: np.ndarray, tokenizer: Tokenizer) -> None:
 
 def open_shards(
     directory: str | os.PathLike, tokenizer: Tokenizer, split: str
-) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
+) -> tuple[tuple[Mapped, ...], tuple[str, ...]]:
     """The memory-mapped shards of a split, in order, and their paths.
 
     Args:
@@ -234,7 +235,7 @@ def open_shards(
 
 def open_what_is_there(
     directory: str | os.PathLike, tokenizer: Tokenizer, split: str
-) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
+) -> tuple[tuple[Mapped | np.ndarray, ...], tuple[str, ...]]:
     """As `open_shards`, but what is missing of a shard's tokens is an array of -1, which no reader takes for tokens.
 
     Raises:
@@ -247,7 +248,7 @@ def open_what_is_there(
         size = path.stat().st_size if path.is_file() else 0
         there = min(size // kind.itemsize, shard["tokens"])
         if there:
-            arrays.append(np.memmap(path, kind, mode="r", shape=(there,)))
+            arrays.append(Mapped(path, kind, there))
             names.append(str(path))
         if there < shard["tokens"]:
             arrays.append(np.broadcast_to(np.int32(-1), (shard["tokens"] - there,)))  # takes no memory
@@ -255,7 +256,7 @@ def open_what_is_there(
     return tuple(arrays), tuple(names)
 
 
-def open_ends(directory: str | os.PathLike, tokenizer: Tokenizer, split: str) -> tuple[np.ndarray, ...]:
+def open_ends(directory: str | os.PathLike, tokenizer: Tokenizer, split: str) -> tuple[Mapped, ...]:
     """For every shard of a split, memory-mapped: uint64 [documents], where in the shard each document ends.
 
     Raises:
@@ -319,26 +320,30 @@ def _listed(directory: pathlib.Path, index: dict[str, Any], split: str) -> list[
     return listed
 
 
-def _open_shard(directory: pathlib.Path, split: str, shard: dict[str, Any], tokenizer: Tokenizer) -> np.ndarray:
-    array = map_file(directory / shard["file"], dtype(tokenizer.vocab_size), shard["tokens"], "tokens")
-    if array[-1] != tokenizer.end_of_document:
+def _open_shard(directory: pathlib.Path, split: str, shard: dict[str, Any], tokenizer: Tokenizer) -> Mapped:
+    path, kind = directory / shard["file"], dtype(tokenizer.vocab_size)
+    array = map_file(path, kind, shard["tokens"], "tokens")
+    with open(path, "rb", buffering=0) as file:  # a map would take ten times as long, and there may be 100,000
+        file.seek(-kind.itemsize, os.SEEK_END)
+        last = np.frombuffer(file.read(kind.itemsize), kind)
+    if last.tolist() != [tokenizer.end_of_document]:
         fault = f"does not end with the end-of-document id {tokenizer.end_of_document}; prepare it again"
         raise _error(directory / shard["file"], fault)
     return array
 
 
-def _open_ends(directory: pathlib.Path, split: str, shard: dict[str, Any], tokens: int) -> np.ndarray:
+def _open_ends(directory: pathlib.Path, split: str, shard: dict[str, Any], tokens: int) -> Mapped:
     documents, path = shard.get("documents"), (directory / shard["file"]).with_suffix(".ends")
     if type(documents) is not int or documents < 1:
         raise _error(directory / INDEX, f"{shard['file']}: {documents!r} is not a number of documents")
     ends = map_file(path, ENDS, documents, "documents")
-    if ends[-1] != tokens or (np.diff(ends.astype(np.int64), prepend=0) < 1).any():
+    if ends[-1] != tokens or (np.diff(ends[:].astype(np.int64), prepend=0) < 1).any():
         raise _error(path, f"is not a rising list of document ends up to {tokens}; prepare it again")
     return ends
 
 
-def map_file(path: pathlib.Path, kind: np.dtype, count: int, what: str) -> np.ndarray:
-    """Maps a file of `count` values (at least 1) into memory, read-only.
+def map_file(path: pathlib.Path, kind: np.dtype, count: int, what: str) -> Mapped:
+    """A file of `count` values (at least 1), mapped into memory when it is read.
 
     Raises:
         ConfigError: the file is missing or of another size; the message names it and where it ends.
@@ -350,7 +355,7 @@ def map_file(path: pathlib.Path, kind: np.dtype, count: int, what: str) -> np.nd
     if size != (expected := count * kind.itemsize):
         where = f"; it is cut off at byte {size}" if size < expected else ""
         raise _error(path, f"has {size} bytes, not the {expected} of its {count} {what}{where}; prepare it again")
-    return np.memmap(path, kind, mode="r")
+    return Mapped(path, kind, count)
 
 
 def verify(directory: str | os.PathLike) -> str | None:

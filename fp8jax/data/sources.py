@@ -23,6 +23,7 @@ import numpy as np
 from fp8jax.config import ConfigError, DataConfig, DataError, parse_held_out, parse_sources
 from fp8jax.data import megatron, shards
 from fp8jax.data import tokenizer as tokenizers
+from fp8jax.data.mapping import Mapped
 
 NOVELS = {
     "train": ("emma", "mansfield_park", "northanger_abbey", "pride_and_prejudice", "sense_and_sensibility"),
@@ -40,7 +41,7 @@ class TokenStream:
         tokenizer: the tokenizer whose ids these are.
     """
 
-    arrays: tuple[np.ndarray | megatron.Ended, ...]
+    arrays: tuple[np.ndarray | megatron.Ended | Mapped, ...]
     names: tuple[str, ...]
     tokenizer: tokenizers.Tokenizer
 
@@ -54,9 +55,9 @@ class TokenStream:
         return self.starts.tolist()
 
     @functools.cached_property
-    def _plain(self) -> list[np.ndarray | megatron.Ended]:
+    def _plain(self) -> list[np.ndarray | megatron.Ended | Mapped]:
         """The arrays without np.memmap's bookkeeping, a third of the time of reading a short window."""
-        return [array if isinstance(array, megatron.Ended) else np.asarray(array) for array in self.arrays]
+        return [np.asarray(array) if isinstance(array, np.ndarray) else array for array in self.arrays]
 
     def __len__(self) -> int:
         """Tokens in the stream."""

@@ -55,8 +55,8 @@ def read(values: Mapping[str, Any], *, theta: float, left_out: Mapping[str, Any]
     kind, other = scaling.pop("rope_type", None), scaling.pop("type", None)
     kind = kind or other or "default"
     fields = {"rope_theta": number({"rope_theta": found}, "rope_theta")}
-    if kind not in _KINDS:
-        raise HuggingFaceError(f"config.json: {key}: type {kind!r} is not supported, only {', '.join(map(repr, _KINDS))}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise HuggingFaceError(f"config.json: {key}: type {str(kind)[:60]!r} is not supported, only {', '.join(map(repr, _KINDS))}")
     if kind in ("yarn", "llama3") and context is not None:
         scaling.setdefault("original_max_position_embeddings", context)
     _check_names(key, kind, scaling)
@@ -120,7 +120,7 @@ def _settled_yarn(key: str, scaling: Mapping[str, Any], context: int | None) -> 
     """YaRN's keys with what transformers makes of those that are left out."""
     if "original_max_position_embeddings" not in scaling:
         raise HuggingFaceError(f"config.json: {key}: original_max_position_embeddings is missing for type 'yarn'")
-    settled = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True} | scaling
+    settled: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, **scaling}
     original = number(scaling, "original_max_position_embeddings", int)
     if "factor" not in settled:
         if context is None:

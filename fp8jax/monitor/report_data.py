@@ -91,7 +91,8 @@ class _Line:
         steps, values = np.asarray(self._steps), np.asarray(self._values, np.float64)
         finite = np.isfinite(values)
         between = np.diff(steps, prepend=self._last)
-        self._total += float(np.sum((between * values)[finite]))
+        with np.errstate(over="ignore"):
+            self._total += float(np.sum((between * values)[finite]))
         self._last = steps[-1]
         known, bad = np.where(finite, values, np.nan), (~finite).astype(np.int64)
         self._buckets.add({"from": steps, "to": steps, "min": known, "max": known, "last": known, "bad": bad})
@@ -107,10 +108,10 @@ class _Line:
         self._total, self._last = float(arrays["sums"][0]), int(arrays["sums"][1])
         self._buckets.restore(arrays)
 
-    def total(self) -> float:
-        """Sum over all steps, those between logged ones too."""
+    def total(self) -> float | None:
+        """Sum over all steps, those between logged ones too; None where it has become none."""
         self._flush()
-        return self._total
+        return self._total if math.isfinite(self._total) else None
 
     def reduced(self, points: int) -> dict[str, list]:
         """Of each bucket: first and last step; smallest, largest and last finite value; how many were not finite."""
@@ -143,9 +144,11 @@ class _Table:
         values, known = np.full((len(self._rows), self.layers), np.nan), np.zeros((len(self._rows), self.layers), bool)
         for row, seen, (layers, found) in zip(values, known, self._rows, strict=True):
             row[layers], seen[layers] = found, True
-        finite, steps = np.isfinite(values), np.asarray(self._steps)
+        with np.errstate(over="ignore"):
+            small = values.astype(np.float32)  # a cell of the map has 16 bits
+        finite, steps = np.isfinite(small), np.asarray(self._steps)
         self._ever_finite = _wider(self._ever_finite, self.layers, False) | finite.any(0)
-        reach = np.where(finite, values, np.nan).astype(np.float32)  # a cell of the map has 16 bits
+        reach = np.where(finite, small, np.float32(np.nan))
         self._buckets.add({"from": steps, "to": steps, "min": reach, "max": reach, "lost": known & ~finite})
         self._steps, self._rows = [], []
 

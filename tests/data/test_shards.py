@@ -1,6 +1,9 @@
 """Token shards: written and read back, prepared from text, and refused by name when damaged."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from fp8jax import config as configs
 from fp8jax.data import pipeline, shards, sources, tokenizer
 
+ROOT = pathlib.Path(__file__).parents[2]
 BYTE = tokenizer.load("byte")
 TRAIN = ["Sir Walter Elliot,", "of Kellynch Hall,", "in Somersetshire,", "", "was a man £"]
 HELD_OUT = ["who, for his own amusement,"]
@@ -50,7 +54,29 @@ def test_reads_across_shards_equal_a_slice(start, length):
 
 def test_shards_are_mapped_not_loaded(tmp_path):
     write(tmp_path)
-    assert isinstance(load(tmp_path).arrays[0], np.memmap)
+    array = load(tmp_path).arrays[0]
+    assert isinstance(array[:].base.base, np.memmap) and not array[:].flags.writeable
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path):
+    """Read in any order, and a slice outlives its map; in another process, which may open 64 files."""
+    write(tmp_path, train=[f"{number:03d}" for number in range(300)], shard_tokens=1)
+    code = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from fp8jax.config import DataConfig
+from fp8jax.data import packing, shards, sources, tokenizer
+stream = sources.load(DataConfig(source=sys.argv[1]), "train")
+assert len(stream.arrays) == 300 and len(stream) == 1200
+kept = stream.arrays[0][:]
+for number in (*range(299, -1, -1), *range(0, 300, 7)):
+    assert stream.read(4 * number, 4 * number + 4).tolist() == [*f"{number:03d}".encode(), 256]
+assert kept.tolist() == [48, 48, 48, 256] and stream.read(0, 10**6).tolist()[-4:] == [50, 57, 57, 256]
+assert [ends[:].tolist() for ends in shards.open_ends(sys.argv[1], tokenizer.load("byte"), "train")] == [[4]] * 300
+print(packing.write_best_fit(sys.argv[1], tokenizer.load("byte"), 8)["windows"])
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert run.returncode == 0 and run.stdout == "300\n", run.stderr
 
 
 def test_write_refuses_an_existing_index_and_an_empty_split(tmp_path):

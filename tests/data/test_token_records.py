@@ -32,7 +32,7 @@ def read_back(directory, split):
     arrays, _ = shards.open_shards(directory, BYTE, split)
     ends = shards.open_ends(directory, BYTE, split)
     return [array[start : stop - 1].tolist() for array, one in zip(arrays, ends, strict=True)
-            for start, stop in zip([0, *one[:-1].tolist()], one.tolist(), strict=True)]
+            for start, stop in zip([0, *one[:-1].tolist()], one[:].tolist(), strict=True)]
 
 
 @pytest.mark.parametrize("encode", [

@@ -5,6 +5,7 @@ Big sizes are run small, and what a command needs that a user has to bring, such
 
 import contextlib
 import io
+import json
 import os
 import pathlib
 import re
@@ -20,6 +21,7 @@ from absl import flags as absl_flags
 from fp8jax import __main__ as commands
 from fp8jax import config as config_lib
 from fp8jax.cli import audit, convert, data, evaluate, flags, prepare, report, sample, train
+from fp8jax.interop.hf_safetensors import TensorFiles, read_json, write_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LLAMA = ROOT / "tests" / "interop" / "data" / "hf" / "llama"
@@ -117,6 +119,17 @@ def small(words):
     return out
 
 
+def llama(folder):
+    """A small Llama whose vocabulary has room for the ids of bytes."""
+    files, values = TensorFiles(LLAMA), read_json(LLAMA / "config.json") | {"vocab_size": 384}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    arrays = {name: files.read(name) for name in files.entries}
+    arrays = {name: np.resize(array, (384, 16)) if "embed" in name else array for name, array in arrays.items()}
+    write_files(folder, {name: (array.shape, lambda array=array: array) for name, array in arrays.items()},
+                next(iter(arrays.values())).dtype, 2**30)
+
+
 def bring(folder):
     """What a user has: text, a tokenizer, a model directory, token ids."""
     for name, suffix in (("my_text", ".jsonl"), ("crawl", ".jsonl.zst")):
@@ -132,7 +145,7 @@ def bring(folder):
     made.pre_tokenizer, made.decoder = tokenizers.pre_tokenizers.ByteLevel(), tokenizers.decoders.ByteLevel()
     made.add_special_tokens(["<|end_of_text|>"])
     made.save(str(folder / "tokenizer.json"))
-    shutil.copytree(LLAMA, folder / "Llama-3.2-1B")
+    llama(folder / "Llama-3.2-1B")
     np.save(folder / "ids.npy", np.arange(24).reshape(2, 12))
 
 

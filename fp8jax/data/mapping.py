@@ -15,16 +15,21 @@ from typing import Any
 
 import numpy as np
 
+from fp8jax.config import DataError
+
 MAPS = min(1 << 14, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 _numbers = itertools.count()
 
 
 class Mapped:
-    """A read-only array [count] in a file of exactly that size, which the caller has checked."""
+    """A read-only array [count] in a file of at least that size, which the caller has checked.
+
+    Reading raises a DataError where the file has gone since, or has become too short.
+    """
 
     def __init__(self, path: str | os.PathLike, kind: np.dtype, count: int):
         # A file that is opened again may be another one of the same name.
-        self._key = next(_numbers), os.fspath(path), kind
+        self._key = next(_numbers), os.fspath(path), kind, count
         self.dtype, self.itemsize, self.shape = kind, kind.itemsize, (count,)
 
     def __len__(self) -> int:
@@ -40,6 +45,10 @@ class Mapped:
 
 
 @functools.lru_cache(maxsize=MAPS)
-def _mapped(number: int, path: str, kind: np.dtype) -> np.ndarray:
+def _mapped(number: int, path: str, kind: np.dtype, count: int) -> np.ndarray:
     """The array, without np.memmap's bookkeeping, a third of the time of reading a short window."""
-    return np.asarray(np.memmap(path, kind, mode="r"))
+    try:
+        return np.asarray(np.memmap(path, kind, mode="r", shape=(count,)))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise DataError(f"{path}: cannot be read any more: {reason}; restore it, or set config.data.on_fault=skip") from None

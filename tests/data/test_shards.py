@@ -58,6 +58,15 @@ def test_shards_are_mapped_not_loaded(tmp_path):
     assert isinstance(array[:].base.base, np.memmap) and not array[:].flags.writeable
 
 
+@pytest.mark.parametrize("gone", [pathlib.Path.unlink, lambda path: path.write_bytes(b"1")], ids=["deleted", "cut off"])
+def test_a_shard_that_goes_before_it_is_read_is_a_fault_of_the_data(tmp_path, gone):
+    write(tmp_path)
+    stream = load(tmp_path)
+    gone(tmp_path / "train_00000.bin")
+    with pytest.raises(configs.DataError, match=r"train_00000\.bin: cannot be read any more: "):
+        stream.read(0, 3)
+
+
 def test_more_shards_than_files_that_may_be_open(tmp_path):
     """Read in any order, and a slice outlives its map; in another process, which may open 64 files."""
     write(tmp_path, train=[f"{number:03d}" for number in range(300)], shard_tokens=1)

@@ -59,13 +59,24 @@ def resolve(name: str) -> Target:
     """
     kind, _, size = name.partition(":")
     if kind == "local":
-        devices = jax.devices()
-        return Target(name, "local", devices[0].platform, devices, jax.local_device_count())
+        devices = _local(name, size)
+        return Target(name, "local", devices[0].platform, devices, min(len(devices), jax.local_device_count()))
     if kind in GPUS:
         return _gpus(name, kind, size)
     if kind in TPUS:
         return _tpus(name, kind, size)
     raise TargetError(f"--target={name}: unknown; for example {', '.join(FORMS)}")
+
+
+def _local(name: str, size: str) -> Sequence[jax.Device]:
+    """All devices that are here, or as many of them as the target says."""
+    devices = jax.devices()
+    if not size:
+        return devices
+    if not re.fullmatch(r"[1-9]\d*", size) or int(size) > len(devices):
+        more = f"; to have {size} on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={size}" if devices[0].platform == "cpu" else ""
+        raise TargetError(f"--target={name}: {size!r} is not a number of devices from 1 to {len(devices)}, which are here{more}")
+    return devices[: int(size)]
 
 
 def compile_step(traced: Any, target: Target) -> tuple[Any, str | None]:

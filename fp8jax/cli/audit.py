@@ -185,10 +185,11 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, list[st
     parser.add_argument("--config", required=True, metavar="FILE:SIZE", help="configuration; --config.section.field=value changes a field")
     parser.add_argument("--target", required=True, help=f"devices: {', '.join(targets.FORMS)}")
     parser.add_argument("--compare", metavar="FILE:SIZE", help="a second configuration, shown beside the first; --compare.section.field=value")
-    parser.add_argument("--memory", action="store_true", help="instead: where a device's bytes are, and what each option would save")
-    parser.add_argument("--fit", action="store_true", help="instead: what a run would choose so that it fits, and from which options")
-    parser.add_argument("--rehearse", action="store_true", help="instead: trace and compile every program of the run, read its first batches, "
-                        "check what its start checks; exit code 1 if anything would fail")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--memory", action="store_true", help="instead: where a device's bytes are, and what each option would save")
+    instead.add_argument("--fit", action="store_true", help="instead: what a run would choose so that it fits, and from which options")
+    instead.add_argument("--rehearse", action="store_true", help="instead: trace and compile every program of the run, read its first batches, "
+                         "check what its start checks; exit code 1 if anything would fail")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything found as JSON")
     options, rest = parser.parse_known_args(list(argv))
     overrides = {flag: [word for word in rest if word.startswith(f"--{flag}.")] for flag in ("config", "compare")}

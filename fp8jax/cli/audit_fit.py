@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from fp8jax.cli.audit_tables import bytes_text, new_table
+from fp8jax.monitor.progress import standard_output
 from fp8jax.training.fit import describe
 from fp8jax.training.fit_target import TargetFit
 
@@ -30,7 +31,7 @@ def fit_json(found: TargetFit) -> dict[str, Any]:
 
 def show_fit(found: TargetFit, console: Console | None = None) -> None:
     """Print the fastest options, and all that were compiled."""
-    console = console or Console(width=150, highlight=False)
+    console = console or standard_output(width=150, highlight=False)
     table = new_table(
         "What a run may choose, the fastest first; estimates by closed formula",
         ("microbatches", "loss_chunk", "remat"),

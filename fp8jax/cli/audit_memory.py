@@ -17,6 +17,7 @@ from fp8jax.cli.audit_tables import bytes_text, new_table
 from fp8jax.config import Config, ConfigError
 from fp8jax.data import tokenizer
 from fp8jax.models.definition import define
+from fp8jax.monitor.progress import standard_output
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.step import TrainProgram
 
@@ -57,7 +58,7 @@ def memory_report(config: Config, target: targets.Target) -> dict[str, Any]:
 
 def show_memory(found: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints a report as three tables."""
-    console, peak = console or Console(width=150, highlight=False), found["peak_bytes_per_device"]
+    console, peak = console or standard_output(width=150, highlight=False), found["peak_bytes_per_device"]
     parts = new_table("Memory of one device", ("",), ("bytes", "of the peak"))
     for name, size in (found["arguments"] | {"temporaries": found["temporaries"], "peak": peak}).items():
         parts.add_row(name, bytes_text(size), f"{size / peak:.1%}")

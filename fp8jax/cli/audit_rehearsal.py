@@ -7,6 +7,7 @@ from rich.console import Console
 
 from fp8jax import config as config_lib
 from fp8jax.cli.audit_tables import bytes_text, new_table
+from fp8jax.monitor.progress import standard_output
 from fp8jax.training.rehearsal import Rehearsal, Rehearsed
 
 
@@ -24,7 +25,7 @@ def rehearsal_json(found: Rehearsal) -> dict[str, Any]:
 
 def show_rehearsal(found: Rehearsal, console: Console | None = None) -> None:
     """Print programs and checks, what fails, and the verdict."""
-    console = console or Console(width=150, highlight=False)
+    console = console or standard_output(width=150, highlight=False)
     numbers = ("peak of a device", "FP8 share", "seconds to compile")
     table = new_table("Programs of the run", ("program", ""), numbers)
     for row in found.programs:

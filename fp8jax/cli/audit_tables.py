@@ -7,12 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fp8jax.monitor.progress import standard_output
+
 Audit = dict[str, Any]
 
 
 def show(audits: Sequence[Audit], console: Console | None = None) -> None:
     """Prints one audit in full, or the main figures of two beside each other, each followed by its details."""
-    console = console or Console(width=150, highlight=False)
+    console = console or standard_output(width=150, highlight=False)
     if len(audits) > 1:
         console.print(_side_by_side(audits))
     for audit in audits:

@@ -1,6 +1,7 @@
 """How every command reports a mistake: one line on standard error, exit code 2."""
 
 import argparse
+import os
 import pathlib
 import re
 import sys
@@ -35,10 +36,15 @@ def local_path(text: str) -> pathlib.Path:
     Raises:
         argparse.ArgumentTypeError: the address of an object store, which would be taken for a directory of that name.
     """
-    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        raise argparse.ArgumentTypeError(f"{text}: {scheme[0]}/ is no file system; give a directory, such as one where the bucket is mounted "
+    path = pathlib.Path(text)
+    # 'gs:' anywhere in a path is an address for the library that writes checkpoints.
+    found = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(?=/|$)", text)
+    if scheme := found[0] if found else "gs:" if "gs:" in path.absolute().parts else "":
+        raise argparse.ArgumentTypeError(f"{text}: {scheme}// is no file system; give a directory, such as one where the bucket is mounted "
                                          "(gcsfuse, s3fs, blobfuse)")
-    return pathlib.Path(text)
+    if re.match(r"[A-Za-z]:[\\/]", text) and os.name != "nt":
+        raise argparse.ArgumentTypeError(f"{text}: is a path of Windows; here a directory is written like /home/me/runs or runs/first")
+    return path
 
 
 def local_directory(flag: str, text: str) -> pathlib.Path:

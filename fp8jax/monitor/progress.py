@@ -19,6 +19,7 @@ come are not foreseen. Nothing is kept; the record of a run is `metrics.jsonl`.
 import collections
 import math
 import sys
+from typing import Any
 
 import rich.console
 import rich.live
@@ -45,7 +46,7 @@ class Progress:
     def __init__(self, total_steps: int, start_step: int = 0, console: rich.console.Console | None = None, *,
                  seconds_at_peak: float | None = None):
         self._total, self._at_peak = total_steps, seconds_at_peak
-        self._console = console or _standard_output()
+        self._console = console or standard_output()
         self._recent: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._losses: collections.deque[float] = collections.deque(maxlen=COURSE)
         self._light, self._warned = "", ""
@@ -123,12 +124,12 @@ class Progress:
         return "  ".join(parts)
 
 
-def _standard_output() -> rich.console.Console:
+def standard_output(**options: Any) -> rich.console.Console:
     """Return a console that is a terminal only where standard output is one.
 
     rich takes a pipe for a terminal where FORCE_COLOR is set, and writes HTML under a notebook's kernel.
     """
-    return rich.console.Console(force_terminal=sys.stdout.isatty(), force_jupyter=False)
+    return rich.console.Console(force_terminal=sys.stdout.isatty(), force_jupyter=False, **options)
 
 
 def _course(values: collections.deque[float]) -> str:

@@ -40,6 +40,7 @@ from fp8jax.training.profiling import ProfileWindow
 from fp8jax.training.reaction import Decision, Reaction
 from fp8jax.training.resume import Position, Resumed, check_continues, finished_step, restore, resume
 from fp8jax.training.saving import Saver
+from fp8jax.training.signals import stop_signals
 from fp8jax.training.start_up import check_fallbacks, describe_compiled, facts, introduce, process_seconds, seconds_at_peak
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
@@ -72,7 +73,7 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
     origin = {"config": config_lib.digest(config), "tokenizer": tokenizer.of(config.data).fingerprint,
               "data": fingerprints.of(config.data), "fp8jax": fp8jax.__version__, "jax": jax.__version__}
     keep, alone = config.checkpoint, exclusive(workdir) if distributed.is_first() else contextlib.nullcontext()
-    with alone, _stop_signals() as stop, _watchdog(config) as watchdog, \
+    with alone, stop_signals() as stop, _watchdog(config) as watchdog, \
             Checkpoints(workdir, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best, facts=origin) as checkpoints:
         watchdog.begin("start", "start-up")
         if distributed.is_first():
@@ -84,12 +85,16 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
             config, program, lines = fit(config, definition, mesh, workdir)
         for line in lines:
             stage.message(line)
+        if _must_stop(stop, stage):
+            return STOPPED
         with _one_line_without_memory(config, lambda: (0, "nothing is lost")):
             resumed = restore(program, checkpoints, stage)
         if distributed.is_first():
             save_config(workdir, config)
             run_tokenizer.keep(workdir, tokenizer.of(config.data))
-        lines = introduce(resumed.program, stage)
+        lines = [] if stop else introduce(resumed.program, stage)
+        if _must_stop(stop, stage):
+            return STOPPED
         while True:
             with _writers(program, workdir, resumed.step) as (writer, progress):
                 for line in lines:
@@ -100,6 +105,14 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
                 return code
             resumed, lines = _roll_back(program, checkpoints, run.position, run.step)
             first = False
+
+
+def _must_stop(stop: Sequence[int], stage: Stages) -> bool:
+    """Whether a signal ends a run that has not begun yet; one of several processes must not leave the others waiting."""
+    if not stop or jax.process_count() > 1:
+        return False
+    stage.message(f"stopped on {signal.Signals(stop[0]).name} before the first step; there is nothing new to save. Run again to continue.")
+    return True
 
 
 @contextlib.contextmanager
@@ -192,6 +205,7 @@ class _Run:
     def _steps(self, *, first: bool) -> int:
         """Step until the run is over or must stop; returns bad steps in a row."""
         training, bad, self.ended = self.config.training, 0, ""
+        self.stopping = self.stopping or bool(self.stop) and jax.process_count() == 1
         try:
             while self.step < training.steps and not (self.stopping or self.ended) and bad < training.bad_steps:
                 bad = self._step(self.feed)
@@ -441,28 +455,3 @@ def _watchdog(config: Config) -> Watchdog:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list to which signals that ask to stop are appended; the loop stops at the end of the step.
-
-    SIGINT, SIGTERM, SIGHUP (a lost terminal) and SIGUSR1 (a scheduler's notice). A second SIGINT interrupts. Under nohup
-    SIGHUP stays ignored; SIGINT does not, which shells ignore for what they start in the background.
-    """
-    caught: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        numbers = tuple(number for number in numbers if number != signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

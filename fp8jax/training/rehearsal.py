@@ -18,7 +18,7 @@ from fp8jax.audit import program, targets
 from fp8jax.audit.gemms import fp8_share
 from fp8jax.audit.limits import Limit
 from fp8jax.audit.roofline import DEVICES
-from fp8jax.config import Config, settled
+from fp8jax.config import Config, DataConfig, MeshConfig, settled
 from fp8jax.data import pipeline, tokenizer
 from fp8jax.models.definition import define
 from fp8jax.models.flops import model_flops
@@ -100,7 +100,7 @@ def rehearse(
     if mesh.error != checks[0].error or mesh.ok:  # without data there is no vocabulary either
         checks.append(mesh)
     if not found:
-        return Rehearsal(config, [], checks)
+        return _without(config, target, checks, say)
     chosen = found[0]
     if compiling:
         checks.append(Rehearsed("memory", not chosen.advice, chosen.advice))
@@ -111,6 +111,25 @@ def rehearse(
     if compiling:
         checks += _limits(chosen, target, {row.name: row for row in rows})
     return Rehearsal(chosen.config, rows, checks, chosen.limit)
+
+
+def _without(
+    config: Config,
+    target: targets.Target,
+    checks: list[Rehearsed],
+    say: Callable[[str], None],
+) -> Rehearsal:
+    """What can be looked at where the data or the mesh is wrong: all programs, traced, with sound ones in their place."""
+    data = dataclasses.replace(DataConfig(), sequence_length=config.data.sequence_length)
+    sound = dataclasses.replace(config, data=data, mesh=MeshConfig())
+    found: list[TargetFit] = []
+    one = dataclasses.replace(target, devices=target.devices[:1])
+    model = _check("model", lambda: found.append(_traced(sound, one)))
+    if not found:
+        return Rehearsal(config, [], [*checks, model])
+    say("memory and limits are not looked at; programs are traced on one device, with other data")
+    checks.append(_check("fallback", lambda: check_fallbacks(_program(found[0]))))
+    return Rehearsal(config, list(_programs(found[0], one, False, say)), checks)
 
 
 def _traced(config: Config, target: targets.Target) -> TargetFit:

@@ -59,3 +59,11 @@ def test_roofline_by_hand():
     assert found.collective_seconds == pytest.approx(3)
     assert found.step_seconds == pytest.approx(13.008) and found.step_seconds_no_overlap == pytest.approx(16.008)
     assert found.mfu_bf16 == pytest.approx(10 / 13.008) and found.mfu_fp8 == pytest.approx(5 / 13.008)
+
+
+def test_some_of_the_devices_that_are_here():
+    found = targets.resolve("local:2")
+    assert len(found.devices) == 2 and found.platform == "cpu"
+    for size in ("0", "x", "9"):
+        with pytest.raises(targets.TargetError, match=f"--target=local:{size}: .* is not a number of devices from 1 to 8"):
+            targets.resolve(f"local:{size}")

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.training import farewell, loop
+from fp8jax.training import farewell, loop, signals
 from fp8jax.training.step import TrainProgram
 from tests.helpers.runs import micro, train
 
@@ -73,12 +73,36 @@ def test_what_is_ignored_stays_so():
     """Under nohup, a lost terminal stops nothing."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with loop._stop_signals() as stop:
+        with signals.stop_signals() as stop:
             signal.raise_signal(signal.SIGHUP)
             signal.raise_signal(signal.SIGTERM)
         assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_is_acknowledged_at_once(capfd):
+    """By another thread: handlers of Python wait until a compilation is over."""
+    with signals.stop_signals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert stop == [signal.SIGTERM]
+    assert "SIGTERM: stopping when what is under way is done" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("at", ["fit", "restore"])
+def test_a_signal_before_the_first_step_ends_the_run_there(at, tmp_path, monkeypatch, capsys):
+    original = getattr(loop, at)
+
+    def signalled(*given):
+        found = original(*given)
+        signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(loop, at, signalled)
+    monkeypatch.setattr(TrainProgram, "calibrate", lambda *given: pytest.fail("went on"))
+    assert train(micro(**SHORT), tmp_path) == 4
+    assert "stopped on SIGINT before the first step; there is nothing new to save" in capsys.readouterr().out
+    assert not list(tmp_path.glob("checkpoints/[0-9]*"))
 
 
 def test_commands_can_be_pasted(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from fp8jax.config import ConfigError, DataConfig
 from fp8jax.data import fingerprints, shards, tokenizer
-from tests.data.test_megatron import write as write_megatron
+from tests.helpers.megatron import write as write_megatron
 
 BYTE = tokenizer.load("byte")
 

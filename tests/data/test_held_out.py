@@ -4,7 +4,7 @@ import pytest
 
 from fp8jax import config as configs
 from fp8jax.data import fingerprints, pipeline, shards, sources, tokenizer
-from tests.data.test_megatron import write as write_megatron
+from tests.helpers.megatron import write as write_megatron
 
 BYTE = tokenizer.load("byte")
 

@@ -30,7 +30,7 @@ from fp8jax.monitor.writers import MetricsError, read_metrics
 from fp8jax.numerics import recipes
 from fp8jax.training import manifest
 from fp8jax.training.checkpoint import load_config
-from tests.data.test_megatron import write as write_megatron
+from tests.helpers.megatron import write as write_megatron
 
 # Ten seconds a case are a hang.
 CASES = int(os.environ.get("FP8JAX_FUZZ_CASES", "3000"))

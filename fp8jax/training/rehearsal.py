@@ -256,9 +256,9 @@ def _seconds(found: TargetFit, target: targets.Target, sequences: int) -> float:
 def _measured_rate(width: int = 1024) -> float:
     """FLOP/s of a matrix product on this machine's processors, all together."""
     a = np.ones((width, width), np.float32)
-    a @ a
+    np.matmul(a, a)
     started = time.perf_counter()
-    a @ a
+    np.matmul(a, a)
     return 2 * width**3 / (time.perf_counter() - started)
 
 

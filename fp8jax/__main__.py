@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from fp8jax.cli.errors import complain, with_underscores
-from fp8jax.cli.flags import version
+from fp8jax.cli.words import version
 from fp8jax.config import did_you_mean
 
 # Command → what it does. Each is the module fp8jax.cli.COMMAND, whose main(argv) returns the exit code.
@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
         print(version())
         return 0
     if name not in COMMANDS:
-        return complain(f"unknown command {name!r}{did_you_mean(name, COMMANDS) or '; known: ' + ', '.join(COMMANDS)}")
+        nearest = did_you_mean(name, [*COMMANDS, "--help", "--version"])
+        return complain(f"unknown command {name!r}{nearest or '; known: ' + ', '.join(COMMANDS)}")
     command = importlib.import_module(f"fp8jax.cli.{_MODULES.get(name, name)}")
     return command.main([f"fp8jax {name}", *rest] if name in _WITH_PROGRAM else with_underscores(rest))
 

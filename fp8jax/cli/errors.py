@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from fp8jax.config import ConfigError
+from fp8jax.cli import words
+from fp8jax.config import ConfigError, did_you_mean
 
 BAD_USAGE = 2
 
@@ -24,10 +25,42 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        self.add_argument("--version", action="version", version=words.version())
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, but an unknown flag is reported before one that is missing."""
+        given = sys.argv[1:] if args is None else list(args)
+        for word in given:
+            if word == "--" or (self._subparsers and not word.startswith("-")):
+                break  # text, or what a command's own parser reads
+            if word.startswith("--") and " " not in word and word.partition("=")[0] not in self._option_string_actions:
+                self.error(self._unknown(word))
+        return super().parse_known_args(given, namespace)
 
     def error(self, message: str):
         """Exits with code 2."""
-        sys.exit(complain(f"{message}; {self.prog} --help shows an example"))
+        sys.exit(complain(self.explain(message)))
+
+    def explain(self, message: str) -> str:
+        """Return a message of argparse in the words of every other command."""
+        message = message.removeprefix("argument ")
+        if message.startswith("unrecognized arguments: "):
+            message = self._unknown(message.partition(": ")[2].split()[0])
+        if found := re.fullmatch(r"(\S+): invalid (int|float) value: '(.*)'", message, re.S):
+            flag, kind, text = found.groups()
+            message = f"{flag}: {words.wrong_number(int if kind == 'int' else float, text)}"
+        return f"{message}{'' if message.endswith('?') else ';'} {self.prog} --help shows an example"
+
+    def _unknown(self, word: str) -> str:
+        if not word.startswith("-"):
+            return f"unknown argument {word!r}"
+        return words.unknown_flag(word, [name.lstrip("-") for name in self._option_string_actions if name.startswith("--")])
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = ", ".join(map(str, action.choices))
+            nearest = did_you_mean(str(value), list(action.choices))
+            raise argparse.ArgumentError(action, f"{value!r} is not one of {known}{nearest}")
 
 
 def local_path(text: str) -> pathlib.Path:

@@ -3,7 +3,6 @@
 Imports no JAX: a mistake should be known before that is loaded.
 """
 
-import importlib.metadata
 import pathlib
 import re
 import sys
@@ -13,15 +12,16 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-import fp8jax
 from fp8jax import config as config_lib
-from fp8jax.cli import fields
+from fp8jax.cli import fields, words
 from fp8jax.cli.errors import complain, with_underscores
 from fp8jax.config import CheckpointError, ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the repository, where configs/ is
 EXAMPLE = "--config=configs/fp8_base.py:tiny"
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; that of train.py is runs/CONFIG-SIZE where it is not given")
+_CONTINUING = ("resume", "restart", "continue", "restore", "load")
+_LISTED = 12  # configurations that a message names
 _BOOLEANS = ("true", "t", "1", "false", "f", "0")
 
 
@@ -31,30 +31,42 @@ def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
     Errors that are the user's to fix (flags, config, checkpoint) are printed as one line, without a traceback.
     """
     logging.set_verbosity(logging.WARNING)
+    known = [flags.FLAGS["workdir"], *flags.FLAGS.get_key_flags_for_module(sys.modules[work.__module__])]
+    names = [flag.name for flag in known]
     if any(word in ("-h", "-help", "--help") for word in argv[1:]):
-        known = [flags.FLAGS["workdir"], *flags.FLAGS.get_key_flags_for_module(sys.modules[work.__module__])]
         if argv[0].startswith("fp8jax "):
             usage = usage.replace(f"python {argv[0].split()[1]}.py", f"python -m {argv[0]}")
         print("\n".join([usage.strip(), "", *(f"--{flag.name}: {flag.help}" for flag in known)]))
         return 0
     if "--version" in argv[1:]:
-        print(version())
+        print(words.version())
         return 0
+    fields_given = [word for word in argv[1:] if re.match(r"--?(no)?config([.=]|$)", word)]
+    if fields_given and "config" not in names:
+        name = fields_given[0].partition("=")[0]
+        return complain(f"unknown flag {name}: the run's own configuration is used, config.json in its --workdir; leave it out")
     try:
-        rest = flags.FLAGS(with_underscores(argv))
+        rest = _parse(known, with_underscores(argv))
+    except flags.UnrecognizedFlagError as error:
+        return complain(_unknown(error, names))
     except flags.Error as error:
-        return complain(_unknown(error) if isinstance(error, flags.UnrecognizedFlagError) else str(error))
+        return complain(_bad_value(str(error)))
     if len(rest) > 1:
-        return complain(f"unknown argument {rest[1]!r}; flags start with --")
+        return complain(_unexpected(rest[1], names))
     try:
         return work()
     except (ConfigError, CheckpointError) as error:
         return complain(str(error))
 
 
-def version() -> str:
-    """Versions of fp8jax and of what its numbers depend on."""
-    return f"fp8jax {fp8jax.__version__}, jax {importlib.metadata.version('jax')}, python {sys.version.split()[0]}"
+def _parse(known: Sequence[flags.Flag], argv: Sequence[str]) -> list[str]:
+    """Sets the flags of a command, and no other's; returns the words that are no flags, the program's name first."""
+    own = flags.FlagValues()
+    for flag in known:
+        own[flag.name] = flag
+    rest = own(argv)
+    flags.FLAGS.mark_as_parsed()
+    return rest
 
 
 def split(name: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -67,14 +79,14 @@ def split(name: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns:
         `--NAME.section.field=value` for each field, and the other words.
     """
-    overrides, rest, words = [], [], iter(flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False))
-    for word in words:
+    overrides, rest, rest_of = [], [], iter(flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False))
+    for word in rest_of:
         if not re.match(rf"--?(no)?{name}\.", word):
             rest.append(word)
         elif "=" in word or _is_boolean(word):
             overrides.append(word)
         else:
-            overrides.append(f"{word}={next(words, '')}")
+            overrides.append(f"{word}={next(rest_of, '')}")
     return overrides, rest
 
 
@@ -89,14 +101,42 @@ def find_config(name: str, file: str) -> tuple[pathlib.Path, str]:
         ConfigError: no such file.
     """
     path, _, argument = file.partition(":")
+    example = EXAMPLE.replace("--config", f"--{name}")
     names = [path] if "/" in path or path.endswith(".py") else [path, f"configs/{path}.py"]
     for directory in (pathlib.Path(), ROOT):
         for found in names:
             if (directory / found).is_file():
+                if not found.endswith(".py"):
+                    raise ConfigError(f"--{name}={file}: is not a configuration, a Python file; for example {example}")
                 return directory / found, argument
-    known = [found.stem for found in sorted((ROOT / "configs").glob("*.py")) if found.stem not in ("__init__", "common")]
-    nearest = config_lib.did_you_mean(pathlib.Path(path).stem, known) if path else ""
-    raise ConfigError(f"--{name}={file}: no such file{nearest}; for example --{name}={EXAMPLE.partition('=')[2]}")
+    reason = _not_there(path)
+    raise ConfigError(f"--{name}={file}: {reason}{'' if reason.endswith('?') else ';'} for example {example}")
+
+
+def _not_there(path: str) -> str:
+    """What is wrong with the path of a configuration that is no file, and which files there are."""
+    here = pathlib.Path(path) if pathlib.Path(path).exists() else ROOT / path
+    if path and here.is_dir():
+        return f"is a directory, not a configuration{_listed(here, path)}"
+    bare = "/" not in path and not path.endswith(".py")
+    folder = pathlib.Path(path).parent
+    known = {stem: stem if bare else f"configs/{stem}.py" for stem in _stems(ROOT / "configs")}
+    if not bare:
+        known |= {stem: str(folder / f"{stem}.py") for stem in _stems(here.parent)}
+    nearest = words.closest(pathlib.Path(path).stem, known)
+    if nearest:
+        return f"no such file; did you mean {known[nearest]!r}?"
+    return "no such file" + _listed(ROOT / "configs", "configs")
+
+
+def _listed(directory: pathlib.Path, called: str) -> str:
+    names = [f"{called.rstrip('/')}/{stem}.py" for stem in _stems(directory)]
+    return f"; there are {', '.join(names[:_LISTED])}{', ...' * (len(names) > _LISTED)}" if names else ""
+
+
+def _stems(directory: pathlib.Path) -> list[str]:
+    """Names of the configurations in a directory."""
+    return [found.stem for found in sorted(directory.glob("*.py")) if found.stem not in ("__init__", "common")]
 
 
 def read_config(name: str, file: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -143,26 +183,15 @@ def _check_override(name: str, word: str) -> tuple[str, str] | None:
     if not text and kind is not str and not (text is None and kind is bool):
         raise ConfigError(f"config.{section}.{field}: has no value; --{name}.{section}.{field}=VALUE: {doc}")
     if text is not None and (wrong := _wrong(kind, text)):
-        raise ConfigError(f"config.{section}.{field}: {text!r} is not {wrong}: {doc}")
+        raise ConfigError(f"config.{section}.{field}: {wrong}: {doc}")
     return None
 
 
 def _wrong(kind: type, text: str) -> str:
-    """What a text should be, where it is something else."""
+    """What is wrong with a field's text."""
     if kind is bool:
-        return "" if text.lower() in _BOOLEANS else "True or False"
-    try:
-        kind(text)
-    except ValueError:
-        if kind is float:
-            return "a number"
-    else:
-        return ""
-    try:
-        number = float(text)
-    except ValueError:
-        return "a whole number"
-    return f"a whole number; write {number:.0f}" if number.is_integer() and abs(number) < 1e18 else "a whole number"
+        return "" if text.lower() in _BOOLEANS else f"{text!r} is not True or False"
+    return "" if kind is str else words.wrong_number(kind, text)
 
 
 def _is_boolean(word: str) -> bool:
@@ -171,16 +200,39 @@ def _is_boolean(word: str) -> bool:
     try:
         return fields.field_of(section, field.replace("-", "_"))[0] is bool
     except ConfigError:
-        return True  # told of when it is read
+        return False  # reported when it is read
 
 
-def _unknown(error: flags.UnrecognizedFlagError) -> str:
+def _unknown(error: flags.UnrecognizedFlagError, known: Sequence[str]) -> str:
     """The message for a flag that there is not; names the fields of the configuration that it may mean."""
+    name, takes_config = error.flagname, "config" in known
+    if takes_config and name in _CONTINUING:
+        return f"unknown flag --{name}: a run is continued by itself from its newest checkpoint, where --workdir is its directory"
     value = "".join(str(error.flagvalue).partition("=")[1:])
-    if "config" in flags.FLAGS and (meant := config_lib.fields_like(error.flagname)):
-        return f"unknown flag --{error.flagname}; a field of the configuration? " + " or ".join(
-            f"--config.{section}.{field}{value}" for section, field in meant[:4])
-    return f"unknown flag --{error.flagname}" + (config_lib.did_you_mean(error.flagname, list(flags.FLAGS)) or "; --help lists what there is")
+    return words.unknown_flag(f"--{name}{value}", [*known, "help", "version"], fields=takes_config)
+
+
+def _unexpected(word: str, known: Sequence[str]) -> str:
+    """The message for a word that is no flag."""
+    name, equals, _ = word.partition("=")
+    begun = f"unknown argument {word!r}"
+    if equals and name.replace("-", "_") in known:
+        return f"{begun}; say --{word}"
+    if "config" in known and re.search(r"\.py(:|$)", word):
+        return f"{begun}; say --config={word}"
+    if "config" in known and equals and (meant := words.same_fields(name)):
+        return f"{begun}; say " + " or ".join(f"--config.{field}={word.partition('=')[2]}" for field in meant)
+    return f"{begun}; flags start with --, and values go after '='"
+
+
+def _bad_value(message: str) -> str:
+    """A message of absl on the value of a flag, with what to write instead."""
+    if message == "Missing value for flag --config":
+        return f"--config: has no value; for example {EXAMPLE}"
+    if found := re.match(r"flag --(\w+)=(.*): invalid literal for int", message, re.S):
+        name, text = found.groups()
+        return f"--{name}: {words.wrong_number(int, text)}: {flags.FLAGS[name].help}"
+    return message
 
 
 def _text(error: Exception) -> str:

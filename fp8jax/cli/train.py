@@ -42,7 +42,7 @@ def _train(overrides: Sequence[str]) -> int:
     lines = []
     if not size:
         size, machine = hardware.default_size()
-        lines.append(f"size     {size}, chosen for this machine ({machine}); --config={_CONFIG.value}:SIZE sets another")
+        lines.append(f"size     {size}, chosen for this machine ({machine}); --config={_CONFIG.value.rstrip(':')}:SIZE sets another")
     workdir = _workdir(path, size)
     lines.append(f"workdir  {workdir}")
     config = config_lib.from_dict(read_config("config", f"{path}:{size}", overrides), _run_in(workdir))

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from fp8jax import __main__ as commands
 from fp8jax import config as config_lib
 from fp8jax.cli import flags
 
@@ -27,7 +28,7 @@ def run(*arguments):
     (["--config=configs/fp8_base.py:tiny", "--config.fp8.recipe=fp7"], ["config.fp8.recipe", "fp7", "fp8_dpa"]),
     (["--config=configs/fp8_base.py:tiny", "--config.fp8.head=True"], ["config.fp8.head", "tied_embeddings"]),
     (["--config=configs/fp8_base.py:huge"], ["error: flag --config=configs/fp8_base.py:huge: size 'huge' is not one of tiny, 390m"]),
-    (["--config=README.md"], ["SyntaxError in the config file", "README.md, line"]),
+    (["--config=README.md"], ["README.md: is not a configuration", "--config=configs/fp8_base.py:tiny"]),
     (["--config=configs/missing.py"], ["missing.py"]),
     ([], ["--config"]),
     (["--config=configs/fp8_base.py:tiny", "--wrokdir=x"], ["wrokdir"]),
@@ -89,6 +90,71 @@ def test_fields_as_they_may_be_written(words, monkeypatch):
     assert rest == ["train.py", "--workdir=x"]
     assert (config.training.steps, config.mesh.data, config.mesh.fsdp, config.model.head_dim) == (7, -1, 1, None)
     assert (config.optimizer.warmup_steps, config.data.sequence_length) == (1, 256)
+
+
+TINY = "--config=configs/fp8_base.py:tiny"
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    ("train --step=10", "--config.training.steps=10"),
+    ("train --resume", "continued by itself"),
+    ("train --Config.training.steps=3", "--config.training.steps=3"),
+    ("train --trainng.steps=3", "--config.training.steps=3"),
+    (f"train {TINY} --config.optimizer.lr 3", "did you mean config.optimizer.learning_rate?"),
+    (f"train {TINY} 3", "values go after '='"),
+    ("train configs/fp8_base.py:tiny", "say --config=configs/fp8_base.py:tiny"),
+    ("train steps=1e3", "say --config.training.steps=1e3"),
+    ("train workdir=x", "say --workdir=x"),
+    (f"train {TINY} --config.training.steps=10k", "'10k' is not a whole number; write 10000:"),
+    (f"train {TINY} --config.training.steps=1,000", "write 1000:"),
+    (f"train {TINY} --config.optimizer.learning_rate=1,5", "'1,5' is not a number: peak learning rate"),
+    ("train --config", "--config: has no value; for example --config=configs/fp8_base.py:tiny"),
+    ("train --config=configs/nope.py:tiny", "did you mean 'configs/op.py'?"),
+    ("train --config=confgs/llama.py", "did you mean 'configs/llama3.py'?"),
+    ("train --config=configs/", "is a directory, not a configuration; there are configs/bf16_base.py, "),
+    ("train --config=zzz", "no such file; there are configs/bf16_base.py, "),
+    ("train --num_processes=x", "--num_processes: 'x' is not a whole number"),
+    ("train --vesion", "did you mean --version?"),
+    ("eval --step=10k", "--step: '10k' is not a whole number; write 10000"),
+    ("eval --config=configs/fp8_base.py:tiny", "the run's own configuration is used"),
+    ("eval --config.mesh.fsdp=3", "the run's own configuration is used"),
+    ("sample --temprature=1", "did you mean --temperature=1?"),
+    ("sample --tokens=1k", "--tokens: '1k' is not a whole number; write 1000"),
+    ("prepare --textfield=x", "did you mean --text_field=x?"),
+    ("convert to_hf", "did you mean 'to-hf'?"),
+    ("convert to-hf --dtype=bfloat", "did you mean 'bfloat16'?"),
+    ("data shwo", "did you mean 'show'?"),
+    ("data --stp", "unknown flag --stp"),
+    ("report --ot=x", "did you mean --out=x?"),
+    ("--vesion", "did you mean '--version'?"),
+])
+def test_misspelt_words_are_answered_with_the_right_ones(command, said, capsys, monkeypatch):
+    assert refuse(command.split(), monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("error: ") and said in told, told
+
+
+def refuse(arguments, monkeypatch):
+    """The exit code of a command in this process, with flags as in a new one."""
+    monkeypatch.chdir(ROOT)
+    for name in flags.flags.FLAGS:
+        flags.flags.FLAGS[name].unparse()
+    try:
+        return commands.main(arguments)
+    except SystemExit as ended:
+        return ended.code
+
+
+@pytest.mark.parametrize("command", ["sample", "convert", "prepare", "report", "data"])
+def test_every_command_has_a_version(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        commands.main([command, "--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out.startswith("fp8jax 0.")
+
+
+def test_a_colon_without_a_size_is_no_size(capsys, monkeypatch):
+    assert refuse(["train", "--config=configs/fp8_base.py:", "--config.model.kv_heads=3"], monkeypatch) == 2
+    assert "config.model.kv_heads" in capsys.readouterr().err
 
 
 def test_our_own_advice_is_taken():

@@ -20,6 +20,12 @@ def test_shares_are_exact_to_a_thousandth_over_any_window(weights, start):
     assert np.abs(found / 10_000 - weights).max() <= 1e-3 and found.sum() == 10_000
 
 
+def test_what_rounding_leaves_goes_to_whom_it_took_most_from():
+    assert mixing.Schedule((0.3000001, 0.6999999)).counts.tolist() == [30_000, 70_000]
+    assert mixing.Schedule((0.2500024, 0.2500012, 0.4999964)).counts.tolist() == [25_000, 25_000, 50_000]
+
+
+
 @given(st.integers(0, 3 * mixing.PERIOD))
 def test_place_is_the_count_of_what_came_before(sequence):
     schedule = mixing.Schedule((0.6, 0.1, 0.3))

@@ -43,6 +43,8 @@ def test_the_head_is_overridden_too():
     found = gemms.model_recipes(make({"head": True, "overrides": "lm_head=current"}, tied_embeddings=False), gated=False, emulated=True)
     assert found.head.scaling == "current" and {layer["qkv"].scaling for layer in found.blocks} == {"delayed"}
     assert recipes({"overrides": "lm_head=bf16"}).head.scaling == "bf16"
+    evaluated = gemms.model_recipes(make({"head": True}, tied_embeddings=False), gated=False, emulated=True, recipe="bf16")
+    assert evaluated.head.scaling == "bf16" and not any(recipe.fp8 for layer in evaluated.blocks for recipe in layer.values())
 
 
 @pytest.mark.parametrize(("overrides", "fault"), [

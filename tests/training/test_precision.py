@@ -12,6 +12,7 @@ import pytest
 from fp8jax import config as config_lib
 from fp8jax.data import pipeline
 from fp8jax.models.definition import define
+from fp8jax.numerics import storage
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.training import loop, precision, scaling_state
 from fp8jax.training.checkpoint import Checkpoints, save_config
@@ -128,6 +129,15 @@ def assert_close(before, after, coarsest):
 def load_run_dtypes(workdir, config):
     save_config(workdir, config)
     return {leaf.dtype.name for leaf in jax.tree.leaves(load_run(workdir, devices=jax.devices()[:1])[0].params)}
+
+
+def test_every_array_is_rounded_with_bits_of_its_own(monkeypatch):
+    """Weights and moments that share bits would be rounded alike, and their errors would add up."""
+    program = program_of(micro(FP8_FP16))
+    state, numbers, original = program.abstract_state, [], storage.seed_of
+    monkeypatch.setattr(storage, "seed_of", lambda step, number: numbers.append(number) or original(step, number))
+    jax.eval_shape(lambda p, o: precision.pack(program.config.optimizer, *precision.unpack(p, o), jnp.int32(0)), state.params, state.opt_state)
+    assert len(numbers) > 10 and len(numbers) == len(set(numbers))
 
 
 def test_float32_is_left_alone():

@@ -4,13 +4,14 @@
     array[10:20], len(array)                        # numpy arrays; the file is mapped when first asked
 
 A map keeps its file's descriptor, of which a process has a thousand by default, and it may have 65,530 maps. Here MAPS are
-kept at most, those asked for last; what was taken of an array stays valid while it is used.
+kept at most, those mapped last; what was taken of an array stays valid while it is used.
 """
 
-import functools
-import itertools
+import collections
 import os
 import resource
+import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ import numpy as np
 from fp8jax.config import DataError
 
 MAPS = min(1 << 14, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-_numbers = itertools.count()
 
 
 class Mapped:
@@ -28,27 +28,42 @@ class Mapped:
     """
 
     def __init__(self, path: str | os.PathLike, kind: np.dtype, count: int):
-        # A file that is opened again may be another one of the same name.
-        self._key = next(_numbers), os.fspath(path), kind, count
+        self._path = os.fspath(path)
         self.dtype, self.itemsize, self.shape = kind, kind.itemsize, (count,)
+        self._array: np.ndarray | None = None  # set while the file is mapped
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, where: Any) -> Any:
         """An item, or a slice as a numpy array."""
-        return _mapped(*self._key)[where]
+        array = self._array
+        return (_map(self) if array is None else array)[where]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All of it, for numpy's functions."""
-        return np.array(_mapped(*self._key), dtype, copy=copy)
+        return np.array(self[:], dtype, copy=copy)
+
+    def _opened(self) -> np.ndarray:
+        """The array, without np.memmap's bookkeeping, a third of the time of reading a short window."""
+        try:
+            return np.asarray(np.memmap(self._path, self.dtype, mode="r", shape=self.shape))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise DataError(f"{self._path}: cannot be read any more: {reason}; restore it, or set config.data.on_fault=skip") from None
 
 
-@functools.lru_cache(maxsize=MAPS)
-def _mapped(number: int, path: str, kind: np.dtype, count: int) -> np.ndarray:
-    """The array, without np.memmap's bookkeeping, a third of the time of reading a short window."""
-    try:
-        return np.asarray(np.memmap(path, kind, mode="r", shape=(count,)))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"{path}: cannot be read any more: {reason}; restore it, or set config.data.on_fault=skip") from None
+_lock = threading.Lock()
+_mapped: collections.deque[weakref.ref[Mapped]] = collections.deque()
+
+
+def _map(mapped: Mapped) -> np.ndarray:
+    """Map a file; of more than MAPS, the one that was mapped first is let go."""
+    with _lock:
+        if mapped._array is not None:  # by another thread, meanwhile
+            return mapped._array
+        array = mapped._array = mapped._opened()
+        _mapped.append(weakref.ref(mapped))
+        if len(_mapped) > MAPS and (first := _mapped.popleft()()) is not None:
+            first._array = None
+        return array

@@ -8,6 +8,7 @@ Values take more memory than their text: 57 MB of `[]` are 1.6 GB of lists. What
 
 import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -17,6 +18,17 @@ JSON_BYTES, JSON_MEMORY = 1 << 26, 1 << 28
 # Bytes of an object with members, of a list, and of a value with its place, in CPython.
 _OBJECT, _LIST, _VALUE = 232, 64, 64
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+
+def elsewhere(name: str) -> str:
+    """Return what to say of an address, such as gs://bucket/tokens, that was given for a path; '' for a path."""
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name)
+    if not scheme or os.path.exists(name):
+        return ""
+    return (
+        f"{name}: {scheme[0]}/ is no file system; give a directory, such as one where the bucket is mounted "
+        "(gcsfuse, s3fs, blobfuse)"
+    )
 
 
 class TooManyValuesError(ValueError):

@@ -1,199 +1,52 @@
-"""`python -m fp8jax convert`: Hugging Face directories in and out, and logits to check a conversion with."""
+"""`python -m fp8jax convert`: Hugging Face directories in and out, and logits to check a conversion with.
+
+JAX is loaded once everything that can be checked without it has been; the work is in converting.py.
+"""
 
 import argparse
-import json
-import pathlib
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
-from typing import Any
 
-import jax
-import numpy as np
-from orbax.checkpoint import v1
-
+from fp8jax.cli import checks
 from fp8jax.cli.errors import Parser, complain, local_path
-from fp8jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
-from fp8jax.data import run_tokenizer, tokenizer
-from fp8jax.interop import hf, hf_config, hf_logits, hf_tokenizer
-from fp8jax.interop.hf_safetensors import DTYPES, HuggingFaceError, read_json
-from fp8jax.models.definition import Definition, Params, define
+from fp8jax.config import ConfigError
 from fp8jax.monitor.stages import Stages
-from fp8jax.training.checkpoint import Checkpoints, save_config
-from fp8jax.training.evaluation import as_float32, run_config
 
-KEPT = "hf"  # in a converted run's directory: the source's config.json and tokenizer
-# Of a converted run: a context beyond this is rarely what one trains or evaluates with, and a batch is kept to so many tokens.
-_LONGEST, _BATCH_TOKENS = 32768, 65536
-_UNKNOWN_CONTEXT = 2048  # transformers' default where config.json is silent
-STAGE = Stages()
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     options = _parser().parse_args(argv)
     try:
-        options.run(options)
+        options.check(options)
+        with Stages()("loading JAX"):
+            from fp8jax.cli import converting
+        getattr(converting, options.run)(options)
     except (ValueError, OSError) as error:  # HuggingFaceError, ConfigError and CheckpointError are ValueErrors
         return complain(str(error))
     return 0
 
 
-def _from_hf(options: argparse.Namespace) -> None:
-    """A run that has taken no step yet: config.json, a checkpoint of step 0 with weights alone, the tokenizer."""
-    workdir = options.out.absolute()
-    _check_empty(workdir)
+def _check_from_hf(options: argparse.Namespace) -> None:
+    checks.empty_directory("--out", options.out)
     if not options.directory.is_dir():
-        raise HuggingFaceError(f"{options.directory}: no such directory; nothing is downloaded")
-    workdir.mkdir(parents=True, exist_ok=True)
-    try:
-        kept = _keep(options.directory, workdir)
-        loaded, note = _tokenizer(kept)
-        context = _context(kept)
-        # Orbax copies what it saves: with the weights in mapped files, its copy is the only one in memory.
-        with tempfile.TemporaryDirectory(prefix=".weights-", dir=workdir) as scratch:
-            with STAGE(f"reading {options.directory}"):
-                found = hf.load(options.directory, _Mapped(pathlib.Path(scratch)), ignore_keys=options.ignore_keys, note=print)
-            with STAGE("writing the checkpoint of step 0"), Checkpoints(workdir, keep=1) as checkpoints:
-                checkpoints.save(0, {"params": jax.device_put(found.params, _cpu())}, {"step": 0})
-        name = "byte" if loaded is None else str(loaded.file)
-        data = DataConfig(tokenizer=name, sequence_length=context, allow_normalisation=loaded is not None)
-        batch_size = max(1, min(TrainingConfig.batch_size, _BATCH_TOKENS // context))
-        save_config(workdir, Config(model=found.model, data=data, training=TrainingConfig(batch_size=batch_size)))
-        if loaded is not None:
-            run_tokenizer.keep(workdir, loaded)
-    except BaseException:
-        shutil.rmtree(workdir)
-        raise
-    count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
-    print(f"{found.model_type}, {count:,} parameters, context {context:,} tokens, to {options.out}; {note}")
+        raise ConfigError(f"{options.directory}: no such directory; nothing is downloaded")
 
 
-def _keep(source: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
-    """Copy a model directory's config.json and tokenizer into a run's; return where they are."""
-    read_json(source / hf.CONFIG)  # says what is wrong with it
-    kept = workdir / KEPT
-    kept.mkdir()
-    shutil.copyfile(source / hf.CONFIG, kept / hf.CONFIG)
-    hf.carry(source, kept)
-    return kept
+def _check_to_hf(options: argparse.Namespace) -> None:
+    checks.empty_directory("--out", options.out)
+    checks.run(options.workdir)
+    checks.checkpoint(options.workdir, options.step)
 
 
-def _context(kept: pathlib.Path) -> int:
-    """Tokens that a model directory's model looks back over; at most _LONGEST, and said where that is less."""
-    found = read_json(kept / hf.CONFIG).get("max_position_embeddings")
-    if type(found) is not int or found < 1:
-        return _UNKNOWN_CONTEXT
-    if found > _LONGEST:
-        print(f"context  {found:,} tokens; this run takes {_LONGEST:,}: data.sequence_length in its config.json sets another")
-    return min(found, _LONGEST)
-
-
-def _to_hf(options: argparse.Namespace) -> None:
-    config, definition, params, step = _load_run(options.workdir, options.step)
-    kept = options.workdir / KEPT
-    carried = kept if kept.is_dir() else None
-    model_type = _model_type(options.workdir, definition.config)
-    used = None if carried else tokenizer.of(config.data)  # found out before anything is written
-    context = config.data.sequence_length
-    more = {"max_position_embeddings": context, **(hf_tokenizer.token_ids(used) if used else {})}
-    with STAGE(f"writing {options.out}"):
-        hf.save(options.out, definition.config, definition.vocab_size, params, model_type, DTYPES[_CODES[options.dtype]],
-                options.max_shard_size, carried, more)
-    for name, content in hf_tokenizer.files(used, context, definition.vocab_size).items() if used else ():
-        (options.out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"step {step} as {model_type} in {options.dtype}, to {options.out}")
-
-
-def _logits(options: argparse.Namespace) -> None:
-    try:
-        tokens = np.load(options.tokens, allow_pickle=False)
-    except (ValueError, EOFError):
-        raise HuggingFaceError(f"{options.tokens}: is not a .npy file of integers [batch, length]") from None
-    if not isinstance(tokens, np.ndarray):
-        raise HuggingFaceError(f"{options.tokens}: is not one .npy array of integers [batch, length]")
-    if hf.is_model_directory(options.directory):
-        found = hf.load(options.directory, ignore_keys=options.ignore_keys, note=print)
-    else:
-        _, definition, params, _ = _load_run(options.directory, None)
-        model_type = _model_type(options.directory, definition.config) if options.gradients else ""
-        found = hf.Loaded(definition.config, definition.vocab_size, params, model_type)
-    model, vocab_size, params, model_type = found
-    with jax.default_device(_cpu()), STAGE("computing logits" + " and gradients" * options.gradients):
-        computed = hf_logits.compute(model, vocab_size, params, tokens, gradients=options.gradients)
-    arrays = {"logits": computed["logits"], "loss": computed["loss"]}
-    if options.gradients:
-        arrays |= hf.by_name(computed["gradients"], model, vocab_size, model_type)
-    with options.out.open("wb") as file:
-        np.savez(file, **arrays)
-    print(f"loss {computed['loss']:.6f} over {tokens.shape[0] * (tokens.shape[1] - 1):,} tokens, to {options.out}")
-
-
-def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definition, Params, int]:
-    """A run's parameters on the host. Unlike training and evaluation, needs no tokenizer where the config has a vocab_size."""
-    config = run_config(workdir)
-    definition = define(config.model, config.model.vocab_size or tokenizer.vocab_size(config))
-    on_host = jax.sharding.SingleDeviceSharding(_cpu())
-    # Orbax would read everything at once, beside what it has read.
-    context = v1.Context()
-    context.memory_options.read_concurrent_bytes = 2 * max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(definition.shapes))
-    with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
-        step = checkpoints.chosen(step)
-        kept = checkpoints.dtypes(step)
-
-        def wanted(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            name = f"params/{jax.tree_util.keystr(path, simple=True, separator='/')}"
-            return jax.ShapeDtypeStruct(leaf.shape, kept.get(name, leaf.dtype), sharding=on_host)
-
-        with context, STAGE(f"reading the checkpoint of step {step}"):
-            found, _ = checkpoints.restore(step, {"params": jax.tree_util.tree_map_with_path(wanted, definition.shapes)}, partial=True)
-    if any(name.startswith("opt_state/remainder/") for name in kept):
-        print("note     the run keeps 8 more bits of each weight, for training alone: what is read here are the weights in 16 bits")
-    return config, definition, as_float32(found["params"]), step
-
-
-class _Mapped:
-    """Makes float32 arrays that live in files of a directory."""
-
-    def __init__(self, directory: pathlib.Path):
-        self.directory, self.count = directory, 0
-
-    def __call__(self, shape: tuple[int, ...]) -> np.ndarray:
-        self.count += 1
-        return np.memmap(self.directory / f"{self.count}.bin", np.float32, "w+", shape=shape or (1,)).reshape(shape)
-
-
-def _cpu() -> jax.Device:
-    """Where weights are held: the host, whatever accelerators there are."""
-    return jax.local_devices(backend="cpu")[0]
-
-
-def _check_empty(workdir: pathlib.Path) -> None:
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise HuggingFaceError(f"{workdir}: is there already and not an empty directory; choose another --out")
-
-
-def _tokenizer(kept: pathlib.Path) -> tuple[tokenizer.Tokenizer | None, str]:
-    """What config.data.tokenizer becomes, None for bytes, and a note on it."""
-    path = kept / "tokenizer.json"
-    if not path.is_file():
-        return None, "it has no tokenizer.json, so config.data.tokenizer is 'byte': change that in config.json before training"
-    try:
-        loaded = tokenizer.load(str(path), allow_normalisation=True)
-    except ConfigError as error:
-        return None, f"{error}; so config.data.tokenizer is 'byte': change that in config.json before training"
-    return loaded, "; ".join(["with its tokenizer", *loaded.notes])
-
-
-def _model_type(workdir: pathlib.Path, model: ModelConfig) -> str:
-    """The model_type that a run came from, or else one that can hold its model."""
-    kept = workdir / KEPT
-    return read_json(kept / hf.CONFIG)["model_type"] if hf.is_model_directory(kept) else hf_config.fitting_type(model)
-
-
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+def _check_logits(options: argparse.Namespace) -> None:
+    checks.new_file("--out", options.out)
+    if not options.tokens.is_file():
+        raise ConfigError(f"--tokens={options.tokens}: no such file; give a .npy file of integers [batch, length]")
+    if not (options.directory / "config.json").is_file():
+        raise ConfigError(f"{options.directory}: no config.json there; give a model directory, or the directory of a run")
 
 
 def _bytes(text: str) -> int:
@@ -220,16 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("directory", type=local_path, help="with config.json and *.safetensors")
     command.add_argument("--out", type=local_path, required=True, help="directory of the new run; must not exist, or be empty")
     _add_ignore_keys(command)
-    command.set_defaults(run=_from_hf)
+    command.set_defaults(check=_check_from_hf, run="from_hf")
 
     command = commands.add_parser("to-hf", help="make a model directory that transformers loads, of a run's checkpoint",
                                   epilog="example: python -m fp8jax convert to-hf --workdir runs/llama --out exported --dtype bfloat16")
     command.add_argument("--workdir", type=local_path, required=True, help="directory of the run")
     command.add_argument("--out", type=local_path, required=True, help="model directory; must not exist, or be empty")
     command.add_argument("--step", type=int, default=None, help="checkpoint to convert (default: the newest)")
-    command.add_argument("--dtype", choices=_CODES, default="float32", help="of the tensors (default: float32, as the run has them)")
+    command.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the tensors (default: float32, as the run has them)")
     command.add_argument("--max_shard_size", type=_bytes, default="5GB", help="largest safetensors file (default: 5GB)")
-    command.set_defaults(run=_to_hf)
+    command.set_defaults(check=_check_to_hf, run="to_hf")
 
     command = commands.add_parser(
         "logits", help="float32 logits, loss and gradients of a model directory or a run, to compare with another implementation's",
@@ -239,5 +92,5 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=local_path, required=True, help=".npz file: logits [batch, length, vocab], loss, gradients")
     command.add_argument("--gradients", action="store_true", help="also d loss / d tensor, under each tensor's Hugging Face name")
     _add_ignore_keys(command)
-    command.set_defaults(run=_logits)
+    command.set_defaults(check=_check_logits, run="logits")
     return parser

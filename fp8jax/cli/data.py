@@ -9,7 +9,7 @@ import numpy as np
 
 from fp8jax import config as config_lib
 from fp8jax.cli.errors import Parser, complain, local_path
-from fp8jax.data import pipeline, run_tokenizer, tokenizer
+from fp8jax.data import run_tokenizer, tokenizer
 from fp8jax.monitor import logs
 
 END = "<|end of document|>"
@@ -44,6 +44,8 @@ def show(workdir: pathlib.Path, step: int) -> Iterator[str]:
     config = _config(workdir)
     if step < 1:
         raise config_lib.ConfigError(f"--step: {step} is below 1, the first step")
+    from fp8jax.data import pipeline  # loads Grain, which mistakes need not wait for
+
     number = step - 1 + _passed_over(workdir, step)
     batch, places = pipeline.train_batches(config)[number], pipeline.train_places(config, number)
     assert batch is not None, "a random-access dataset without filters has every batch"

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from fp8jax.cli import processes
+from fp8jax.cli import checks, processes
 from fp8jax.cli.errors import local_directory
 from fp8jax.cli.flags import WORKDIR, run
 from fp8jax.config import ConfigError
@@ -41,10 +41,14 @@ def _joined() -> int:
     if _TASKS.value and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt")
     workdir = local_directory("workdir", WORKDIR.value)
-    if not (workdir / "config.json").is_file():
-        raise ConfigError(f"{workdir}: no config.json there; give the --workdir of a run")
+    checks.run(workdir)
+    checks.checkpoint(workdir, _STEP.value)
+    if _HELD_OUT.value is not None:
+        checks.held_out(_HELD_OUT.value)
     if _TASK_DIR.value is not None and not _TASKS.value:
         raise ConfigError(f"--task_dir={_TASK_DIR.value}: needs --tasks, the names of tasks there")
+    if _TASK_DIR.value is not None and not pathlib.Path(_TASK_DIR.value).is_dir():
+        raise ConfigError(f"--task_dir={_TASK_DIR.value}: no such directory; give one with task files")
     stage = Stages(processes.is_first())
     with stage("loading JAX"):
         from fp8jax.training import evaluation  # noqa: F401

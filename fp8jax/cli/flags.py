@@ -177,6 +177,9 @@ def _check_override(name: str, word: str) -> tuple[str, str] | None:
         raise ConfigError(f"config.{section}: is a section; set a field of it, --{name}.{section}.FIELD=VALUE")
     config_lib.check_name(section, field)
     kind, optional, doc = fields.field_of(section, field)
+    if (section, field) == ("training", "fitted"):
+        raise ConfigError("config.training.fitted: is what a run has chosen, not to be set; leave it out, and set "
+                          "config.training.microbatches, loss_chunk or remat")
     text = None if value is None else value[1:]
     if text == "None" and optional:
         return section, field

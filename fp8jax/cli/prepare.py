@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from fp8jax.cli import checks
 from fp8jax.cli.errors import Parser, complain, local_path
 from fp8jax.data import inspection, shards
 from fp8jax.data import prepare as preparation
@@ -31,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _prepare(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
+    checks.directory("--out", options.out)
     began = time.monotonic()
     tokenizer = options.tokenizer
     if options.train_tokenizer is not None:

@@ -5,6 +5,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from fp8jax.cli import checks
 from fp8jax.cli.errors import Parser, complain, local_path
 from fp8jax.monitor.report import write_report
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
             for line in early_warnings.lines(options.warnings):
                 print(line)
             return 0
+        checks.new_file("--out", options.out)
         out = write_report(options.workdirs, options.out, remember=options.background, note=lambda line: print(f"note     {line}"))
     except ValueError as error:  # MetricsError is one
         return complain(str(error))

@@ -1,10 +1,13 @@
 """`python -m fp8jax sample`: continues a prompt with the model of a run."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
+from fp8jax.cli import checks
 from fp8jax.cli.errors import Parser, complain, local_path
+from fp8jax.config import ConfigError
 from fp8jax.monitor.stages import Stages
 
 STOPPED = 4
@@ -13,6 +16,10 @@ STOPPED = 4
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     options = _parser().parse_args(argv)
+    try:
+        _check(options)
+    except ValueError as error:
+        return complain(str(error))
     stage = Stages(sys.stderr.isatty(), sys.stderr)  # standard output is the text
     with stage("loading JAX"):
         import jax
@@ -36,6 +43,20 @@ def main(argv: Sequence[str]) -> int:
         return STOPPED
     print()
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse what can be refused before JAX is loaded, and with it what continues a prompt."""
+    checks.run(options.workdir)
+    checks.checkpoint(options.workdir, options.step)
+    if options.tokens < 1:
+        raise ConfigError(f"--tokens={options.tokens}: is below 1")
+    if not 0 <= options.temperature < math.inf:
+        raise ConfigError(f"--temperature={options.temperature}: is not a number of at least 0; 0 is greedy")
+    if not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top_p={options.top_p}: is not above 0 and at most 1; 1 draws from all tokens")
+    if not 0 <= options.seed < 1 << 32:
+        raise ConfigError(f"--seed={options.seed}: is not from 0 to {(1 << 32) - 1}")
 
 
 def _shown(text: str) -> str:

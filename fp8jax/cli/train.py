@@ -8,11 +8,12 @@ from absl import flags
 
 from fp8jax import config as config_lib
 from fp8jax import hardware
-from fp8jax.cli import fields, processes
+from fp8jax.cli import checks, fields, processes
 from fp8jax.cli.errors import local_directory
 from fp8jax.cli.flags import EXAMPLE, WORKDIR, find_config, read_config, run, split
 from fp8jax.config import Config, ConfigError
 from fp8jax.monitor.stages import Stages
+from fp8jax.training import fixed_fields
 
 USAGE = """Trains a model, or continues a run.
 
@@ -46,6 +47,9 @@ def _train(overrides: Sequence[str]) -> int:
     workdir = _workdir(path, size)
     lines.append(f"workdir  {workdir}")
     config = config_lib.from_dict(read_config("config", f"{path}:{size}", overrides), _run_in(workdir))
+    _check_allowed(_ALLOW.value)
+    checks.directory("--workdir", workdir)
+    checks.data(config, workdir)
     stage = Stages(processes.is_first())
     for line in lines:
         stage.message(line)
@@ -67,6 +71,16 @@ def _train_joined(config: Config, workdir: pathlib.Path) -> int:
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/fp8jax"))
     return loop.train(config, workdir, allow_config_change=_ALLOW.value)
+
+
+def _check_allowed(allowed: Sequence[str]) -> None:
+    """Refuse fields of --allow_config_change that may change without it, or that there are not."""
+    known = {f"{section}.{name}" for section, values in config_lib.to_dict(Config()).items() for name in values}
+    for name in allowed:
+        if fixed_fields.is_fixed(*name.partition(".")[::2]) and name in known:
+            continue
+        reason = "may change without it" if name in known else f"no such field{config_lib.did_you_mean(name, known).rstrip('?')}"
+        raise ConfigError(f"--allow_config_change={name}: {reason}; it takes {fixed_fields.described()}")
 
 
 def _workdir(path: pathlib.Path, size: str) -> pathlib.Path:

@@ -29,6 +29,7 @@ from fp8jax import files
 from fp8jax.config import ConfigError
 from fp8jax.data import hub, opening, tables, token_records
 from fp8jax.data.opening import COMPRESSED, Input, Progress
+from fp8jax.files import elsewhere
 
 LINES, TEXT = (".jsonl", ".ndjson", ".json"), (".txt", ".md")
 TABLES, TOKENS = (*tables.PARQUET, *tables.ARROW), token_records.SUFFIXES
@@ -83,7 +84,8 @@ def find(
         seen: set[str] = set()
         files = [file for match in _matches(name) for file in _files(match, outside, left_out, seen)]
         if not files:
-            raise ConfigError(f"--input={name}: no such file, directory or pattern with matches")
+            away = elsewhere(name)
+            raise ConfigError(f"--input={away or f'{name}: no such file, directory or pattern with matches'}")
         for file in files:
             real = file if file.startswith(hub.PREFIX) else os.path.realpath(file)
             found.setdefault(real, file)

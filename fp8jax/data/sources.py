@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fp8jax import files
 from fp8jax.config import ConfigError, DataConfig, DataError, parse_held_out, parse_sources
 from fp8jax.data import megatron, shards
 from fp8jax.data import tokenizer as tokenizers
@@ -143,6 +144,28 @@ def load_held_out(data: DataConfig) -> list[tuple[str, TokenStream]]:
         return [(name, _load(source, tokenizer, part, tolerant)) for name, source, part in held_out_parts(data)]
     except ConfigError as error:
         raise ConfigError(str(error).replace("config.data.source:", "config.data.held_out:", 1)) from None
+
+
+def check(data: DataConfig) -> None:
+    """Check that what a run reads is there, without opening it.
+
+    Raises:
+        ConfigError: a source or a held-out text that is no directory of token shards and no Megatron dataset.
+    """
+    trained = [name for name, _ in parse_sources(data.source)]
+    held_out = [source for _, source in parse_held_out(data.held_out)]
+    for field, names in (("source", trained), ("held_out", held_out)):
+        for name in names:
+            if is_directory(name) and not os.path.isfile(os.path.join(name, shards.INDEX)):
+                raise ConfigError(f"config.data.{field}: {_not_there(name)}")
+
+
+def _not_there(name: str) -> str:
+    if name.startswith("hf:") and not os.path.exists(name):
+        return (f"{name}: a dataset of a hub is prepared first: python -m fp8jax prepare --input {name} --out tokens, and then "
+                "data.source=tokens")
+    path = os.path.join(name, shards.INDEX)
+    return files.elsewhere(name) or f"{path}: no such file; give 'embedded' or a directory of prepared token shards"
 
 
 def held_out_parts(data: DataConfig) -> list[tuple[str, str, str]]:

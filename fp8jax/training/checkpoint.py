@@ -69,10 +69,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of all complete checkpoints on disk, ascending. Complete is not yet undamaged: see `newest`."""
-        if not self.directory.is_dir():
-            return []
-        found = (path for path in self.directory.iterdir() if path.name.isdecimal() and (path / manifest.NAME).exists())
-        return sorted(int(path.name) for path in found)
+        return manifest.steps(self.directory)
 
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint, None where there is none."""
@@ -88,8 +85,7 @@ class Checkpoints:
         found = from_first(max(steps, default=-1) if step is None else step if step in steps else -1)
         if found >= 0:
             return found
-        there = f"there are steps {', '.join(map(str, steps))}" if steps else "no complete checkpoint there yet"
-        raise CheckpointError(f"{self.directory.parent}: " + (there if step is None else f"no checkpoint of step {step}; {there}"))
+        raise manifest.missing(self.directory, step, steps)
 
     def newest(self) -> tuple[int | None, dict[int, str]]:
         """Return the newest step whose files are what was written, or None; and newer ones passed over, with reasons.

@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from fp8jax.config import ConfigError, read_json
+from fp8jax.config import CheckpointError, ConfigError, read_json
 
 NAME = "MANIFEST.json"
 HASH = "xxh3_128"  # content without "hash" has BLAKE2 digests
@@ -48,6 +48,32 @@ def fact(directory: pathlib.Path, name: str) -> Any:
         return read_json(directory / NAME)["content"][name]
     except (OSError, ConfigError, KeyError, TypeError):
         return None
+
+
+def steps(directory: pathlib.Path) -> list[int]:
+    """Return the steps of all complete checkpoints in a directory, ascending."""
+    if not directory.is_dir():
+        return []
+    found = (path for path in directory.iterdir() if path.name.isdecimal() and (path / NAME).exists())
+    return sorted(int(path.name) for path in found)
+
+
+def chosen(directory: pathlib.Path, step: int | None) -> int:
+    """Return a step of which there is a complete checkpoint in a run's directory of them; the newest for None.
+
+    Raises:
+        CheckpointError: there is none, or none of this step; it lists those that there are.
+    """
+    there = steps(directory)
+    if step in there or (step is None and there):
+        return there[-1] if step is None else step
+    raise missing(directory, step, there)
+
+
+def missing(directory: pathlib.Path, step: int | None, there: list[int]) -> CheckpointError:
+    """Return the error for a step, or any, that is not among those that there are."""
+    told = f"there are steps {', '.join(map(str, there))}" if there else "no complete checkpoint there yet"
+    return CheckpointError(f"{directory.parent}: " + (told if step is None else f"no checkpoint of step {step}; {told}"))
 
 
 def sync(directory: pathlib.Path) -> None:

@@ -15,12 +15,9 @@ from fp8jax.parallel import distributed
 from fp8jax.training import manifest, precision, scaling_state
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.fit_options import OPEN
+from fp8jax.training.fixed_fields import is_fixed
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
-
-# Changing one of these on a continued run would make it another run.
-_FIXED = {"model": None, "data": ("sequence_length", "source", "tokenizer", "packing", "document_masks"),
-          "training": ("batch_size", "seed"), "optimizer": ("name",)}
 
 
 class Position(NamedTuple):
@@ -145,7 +142,7 @@ def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str
     old, saved = load_config(workdir), _Saved(workdir)
     changed = {path: (before, now[path]) for path, before in _flat(old).items() if before != now[path] and not _is_fitted(path, now[path])}
     same = _same_content(config, saved, changed, allowed, tell)
-    refused = [path for path in changed if _is_fixed(*path.split(".")) and path not in allowed and path not in same]
+    refused = [path for path in changed if is_fixed(*path.split(".")) and path not in allowed and path not in same]
     if refused:
         listed = ", ".join(f"config.{path}: {changed[path][1]!r}, but the run in {workdir} has {changed[path][0]!r}" for path in refused)
         raise ConfigError(f"{listed}; keep it, choose another --workdir, or say --allow_config_change={','.join(refused)}")
@@ -207,8 +204,3 @@ def _is_fitted(path: str, value: object) -> bool:
     """True for what a run chooses by itself (fit.py), left open, and for its note of the choice."""
     section, name = path.split(".")
     return section == "training" and (name == "fitted" or name in OPEN and value == OPEN[name])
-
-
-def _is_fixed(section: str, name: str) -> bool:
-    names = _FIXED.get(section, ())
-    return names is None or name in names

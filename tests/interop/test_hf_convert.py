@@ -143,7 +143,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(tmp_path, capsys):
     fails("choose another --out", "from-hf", DATA / "llama", "--out", spoilt)
     assert convert("from-hf", DATA / "llama", "--out", tmp_path / "run") == 0
     fails("no checkpoint of step 7", "to-hf", "--workdir", tmp_path / "run", "--step", 7, "--out", tmp_path / "out")
-    fails("no such file", "to-hf", "--workdir", tmp_path, "--out", tmp_path / "out")
+    fails("no config.json there", "to-hf", "--workdir", tmp_path, "--out", tmp_path / "out")
     fails("tokens.npy: is not", "logits", DATA / "llama", "--tokens", tmp_path / "tokens.npy", "--out", tmp_path / "found.npz")
     assert not (tmp_path / "found.npz").exists()
     with pytest.raises(SystemExit) as exit_code:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from configs import common
 from fp8jax import config as config_lib
 from fp8jax.audit import targets
-from fp8jax.cli.audit import audit
+from fp8jax.cli.audit_step import audit
 
 RESULTS = ROOT / "benchmarks/results/scaling.json"
 

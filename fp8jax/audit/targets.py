@@ -22,10 +22,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-GPUS = ("h100", "h200", "b200")
-# Name → libtpu's name of the generation, dimensions of a topology, chips of the host-sized one.
-TPUS = {"tpu-v5p": ("v5p", 3), "tpu-v6e": ("v6e", 2), "tpu7x": ("tpu7x", 3)}
-FORMS = ("h100:8", "h100:64x8 (nodes x GPUs)", "h200:8", "b200:8", "tpu-v5p:4", "tpu-v6e:8", "tpu7x:4 (chips)", "tpu7x:2x2x1", "local")
+from fp8jax.audit.target_names import FORMS, GPUS, TPUS
+
 # Keeps libtpu from asking Google Cloud which machine this is, and from complaining that it is none; any known type will do.
 _NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
 _INSTALL = "pip install -r requirements-audit.txt"

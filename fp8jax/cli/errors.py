@@ -23,6 +23,8 @@ def complain(message: str) -> int:
 class Parser(argparse.ArgumentParser):
     """A parser whose mistakes are one line, as everywhere else; takes no abbreviations, and leaves examples unbroken."""
 
+    fields = False  # whether --config.section.field=VALUE is taken
+
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
         self.add_argument("--version", action="version", version=words.version())
@@ -54,7 +56,7 @@ class Parser(argparse.ArgumentParser):
     def _unknown(self, word: str) -> str:
         if not word.startswith("-"):
             return f"unknown argument {word!r}"
-        return words.unknown_flag(word, [name.lstrip("-") for name in self._option_string_actions if name.startswith("--")])
+        return words.unknown_flag(word, [name.lstrip("-") for name in self._option_string_actions if name.startswith("--")], fields=self.fields)
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:

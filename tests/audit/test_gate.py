@@ -7,7 +7,7 @@ import pytest
 from configs import fog_paper
 from fp8jax import config as config_lib
 from fp8jax.audit import program, targets
-from fp8jax.cli.audit import audit
+from fp8jax.cli.audit_step import audit
 from fp8jax.models.definition import define
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.training.step import TrainProgram

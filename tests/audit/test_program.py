@@ -7,7 +7,7 @@ import pytest
 
 from fp8jax.audit import program, targets
 from fp8jax.audit.gemms import Gemm
-from fp8jax.cli.audit import audit
+from fp8jax.cli.audit_step import audit
 from fp8jax.data import tokenizer
 from fp8jax.models.definition import define
 from fp8jax.parallel.mesh import make_mesh

@@ -15,6 +15,8 @@ from fp8jax.config import ConfigError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = "train --config=configs/fp8_base.py:tiny"
 
+AUDIT = "audit --config=configs/fp8_base.py:tiny"
+
 
 @pytest.fixture
 def workdir(tmp_path):
@@ -79,6 +81,18 @@ def refuse(command, monkeypatch, capsys):
     ("convert logits RUN --tokens=README.md --out=RUN", "--out=RUN: is a directory; give a file"),
     ("report RUN --out=/nope/x.html", "--out=/nope/x.html: no directory /nope"),
     ("report RUN --out=RUN", "--out=RUN: is a directory; give a file"),
+    ("audit", "the following arguments are required: --config, --target; python -m fp8jax audit --help shows an example"),
+    (f"{AUDIT} --target=loca", "--target=loca: unknown; did you mean 'local'? For example h100:8, "),
+    (f"{AUDIT} --target=z100:8", "--target=z100:8: unknown"),
+    (f"{AUDIT} --target=local --json=/nope/x.json", "--json=/nope/x.json: no directory /nope"),
+    (f"{AUDIT} --target=local --json=RUN", "--json=RUN: is a directory; give a file"),
+    (f"{AUDIT} --target=local --json=s3://b/x.json", "s3://b/x.json"),
+    (f"{AUDIT} --target=local --config.model.kv_heads=3", "config.model.kv_heads: 3 does not divide"),
+    (f"{AUDIT} --target=local --config.optimizer.lr 3", "did you mean config.optimizer.learning_rate?"),
+    (f"{AUDIT} --target=local --compare=nope", "--compare=nope: no such file"),
+    (f"{AUDIT} --target=local --compare.model.width=64", "--compare.model.width=64: needs --compare=FILE:SIZE"),
+    (f"{AUDIT} --target=local --fit --memory", "--memory: not allowed with argument --fit"),
+    (f"{AUDIT} --target=local --fit --compare=llama3:tiny", "leave out --compare"),
     ("prepare --input README.md --out README.md", "--out=README.md: README.md is a file; give a directory"),
     ("prepare --input s3://x/y --out RUN", "--input=s3://x/y: s3:// is no file system"),
 ])
@@ -88,7 +102,7 @@ def test_one_line_before_jax(command, said, workdir, monkeypatch, capsys):
 
 def test_nothing_but_commands_loads_jax():
     """In a new process: modules of this one have loaded it."""
-    code = "import sys; from fp8jax.cli import convert, data, prepare, report, sample, train, evaluate; print('jax' in sys.modules)"
+    code = "import sys; from fp8jax.cli import audit, convert, data, prepare, report, sample, train, evaluate; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n", done.stderr
 

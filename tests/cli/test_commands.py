@@ -120,6 +120,8 @@ TINY = "--config=configs/fp8_base.py:tiny"
     ("eval --config.mesh.fsdp=3", "the run's own configuration is used"),
     ("sample --temprature=1", "did you mean --temperature=1?"),
     ("sample --tokens=1k", "--tokens: '1k' is not a whole number; write 1000"),
+    ("audit --rehears", "did you mean --rehearse?"),
+    ("audit --steps=3", "--config.training.steps=3"),
     ("prepare --textfield=x", "did you mean --text_field=x?"),
     ("convert to_hf", "did you mean 'to-hf'?"),
     ("convert to-hf --dtype=bfloat", "did you mean 'bfloat16'?"),
@@ -145,7 +147,7 @@ def refuse(arguments, monkeypatch):
         return ended.code
 
 
-@pytest.mark.parametrize("command", ["sample", "convert", "prepare", "report", "data"])
+@pytest.mark.parametrize("command", ["audit", "sample", "convert", "prepare", "report", "data"])
 def test_every_command_has_a_version(command, capsys):
     with pytest.raises(SystemExit) as ended:
         commands.main([command, "--version"])

@@ -129,10 +129,10 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = 
                       static_weight_scale=weight_scale, static_gradient_scale=gradient_scale)
     plain = dataclasses.replace(base, scaling="bf16")
     linear = [role for role in recipes_lib.LINEAR_ROLES if role != HEAD and (gated or role != "mlp_gate")]
-    default = {role: plain if recipe == "bf16" else base for role in linear}
+    default = dict.fromkeys(linear, base)  # with recipe bf16, base is plain
     default |= {role: base if recipe == "fp8_dpa" else plain for role in recipes_lib.ATTENTION_ROLES}
     layers = [dict(default) for _ in range(config.model.layers)]
-    head = base if fp8.head and recipe != "bf16" else plain
+    head = base if fp8.head else plain
     if recipe != "bf16":
         for override in recipes_lib.parse_overrides(fp8.overrides, layers=config.model.layers):
             changed = dataclasses.replace(base, scaling=override.scaling)

@@ -4,7 +4,13 @@ The package `datasets` downloads the split `train` once into its cache; without 
 directories of data files, 'hf:/path'. Rows are read by number, so work on them is shared and restarted like that on files.
 """
 
+import contextlib
 import functools
+import logging
+import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,12 +35,46 @@ def dataset(name: str) -> Any:
     except ImportError:
         raise ConfigError(f"{name}: needs the package datasets; pip install datasets") from None
     path, _, config = name.removeprefix(PREFIX).partition(":")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is two lines otherwise
+    reachable = os.path.exists(path) or _is_reachable()
     try:
-        return datasets.load_dataset(path, config or None, split="train")
+        with contextlib.nullcontext() if reachable else _offline():
+            return datasets.load_dataset(path, config or None, split="train")
     except Exception as error:  # of many kinds, the hub's and the network's among them
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if not reachable and isinstance(error, ConnectionError):
+            reason = "the hub cannot be reached, and no earlier download is in its cache"
         raise ConfigError(f"{name}: cannot be had: {reason}; without network, download its files elsewhere and give their "
                           "directory as --input") from None
+
+
+def _is_reachable() -> bool:
+    """Whether the hub's host answers; asked once, where the libraries would try for half a minute."""
+    import huggingface_hub
+
+    address = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    if urllib.request.getproxies().get(address.scheme):
+        return True  # as far as can be said: the proxy looks for it
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Have only what is in the cache looked for."""
+    import datasets
+    import huggingface_hub
+
+    before = datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def rows(name: str, field: str, start: int, stop: int) -> Iterator[list[str]]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fp8jax import config as configs
 from fp8jax.cli import prepare as command
-from fp8jax.data import documents, inspection, prepare, shards, sources, tokenizer
+from fp8jax.data import documents, hub, inspection, prepare, shards, sources, tokenizer
 
 TEXTS = [f"Chapter {n}: naïve £{n} — {'Anne Elliot ' * (n % 7)}\r\n\0" for n in range(60)] + ["", " ", "\n", "\ufeff", "𝄞"]
 
@@ -132,6 +132,7 @@ def test_datasets_of_the_hub(tmp_path, small_parts, monkeypatch):
             raise ConnectionError(f"Couldn't reach {path!r} on the Hub\nmore")
         return FakeDataset({"text": TEXTS + [None] * (config == "holes"), "id": list(range(len(TEXTS)))})
 
+    monkeypatch.setattr(hub, "_is_reachable", lambda: True)
     monkeypatch.setitem(sys.modules, "datasets", type(sys)("datasets"))
     monkeypatch.setattr(sys.modules["datasets"], "load_dataset", load_dataset, raising=False)
     prepare.prepare(["hf:owner/name:en"], tmp_path / "out", validation_fraction=0)
@@ -145,6 +146,20 @@ def test_datasets_of_the_hub(tmp_path, small_parts, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(configs.ConfigError, match="hf:a/b: needs the package datasets; pip install datasets"):
         prepare.prepare(["hf:a/b"], tmp_path / "none")
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch, capfd):
+    """One line at once, where the libraries would try again for half a minute, with two lines each time."""
+    pytest.importorskip("datasets")
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(configs.ConfigError, match="hf:nope/nope: cannot be had: the hub cannot be reached, and no earlier download"):
+        hub.dataset("hf:nope/nope")
+    assert "Retrying" not in "".join(capfd.readouterr())
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_text_files_and_directories(tmp_path):

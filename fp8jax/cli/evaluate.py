@@ -71,13 +71,15 @@ def _evaluate(workdir: pathlib.Path, stage: Stages) -> int:
 
 
 def _evaluate_tasks(workdir: pathlib.Path, stage: Stages) -> int:
-    from fp8jax.interop import lm_eval
+    with stage("loading lm-evaluation-harness"):
+        from fp8jax.interop import lm_eval
     from fp8jax.interop.inference import Inference
     from fp8jax.parallel import distributed
     from fp8jax.training import evaluation
 
     # Before the model: what is wrong with tasks should be known at once.
-    tasks = lm_eval.load_tasks(_TASKS.value, _TASK_DIR.value and pathlib.Path(_TASK_DIR.value))
+    with stage("loading tasks"):
+        tasks = lm_eval.load_tasks(_TASKS.value, _TASK_DIR.value and pathlib.Path(_TASK_DIR.value))
     for name, reason in lm_eval.unsupported(tasks).items():
         stage.message(f"{name} will fail: {reason}")
     model, step = evaluation.load_run(workdir, _STEP.value, stage=stage)

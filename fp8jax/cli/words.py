@@ -8,6 +8,7 @@
 Imports no JAX.
 """
 
+import decimal
 import difflib
 import importlib.metadata
 import re
@@ -74,27 +75,27 @@ def wrong_number(kind: type, text: str) -> str:
     try:
         kind(text)
     except ValueError:
-        what = "a number" if kind is float else "a whole number"
+        begun = f"{text!r} is not {'a number' if kind is float else 'a whole number'}"
         number = _meant(text)
-        if number is None or (kind is int and not number.is_integer()):
-            return f"{text!r} is not {what}"
-        written = f"{number:.0f}" if number.is_integer() and abs(number) < 1e18 else repr(number)
-        return f"{text!r} is not {what}; write {written}"
+        if number is None or (kind is int and number % 1):
+            return begun
+        return f"{begun}; write {number:f}" if number % 1 else f"{begun}; write {number:.0f}"
     return ""
 
 
-def _meant(text: str) -> float | None:
-    """The finite number that 1e3, 10k or 1,000 stands for."""
+def _meant(text: str) -> decimal.Decimal | None:
+    """The number that 1e3, 10k or 1,000 stands for, where it is one of a size that is written out."""
     digits = text.strip().lower()
     unit = digits[-1:] if digits[-1:] in _THOUSANDS else ""
     digits = digits.removesuffix(unit).strip()
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?", digits):
         digits = digits.replace(",", "")
     try:
-        number = float(digits) * _THOUSANDS.get(unit, 1)
-    except ValueError:
+        number = decimal.Decimal(digits) * _THOUSANDS.get(unit, 1)
+    except decimal.DecimalException:
         return None
-    return number if abs(number) < float("inf") else None
+    written_out = number.is_finite() and (not number or -18 < number.adjusted() < 18)
+    return number if written_out else None
 
 
 def _plain(name: str) -> str:

@@ -162,8 +162,8 @@ def check(data: DataConfig) -> None:
 
 def _not_there(name: str) -> str:
     if name.startswith("hf:") and not os.path.exists(name):
-        return (f"{name}: a dataset of a hub is prepared first: python -m fp8jax prepare --input {name} --out tokens, and then "
-                "data.source=tokens")
+        return (f"{name}: is a dataset of a hub; prepare it first, python -m fp8jax prepare --input {name} --out tokens, and give the "
+                "directory tokens")
     path = os.path.join(name, shards.INDEX)
     return files.elsewhere(name) or f"{path}: no such file; give 'embedded' or a directory of prepared token shards"
 

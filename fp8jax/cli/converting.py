@@ -23,7 +23,7 @@ from fp8jax.training.evaluation import as_float32, run_config
 KEPT = "hf"  # in a converted run's directory: the source's config.json and tokenizer
 # Of a converted run: a context beyond this is rarely what one trains or evaluates with, and a batch is kept to so many tokens.
 _LONGEST, _BATCH_TOKENS = 32768, 65536
-_UNKNOWN_CONTEXT = 2048  # transformers' default where config.json is silent
+_UNKNOWN_CONTEXT = 2048  # where config.json is silent, and transformers too
 STAGE = Stages()
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -35,13 +35,13 @@ def from_hf(options: argparse.Namespace) -> None:
     try:
         kept = _keep(options.directory, workdir)
         loaded, note = _tokenizer(kept)
-        context = _context(kept)
         # Orbax copies what it saves: with the weights in mapped files, its copy is the only one in memory.
         with tempfile.TemporaryDirectory(prefix=".weights-", dir=workdir) as scratch:
             with STAGE(f"reading {options.directory}"):
                 found = hf.load(options.directory, _Mapped(pathlib.Path(scratch)), ignore_keys=options.ignore_keys, note=print)
             with STAGE("writing the checkpoint of step 0"), Checkpoints(workdir, keep=1) as checkpoints:
                 checkpoints.save(0, {"params": jax.device_put(found.params, _cpu())}, {"step": 0})
+        context = _context(kept, found.model_type)
         name = "byte" if loaded is None else str(loaded.file)
         data = DataConfig(tokenizer=name, sequence_length=context, allow_normalisation=loaded is not None)
         batch_size = max(1, min(TrainingConfig.batch_size, _BATCH_TOKENS // context))
@@ -65,11 +65,11 @@ def _keep(source: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
     return kept
 
 
-def _context(kept: pathlib.Path) -> int:
+def _context(kept: pathlib.Path, model_type: str) -> int:
     """Tokens that a model directory's model looks back over; at most _LONGEST, and said where that is less."""
     found = read_json(kept / hf.CONFIG).get("max_position_embeddings")
     if type(found) is not int or found < 1:
-        return _UNKNOWN_CONTEXT
+        found = hf_config.FORMATS[model_type].context or _UNKNOWN_CONTEXT
     if found > _LONGEST:
         print(f"context  {found:,} tokens; this run takes {_LONGEST:,}: data.sequence_length in its config.json sets another")
     return min(found, _LONGEST)

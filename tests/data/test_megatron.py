@@ -110,3 +110,13 @@ def test_an_empty_last_document_is_not_what_is_held_out(tmp_path):
     batches = list(pipeline.held_out_batches(config, batch_size=2))
     assert sum(text_bytes for _, text_bytes in batches) == 3
     assert load(prefix, "held_out").read(0, 9).tolist() == [*b"two", 256]
+
+
+@pytest.mark.parametrize("end", [[], [256]], ids=["without ends", "with ends"])
+@pytest.mark.parametrize("texts", [[b"one", b"two", b""], [b"", b"one", b"two"], [b"", b"one", b"", b"two", b"", b""]])
+def test_empty_documents_are_none(tmp_path, texts, end):
+    """First, last and between: what is held out is the last one with text, and has bytes to divide by."""
+    prefix = write(tmp_path / "corpus", [[[*text, *end] if text else []] for text in texts])
+    assert load(prefix).read(0, 9).tolist() == [*b"one", 256] and load(prefix, "held_out").read(0, 9).tolist() == [*b"two", 256]
+    config = configs.from_dict({"data": {"source": prefix, "tokenizer": "byte", "sequence_length": 4}})
+    assert sum(text_bytes for _, text_bytes in pipeline.held_out_batches(config, batch_size=2)) == 3

@@ -212,6 +212,18 @@ def test_an_alphabet_that_lacks_bytes_is_refused(tmp_path):
         tokenizer.load(str(tmp_path / "tokenizer.json"))
 
 
+def test_an_id_for_what_is_unknown_is_refused(tmp_path):
+    hf = pytest.importorskip("tokenizers")
+    bpe = hf.Tokenizer(hf.models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer, bpe.decoder = hf.pre_tokenizers.ByteLevel(add_prefix_space=False), hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<|endoftext|>"], show_progress=False)
+    bpe.train_from_iterator(["plain ASCII text and no more"], trainer)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    assert bpe.encode("é").tokens == ["<unk>", "<unk>"]  # ten bytes would be counted, of two
+    with pytest.raises(configs.ConfigError, match="loses text: .*bits per byte would be wrong"):
+        tokenizer.load(str(tmp_path / "tokenizer.json"))
+
+
 def test_normalisation_is_named_and_asked_for(tmp_path):
     path = train_bpe(tmp_path / "tokenizer.json", normalizer={"type": "NFC"})
     with pytest.raises(configs.ConfigError, match="brings text into NFC.*--allow_normalisation"):

@@ -11,10 +11,12 @@ import pytest
 from configs import from_run
 from fp8jax import config as config_lib
 from fp8jax.__main__ import main
-from fp8jax.data import tokenizer
+from fp8jax.data import shards, tokenizer
 from fp8jax.interop import hf
 from fp8jax.interop.hf_safetensors import TensorFiles
+from fp8jax.interop.inference import Inference
 from fp8jax.training import loop
+from fp8jax.training.checkpoint import Checkpoints
 from fp8jax.training.evaluation import Evaluator, load_run, run_config
 from tests.helpers.runs import micro, save_untrained
 
@@ -125,6 +127,37 @@ def test_a_sparse_tokenizer_of_gigabytes_is_not_copied(tmp_path, capsys):
     assert convert("from-hf", source, "--out", tmp_path / "run") == 2
     assert "tokenizer.json: has 3,221,225,472 bytes, more than the 268,435,456 that are copied" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("kind", "found", "context", "batch"), [
+    ("llama", 512, 512, 16), ("llama", 8192, 8192, 8), ("llama", 131072, 32768, 2), ("llama", None, 2048, 16),
+    ("qwen3", None, 32768, 2), ("apertus", None, 32768, 2)])  # None: as transformers' configs have it, 65,536 for Apertus
+def test_a_run_has_the_context_of_its_source(tmp_path, capsys, kind, found, context, batch):
+    source = pathlib.Path(shutil.copytree(DATA / kind, tmp_path / "source"))
+    values = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": found}
+    (source / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    assert convert("from-hf", source, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    config = run_config(tmp_path / "run")
+    assert (config.data.sequence_length, config.training.batch_size) == (context, batch)
+    assert f"context {context:,} tokens" in said
+    longer = found or {"apertus": 65536}.get(kind, context)
+    assert (f"context  {longer:,} tokens; this run takes 32,768: data.sequence_length" in said) == (longer > 32768)
+
+
+def test_a_run_whose_data_is_away_is_exported_and_sampled(tmp_path):
+    data = {"train": ["Sir Walter Elliot"] * 9, "held_out": ["of Kellynch Hall"]}
+    byte = tokenizer.load("byte")
+    shards.write_shards(tmp_path / "tokens", byte, {split: map(byte.encode, texts) for split, texts in data.items()})
+    _, state = save_untrained(micro(data={"source": str(tmp_path / "tokens")}), tmp_path / "run")
+    with Checkpoints(tmp_path / "run", facts={"tokenizer": "byte"}) as checkpoints:  # as a run writes it
+        checkpoints.save(2, dict(state.items()), {"step": 2})
+    shutil.rmtree(tmp_path / "tokens")
+    assert convert("to-hf", "--workdir", tmp_path / "run", "--out", tmp_path / "out") == 0
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["eos_token_id"] == 256 and values["max_position_embeddings"] == 32
+    inference = Inference(load_run(tmp_path / "run", devices=jax.devices()[:1])[0])  # what sample and eval --tasks begin with
+    assert inference.tokenizer.fingerprint == "byte" and inference.context == 32
 
 
 def test_mistakes_are_one_line_and_leave_nothing_behind(tmp_path, capsys):

@@ -128,3 +128,24 @@ def test_an_export_stands_alone(tmp_path):
     found = theirs_model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=12)
     new = found[:, batch["input_ids"].shape[1] :]
     assert [theirs.decode(ids, skip_special_tokens=True) for ids in new] == expected
+
+
+def test_generate_stops_at_a_forced_end(tmp_path):
+    """As ours does: the end of document is made the likeliest id after the prompt, so nothing follows it."""
+    model = micro_model.load(64)
+    byte, rows = tokenizer.load("byte"), model.definition.vocab_size
+    head = np.array(model.params["head"]["w"])
+    best = int(micro_model.uncached(model)([256, *b"Anne"])[-1].argmax())
+    assert best != 256
+    axis = head.shape.index(rows)
+    head = np.moveaxis(head, axis, 0)
+    head[[256, best]] = head[[best, 256]]
+    model = model._replace(params=model.params | {"head": {"w": np.moveaxis(head, 0, axis)}})
+    assert generation.generate(Inference(model), ["Anne"], tokens=12) == [""]
+    more = {"max_position_embeddings": 64, **hf_tokenizer.token_ids(byte)}
+    hf.save(tmp_path / "out", model.definition.config, rows, model.params, "llama", np.dtype("float32"), 10**9, None, more)
+    for name, content in hf_tokenizer.files(byte, 64, rows).items():
+        (tmp_path / "out" / name).write_text(json.dumps(content))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    found = load(tmp_path / "out").generate(**theirs("Anne", return_tensors="pt"), max_new_tokens=12)
+    assert found.tolist() == [[*theirs("Anne")["input_ids"], 256]]

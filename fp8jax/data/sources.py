@@ -81,7 +81,7 @@ class TokenStream:
 
     def _piece(self, which: int, first: int, last: int) -> np.ndarray:
         tokens, size = self._plain[which][first:last], self.tokenizer.vocab_size
-        if tokens.max() >= size or tokens.min() < 0:  # JAX would clamp such an id in silence
+        if tokens.max() >= size or (tokens.dtype.kind != "u" and tokens.min() < 0):  # JAX would clamp such an id in silence
             bad = int(np.argmax((tokens >= size) | (tokens < 0)))
             at = (first + bad) * self.arrays[which].itemsize
             raise DataError(f"{self.names[which]}: token {first + bad} is {tokens[bad]}, outside the vocabulary of {size} (byte {at}); "

@@ -142,6 +142,8 @@ def test_a_task_that_cannot_be_run_leaves_the_others_as_they_are(harness, tmp_pa
 @needs_harness
 def test_the_command_keeps_what_is_done_and_names_what_is_not(harness, tmp_path, inference, monkeypatch, capsys):
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "7" / "MANIFEST.json").write_text("{}")
     monkeypatch.setattr(evaluation, "load_run", lambda *_, **__: (None, 7))
     monkeypatch.setattr(inference_module, "Inference", lambda model: inference)
     text = (TASKS / "persuasion_names.yaml").read_text().replace("names.jsonl", str(TASKS / "names.jsonl"))

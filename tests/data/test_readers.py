@@ -122,6 +122,7 @@ def test_a_dictionary_is_not_expanded(tmp_path):
     once = "a" * (1 << 24)
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), pa.array([once]))
     parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 4096
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (piece,) = documents.pieces(str(tmp_path / "a.parquet"), 1 << 30)
     rows = 0

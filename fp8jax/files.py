@@ -22,11 +22,15 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 def elsewhere(name: str) -> str:
     """Return what to say of an address, such as gs://bucket/tokens, that was given for a path; '' for a path."""
-    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name)
-    if not scheme or os.path.exists(name):
+    if re.match(r"[A-Za-z]:[\\/]", name) and os.name != "nt":
+        return f"{name}: is a path of Windows; here a directory is written like /home/me/runs or runs/first"
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(?=/|$)", name)
+    # 'gs:' anywhere in a path is an address for the library that writes checkpoints.
+    found = scheme[0] if scheme else "gs:" if "gs:" in pathlib.Path(name).absolute().parts else ""
+    if not found:
         return ""
     return (
-        f"{name}: {scheme[0]}/ is no file system; give a directory, such as one where the bucket is mounted "
+        f"{name}: {found}// is no file system; give a directory, such as one where the bucket is mounted "
         "(gcsfuse, s3fs, blobfuse)"
     )
 

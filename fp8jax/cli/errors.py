@@ -1,12 +1,12 @@
 """How every command reports a mistake: one line on standard error, exit code 2."""
 
 import argparse
-import os
 import pathlib
 import re
 import sys
 from collections.abc import Sequence
 
+from fp8jax import files
 from fp8jax.cli import words
 from fp8jax.config import ConfigError, did_you_mean
 
@@ -71,15 +71,9 @@ def local_path(text: str) -> pathlib.Path:
     Raises:
         argparse.ArgumentTypeError: the address of an object store, which would be taken for a directory of that name.
     """
-    path = pathlib.Path(text)
-    # 'gs:' anywhere in a path is an address for the library that writes checkpoints.
-    found = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(?=/|$)", text)
-    if scheme := found[0] if found else "gs:" if "gs:" in path.absolute().parts else "":
-        raise argparse.ArgumentTypeError(f"{text}: {scheme}// is no file system; give a directory, such as one where the bucket is mounted "
-                                         "(gcsfuse, s3fs, blobfuse)")
-    if re.match(r"[A-Za-z]:[\\/]", text) and os.name != "nt":
-        raise argparse.ArgumentTypeError(f"{text}: is a path of Windows; here a directory is written like /home/me/runs or runs/first")
-    return path
+    if away := files.elsewhere(text):
+        raise argparse.ArgumentTypeError(away)
+    return pathlib.Path(text)
 
 
 def local_directory(flag: str, text: str) -> pathlib.Path:

@@ -133,7 +133,7 @@ def _load(manager: TaskManager, names: list[str]) -> list[Any]:
     for name in names:
         try:
             task = manager.load([name])
-            loaded += task["groups"].values() or task["tasks"].values()
+            loaded += (task.get("groups") or task["tasks"]).values()
         except ConnectionError:
             missing.append(name)
             # Asking the network for every other task as well would take half a minute each.

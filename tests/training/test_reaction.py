@@ -1,5 +1,7 @@
 """What the loop does about an early warning: falls back without a restart, saves, goes back, stops; all of it survives a restart."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from fp8jax import config as config_lib
 from fp8jax.monitor.early_warning import Alarm, EarlyWarning
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.training.checkpoint import Checkpoints
+from fp8jax.training.reaction import Reaction
 from tests.helpers.runs import micro, program_of, train
 
 AT = 4
@@ -101,6 +104,17 @@ def test_stop_checkpoint_and_log(tmp_path, action, code):
 
 
 @pytest.mark.slow
+def test_a_continued_run_has_seen_its_log_up_to_its_step_and_no_further(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(EarlyWarning, "observe", lambda self, entry: seen.append(entry["step"]) or [])
+    lines = [json.dumps({"step": step, "tokens": step, "loss": 2.0, "grad_norm": 1.0}) + "\n" for step in range(1, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    for step in (3, 5):
+        seen.clear()
+        Reaction(config_lib.WarningConfig(), tmp_path, step, "")
+        assert seen == list(range(1, step + 1))
+
+
 def test_a_level_below_the_configured_one_changes_nothing(tmp_path, monkeypatch):
     weak = Alarm(AT, "warn", "attention_logits", 1, "off", 0, 0, "", "attention_scores")
     monkeypatch.setattr(EarlyWarning, "observe", lambda self, entry: [weak] if entry["step"] == AT else [])

@@ -103,7 +103,6 @@ def test_stop_checkpoint_and_log(tmp_path, action, code):
     assert steps == {"stop": [AT], "checkpoint": [AT, 8], "log": [8]}[action]
 
 
-@pytest.mark.slow
 def test_a_continued_run_has_seen_its_log_up_to_its_step_and_no_further(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(EarlyWarning, "observe", lambda self, entry: seen.append(entry["step"]) or [])
@@ -115,6 +114,7 @@ def test_a_continued_run_has_seen_its_log_up_to_its_step_and_no_further(tmp_path
         assert seen == list(range(1, step + 1))
 
 
+@pytest.mark.slow
 def test_a_level_below_the_configured_one_changes_nothing(tmp_path, monkeypatch):
     weak = Alarm(AT, "warn", "attention_logits", 1, "off", 0, 0, "", "attention_scores")
     monkeypatch.setattr(EarlyWarning, "observe", lambda self, entry: [weak] if entry["step"] == AT else [])

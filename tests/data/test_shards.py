@@ -199,16 +199,16 @@ def test_damage_is_one_line_naming_the_file(tmp_path, damage, fault):
     assert message.startswith(f"config.data.source: {path}") and fault in message and "\n" not in message
 
 
-@pytest.mark.parametrize("threads", [0, 1])
-def test_an_id_outside_the_vocabulary_stops_the_run(tmp_path, threads):
+@pytest.mark.parametrize(("threads", "bad"), [(0, 9999), (1, 9999), (0, 257)])
+def test_an_id_outside_the_vocabulary_stops_the_run(tmp_path, threads, bad):
     write(tmp_path, shard_tokens=20)
     path = tmp_path / "train_00001.bin"
     tokens = np.fromfile(path, "<u2")
-    tokens[3] = 9999
+    tokens[3] = bad
     tokens.tofile(path)
     config = configs.from_dict({"data": {"source": str(tmp_path), "read_threads": threads, "sequence_length": 8}})
     iterator = pipeline.train_iterator(config)
-    with pytest.raises(ValueError, match=r"train_00001\.bin: token 3 is 9999, outside the vocabulary of 257"):
+    with pytest.raises(ValueError, match=rf"train_00001\.bin: token 3 is {bad}, outside the vocabulary of 257"):
         for _ in range(3):
             next(iterator)
 

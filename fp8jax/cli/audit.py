@@ -60,7 +60,7 @@ def _target(name: str) -> "Target":
     from fp8jax.audit import targets
     from fp8jax.audit.limits import set_memory_fraction
 
-    if name == "local":
+    if name.partition(":")[0] == "local":
         set_memory_fraction()
     else:
         jax.config.update("jax_platforms", "cpu")

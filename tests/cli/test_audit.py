@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from fp8jax.audit import limits
 from fp8jax.cli import audit, audit_memory
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -94,3 +95,11 @@ def test_help_shows_an_example(capsys):
     with pytest.raises(SystemExit):
         audit.main(["--help"])
     assert "python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:8" in capsys.readouterr().out
+
+
+def test_some_of_the_devices_at_hand_are_those_of_a_run(monkeypatch, capsys):
+    """Not of a CPU that stands for devices which are elsewhere."""
+    asked = []
+    monkeypatch.setattr(limits, "set_memory_fraction", lambda: asked.append(True))
+    assert audit.main(["--config=configs/fp8_base.py:tiny", "--target=local:9"]) == 2
+    assert asked and "is not a number of devices from 1 to 8" in capsys.readouterr().err

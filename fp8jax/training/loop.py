@@ -171,7 +171,7 @@ class _Run:
         self.decision: Decision | None = None
         self.evaluator = Evaluator(config, self.program.definition, self.program.mesh)
         self.profile = ProfileWindow(config.profile, workdir / "profile") if distributed.is_first() else Silent()
-        self.agreement, self.stopping, self.busy = distributed.Agreement(3), bool(stop), False
+        self.agreement, self.stopping, self.busy = distributed.Agreement(3), False, False
         self.clock, self.timed = time.perf_counter(), 0
         self.saver = Saver(config, self.program, checkpoints, writer, progress, watchdog)
         self.held_out_loss: tuple[int, float] | None = None  # of a step
@@ -205,7 +205,7 @@ class _Run:
     def _steps(self, *, first: bool) -> int:
         """Step until the run is over or must stop; returns bad steps in a row."""
         training, bad, self.ended = self.config.training, 0, ""
-        self.stopping = self.stopping or bool(self.stop) and jax.process_count() == 1
+        self.stopping = bool(self.stop) and jax.process_count() == 1  # several agree on it after their first step
         try:
             while self.step < training.steps and not (self.stopping or self.ended) and bad < training.bad_steps:
                 bad = self._step(self.feed)

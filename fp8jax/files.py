@@ -23,7 +23,7 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 def elsewhere(name: str) -> str:
     """Return what to say of an address, such as gs://bucket/tokens, that was given for a path; '' for a path."""
     if re.match(r"[A-Za-z]:[\\/]", name) and os.name != "nt":
-        return f"{name}: is a path of Windows; here a directory is written like /home/me/runs or runs/first"
+        return f"{name}: is a path of Windows; here a directory is written like /data/runs or runs/first"
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(?=/|$)", name)
     # 'gs:' anywhere in a path is an address for the library that writes checkpoints.
     found = scheme[0] if scheme else "gs:" if "gs:" in pathlib.Path(name).absolute().parts else ""

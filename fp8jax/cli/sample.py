@@ -1,13 +1,13 @@
 """`python -m fp8jax sample`: continues a prompt with the model of a run."""
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 
 from fp8jax.cli import checks
 from fp8jax.cli.errors import Parser, complain, local_path
 from fp8jax.config import ConfigError
+from fp8jax.interop import sampling
 from fp8jax.monitor.stages import Stages
 
 STOPPED = 4
@@ -51,12 +51,8 @@ def _check(options: argparse.Namespace) -> None:
     checks.checkpoint(options.workdir, options.step)
     if options.tokens < 1:
         raise ConfigError(f"--tokens={options.tokens}: is below 1")
-    if not 0 <= options.temperature < math.inf:
-        raise ConfigError(f"--temperature={options.temperature}: is not a number of at least 0; 0 is greedy")
-    if not 0 < options.top_p <= 1:
-        raise ConfigError(f"--top_p={options.top_p}: is not above 0 and at most 1; 1 draws from all tokens")
-    if not 0 <= options.seed < 1 << 32:
-        raise ConfigError(f"--seed={options.seed}: is not from 0 to {(1 << 32) - 1}")
+    if found := sampling.fault(options.temperature, options.top_p, options.seed):
+        raise ConfigError(f"--{found.name}={found.value}: {found.reason}")
 
 
 def _shown(text: str) -> str:

@@ -114,10 +114,7 @@ def prepare(
         if bad := index.get("skipped_rows"):
             note(f"skipped: {bad:,} rows that hold no text, first {index['first_skipped']}")
         _copy_tokenizer(loaded, directory)
-        sources = _sources(job, parts)
-        shards.write_sources(directory, sources)
-        index["source_files"] = len(sources)
-        shards.write_index(directory, index)
+        _write(directory, index, _sources(job, parts))
         shutil.rmtree(directory / _UNFINISHED)
     return _pack(index["splits"], directory, loaded, best_fit)
 
@@ -470,6 +467,13 @@ def _index(job: _Job, parts: list, tokenizer: tokenizers.Tokenizer, plan: str, f
         more |= {"skipped_rows": bad, "first_skipped": first}
     return shards.header(tokenizer) | more | {"plan": plan, "text_field": job.text_field, "validation_fraction": fraction,
                                                     "splits": splits}
+
+
+def _write(directory: pathlib.Path, index: dict[str, Any], sources: list[dict[str, Any]]) -> None:
+    """Write what was read, and last the index, with which a directory is finished."""
+    shards.write_sources(directory, sources)
+    index["source_files"] = len(sources)
+    shards.write_index(directory, index)
 
 
 def _sources(job: _Job, parts: list) -> list[dict[str, Any]]:

@@ -14,9 +14,7 @@ it goes on from its newest half context: those tokens are read anew as a prompt,
 Tokens come in chunks of CHUNK, one jitted loop each; shapes are powers of two, so few programs are compiled.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,38 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax.interop.inference import Inference
+from fp8jax.interop.sampling import Sampling
 from fp8jax.models import kv_cache
 from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.runner import Bound, pin_rows
 
 CHUNK = 16
 Ids = list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: draws from the likeliest tokens that together have at least this probability.
-        seed: equal seeds give equal texts.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature: {self.temperature} is not a number of at least 0; 0 is greedy")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p} is not above 0 and at most 1; 1 draws from all tokens")
-        if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"seed: {self.seed} is not from 0 to {(1 << 32) - 1}")
 
 
 def generate(inference: Inference, prompts: Sequence[str], *, tokens: int, temperature: float = 0.0, top_p: float = 1.0,

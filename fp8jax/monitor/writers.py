@@ -27,6 +27,7 @@ import tensorboardX
 from tensorboardX import record_writer
 from tensorboardX.proto.summary_pb2 import Summary
 
+from fp8jax import files
 from fp8jax.monitor import layered
 from fp8jax.monitor.logs import MetricsError, cut, read_metrics
 from fp8jax.monitor.patient_file import PatientFile
@@ -155,17 +156,8 @@ def _append(file: PatientFile, record: dict[str, Any]) -> None:
     try:
         line = json.dumps(record, allow_nan=False)
     except ValueError:  # seldom: looking at each of thousands of values beforehand takes as long as writing them
-        line = json.dumps(_strict(record), allow_nan=False)
+        line = json.dumps(files.strict(record), allow_nan=False)
     file.write((line + "\n").encode())
-
-
-def _strict(value: Any) -> Any:
-    """Return a JSON value with strings in place of numbers that are not finite."""
-    if isinstance(value, dict):
-        return {name: _strict(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_strict(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

@@ -29,19 +29,25 @@ def bf16(q, k, v, scale: float):
     """BF16 attention by jax.nn, q [b, t, k, g, h]."""
     b, t, kv, groups, h = q.shape
     kind = "cudnn" if common.on_gpu() else None
-    o = jax.nn.dot_product_attention(q.reshape(b, t, kv * groups, h), k, v, scale=scale, is_causal=True, implementation=kind)
+    o = jax.nn.dot_product_attention(
+        q.reshape(b, t, kv * groups, h), k, v, scale=scale, is_causal=True, implementation=kind
+    )
     return o.reshape(q.shape)
 
 
 def fp8(q, k, v, scale: float, backend: str, scaling: str, fast: str = "fprop"):
     """FP8 attention; its scales, under delayed scaling, are constants."""
-    recipes = {role: GemmRecipe(scaling, emulated=not common.on_gpu(), fast_accumulation=fast) for role in (SCORES, VALUES)}
+    recipes = {
+        role: GemmRecipe(scaling, emulated=not common.on_gpu(), fast_accumulation=fast)
+        for role in (SCORES, VALUES)
+    }
     scales = {role: jnp.full(len(OPERANDS[role]), 1 / 64, jnp.float32) for role in recipes}
     return attention(q, k, v, recipes, softmax_scale=scale, scales=scales, backend=backend)
 
 
 def jitted(forward: Callable[..., jax.Array], passes: str) -> Callable[..., Any]:
     """(q, k, v, do) → output, or output and gradients."""
+
     def run(q, k, v, do):
         if passes == "forward":
             return forward(q, k, v)
@@ -56,8 +62,17 @@ def candidates(head: int, scalings: Sequence[str]) -> dict[str, Callable[..., ja
     backends = [backend for backend in BACKENDS if backend != "emulated" or not common.on_gpu()]
     found = {"bf16": functools.partial(bf16, scale=head**-0.5)}
     for scaling in scalings:
-        found |= {f"{backend}, {scaling}": functools.partial(fp8, scale=head**-0.5, backend=backend, scaling=scaling) for backend in backends}
-    return found | {"pallas, delayed, fast": functools.partial(fp8, scale=head**-0.5, backend="pallas", scaling="delayed", fast="all")}
+        found |= {
+            f"{backend}, {scaling}": functools.partial(
+                fp8, scale=head**-0.5, backend=backend, scaling=scaling
+            )
+            for backend in backends
+        }
+    return found | {
+        "pallas, delayed, fast": functools.partial(
+            fp8, scale=head**-0.5, backend="pallas", scaling="delayed", fast="all"
+        )
+    }
 
 
 def measure(length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -65,23 +80,46 @@ def measure(length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     s = configs.SIZES[args.size]
     kv, head = s["kv_heads"], s["width"] // s["heads"]
     many, few = (args.batch, length, kv, s["heads"] // kv, head), (args.batch, length, kv, head)
-    arrays = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate((many, few, few, many))]
+    arrays = [
+        jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, shape in enumerate((many, few, few, many))
+    ]
     rows = []
     for passes, gemms in PASSES.items():
         forwards = candidates(head, args.scalings.split(","))
-        calls = {name: functools.partial(jitted(forward, passes), *arrays) for name, forward in forwards.items()}
+        calls = {
+            name: functools.partial(jitted(forward, passes), *arrays)
+            for name, forward in forwards.items()
+        }
         found, failed = common.surviving(calls, args.rounds)
         flops = gemms * args.batch * s["heads"] * length**2 * head
-        rows += [{"attention": name, "length": length, "passes": passes, "ms": seconds * 1e3, "tflops_per_second": flops / seconds / 1e12,
-                  "speed": found["bf16"] / seconds if "bf16" in found else None} for name, seconds in found.items()]
-        rows += [{"attention": name, "length": length, "passes": passes, "error": error} for name, error in failed.items()]
+        rows += [
+            {
+                "attention": name,
+                "length": length,
+                "passes": passes,
+                "ms": seconds * 1e3,
+                "tflops_per_second": flops / seconds / 1e12,
+                "speed": found["bf16"] / seconds if "bf16" in found else None,
+            }
+            for name, seconds in found.items()
+        ]
+        rows += [
+            {"attention": name, "length": length, "passes": passes, "error": error}
+            for name, error in failed.items()
+        ]
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     """Prints the table and writes the results; returns their file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/attention.py --size=tiny")
-    parser.add_argument("--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python benchmarks/attention.py --size=tiny",
+    )
+    parser.add_argument(
+        "--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES
+    )
     parser.add_argument("--lengths", default="4096,2048,8192,16384" if common.on_gpu() else "256")
     parser.add_argument("--scalings", default="delayed,current")
     parser.add_argument("--batch", type=int, default=2)
@@ -91,7 +129,9 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     rows: list[dict[str, Any]] = []
     for length in map(int, args.lengths.split(",")):
         rows += measure(length, args)
-        path = common.save(f"attention-{args.size}", rows, args.results, show=False, batch=args.batch)
+        path = common.save(
+            f"attention-{args.size}", rows, args.results, show=False, batch=args.batch
+        )
     common.print_table(rows)
     return path
 

@@ -34,18 +34,31 @@ def target_device(path: str | None) -> jax.Device:
     if path is None:
         return jax.devices()[0]
     text = pathlib.Path(path).read_text()
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="h100", topology="1x1x1", target_config=text)
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=text
+    )
     return topology.devices[0]
 
 
 def compiled(device: jax.Device, backend: str, scaling: str, length: int) -> jax.stages.Compiled:
     """Forward and backward pass of one attention, for a device; FP8 GEMMs unless that is a CPU."""
     sharding = NamedSharding(Mesh(np.array([device]), ("data",)), PartitionSpec())
-    recipes = {role: GemmRecipe(scaling, emulated=device.platform == "cpu") for role in (SCORES, VALUES)}
+    recipes = {
+        role: GemmRecipe(scaling, emulated=device.platform == "cpu") for role in (SCORES, VALUES)
+    }
 
     def both(q, k, v, do, scales, tokens):
         def forward(q, k, v, tokens):
-            return attention(q, k, v, recipes, softmax_scale=WIDTH**-0.5, scales=scales, tokens=tokens, backend=backend)
+            return attention(
+                q,
+                k,
+                v,
+                recipes,
+                softmax_scale=WIDTH**-0.5,
+                scales=scales,
+                tokens=tokens,
+                backend=backend,
+            )
 
         o, backward = jax.vjp(forward, q, k, v, tokens)
         return o, *backward(do)
@@ -55,7 +68,11 @@ def compiled(device: jax.Device, backend: str, scaling: str, length: int) -> jax
 
     q, k = array(1, length, HEADS, GROUPS, WIDTH), array(1, length, HEADS, WIDTH)
     scales = {role: array(len(OPERANDS[role]), dtype=jnp.float32) for role in recipes}
-    lowered = jax.jit(both).trace(q, k, k, q, scales, scales).lower(lowering_platforms=(_platform(device),))
+    lowered = (
+        jax.jit(both)
+        .trace(q, k, k, q, scales, scales)
+        .lower(lowering_platforms=(_platform(device),))
+    )
     return lowered.compile(compiler_options=OPTIONS if _platform(device) == "cuda" else None)
 
 
@@ -73,15 +90,19 @@ def gemm_counts(text: str) -> tuple[int, int]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     epilog="example: python benchmarks/attention_memory.py --lengths=1024,4096")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python benchmarks/attention_memory.py --lengths=1024,4096",
+    )
     parser.add_argument("--target", help="text of a GPU's properties; default: the device at hand")
     parser.add_argument("--lengths", default="1024,4096,16384")
     parser.add_argument("--scaling", default="delayed", choices=("delayed", "current"))
     args = parser.parse_args()
     device = target_device(args.target)
     print(f"{device.device_kind}, jax {jax.__version__}, scaling {args.scaling}\n")
-    print("| backend | tokens | temporaries, MiB | ratio | FP8 GEMMs | others |\n|---|---:|---:|---:|---:|---:|")
+    print(
+        "| backend | tokens | temporaries, MiB | ratio | FP8 GEMMs | others |\n|---|---:|---:|---:|---:|---:|"
+    )
     for backend in reversed(BACKENDS):
         before = None
         for length in map(int, args.lengths.split(",")):

@@ -35,7 +35,13 @@ class Run:
         shape = config.training.batch_size, config.data.sequence_length
         tokens = np.random.default_rng(0).integers(0, VOCABULARY, shape, np.int32)
         self._program, self._step = program, program.compiled_step()
-        self._batch = program.put({"inputs": tokens, "targets": np.roll(tokens, -1, 1), "mask": np.ones(shape, np.float32)})
+        self._batch = program.put(
+            {
+                "inputs": tokens,
+                "targets": np.roll(tokens, -1, 1),
+                "mask": np.ones(shape, np.float32),
+            }
+        )
         self.state = program.calibrate(program.init(), self._batch)
 
     def __call__(self) -> Any:
@@ -51,7 +57,9 @@ def timed(call: Any) -> float:
     return time.perf_counter() - start
 
 
-def measure(run: Run, plain: Run, checkpoints: Checkpoints, every: int, rounds: int) -> dict[str, Any]:
+def measure(
+    run: Run, plain: Run, checkpoints: Checkpoints, every: int, rounds: int
+) -> dict[str, Any]:
     """Takes turns step by step, so that whatever else the machine does falls on both."""
     with_saves, without, blocks, unready = [], [], [], 0
     for step in range(1, every * rounds + 1):
@@ -63,19 +71,41 @@ def measure(run: Run, plain: Run, checkpoints: Checkpoints, every: int, rounds: 
             checkpoints.save(step, run.state.items(), {"step": step})
             blocks.append(time.perf_counter() - start)
     checkpoints.wait()
-    a, b = (statistics.median(seconds[every:]) for seconds in (with_saves, without))  # from the first save on
-    return {"every": every, "with_ms": a * 1e3, "without_ms": b * 1e3, "slower": a / b - 1, "blocks_ms": statistics.median(blocks) * 1e3,
-            "blocks_steps": statistics.median(blocks) / b, "saves_still_under_way": unready}
+    a, b = (
+        statistics.median(seconds[every:]) for seconds in (with_saves, without)
+    )  # from the first save on
+    return {
+        "every": every,
+        "with_ms": a * 1e3,
+        "without_ms": b * 1e3,
+        "slower": a / b - 1,
+        "blocks_ms": statistics.median(blocks) * 1e3,
+        "blocks_steps": statistics.median(blocks) / b,
+        "saves_still_under_way": unready,
+    }
 
 
 def restart(size: str, workdir: pathlib.Path, starts: int = 3) -> list[float]:
     """Seconds from the start of the process to the end of its first step, of runs that continue; the first fills the cache."""
     found = []
     for start in range(1, starts + 1):
-        command = [sys.executable, "train.py", f"--config=configs/fp8_base.py:{size}", f"--workdir={workdir}",
-                   f"--config.training.steps={2 * start}", "--config.optimizer.warmup_steps=1",
-                   "--config.evaluation.batches=1", "--config.evaluation.every=0"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=pathlib.Path(__file__).parents[1]).stdout
+        command = [
+            sys.executable,
+            "train.py",
+            f"--config=configs/fp8_base.py:{size}",
+            f"--workdir={workdir}",
+            f"--config.training.steps={2 * start}",
+            "--config.optimizer.warmup_steps=1",
+            "--config.evaluation.batches=1",
+            "--config.evaluation.every=0",
+        ]
+        told = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=pathlib.Path(__file__).parents[1],
+        ).stdout
         found.append(float(re.search(r"first step was done ([\d.]+) s", told)[1]))  # pyright: ignore[reportOptionalSubscript]
     return found
 
@@ -90,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     args = parser.parse_args(argv)
-    program = make_program(args.model, None, size=args.size, batch=args.batch, length=None, remat="none")
+    program = make_program(
+        args.model, None, size=args.size, batch=args.batch, length=None, remat="none"
+    )
     with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=2) as checkpoints:
         row = measure(Run(program), Run(program), checkpoints, args.every, args.rounds)
         row |= {"restart_seconds": min(restart(args.size, pathlib.Path(folder) / "run")[1:])}

@@ -24,7 +24,17 @@ sys.path.insert(0, str(ROOT))  # `python benchmarks/X.py` works where fp8jax is 
 from fp8jax.audit.roofline import Device, device_of
 
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "torch", "torchao", "jax-cuda12-plugin", "jax-cuda13-plugin")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "qwix",
+    "torch",
+    "torchao",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+)
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -44,7 +54,9 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def surviving(calls: Mapping[str, Callable[[], Any]], rounds: int, *, tell: bool = False) -> tuple[dict[str, float], dict[str, str]]:
+def surviving(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, *, tell: bool = False
+) -> tuple[dict[str, float], dict[str, str]]:
     """`interleaved` of the candidates whose first call succeeds, and what the others died of: a failure is a result.
 
     With `tell`, says of each when its first call is over.
@@ -58,7 +70,10 @@ def surviving(calls: Mapping[str, Callable[[], Any]], rounds: int, *, tell: bool
         except Exception as error:  # noqa: BLE001  compilers and devices raise what they like
             failed[name] = one_line(error)
         if tell:
-            print(f"{name}: {failed.get(name, 'ready')} after {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"{name}: {failed.get(name, 'ready')} after {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     return interleaved(working, rounds), failed
 
 
@@ -72,10 +87,23 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def save(name: str, rows: Sequence[Mapping[str, Any]], folder: pathlib.Path = RESULTS, *, show: bool = True, **more: Any) -> pathlib.Path:
+def save(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    folder: pathlib.Path = RESULTS,
+    *,
+    show: bool = True,
+    **more: Any,
+) -> pathlib.Path:
     """Writes rows with device, versions and command as JSON, and prints them as a table, unless more is to come; returns the file."""
     device = jax.devices()[0].device_kind
-    record = {"device": device, "versions": versions(), "command": " ".join(["python", *sys.argv]), **more, "rows": list(rows)}
+    record = {
+        "device": device,
+        "versions": versions(),
+        "command": " ".join(["python", *sys.argv]),
+        **more,
+        "rows": list(rows),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{device.replace(' ', '_').lower()}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

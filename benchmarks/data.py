@@ -33,8 +33,11 @@ from fp8jax.data import pipeline, sources, tokenizer
 STEP = 10_000_000
 VOCABULARY, LENGTH = 8192, 4096
 BATCH = 1000  # documents that the library gets at once
-KINDS = {"concat": {}, "concat, document masks": {"document_masks": True},
-         "best fit, document masks": {"packing": "best_fit", "document_masks": True}}
+KINDS = {
+    "concat": {},
+    "concat, document masks": {"document_masks": True},
+    "best fit, document masks": {"packing": "best_fit", "document_masks": True},
+}
 
 
 def passages(megabytes: float) -> Iterator[str]:
@@ -55,15 +58,41 @@ def library_alone(file: pathlib.Path, texts: list[str]) -> dict[str, Any]:
     library = tokenizers.Tokenizer.from_file(str(file))
     start, cpu, tokens = time.perf_counter(), time.process_time(), 0
     for first in range(0, len(texts), BATCH):
-        tokens += sum(len(found) for found in library.encode_batch_fast(texts[first : first + BATCH], add_special_tokens=False))
-    return _rate("tokenizers alone", texts, time.perf_counter() - start, time.process_time() - cpu) | {"tokens": tokens}
+        tokens += sum(
+            len(found)
+            for found in library.encode_batch_fast(
+                texts[first : first + BATCH], add_special_tokens=False
+            )
+        )
+    return _rate(
+        "tokenizers alone", texts, time.perf_counter() - start, time.process_time() - cpu
+    ) | {"tokens": tokens}
 
 
-def prepare(file: pathlib.Path, text: pathlib.Path, out: pathlib.Path, texts: list[str]) -> dict[str, Any]:
+def prepare(
+    file: pathlib.Path, text: pathlib.Path, out: pathlib.Path, texts: list[str]
+) -> dict[str, Any]:
     """`python -m fp8jax prepare` from the .jsonl to finished shards, best fit included, and its peak memory."""
-    command = [sys.executable, "-m", "fp8jax", "prepare", f"--input={text}", f"--out={out}", f"--tokenizer={file}", "--best_fit", str(LENGTH)]
+    command = [
+        sys.executable,
+        "-m",
+        "fp8jax",
+        "prepare",
+        f"--input={text}",
+        f"--out={out}",
+        f"--tokenizer={file}",
+        "--best_fit",
+        str(LENGTH),
+    ]
     start, cpu = time.perf_counter(), os.times()
-    process = subprocess.Popen(command, cwd=common.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        cwd=common.ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     peak = _Peak(process.pid)
     _, errors = process.communicate()
     seconds, after = time.perf_counter() - start, os.times()
@@ -75,8 +104,14 @@ def prepare(file: pathlib.Path, text: pathlib.Path, out: pathlib.Path, texts: li
 
 def _rate(what: str, texts: list[str], seconds: float, cpu: float) -> dict[str, Any]:
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    return {"measure": what, "megabytes": megabytes, "seconds": seconds, "cpu_seconds": cpu, "mb_per_second": megabytes / seconds,
-            "mb_per_cpu_second": megabytes / cpu}
+    return {
+        "measure": what,
+        "megabytes": megabytes,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "mb_per_second": megabytes / seconds,
+        "mb_per_cpu_second": megabytes / cpu,
+    }
 
 
 class _Peak(threading.Thread):
@@ -89,8 +124,14 @@ class _Peak(threading.Thread):
 
     def run(self) -> None:
         while not self._ended.wait(0.2):
-            self._largest = max(self._largest, sum(_proportional_kib(pid) for pid in pathlib.Path("/proc").glob("[0-9]*")
-                                                   if self._is_ours(int(pid.name))))
+            self._largest = max(
+                self._largest,
+                sum(
+                    _proportional_kib(pid)
+                    for pid in pathlib.Path("/proc").glob("[0-9]*")
+                    if self._is_ours(int(pid.name))
+                ),
+            )
 
     def _is_ours(self, pid: int) -> bool:
         try:
@@ -113,7 +154,9 @@ def _proportional_kib(process: pathlib.Path) -> float:
     return next((float(line.split()[1]) for line in lines if line.startswith("Pss:")), 0.0)
 
 
-def reading(kind: str, directory: pathlib.Path, batches: int, length: int = LENGTH) -> dict[str, Any]:
+def reading(
+    kind: str, directory: pathlib.Path, batches: int, length: int = LENGTH
+) -> dict[str, Any]:
     """Batches of 32,768 tokens at STEP, by one core; seconds until the first of them is there."""
     values = configs.make("tiny", architecture="fog_max", recipe="fp8_dpa")
     values.data.update(source=str(directory), sequence_length=length, read_threads=0, **KINDS[kind])
@@ -123,14 +166,23 @@ def reading(kind: str, directory: pathlib.Path, batches: int, length: int = LENG
     next(iterator)
     resumed, cpu = time.perf_counter() - start, time.process_time()
     tokens = sum(next(iterator)["inputs"].size for _ in range(batches))
-    return {"measure": f"batches, {kind}, sequences of {length}", "tokens": tokens,
-            "mtok_per_cpu_second": tokens / (time.process_time() - cpu) / 1e6, "seconds_to_first_batch_of_step_1e7": resumed}
+    return {
+        "measure": f"batches, {kind}, sequences of {length}",
+        "tokens": tokens,
+        "mtok_per_cpu_second": tokens / (time.process_time() - cpu) / 1e6,
+        "seconds_to_first_batch_of_step_1e7": resumed,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     """Prints the table and writes the results; returns their file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/data.py --megabytes=20")
-    parser.add_argument("--megabytes", type=float, default=1000.0, help="text to prepare (default: 1000)")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python benchmarks/data.py --megabytes=20",
+    )
+    parser.add_argument(
+        "--megabytes", type=float, default=1000.0, help="text to prepare (default: 1000)"
+    )
     parser.add_argument("--batches", type=int, default=300, help="batches to read")
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     args = parser.parse_args(argv)
@@ -142,8 +194,13 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
             out.writelines(json.dumps({"text": passage}) + "\n" for passage in texts)
         rows = [library_alone(file, texts), prepare(file, text, shards, texts)]
         rows += [reading(kind, shards, args.batches) for kind in KINDS]
-        rows += [reading(kind, shards, args.batches, 256) for kind in ("concat", "concat, document masks")]
-    return common.save("data", rows, args.results, cores=len(os.sched_getaffinity(0)), vocabulary=VOCABULARY)
+        rows += [
+            reading(kind, shards, args.batches, 256)
+            for kind in ("concat", "concat, document masks")
+        ]
+    return common.save(
+        "data", rows, args.results, cores=len(os.sched_getaffinity(0)), vocabulary=VOCABULARY
+    )
 
 
 if __name__ == "__main__":

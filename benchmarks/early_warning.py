@@ -57,7 +57,9 @@ def run_apart(names: list[str], parallel: int, seconds: float) -> None:
     WORKDIRS.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-        runs = [pool.submit(_run_apart, name, deadline) for name in names if not log_of(name).exists()]
+        runs = [
+            pool.submit(_run_apart, name, deadline) for name in names if not log_of(name).exists()
+        ]
     for done in runs:  # only now, so that no fault of one takes the others with it
         done.result()
 
@@ -70,8 +72,14 @@ def _run_apart(name: str, deadline: float) -> None:
     if start < deadline:
         with (WORKDIRS / f"{name}.txt").open("w") as out:
             try:
-                done = subprocess.run([sys.executable, __file__, "run", f"--only={name}"], stdin=subprocess.DEVNULL, stdout=out,
-                                      stderr=subprocess.STDOUT, timeout=deadline - start, check=False)
+                done = subprocess.run(
+                    [sys.executable, __file__, "run", f"--only={name}"],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    timeout=deadline - start,
+                    check=False,
+                )
                 ended = f"exit code {done.returncode}"
             except subprocess.TimeoutExpired:
                 pass
@@ -79,18 +87,25 @@ def _run_apart(name: str, deadline: float) -> None:
     steps = len(read_metrics(metrics)) if metrics.exists() else 0
     if not log.exists() and steps >= wanted / 2:
         keep(workdir, log)
-    print(f"{name}: {ended} after {time.monotonic() - start:.0f} s, {steps} of {wanted} steps, "
-          f"{'kept' if log.exists() else 'not kept'}", flush=True)
+    print(
+        f"{name}: {ended} after {time.monotonic() - start:.0f} s, {steps} of {wanted} steps, "
+        f"{'kept' if log.exists() else 'not kept'}",
+        flush=True,
+    )
 
 
 def keep(workdir: pathlib.Path, log: pathlib.Path) -> None:
     """Writes a run's log, without what nobody reads, with what it ran on, compressed."""
-    entries = [{name: _short(value) for name, value in entry.items() if not name.startswith(DROPPED)}
-               for entry in read_metrics(workdir / "metrics.jsonl")]
+    entries = [
+        {name: _short(value) for name, value in entry.items() if not name.startswith(DROPPED)}
+        for entry in read_metrics(workdir / "metrics.jsonl")
+    ]
     facts = json.loads((workdir / "run.json").read_text())
     entries[0] |= {name: facts[name] for name in ("device", "gemms", "versions")}
     log.parent.mkdir(exist_ok=True)
-    log.write_bytes(lzma.compress("".join(json.dumps(entry) + "\n" for entry in entries).encode(), preset=9))
+    log.write_bytes(
+        lzma.compress("".join(json.dumps(entry) + "\n" for entry in entries).encode(), preset=9)
+    )
 
 
 def _short(value: Any) -> Any:
@@ -109,23 +124,44 @@ def read(name: str) -> list[dict[str, Any]]:
 
 def _chosen(text: str) -> list[str]:
     """Names of runs, from names of runs and of splits."""
-    splits = {run.split: [name for name in ALL if ALL[name].split == run.split] for run in ALL.values()}
+    splits = {
+        run.split: [name for name in ALL if ALL[name].split == run.split] for run in ALL.values()
+    }
     out: dict[str, None] = {}
     for part in text.split(","):
         if part not in ALL and part not in splits:
             near = difflib.get_close_matches(part, [*ALL, *splits], 1)
-            raise argparse.ArgumentTypeError(f"{part!r} is no run and no split" + (f"; did you mean {near[0]}?" if near else ""))
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is no run and no split" + (f"; did you mean {near[0]}?" if near else "")
+            )
         out |= dict.fromkeys([part] if part in ALL else splits[part])
     return list(out)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one of the commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=("run", "evaluate", "plot"))
-    parser.add_argument("--only", type=_chosen, default=list(ALL), help="names of runs or of splits, separated by commas")
-    parser.add_argument("--parallel", type=int, default=0, help="runs at once, each in a process of its own; 0: one by one, in this one")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="with --parallel: after which what is under way is cut off")
+    parser.add_argument(
+        "--only",
+        type=_chosen,
+        default=list(ALL),
+        help="names of runs or of splits, separated by commas",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=0,
+        help="runs at once, each in a process of its own; 0: one by one, in this one",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=3600.0,
+        help="with --parallel: after which what is under way is cut off",
+    )
     options = parser.parse_args(argv)
     if options.command == "run" and options.parallel:
         run_apart(options.only, options.parallel, options.seconds)

@@ -32,8 +32,11 @@ from fp8jax.monitor.writers import read_metrics
 
 ROOT = common.ROOT
 COLOURS = {"bf16": "#0072b2", "bf16_halves": "#56b4e9", "fp8_dpa": "#d55e00"}
-VARIANTS = {"bf16": ["--config.fp8.recipe=bf16"], "bf16_halves": ["--config.fp8.recipe=bf16", "--config.training.microbatches=2"],
-            "fp8_dpa": ["--config.fp8.recipe=fp8_dpa"]}
+VARIANTS = {
+    "bf16": ["--config.fp8.recipe=bf16"],
+    "bf16_halves": ["--config.fp8.recipe=bf16", "--config.training.microbatches=2"],
+    "fp8_dpa": ["--config.fp8.recipe=fp8_dpa"],
+}
 
 
 SETTINGS = {
@@ -49,9 +52,18 @@ def name_of(setting: str) -> str:
 
 def run(workdir: pathlib.Path, variant: str, seed: int, extra: list[str]) -> None:
     """Trains one run, or continues it."""
-    fixed = [f"--config.training.seed={seed}", "--config.evaluation.every=90", "--config.evaluation.batches=0"]
+    fixed = [
+        f"--config.training.seed={seed}",
+        "--config.evaluation.every=90",
+        "--config.evaluation.batches=0",
+    ]
     fixed += ["--config.monitor.every=0", "--config.log.report_minutes=0"]
-    command = [sys.executable, "train.py", "--config=configs/fp8_base.py:tiny", f"--workdir={workdir}"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--config=configs/fp8_base.py:tiny",
+        f"--workdir={workdir}",
+    ]
     subprocess.run([*command, *fixed, *VARIANTS[variant], *extra], cwd=ROOT, check=True)
 
 
@@ -71,7 +83,9 @@ def summarise(runs: dict[tuple[str, int], list[dict]], command: str) -> dict:
         variant: [final[f"{variant}-{seed}"]["held_out/loss"] for seed in seeds]
         for variant in VARIANTS
     }
-    both = [statistics.fmean(pair) for pair in zip(losses["bf16"], losses["bf16_halves"], strict=True)]
+    both = [
+        statistics.fmean(pair) for pair in zip(losses["bf16"], losses["bf16_halves"], strict=True)
+    ]
     gaps = {
         "fp8_dpa over the mean of both BF16 orders": gap(losses["fp8_dpa"], both),
         "bf16_halves over bf16": gap(losses["bf16_halves"], losses["bf16"]),
@@ -90,24 +104,48 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: pathlib.Path) -> None:
     """Held-out bits per byte of every run, against steps."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for (variant, seed), entries in runs.items():
-        points = [(entry["step"], entry["held_out/bits_per_byte"]) for entry in entries if "held_out/bits_per_byte" in entry]
-        axes.plot(*zip(*points, strict=True), color=COLOURS[variant], marker="o", markersize=3, linewidth=1.2, alpha=0.8,
-                  linestyle="--" if variant == "fp8_dpa" else "-", label=variant if seed == 0 else None)
+        points = [
+            (entry["step"], entry["held_out/bits_per_byte"])
+            for entry in entries
+            if "held_out/bits_per_byte" in entry
+        ]
+        axes.plot(
+            *zip(*points, strict=True),
+            color=COLOURS[variant],
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            alpha=0.8,
+            linestyle="--" if variant == "fp8_dpa" else "-",
+            label=variant if seed == 0 else None,
+        )
     for order, value in ((2, 2.856), (3, 2.377)):
         axes.axhline(value, color="#999999", linewidth=0.8)
-        axes.text(axes.get_xlim()[1], value, f"order-{order} byte model ", ha="right", va="bottom", fontsize=8, color="#555555")
+        axes.text(
+            axes.get_xlim()[1],
+            value,
+            f"order-{order} byte model ",
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color="#555555",
+        )
     axes.set_ylabel("held-out bits per byte")
     count = len({seed for _, seed in runs})
     tokens = next(iter(runs.values()))[-1]["tokens"] // next(iter(runs.values()))[-1]["step"]
     axes.set_xlabel(f"step ({tokens:,} bytes each)")
-    axes.set_title(f"FOG-max tiny: FP8 with FP8 attention against BF16, {count} seed{'s' if count > 1 else ''}")
+    axes.set_title(
+        f"FOG-max tiny: FP8 with FP8 attention against BF16, {count} seed{'s' if count > 1 else ''}"
+    )
     axes.legend(frameon=False)
     figure.savefig(path, dpi=140)
 
 
 def main() -> None:
     """Runs what is missing, then writes numbers and plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--setting", choices=tuple(SETTINGS), default="usual")
     parser.add_argument("--plot-only", action="store_true", help="use the runs that are there")

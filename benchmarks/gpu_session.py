@@ -41,19 +41,74 @@ def parts(args: argparse.Namespace) -> list[Part]:
     """What runs, in order."""
     size, where = f"--size={args.size}", f"--results={args.results}"
     rounds = "--rounds=1" if args.quick else "--rounds=10"
-    step = ("--batch=1", "--rounds=1", "--steps=1") if args.quick else ("--batch=4", "--rounds=2", "--steps=5")
+    step = (
+        ("--batch=1", "--rounds=1", "--steps=1")
+        if args.quick
+        else ("--batch=4", "--rounds=2", "--steps=5")
+    )
     depths, lengths = ("2,1", "256") if args.quick else ("6,2", "4096,8192,2048,16384")
     tokens, batch = (("--tokens=256",), ("--batch=1",)) if args.quick else ((), ())
     script = "benchmarks/{}.py".format
     figures = f"--figures={args.results / 'gpu_checks.json'}"
     return [
-        Part("step", (script("train_step"), size, where, f"--models={MAIN}", f"--layers={depths}", "--profile", *step), 170),
-        Part("checks", ("-m", "pytest", "tests/gpu", "-m", "gpu", "-s", "-W", "default", "-p", "no:cacheprovider", figures), 150),
-        Part("attention", (script("attention"), size, where, f"--lengths={lengths}", "--batch=2", "--scalings=delayed", rounds), 100),
+        Part(
+            "step",
+            (
+                script("train_step"),
+                size,
+                where,
+                f"--models={MAIN}",
+                f"--layers={depths}",
+                "--profile",
+                *step,
+            ),
+            170,
+        ),
+        Part(
+            "checks",
+            (
+                "-m",
+                "pytest",
+                "tests/gpu",
+                "-m",
+                "gpu",
+                "-s",
+                "-W",
+                "default",
+                "-p",
+                "no:cacheprovider",
+                figures,
+            ),
+            150,
+        ),
+        Part(
+            "attention",
+            (
+                script("attention"),
+                size,
+                where,
+                f"--lengths={lengths}",
+                "--batch=2",
+                "--scalings=delayed",
+                rounds,
+            ),
+            100,
+        ),
         Part("gemm", (script("gemm"), size, where, rounds, *tokens), 60),
         Part("peers", (script("peers"), size, where, rounds, *batch), 200),
-        Part("others", (script("train_step"), size, where, f"--models={OTHERS}", f"--layers={depths.split(',')[0]}", "--name=train_step_others",
-                        *step), 120),
+        Part(
+            "others",
+            (
+                script("train_step"),
+                size,
+                where,
+                f"--models={OTHERS}",
+                f"--layers={depths.split(',')[0]}",
+                "--name=train_step_others",
+                *step,
+            ),
+            120,
+        ),
         Part("tune", (script("tune_attention"), where), 150),
     ]
 
@@ -61,7 +116,11 @@ def parts(args: argparse.Namespace) -> list[Part]:
 def run(part: Part, limit: float, log: pathlib.Path) -> dict:
     """Runs one part to its end or its limit; what came of it."""
     path = os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+    }
     if part.name in ("checks", "peers"):  # the latter shares the GPU with PyTorch
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if part.name == "checks":
@@ -70,17 +129,30 @@ def run(part: Part, limit: float, log: pathlib.Path) -> dict:
     with log.open("a") as out:
         out.write(f"\n=== {part.name}: python {' '.join(part.arguments)}\n")
         out.flush()
-        process = subprocess.Popen([sys.executable, *part.arguments], cwd=common.ROOT, env=environment, stdout=out,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, *part.arguments],
+            cwd=common.ROOT,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             code = None
-    outcome = {"part": part.name, "seconds": round(time.perf_counter() - start, 1), "limit": round(limit),
-               "outcome": {0: "passed", None: "ran out of time"}.get(code, f"failed with {code}")}
-    print(f"{outcome['part']:<10} {outcome['outcome']:<16} {outcome['seconds']:6.1f} s of {outcome['limit']}", flush=True)
+    outcome = {
+        "part": part.name,
+        "seconds": round(time.perf_counter() - start, 1),
+        "limit": round(limit),
+        "outcome": {0: "passed", None: "ran out of time"}.get(code, f"failed with {code}"),
+    }
+    print(
+        f"{outcome['part']:<10} {outcome['outcome']:<16} {outcome['seconds']:6.1f} s of {outcome['limit']}",
+        flush=True,
+    )
     return outcome
 
 
@@ -95,20 +167,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = {part.name: part for part in parts(args)}
     for name in args.only.split(",") if args.only else [name for name in known if name != "tune"]:
         part, left = known[name], args.budget - (time.perf_counter() - start)
-        outcomes.append(run(part, min(part.limit, left), log) if left > 15 else {"part": part.name, "outcome": "no time left"})
-        record = {"command": " ".join(["python", *sys.argv]), "versions": common.versions(), "parts": outcomes}
+        outcomes.append(
+            run(part, min(part.limit, left), log)
+            if left > 15
+            else {"part": part.name, "outcome": "no time left"}
+        )
+        record = {
+            "command": " ".join(["python", *sys.argv]),
+            "versions": common.versions(),
+            "parts": outcomes,
+        }
         (args.results / "gpu_session.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"{time.perf_counter() - start:.0f} s; results and gpu_session.log in {args.results}")
     return int(any(outcome["outcome"] != "passed" for outcome in outcomes))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/gpu_session.py --only=step,checks")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python benchmarks/gpu_session.py --only=step,checks",
+    )
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     parser.add_argument("--size", default="8b")
-    parser.add_argument("--budget", type=float, default=590.0, help="seconds for all parts together")
-    parser.add_argument("--only", help="parts to run, in this order, separated by commas; tune runs only when asked for")
-    parser.add_argument("--quick", action="store_true", help="small shapes, one round: does everything run?")
+    parser.add_argument(
+        "--budget", type=float, default=590.0, help="seconds for all parts together"
+    )
+    parser.add_argument(
+        "--only",
+        help="parts to run, in this order, separated by commas; tune runs only when asked for",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes, one round: does everything run?"
+    )
     return parser.parse_args(argv)
 
 

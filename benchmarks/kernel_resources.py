@@ -39,7 +39,14 @@ def compile_into(folder: pathlib.Path, head_dim: int, length: int, recipe: GemmR
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def both(q, k, v, do, scales):
-        o, pull = jax.vjp(lambda q, k, v: attention(q, k, v, recipes, softmax_scale=0.1, scales=scales, backend="pallas"), q, k, v)
+        o, pull = jax.vjp(
+            lambda q, k, v: attention(
+                q, k, v, recipes, softmax_scale=0.1, scales=scales, backend="pallas"
+            ),
+            q,
+            k,
+            v,
+        )
         return o, pull(do)
 
     q, k = array(1, length, 8, 4, head_dim), array(1, length, 8, head_dim)
@@ -55,15 +62,22 @@ def resources(folder: pathlib.Path, kernel: str) -> dict[str, int]:
     launches = next(folder.glob("*thunk_sequence.txt")).read_text()
     command = ["ptxas", "-v", "-arch=sm_90a", str(source), "-o", str(folder / "kernel.cubin")]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    numbers = {"registers": (r"Used (\d+) registers", told), "spilled_bytes": (r"(\d+) bytes spill stores", told),
-               "shared_memory_bytes": (rf"{name} .*shared_memory: (\d+) bytes", launches)}
+    numbers = {
+        "registers": (r"Used (\d+) registers", told),
+        "spilled_bytes": (r"(\d+) bytes spill stores", told),
+        "shared_memory_bytes": (rf"{name} .*shared_memory: (\d+) bytes", launches),
+    }
     found = {key: int(re.search(pattern, text)[1]) for key, (pattern, text) in numbers.items()}
-    return found | {"wgmma": len(re.findall(r"wgmma\.mma_async\S*\.e[45]m[23]\.e[45]m[23]", source.read_text()))}
+    return found | {
+        "wgmma": len(re.findall(r"wgmma\.mma_async\S*\.e[45]m[23]\.e[45]m[23]", source.read_text()))
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table and writes it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/kernel_resources.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="example: python benchmarks/kernel_resources.py"
+    )
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     args = parser.parse_args(argv)
@@ -74,9 +88,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         for fast in FAST_ACCUMULATION:
             with tempfile.TemporaryDirectory() as name:
                 folder = pathlib.Path(name)
-                compile_into(folder, head_dim, args.length, GemmRecipe("delayed", emulated=False, fast_accumulation=fast))
-                rows += [{"kernel": kernel, "head_dim": head_dim, "fast_accumulation": fast, **TILES[kernel, head_dim]._asdict(),
-                          **resources(folder, kernel)} for kernel in (FORWARD, QUERIES, KEYS)]
+                compile_into(
+                    folder,
+                    head_dim,
+                    args.length,
+                    GemmRecipe("delayed", emulated=False, fast_accumulation=fast),
+                )
+                rows += [
+                    {
+                        "kernel": kernel,
+                        "head_dim": head_dim,
+                        "fast_accumulation": fast,
+                        **TILES[kernel, head_dim]._asdict(),
+                        **resources(folder, kernel),
+                    }
+                    for kernel in (FORWARD, QUERIES, KEYS)
+                ]
     common.save("kernel_resources-h100", rows, args.results)
 
 

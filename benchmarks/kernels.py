@@ -51,7 +51,10 @@ def milliseconds(folder: pathlib.Path, program: str, steps: int) -> dict[str, An
     names: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
     spans = []
     for name, operation, start, duration in _events(folder):
-        names[_classify(name, instructions.get(_plain(operation)) or instructions.get(_plain(name))), name].append(duration)
+        names[
+            _classify(name, instructions.get(_plain(operation)) or instructions.get(_plain(name))),
+            name,
+        ].append(duration)
         spans.append((start, start + duration))
     classes: dict[str, float] = collections.defaultdict(float)
     for (kind, _), durations in names.items():
@@ -60,10 +63,22 @@ def milliseconds(folder: pathlib.Path, program: str, steps: int) -> dict[str, An
     busy = _union(spans)
     classes[IDLE] = (span - busy) / steps / 1e6
     longest = sorted(names.items(), key=lambda item: -sum(item[1]))[:LISTED]
-    kernels = [{"class": kind, "kernel": name[:120], "ms": sum(found) / steps / 1e6, "calls": len(found) / steps}
-               for (kind, name), found in longest]
+    kernels = [
+        {
+            "class": kind,
+            "kernel": name[:120],
+            "ms": sum(found) / steps / 1e6,
+            "calls": len(found) / steps,
+        }
+        for (kind, name), found in longest
+    ]
     ordered = dict(sorted(classes.items(), key=lambda item: -item[1]))
-    return {"classes": ordered, "busy_ms": busy / steps / 1e6, "span_ms": span / steps / 1e6, "kernels": kernels}
+    return {
+        "classes": ordered,
+        "busy_ms": busy / steps / 1e6,
+        "span_ms": span / steps / 1e6,
+        "kernels": kernels,
+    }
 
 
 def _events(folder: pathlib.Path) -> Iterator[tuple[str, str, float, float]]:
@@ -71,12 +86,22 @@ def _events(folder: pathlib.Path) -> Iterator[tuple[str, str, float, float]]:
     for path in sorted(folder.rglob("*.xplane.pb")):
         planes = list(ProfileData.from_file(str(path)).planes)
         devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
-        lines = [line for plane in devices or planes for line in plane.lines if not devices or line.name.startswith("Stream")]
+        lines = [
+            line
+            for plane in devices or planes
+            for line in plane.lines
+            if not devices or line.name.startswith("Stream")
+        ]
         for line in lines:
             for event in line.events:
                 stats = {key: value for key, value in event.stats if key == "hlo_op"}
                 if devices or stats:
-                    yield event.name, str(stats.get("hlo_op", "")), event.start_ns, event.duration_ns
+                    yield (
+                        event.name,
+                        str(stats.get("hlo_op", "")),
+                        event.start_ns,
+                        event.duration_ns,
+                    )
 
 
 def _instructions(module: Module) -> dict[str, Instruction]:
@@ -92,7 +117,11 @@ def _classify(kernel: str, instruction: Instruction | None) -> str:
     """Class of a kernel, in the words of the table."""
     target, scope = (instruction.target, instruction.scope) if instruction else ("", "")
     role = re.search(r"fp8jax\.gemm\[(\w+)", scope)
-    where = "attention" if role and role[1].startswith("attention_") and role[1] != "attention_out" else "linear"
+    where = (
+        "attention"
+        if role and role[1].startswith("attention_") and role[1] != "attention_out"
+        else "linear"
+    )
     if "lm_head" in scope:
         where = "head"
     if kernel.startswith("fp8_attention"):
@@ -100,7 +129,9 @@ def _classify(kernel: str, instruction: Instruction | None) -> str:
     if "fmha" in target or re.search(r"sdpa|flash|fmha", kernel):
         return "attention kernel, cuDNN"
     if target.startswith("__cublas") or re.search(r"nvjet|gemm|cutlass|xmma|cublas", kernel):
-        fp8 = "f8" in target or re.search(r"e4m3|e5m2|nvjet_sm90_[qr]{2}|f8", kernel)  # nvjet's q is e4m3, its r e5m2
+        fp8 = "f8" in target or re.search(
+            r"e4m3|e5m2|nvjet_sm90_[qr]{2}|f8", kernel
+        )  # nvjet's q is e4m3, its r e5m2
         return f"{'FP8' if fp8 else 'other'} GEMM, {where}"
     if target or re.search(r"mosaic|pallas", kernel):
         return f"custom kernel, {where}"

@@ -26,44 +26,78 @@ from common import ROOT
 
 from fp8jax.monitor.writers import read_metrics
 
-SMALL = ["--config.optimizer.gradient_dtype=bfloat16", "--config.optimizer.master_dtype=float16", "--config.optimizer.first_moment=fp8"]
+SMALL = [
+    "--config.optimizer.gradient_dtype=bfloat16",
+    "--config.optimizer.master_dtype=float16",
+    "--config.optimizer.first_moment=fp8",
+]
 UNTIED = ["--config.model.tied_embeddings=False"]
 # Of each comparison the first variant is what the others are measured by.
 COMPARISONS = {
-    "states": {"float32": [], "fp8_fp16": [*SMALL, "--config.optimizer.second_moment=float16"],
-               "fp8_fp8": [*SMALL, "--config.optimizer.second_moment=fp8"]},
+    "states": {
+        "float32": [],
+        "fp8_fp16": [*SMALL, "--config.optimizer.second_moment=float16"],
+        "fp8_fp8": [*SMALL, "--config.optimizer.second_moment=fp8"],
+    },
     "head": {"bf16_head": UNTIED, "fp8_head": [*UNTIED, "--config.fp8.head=True"]},
 }
-PLOTS = {"states": ("optimizer_precision.png", "first and second moment, weights FP16, gradients BF16; float32: all float32"),
-         "head": ("fp8_head.png", "the head in BF16 and in FP8, untied")}
+PLOTS = {
+    "states": (
+        "optimizer_precision.png",
+        "first and second moment, weights FP16, gradients BF16; float32: all float32",
+    ),
+    "head": ("fp8_head.png", "the head in BF16 and in FP8, untied"),
+}
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
 SMOOTHING = 5  # logged steps
 
 
-def run(variant: str, flags: list[str], seed: int, arguments: argparse.Namespace, extra: list[str]) -> list[dict]:
+def run(
+    variant: str, flags: list[str], seed: int, arguments: argparse.Namespace, extra: list[str]
+) -> list[dict]:
     """Trains one run, unless it is there; returns its log."""
     workdir = ROOT / "runs" / "optimizer_precision" / f"{arguments.size}-{variant}-{seed}"
     log = workdir / "metrics.jsonl"
     if not arguments.plot_only and not (log.exists() and "held_out/loss" in read_metrics(log)[-1]):
         length = [f"--config.training.steps={arguments.steps}"] if arguments.steps else []
-        command = [sys.executable, "train.py", f"--config=configs/fp8_base.py:{arguments.size}", f"--workdir={workdir}", *flags,
-                   f"--config.training.seed={seed}", "--config.evaluation.every=0", "--config.evaluation.batches=0", "--config.monitor.every=0",
-                   *length, *extra]
+        command = [
+            sys.executable,
+            "train.py",
+            f"--config=configs/fp8_base.py:{arguments.size}",
+            f"--workdir={workdir}",
+            *flags,
+            f"--config.training.seed={seed}",
+            "--config.evaluation.every=0",
+            "--config.evaluation.batches=0",
+            "--config.monitor.every=0",
+            *length,
+            *extra,
+        ]
         subprocess.run(command, cwd=ROOT, check=True)
     return read_metrics(log) if log.exists() else []
 
 
 def summarise(logs: dict[tuple[str, int], list[dict]]) -> dict:
     """Final held-out losses, and their differences from the first variant's: seed by seed, and of the mean over seeds."""
-    final = {variant: {seed: log[-1]["held_out/loss"] for (name, seed), log in logs.items() if name == variant and log}
-             for variant in dict.fromkeys(name for name, _ in logs)}
+    final = {
+        variant: {
+            seed: log[-1]["held_out/loss"]
+            for (name, seed), log in logs.items()
+            if name == variant and log
+        }
+        for variant in dict.fromkeys(name for name, _ in logs)
+    }
     base, *others = final
     found = {"held_out_loss": final}
     for variant in others:
         seeds = sorted(final[base].keys() & final[variant].keys())
-        differences = {f"seed {seed}": final[variant][seed] / final[base][seed] - 1 for seed in seeds}
+        differences = {
+            f"seed {seed}": final[variant][seed] / final[base][seed] - 1 for seed in seeds
+        }
         if seeds:
-            found[f"{variant} against {base}"] = differences | {"mean": sum(differences.values()) / len(seeds)}
+            found[f"{variant} against {base}"] = differences | {
+                "mean": sum(differences.values()) / len(seeds)
+            }
     return found
 
 
@@ -77,10 +111,19 @@ def plot(logs: dict[tuple[str, int], list[dict]], title: str, path: pathlib.Path
         left.plot(steps, losses, color=colour, linewidth=1, label=label)
         if variant != variants[0] and logs[variants[0], seed]:
             base = _smooth([entry["loss"] for entry in logs[variants[0], seed]])
-            right.plot(steps[: len(base)], [100 * (a / b - 1) for a, b in zip(losses, base, strict=False)], color=colour, linewidth=1)
+            right.plot(
+                steps[: len(base)],
+                [100 * (a / b - 1) for a, b in zip(losses, base, strict=False)],
+                color=colour,
+                linewidth=1,
+            )
     left.set(xlabel="step", ylabel="training loss, nats a token")
     right.axhline(0, color="#999999", linewidth=0.8)
-    right.set(xlabel="step", ylabel=f"difference from {variants[0]}, %", title=f"means of {SMOOTHING} logged steps, seed by seed")
+    right.set(
+        xlabel="step",
+        ylabel=f"difference from {variants[0]}, %",
+        title=f"means of {SMOOTHING} logged steps, seed by seed",
+    )
     left.legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=140)
@@ -88,13 +131,15 @@ def plot(logs: dict[tuple[str, int], list[dict]], title: str, path: pathlib.Path
 
 
 def _smooth(values: list[float]) -> list[float]:
-    parts = [values[max(0, i - SMOOTHING + 1): i + 1] for i in range(len(values))]
+    parts = [values[max(0, i - SMOOTHING + 1) : i + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 
 
 def main() -> None:
     """Runs what is missing, seed by seed, then writes numbers and plots."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--steps", type=int, help="instead of the size's own")
@@ -104,11 +149,21 @@ def main() -> None:
     path = ROOT / "benchmarks" / "results" / "optimizer_precision.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     for name in [arguments.only] if arguments.only else COMPARISONS:
-        logs = {(variant, seed): run(variant, flags, seed, arguments, extra)
-                for seed in range(arguments.seeds) for variant, flags in COMPARISONS[name].items()}
-        command = " ".join(["python", "benchmarks/optimizer_precision.py", *sys.argv[1:]]).replace(" --plot-only", "")
-        record[name] = {"command": command, "device": jax.devices()[0].device_kind, "machine": platform.machine(), "jax": jax.__version__,
-                        **summarise(logs)}
+        logs = {
+            (variant, seed): run(variant, flags, seed, arguments, extra)
+            for seed in range(arguments.seeds)
+            for variant, flags in COMPARISONS[name].items()
+        }
+        command = " ".join(["python", "benchmarks/optimizer_precision.py", *sys.argv[1:]]).replace(
+            " --plot-only", ""
+        )
+        record[name] = {
+            "command": command,
+            "device": jax.devices()[0].device_kind,
+            "machine": platform.machine(),
+            "jax": jax.__version__,
+            **summarise(logs),
+        }
         plot(logs, PLOTS[name][1], ROOT / "docs" / PLOTS[name][0])
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))

@@ -110,7 +110,9 @@ def ends_in_fp8() -> Iterator[None]:
     """Attention whose results, forward and backward, are FP8 tensors."""
     original = attention_module.attention
 
-    def attention(q: jax.Array, k: jax.Array, v: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    def attention(
+        q: jax.Array, k: jax.Array, v: jax.Array, *args: Any, **options: Any
+    ) -> jax.Array:
         q, k, v = (rounded_backward(x) for x in (q, k, v))
         return rounded_forward(original(q, k, v, *args, **options))
 
@@ -124,7 +126,9 @@ def block_gradients(config: config_lib.Config, trained: TrainState) -> dict[str,
     entries = program.abstract_state.scaling
     scaling = {entry: trained.scaling[entry] for entry in entries}
     newest = {entry: state["history"][..., 0] for entry, state in scaling.items()}
-    scaling = gemms.update_scaling(scaling, newest, program.recipes)  # scales as this recipe rounds them
+    scaling = gemms.update_scaling(
+        scaling, newest, program.recipes
+    )  # scales as this recipe rounds them
     state = dataclasses.replace(trained, scaling=scaling)
     batch = program.put(pipeline.train_batches(config)[config.training.steps + 3])
 
@@ -134,7 +138,9 @@ def block_gradients(config: config_lib.Config, trained: TrainState) -> dict[str,
     found = jax.jit(run, compiler_options=compiler_options("cpu"))(state, batch)
     attention, ffn = found["attention"], found["feed_forward"]
     heads = config.model.heads // config.model.kv_heads
-    qkv = np.asarray(attention["qkv"]["w"], np.float64)  # [layers, d, KV heads, queries of one and its key and value, h]
+    qkv = np.asarray(
+        attention["qkv"]["w"], np.float64
+    )  # [layers, d, KV heads, queries of one and its key and value, h]
     matrices = {"q": qkv[:, :, :, :heads], "k": qkv[:, :, :, heads], "v": qkv[:, :, :, heads + 1]}
     named = {"attention_out": attention["out"], "mlp_up": ffn["up"], "mlp_down": ffn["down"]}
     return matrices | {name: np.asarray(leaf["w"], np.float64) for name, leaf in named.items()}
@@ -142,19 +148,26 @@ def block_gradients(config: config_lib.Config, trained: TrainState) -> dict[str,
 
 def errors(found: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float]:
     """Relative errors over all layers, by matrix, and of all together."""
-    squares = {name: (np.sum((found[name] - reference[name]) ** 2), np.sum(reference[name] ** 2)) for name in reference}
+    squares = {
+        name: (np.sum((found[name] - reference[name]) ** 2), np.sum(reference[name] ** 2))
+        for name in reference
+    }
     squares["all"] = tuple(np.sum(list(squares.values()), axis=0))
     return {name: float(np.sqrt(wrong / right)) for name, (wrong, right) in squares.items()}
 
 
 def compare_gradients(trained: TrainState, options: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Errors against BF16, setting by setting."""
-    scaled = options | {"model.rope_scaling_factor": fog_paper.get_config("tiny").model.rope_scaling_factor}
+    scaled = options | {
+        "model.rope_scaling_factor": fog_paper.get_config("tiny").model.rope_scaling_factor
+    }
     reference = block_gradients(config_of(fp8_base, scaled | {"fp8.recipe": "bf16"}), trained)
     found = {}
     for name, changes in GRADIENTS.items():
         with ends_in_fp8() if name == "ends_in_fp8" else contextlib.nullcontext():
-            found[name] = errors(block_gradients(config_of(fp8_base, scaled | changes), trained), reference)
+            found[name] = errors(
+                block_gradients(config_of(fp8_base, scaled | changes), trained), reference
+            )
         print(name, found[name], flush=True)
     return found
 
@@ -166,14 +179,25 @@ def save(record: dict[str, Any], path: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is missing and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=450)
     parser.add_argument("--results", type=pathlib.Path, default=PATH)
-    parser.add_argument("--set", action="append", default=[], help="another field, as in training.batch_size=8")
+    parser.add_argument(
+        "--set", action="append", default=[], help="another field, as in training.batch_size=8"
+    )
     args = parser.parse_args(argv)
-    options = {"training.steps": args.steps} | {path: int(value) for path, value in (item.split("=") for item in args.set)}
-    fresh = {"options": options, "device": jax.devices()[0].device_kind, "versions": common.versions(), "held_out_loss": {}}
+    options = {"training.steps": args.steps} | {
+        path: int(value) for path, value in (item.split("=") for item in args.set)
+    }
+    fresh = {
+        "options": options,
+        "device": jax.devices()[0].device_kind,
+        "versions": common.versions(),
+        "held_out_loss": {},
+    }
     record = json.loads(args.results.read_text()) if args.results.exists() else fresh
     record = record if record["options"] == options else fresh
     for seed in range(args.seeds):
@@ -187,9 +211,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             save(record, args.results)
             if wanted:
                 params, _ = precision.unpack(state.params, state.opt_state)
-                record["gradients"] = compare_gradients(dataclasses.replace(state, params=params), options)
+                record["gradients"] = compare_gradients(
+                    dataclasses.replace(state, params=params), options
+                )
                 save(record, args.results)
-    losses = {name: [record["held_out_loss"][f"{name} {seed}"] for seed in range(args.seeds)] for name in LOSSES}
+    losses = {
+        name: [record["held_out_loss"][f"{name} {seed}"] for seed in range(args.seeds)]
+        for name in LOSSES
+    }
     record["paper over default"] = fp8_vs_bf16.gap(losses["paper"], losses["default"])
     save(record, args.results)
     print(json.dumps(record, indent=1))

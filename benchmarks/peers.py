@@ -42,21 +42,31 @@ class PeerBlock(nn.Module):
         """[b, t, d] to [b, t, d]."""
         config, (b, t, d) = self.config, x_btd.shape
         heads, kv_heads, h = config.heads, config.kv_heads, config.head_dim
-        dense = functools.partial(nn.Dense, use_bias=False, dtype=jnp.bfloat16, dot_general_cls=self.dot)
+        dense = functools.partial(
+            nn.Dense, use_bias=False, dtype=jnp.bfloat16, dot_general_cls=self.dot
+        )
         norm = functools.partial(nn.RMSNorm, epsilon=config.norm_eps, dtype=jnp.bfloat16)
         qkv = dense((heads + 2 * kv_heads) * h)(x_btd).reshape(b, t, heads + 2 * kv_heads, h)
         q, k, v = jnp.split(qkv, (heads, heads + kv_heads), axis=2)
         q, k = (apply_rope(norm(use_scale=False)(a), rope) for a in (q, k))
         kind = "cudnn" if common.on_gpu() else None
-        o = jax.nn.dot_product_attention(q, k, v, scale=config.softmax_scale, is_causal=True, implementation=kind)
+        o = jax.nn.dot_product_attention(
+            q, k, v, scale=config.softmax_scale, is_causal=True, implementation=kind
+        )
         x_btd = x_btd + norm()(dense(d)(o.reshape(b, t, heads * h)))
-        return x_btd + norm()(dense(d)(activations.gelu(dense(architectures.ffn_hidden(config))(x_btd))))
+        return x_btd + norm()(
+            dense(d)(activations.gelu(dense(architectures.ffn_hidden(config))(x_btd)))
+        )
 
 
 def peer(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
     """Jitted forward and backward pass of a flax model; a call runs it."""
     variables = jax.jit(model.init)(jax.random.key(0), x, rope)
-    run = jax.value_and_grad(lambda v, x: jnp.sum(model.apply(v, x, rope).astype(jnp.float32) ** 2), (0, 1), allow_int=True)
+    run = jax.value_and_grad(
+        lambda v, x: jnp.sum(model.apply(v, x, rope).astype(jnp.float32) ** 2),
+        (0, 1),
+        allow_int=True,
+    )
     return functools.partial(jax.jit(run, compiler_options=CUBLAS), variables, x)
 
 
@@ -64,7 +74,12 @@ def with_qwix(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array])
     """The same, its linear layers quantised by qwix: e4m3 forward, e5m2 gradients."""
     import qwix  # noqa: PLC0415
 
-    rule = qwix.QtRule(module_path="Dense_.*", weight_qtype=jnp.float8_e4m3fn, act_qtype=jnp.float8_e4m3fn, bwd_qtype=jnp.float8_e5m2)
+    rule = qwix.QtRule(
+        module_path="Dense_.*",
+        weight_qtype=jnp.float8_e4m3fn,
+        act_qtype=jnp.float8_e4m3fn,
+        bwd_qtype=jnp.float8_e5m2,
+    )
     return peer(qwix.quantize_model(model, qwix.QtProvider([rule])), x, rope)
 
 
@@ -73,13 +88,21 @@ def with_torch(config: Config, shape: tuple[int, ...], *, fp8: bool) -> Callable
     import peers_torch  # noqa: PLC0415
 
     model = architectures.resolve(config.model)
-    return peers_torch.block(model, architectures.ffn_hidden(model), batch=shape[0], length=shape[1], fp8=fp8)
+    return peers_torch.block(
+        model, architectures.ffn_hidden(model), batch=shape[0], length=shape[1], fp8=fp8
+    )
 
 
 def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
     """The block of fp8jax, weights quantised in each call, amaxes reported, with delayed scaling."""
-    recipes = gemms.model_recipes(config, gated=False, emulated=not common.on_gpu(), recipe=recipe, cudnn=common.on_gpu(),
-                                  fused=runs_kernels(jax.devices()[0]))
+    recipes = gemms.model_recipes(
+        config,
+        gated=False,
+        emulated=not common.on_gpu(),
+        recipe=recipe,
+        cudnn=common.on_gpu(),
+        fused=runs_kernels(jax.devices()[0]),
+    )
     graph, params = nnx.split(Block(architectures.resolve(config.model), nnx.Rngs(params=0)))
     tokens = gemms.zero_tokens(recipes)
     scales = jax.tree.map(lambda token: jnp.full(token.shape[1:], 1 / 64), tokens)
@@ -87,13 +110,17 @@ def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.A
     def loss(params, tokens, x):
         block = nnx.merge(graph, params)
         weights = {role: w[None] for role, w in jax.lax.stop_gradient(block.gemm_weights()).items()}
-        quantised = jax.tree.map(lambda a: a[0], gemms.quantise_weights(weights, recipes, x.dtype)[0])
+        quantised = jax.tree.map(
+            lambda a: a[0], gemms.quantise_weights(weights, recipes, x.dtype)[0]
+        )
         given = GemmInputs(quantised, scales, jax.tree.map(lambda token: token[0], tokens))
         y, _ = block(x, rope, None, Gemms(recipes.blocks[0], given, recipes.attention_backend))
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
     options = compiler_options(jax.default_backend())
-    return functools.partial(jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=options), params, tokens, x)
+    return functools.partial(
+        jax.jit(jax.value_and_grad(loss, (0, 1, 2)), compiler_options=options), params, tokens, x
+    )
 
 
 class Lazy:
@@ -110,8 +137,15 @@ class Lazy:
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     """Prints the table and writes the results; returns their file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES)
-    parser.add_argument("--batch", type=int, default=2 if common.on_gpu() else 16, help="sequences of the size's length")
+    parser.add_argument(
+        "--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=2 if common.on_gpu() else 16,
+        help="sequences of the size's length",
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     args = parser.parse_args(argv)
@@ -121,16 +155,30 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     model, length = architectures.resolve(config.model), config.data.sequence_length
     x = jax.random.normal(jax.random.key(1), (args.batch, length, model.width), jnp.bfloat16)
     rope = rope_table(jnp.arange(length)[None], rope_frequencies(model))
-    kinds = {"bf16": lambda: peer(PeerBlock(model), x, rope), "fp8jax bf16": lambda: ours(config, "bf16", x, rope),
-             "fp8jax fp8": lambda: ours(config, "fp8", x, rope), "fp8jax fp8_dpa": lambda: ours(config, "fp8_dpa", x, rope),
-             "flax fp8_ops": lambda: peer(PeerBlock(model, nn.Fp8DirectDotGeneralOp), x, rope),
-             "qwix": lambda: with_qwix(PeerBlock(model), x, rope), "torch bf16": lambda: with_torch(config, x.shape, fp8=False),
-             "torchao": lambda: with_torch(config, x.shape, fp8=True)}
+    kinds = {
+        "bf16": lambda: peer(PeerBlock(model), x, rope),
+        "fp8jax bf16": lambda: ours(config, "bf16", x, rope),
+        "fp8jax fp8": lambda: ours(config, "fp8", x, rope),
+        "fp8jax fp8_dpa": lambda: ours(config, "fp8_dpa", x, rope),
+        "flax fp8_ops": lambda: peer(PeerBlock(model, nn.Fp8DirectDotGeneralOp), x, rope),
+        "qwix": lambda: with_qwix(PeerBlock(model), x, rope),
+        "torch bf16": lambda: with_torch(config, x.shape, fp8=False),
+        "torchao": lambda: with_torch(config, x.shape, fp8=True),
+    }
     made = {name: Lazy(make) for name, make in kinds.items()}
     found, failed = common.surviving(made, args.rounds, tell=True)
-    rows = [{"peer": name, "ms": seconds * 1e3, "speed": found["bf16"] / seconds} for name, seconds in found.items()]
+    rows = [
+        {"peer": name, "ms": seconds * 1e3, "speed": found["bf16"] / seconds}
+        for name, seconds in found.items()
+    ]
     rows += [{"peer": name, "error": error} for name, error in failed.items()]
-    return common.save(f"peers-{args.size}", rows, args.results, tokens=x.shape[0] * length, scope="block, forward and backward")
+    return common.save(
+        f"peers-{args.size}",
+        rows,
+        args.results,
+        tokens=x.shape[0] * length,
+        scope="block, forward and backward",
+    )
 
 
 if __name__ == "__main__":

@@ -22,15 +22,24 @@ class Block(nn.Module):
         self.config = config
         d, h = config.width, config.head_dim
         self.qkv = nn.Linear(d, (config.heads + 2 * config.kv_heads) * h, bias=False)
-        self.out, self.up, self.down = nn.Linear(d, d, bias=False), nn.Linear(d, hidden, bias=False), nn.Linear(hidden, d, bias=False)
-        self.post_attention, self.post_ffn = nn.RMSNorm(d, eps=config.norm_eps), nn.RMSNorm(d, eps=config.norm_eps)
+        self.out, self.up, self.down = (
+            nn.Linear(d, d, bias=False),
+            nn.Linear(d, hidden, bias=False),
+            nn.Linear(hidden, d, bias=False),
+        )
+        self.post_attention, self.post_ffn = (
+            nn.RMSNorm(d, eps=config.norm_eps),
+            nn.RMSNorm(d, eps=config.norm_eps),
+        )
         angles = torch.arange(length)[:, None] / config.rope_theta ** (torch.arange(0, h, 2) / h)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def _rotate(self, x_bnth: torch.Tensor) -> torch.Tensor:
         a, b = F.rms_norm(x_bnth, x_bnth.shape[-1:], eps=self.config.norm_eps).float().chunk(2, -1)
-        return torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), -1).to(x_bnth.dtype)
+        return torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), -1).to(
+            x_bnth.dtype
+        )
 
     def forward(self, x_btd: torch.Tensor) -> torch.Tensor:
         """[b, t, d] to [b, t, d]."""
@@ -44,16 +53,22 @@ class Block(nn.Module):
         return x_btd + self.post_ffn(self.down(F.gelu(self.up(x_btd))))
 
 
-def block(config: ModelConfig, hidden: int, *, batch: int, length: int, fp8: bool) -> Callable[[], None]:
+def block(
+    config: ModelConfig, hidden: int, *, batch: int, length: int, fp8: bool
+) -> Callable[[], None]:
     """One forward and backward pass of the block with weights in BF16, to their gradients and the input's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Block(config, hidden, length).to(device, torch.bfloat16)
     if fp8:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # noqa: PLC0415
 
-        model = convert_to_float8_training(model, config=Float8LinearConfig(emulate=device == "cpu"))
+        model = convert_to_float8_training(
+            model, config=Float8LinearConfig(emulate=device == "cpu")
+        )
     run = torch.compile(model) if device == "cuda" else model
-    x = torch.randn(batch, length, config.width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(
+        batch, length, config.width, device=device, dtype=torch.bfloat16, requires_grad=True
+    )
 
     def call() -> None:
         model.zero_grad(set_to_none=True)

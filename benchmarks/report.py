@@ -31,8 +31,12 @@ def step(record: Record) -> plt.Figure:
     depths = dict.fromkeys((row["layers"], row["depth"]) for row in rows)
     models = list(dict.fromkeys(row["model"] for row in rows))
     speeds = {(row["model"], row["layers"]): row.get("speed") for row in rows}
-    series = {f"{layers} layers{', extrapolated' if depth != 'measured' else ''}": [speeds.get((model, layers)) for model in models]
-              for layers, depth in depths}
+    series = {
+        f"{layers} layers{', extrapolated' if depth != 'measured' else ''}": [
+            speeds.get((model, layers)) for model in models
+        ]
+        for layers, depth in depths
+    }
     _bars(left, models, series, f"tokens/s relative to {models[0]}")
     _stacked(right, record.get("profiles", {}))
     return figure
@@ -44,10 +48,20 @@ def attention(record: Record) -> plt.Figure:
     for axes, passes in zip(panels, ("forward", "forward+backward"), strict=True):
         rows = [row for row in _measured(record) if row["passes"] == passes]
         for i, name in enumerate(dict.fromkeys(row["attention"] for row in rows)):
-            points = sorted((row["length"], row["speed"]) for row in rows if row["attention"] == name and row.get("speed"))
-            axes.plot(*zip(*points, strict=True), marker="o", color=COLOURS[i % len(COLOURS)], label=name)
+            points = sorted(
+                (row["length"], row["speed"])
+                for row in rows
+                if row["attention"] == name and row.get("speed")
+            )
+            axes.plot(
+                *zip(*points, strict=True), marker="o", color=COLOURS[i % len(COLOURS)], label=name
+            )
         axes.set(title=passes, xlabel="tokens a sequence", ylabel="speed, BF16 = 1", xscale="log")
-        axes.set_xticks(lengths := sorted({row["length"] for row in rows}), [str(n) for n in lengths], minor=False)
+        axes.set_xticks(
+            lengths := sorted({row["length"] for row in rows}),
+            [str(n) for n in lengths],
+            minor=False,
+        )
         axes.minorticks_off()
     panels[0].legend(frameon=False, fontsize=8)
     return figure
@@ -59,7 +73,12 @@ def gemm(record: Record) -> plt.Figure:
     rows = [row for row in _measured(record) if row["passes"] == "fprop+dgrad+wgrad"]
     roles, scalings = (list(dict.fromkeys(row[key] for row in rows)) for key in ("role", "scaling"))
     speeds = {(row["role"], row["scaling"]): row["speed"] for row in rows}
-    _bars(axes, roles, {scaling: [speeds.get((role, scaling)) for role in roles] for scaling in scalings}, "speed, BF16 = 1")
+    _bars(
+        axes,
+        roles,
+        {scaling: [speeds.get((role, scaling)) for role in roles] for scaling in scalings},
+        "speed, BF16 = 1",
+    )
     return figure
 
 
@@ -67,13 +86,23 @@ def peers(record: Record) -> plt.Figure:
     """Speed of one block against BF16."""
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     rows = _measured(record)
-    _bars(axes, [row["peer"] for row in rows], {record["scope"]: [row["speed"] for row in rows]}, "speed, BF16 = 1")
+    _bars(
+        axes,
+        [row["peer"] for row in rows],
+        {record["scope"]: [row["speed"] for row in rows]},
+        "speed, BF16 = 1",
+    )
     return figure
 
 
 # Start of a results file's name → how it is drawn.
 PLOTS: dict[str, Callable[[Record], plt.Figure]] = {
-    "train_step_others-": step, "train_step-": step, "attention-": attention, "gemm-": gemm, "peers-": peers}
+    "train_step_others-": step,
+    "train_step-": step,
+    "attention-": attention,
+    "gemm-": gemm,
+    "peers-": peers,
+}
 
 
 def _measured(record: Record) -> list[dict[str, Any]]:
@@ -81,11 +110,19 @@ def _measured(record: Record) -> list[dict[str, Any]]:
     return [row for row in record["rows"] if "error" not in row]
 
 
-def _bars(axes: plt.Axes, groups: Sequence[str], series: dict[str, list[float | None]], label: str) -> None:
+def _bars(
+    axes: plt.Axes, groups: Sequence[str], series: dict[str, list[float | None]], label: str
+) -> None:
     width = 0.8 / max(len(series), 1)
     for i, (name, values) in enumerate(series.items()):
         places = [group + (i + 0.5) * width - 0.4 for group in range(len(groups))]
-        drawn = axes.bar(places, [value or 0.0 for value in values], width, color=COLOURS[i % len(COLOURS)], label=name)
+        drawn = axes.bar(
+            places,
+            [value or 0.0 for value in values],
+            width,
+            color=COLOURS[i % len(COLOURS)],
+            label=name,
+        )
         axes.bar_label(drawn, [f"{value:.2f}" if value else "" for value in values], fontsize=7)
     axes.axhline(1.0, color="black", linewidth=0.6, linestyle=":")
     axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right", fontsize=8)
@@ -103,9 +140,15 @@ def _stacked(axes: plt.Axes, profiles: dict[str, Record]) -> None:
     shown = sorted(totals, key=lambda kind: -totals[kind])[:SHOWN_CLASSES]
     bottoms = [0.0] * len(profiles)
     for i, kind in enumerate([*shown, "the rest"]):
-        heights = [found["classes"].get(kind, 0.0) if kind in shown else sum(ms for name, ms in found["classes"].items() if name not in shown)
-                   for found in profiles.values()]
-        axes.bar(list(profiles), heights, 0.6, bottom=bottoms, label=kind, color=plt.get_cmap("tab10")(i))
+        heights = [
+            found["classes"].get(kind, 0.0)
+            if kind in shown
+            else sum(ms for name, ms in found["classes"].items() if name not in shown)
+            for found in profiles.values()
+        ]
+        axes.bar(
+            list(profiles), heights, 0.6, bottom=bottoms, label=kind, color=plt.get_cmap("tab10")(i)
+        )
         bottoms = [a + b for a, b in zip(bottoms, heights, strict=True)]
     axes.set_ylabel("ms a step")
     axes.tick_params(axis="x", labelsize=8)
@@ -115,7 +158,10 @@ def _stacked(axes: plt.Axes, profiles: dict[str, Record]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws every result that it knows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/report.py --results=/tmp/out")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python benchmarks/report.py --results=/tmp/out",
+    )
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs")
     args = parser.parse_args(argv)

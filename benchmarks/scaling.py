@@ -40,15 +40,30 @@ class Case(NamedTuple):
     @property
     def name(self) -> str:
         """Like '8b/512 data 64 x fsdp 8'."""
-        axes = [f"{axis} {size}" for axis, size in zip(config_lib.MESH_AXES, self.mesh, strict=True) if size > 1]
+        axes = [
+            f"{axis} {size}"
+            for axis, size in zip(config_lib.MESH_AXES, self.mesh, strict=True)
+            if size > 1
+        ]
         return f"{self.size}/{self.nodes * 8} {' x '.join(axes)}"
 
 
 CASES = [
-    Case("8b", 1, (1, 8, 1, 1), 64), Case("8b", 8, (8, 8, 1, 1), 8), Case("8b", 8, (1, 64, 1, 1), 8), Case("8b", 64, (64, 8, 1, 1), 1),
-    Case("8b", 64, (8, 8, 8, 1), 8), Case("8b", 512, (64, 8, 8, 1), 1), Case("8b", 512, (64, 8, 1, 8), 1),
-    Case("70b", 1, (1, 8, 1, 1), 128), Case("70b", 8, (1, 64, 1, 1), 16), Case("70b", 8, (1, 8, 8, 1), 128), Case("70b", 64, (8, 64, 1, 1), 2),
-    Case("70b", 64, (8, 8, 8, 1), 16), Case("70b", 512, (64, 8, 8, 1), 2), Case("70b", 512, (16, 32, 8, 1), 2)]
+    Case("8b", 1, (1, 8, 1, 1), 64),
+    Case("8b", 8, (8, 8, 1, 1), 8),
+    Case("8b", 8, (1, 64, 1, 1), 8),
+    Case("8b", 64, (64, 8, 1, 1), 1),
+    Case("8b", 64, (8, 8, 8, 1), 8),
+    Case("8b", 512, (64, 8, 8, 1), 1),
+    Case("8b", 512, (64, 8, 1, 8), 1),
+    Case("70b", 1, (1, 8, 1, 1), 128),
+    Case("70b", 8, (1, 64, 1, 1), 16),
+    Case("70b", 8, (1, 8, 8, 1), 128),
+    Case("70b", 64, (8, 64, 1, 1), 2),
+    Case("70b", 64, (8, 8, 8, 1), 16),
+    Case("70b", 512, (64, 8, 8, 1), 2),
+    Case("70b", 512, (16, 32, 8, 1), 2),
+]
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -62,17 +77,34 @@ def measure(case: Case) -> dict[str, Any]:
         key = f"{' x '.join(row['axes'])}: {row['kind']} {row['dtype']}"
         sent[key] = sent.get(key, 0) + row["sent"]
     estimate = found["estimate"]
-    keys = ("gemm_seconds", "memory_seconds", "collective_seconds", "step_seconds", "step_seconds_no_overlap", "mfu_bf16",
-            "tokens_per_second_per_device")
-    return {"size": case.size, "devices": case.nodes * 8, "mesh": list(case.mesh), "microbatches": case.microbatches,
-            "sent": dict(sorted(sent.items(), key=lambda item: -item[1])), "peak_bytes": found["memory"]["peak_bytes_per_device"],
-            "fits": found["memory"]["fits"], "fp8_share": found["fp8_share"], **{key: estimate[key] for key in keys}}
+    keys = (
+        "gemm_seconds",
+        "memory_seconds",
+        "collective_seconds",
+        "step_seconds",
+        "step_seconds_no_overlap",
+        "mfu_bf16",
+        "tokens_per_second_per_device",
+    )
+    return {
+        "size": case.size,
+        "devices": case.nodes * 8,
+        "mesh": list(case.mesh),
+        "microbatches": case.microbatches,
+        "sent": dict(sorted(sent.items(), key=lambda item: -item[1])),
+        "peak_bytes": found["memory"]["peak_bytes_per_device"],
+        "fits": found["memory"]["fits"],
+        "fp8_share": found["fp8_share"],
+        **{key: estimate[key] for key in keys},
+    }
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
     """Lines of Markdown."""
-    lines = ["| run | sent a GPU and step, GB, by mesh axes | memory, GB | GEMMs, s | rest, s | network, s | step, s | MFU | tokens/s a GPU |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| run | sent a GPU and step, GB, by mesh axes | memory, GB | GEMMs, s | rest, s | network, s | step, s | MFU | tokens/s a GPU |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name in (case.name for case in CASES if case.name in results):
         row = results[name]
         by_axes: dict[str, float] = {}
@@ -81,15 +113,19 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
             by_axes[axes] = by_axes.get(axes, 0) + size / 1e9
         sent = ", ".join(f"{axes} {size:,.1f}" for axes, size in by_axes.items() if size >= 0.05)
         fits = "" if row["fits"] else " (too much)"
-        lines.append(f"| {name} | {sent} | {row['peak_bytes'] / 1e9:,.0f}{fits} | {row['gemm_seconds']:.2f} | {row['memory_seconds']:.2f} | "
-                     f"{row['collective_seconds']:.2f} | {row['step_seconds']:.2f} to {row['step_seconds_no_overlap']:.2f} | "
-                     f"{row['mfu_bf16']:.0%} | {row['tokens_per_second_per_device']:,.0f} |")
+        lines.append(
+            f"| {name} | {sent} | {row['peak_bytes'] / 1e9:,.0f}{fits} | {row['gemm_seconds']:.2f} | {row['memory_seconds']:.2f} | "
+            f"{row['collective_seconds']:.2f} | {row['step_seconds']:.2f} to {row['step_seconds_no_overlap']:.2f} | "
+            f"{row['mfu_bf16']:.0%} | {row['tokens_per_second_per_device']:,.0f} |"
+        )
     return lines
 
 
 def main() -> None:
     """Compiles, writes, prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="part of the names of the cases to compile")
     only = parser.parse_args().only
     for case in CASES:

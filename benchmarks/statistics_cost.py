@@ -33,7 +33,9 @@ def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
 
 def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row: medians over the rounds."""
-    program = train_step.make_program(model, args.layers, size=args.size, batch=args.batch, length=args.length, remat="none")
+    program = train_step.make_program(
+        model, args.layers, size=args.size, batch=args.batch, length=args.length, remat="none"
+    )
     batch = train_step.Run(program).batch
     state, seconds = program.calibrate(program.init(), batch), {False: [], True: []}
     taps: Any = {}
@@ -41,15 +43,28 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         log = []
         for turn in range(args.rounds + 1):
             for collect in (False, True):
-                *spent, (state, _, found) = timed(lambda state=state, collect=collect: program.step(state, batch, collect=collect))
+                *spent, (state, _, found) = timed(
+                    lambda state=state, collect=collect: program.step(state, batch, collect=collect)
+                )
                 seconds[collect] += [spent] * bool(turn)
             taps = found
             log.append(timed(lambda taps=taps, turn=turn: writer.write(turn, entries(taps)))[:2])
-    ordinary, collecting, host = (np.median(rows, axis=0) for rows in (seconds[False], seconds[True], log))
+    ordinary, collecting, host = (
+        np.median(rows, axis=0) for rows in (seconds[False], seconds[True], log)
+    )
     slower = (collecting + host - ordinary) / ordinary / args.every
-    return {"model": model, "layers": program.config.model.layers, "tokens": args.batch * program.config.data.sequence_length,
-            "ms": ordinary[0] * 1e3, "ms_with_statistics": collecting[0] * 1e3, "ms_to_log": host[0] * 1e3,
-            "entries": len(entries(taps)), "every": args.every, "slower": slower[0], "slower_cpu": slower[1]}
+    return {
+        "model": model,
+        "layers": program.config.model.layers,
+        "tokens": args.batch * program.config.data.sequence_length,
+        "ms": ordinary[0] * 1e3,
+        "ms_with_statistics": collecting[0] * 1e3,
+        "ms_to_log": host[0] * 1e3,
+        "entries": len(entries(taps)),
+        "every": args.every,
+        "slower": slower[0],
+        "slower_cpu": slower[1],
+    }
 
 
 def entries(taps: Any) -> dict[str, float]:
@@ -60,7 +75,9 @@ def entries(taps: Any) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     """Prints the table and writes the results; returns their file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES)
+    parser.add_argument(
+        "--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES
+    )
     parser.add_argument("--models", default="fog_max:fp8_dpa,llama3:bf16")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--batch", type=int, default=1 if common.on_gpu() else 16)
@@ -69,7 +86,11 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     args = parser.parse_args(argv)
-    return common.save(f"statistics_cost-{args.size}", [measure(model, args) for model in args.models.split(",")], args.results)
+    return common.save(
+        f"statistics_cost-{args.size}",
+        [measure(model, args) for model in args.models.split(",")],
+        args.results,
+    )
 
 
 if __name__ == "__main__":

@@ -40,13 +40,27 @@ from fp8jax.training.loop import train
 
 # Task → its file in the harness.
 FILES = {
-    "lambada_openai": "lambada/lambada_openai.yaml", "winogrande": "winogrande/default.yaml", "piqa": "piqa/piqa.yaml",
-    "social_iqa": "siqa/siqa.yaml", "openbookqa": "openbookqa/openbookqa.yaml", "arc_easy": "arc/arc_easy.yaml",
-    "commonsense_qa": "commonsense_qa/default.yaml", "triviaqa": "triviaqa/default.yaml", "wikitext": "wikitext/wikitext.yaml",
+    "lambada_openai": "lambada/lambada_openai.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "social_iqa": "siqa/siqa.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "commonsense_qa": "commonsense_qa/default.yaml",
+    "triviaqa": "triviaqa/default.yaml",
+    "wikitext": "wikitext/wikitext.yaml",
     "hellaswag": "hellaswag/hellaswag.yaml",
 }
-MODEL = {"architecture": "llama3", "layers": 2, "width": 64, "ffn_width": 128, "heads": 4, "kv_heads": 2, "dtype": "float32",
-         "tied_embeddings": False}
+MODEL = {
+    "architecture": "llama3",
+    "layers": 2,
+    "width": 64,
+    "ffn_width": 128,
+    "heads": 4,
+    "kv_heads": 2,
+    "dtype": "float32",
+    "tied_embeddings": False,
+}
 
 
 def phrases(random: np.random.Generator, words: int) -> str:
@@ -77,18 +91,48 @@ def documents(task: str, count: int) -> Iterator[dict[str, Any]]:
         letters = list("ABCDE")
         yield {
             "lambada_openai": {"text": question},
-            "winogrande": {"sentence": f"{question} _ {phrases(random, 6)}", "option1": "Anne", "option2": "Captain Wentworth",
-                           "answer": str(label + 1)},
-            "piqa": {"goal": question, "sol1": phrases(random, 9), "sol2": phrases(random, 4), "label": label},
-            "social_iqa": {"context": question, "question": "Why?", "label": str(label + 1),
-                           **dict(zip(("answerA", "answerB", "answerC"), choices(3, 6), strict=True))},
-            "openbookqa": {"question_stem": question, "choices": {"text": choices(4, 5), "label": letters[:4]}, "answerKey": letters[label]},
-            "arc_easy": {"question": question, "choices": {"text": choices(4, 5), "label": letters[:4]}, "answerKey": letters[label]},
-            "commonsense_qa": {"question": question, "choices": {"text": choices(5, 2), "label": letters}, "answerKey": letters[label]},
+            "winogrande": {
+                "sentence": f"{question} _ {phrases(random, 6)}",
+                "option1": "Anne",
+                "option2": "Captain Wentworth",
+                "answer": str(label + 1),
+            },
+            "piqa": {
+                "goal": question,
+                "sol1": phrases(random, 9),
+                "sol2": phrases(random, 4),
+                "label": label,
+            },
+            "social_iqa": {
+                "context": question,
+                "question": "Why?",
+                "label": str(label + 1),
+                **dict(zip(("answerA", "answerB", "answerC"), choices(3, 6), strict=True)),
+            },
+            "openbookqa": {
+                "question_stem": question,
+                "choices": {"text": choices(4, 5), "label": letters[:4]},
+                "answerKey": letters[label],
+            },
+            "arc_easy": {
+                "question": question,
+                "choices": {"text": choices(4, 5), "label": letters[:4]},
+                "answerKey": letters[label],
+            },
+            "commonsense_qa": {
+                "question": question,
+                "choices": {"text": choices(5, 2), "label": letters},
+                "answerKey": letters[label],
+            },
             "triviaqa": {"question": question, "answer": {"aliases": choices(3, 2)}},
             "wikitext": {"page": f" = {phrases(random, 3)} = \n {phrases(random, 600)} . \n"},
-            "hellaswag": {"ctx_a": question, "ctx_b": phrases(random, 4), "activity_label": phrases(random, 2),
-                          "endings": choices(4, 12), "label": str(label)},
+            "hellaswag": {
+                "ctx_a": question,
+                "ctx_b": phrases(random, 4),
+                "activity_label": phrases(random, 2),
+                "endings": choices(4, 12),
+                "label": str(label),
+            },
         }[task]
 
 
@@ -96,17 +140,28 @@ def write_tasks(directory: pathlib.Path, count: int) -> None:
     """The harness's task files with local data in place of theirs."""
     root = pathlib.Path(lm_eval.tasks.__file__).parent
     for task, file in FILES.items():
-        (directory / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents(task, count)))
+        (directory / f"{task}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in documents(task, count))
+        )
         splits = "{train: %s, validation: %s, test: %s}" % ((f"{directory / task}.jsonl",) * 3)
-        lines = [f"include: {root / file}", f"task: {task}", "dataset_path: json", "dataset_name: null",
-                 f"dataset_kwargs: {{data_files: {splits}}}"]
+        lines = [
+            f"include: {root / file}",
+            f"task: {task}",
+            "dataset_path: json",
+            "dataset_name: null",
+            f"dataset_kwargs: {{data_files: {splits}}}",
+        ]
         (directory / f"{task}.yaml").write_text("\n".join(lines) + "\n")
 
 
 def make_run(directory: pathlib.Path, steps: int) -> pathlib.Path:
     """A trained run; its exported model is beside it."""
     file = directory / "tokenizer.json"
-    file.write_text(tokenizer.train((document.decode() for document in sources.embedded_documents("train")), 1024))
+    file.write_text(
+        tokenizer.train(
+            (document.decode() for document in sources.embedded_documents("train")), 1024
+        )
+    )
     config = config_lib.from_dict(
         {
             "model": MODEL,
@@ -119,7 +174,9 @@ def make_run(directory: pathlib.Path, steps: int) -> pathlib.Path:
         }
     )
     train(config, directory / "run", devices=jax.devices()[:1])
-    if convert.main(["to-hf", "--workdir", str(directory / "run"), "--out", str(directory / "exported")]):
+    if convert.main(
+        ["to-hf", "--workdir", str(directory / "run"), "--out", str(directory / "exported")]
+    ):
         sys.exit("the export failed")
     return directory / "run"
 
@@ -133,7 +190,13 @@ def by_harness(directory: pathlib.Path, tasks: list[Any]) -> dict[str, Any]:
     found = {}
     for task in tasks:
         begin = task.OUTPUT_TYPE != "loglikelihood_rolling"
-        model = HFLM(pretrained=str(directory), dtype="float32", device="cpu", add_bos_token=begin, batch_size=1)
+        model = HFLM(
+            pretrained=str(directory),
+            dtype="float32",
+            device="cpu",
+            add_bos_token=begin,
+            batch_size=1,
+        )
         with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
             found |= simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)["results"]
     return found
@@ -141,7 +204,9 @@ def by_harness(directory: pathlib.Path, tasks: list[Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the tasks both ways and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=20, help="documents a task")
     parser.add_argument("--steps", type=int, default=300, help="steps that the model is trained")
     options = parser.parse_args()
@@ -150,7 +215,10 @@ def main() -> None:
         directory = pathlib.Path(scratch)
         write_tasks(directory, options.rows)
         run = make_run(directory, options.steps)
-        found = ours.evaluate(Inference(load_run(run, devices=jax.devices()[:1])[0]), ours.load_tasks(["fog"], directory))
+        found = ours.evaluate(
+            Inference(load_run(run, devices=jax.devices()[:1])[0]),
+            ours.load_tasks(["fog"], directory),
+        )
         if found["failed"]:
             sys.exit(f"failed: {found['failed']}")
         theirs = by_harness(directory / "exported", ours.load_tasks(["fog"], directory))
@@ -160,8 +228,18 @@ def main() -> None:
             metric, comma, _ = name.partition(",")
             if comma and not metric.endswith("_stderr"):
                 mine = found["results"][task][name]
-                rows.append({"task": task, "metric": metric, "fp8jax": mine, "lm_eval's hf": value, "difference": abs(mine - value)})
-    common.save("tasks", rows, model=MODEL, lm_eval=found["lm_eval"], transformers=transformers.__version__)
+                rows.append(
+                    {
+                        "task": task,
+                        "metric": metric,
+                        "fp8jax": mine,
+                        "lm_eval's hf": value,
+                        "difference": abs(mine - value),
+                    }
+                )
+    common.save(
+        "tasks", rows, model=MODEL, lm_eval=found["lm_eval"], transformers=transformers.__version__
+    )
 
 
 if __name__ == "__main__":

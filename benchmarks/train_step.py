@@ -38,7 +38,9 @@ VOCABULARY = 512  # of `tiny`, whose config leaves it to the tokenizer
 TRACED_STEPS = 3
 
 
-def make_program(model: str, layers: int | None, *, size: str, batch: int, length: int | None, remat: str) -> TrainProgram:
+def make_program(
+    model: str, layers: int | None, *, size: str, batch: int, length: int | None, remat: str
+) -> TrainProgram:
     """The step of "architecture:recipe" on one device; a third part is an attention backend, or "fast": accumulation in all passes."""
     architecture, recipe, *more = model.split(":")
     values = configs.make(size, architecture=architecture, recipe=recipe)
@@ -46,9 +48,15 @@ def make_program(model: str, layers: int | None, *, size: str, batch: int, lengt
     values.model.layers = layers or values.model.layers
     values.data.sequence_length = length or values.data.sequence_length
     if more:
-        values.fp8.update({"fast_accumulation": "all"} if more == ["fast"] else {"attention_backend": more[0]})
+        values.fp8.update(
+            {"fast_accumulation": "all"} if more == ["fast"] else {"attention_backend": more[0]}
+        )
     config = config_lib.from_dict(values)
-    return TrainProgram(config, define(config.model, config.model.vocab_size or VOCABULARY), make_mesh(config, jax.devices()[:1]))
+    return TrainProgram(
+        config,
+        define(config.model, config.model.vocab_size or VOCABULARY),
+        make_mesh(config, jax.devices()[:1]),
+    )
 
 
 class Run:
@@ -61,15 +69,27 @@ class Run:
         self.compile_seconds = time.perf_counter() - start
         random = np.random.default_rng(0)
         shape = program.config.training.batch_size, program.config.data.sequence_length
-        tokens = random.integers(0, program.config.model.vocab_size or VOCABULARY, size=shape, dtype=np.int32)
-        self.batch = program.put({"inputs": tokens, "targets": np.roll(tokens, -1, 1), "mask": np.ones(shape, np.float32)})
-        self._init = jax.jit(lambda: initial_state(program.definition, program.recipes, program.config),
-                             out_shardings=program.state_shardings)
+        tokens = random.integers(
+            0, program.config.model.vocab_size or VOCABULARY, size=shape, dtype=np.int32
+        )
+        self.batch = program.put(
+            {
+                "inputs": tokens,
+                "targets": np.roll(tokens, -1, 1),
+                "mask": np.ones(shape, np.float32),
+            }
+        )
+        self._init = jax.jit(
+            lambda: initial_state(program.definition, program.recipes, program.config),
+            out_shardings=program.state_shardings,
+        )
         self.scaling = jax.device_get(program.calibrate(self._init(), self.batch).scaling)
 
     def turn(self, steps: int, folder: pathlib.Path | None = None) -> None:
         """From fresh weights: a step that is not counted, then `steps` timed ones; or as many traced into a folder."""
-        state = dataclasses.replace(self._init(), scaling=jax.device_put(self.scaling, self.program.state_shardings.scaling))
+        state = dataclasses.replace(
+            self._init(), scaling=jax.device_put(self.scaling, self.program.state_shardings.scaling)
+        )
         state, metrics, _ = self.compiled(state, self.batch)
         jax.block_until_ready(metrics)
         if folder is not None:
@@ -96,23 +116,49 @@ def rates(config: config_lib.Config, seconds: float) -> dict[str, Any]:
     """What follows from a step's seconds."""
     sequences, length = config.training.batch_size, config.data.sequence_length
     resolved = define(config.model, config.model.vocab_size or VOCABULARY).config
-    flops = model_flops(resolved, config.model.vocab_size or VOCABULARY, sequences=sequences, sequence_length=length).total
-    out = {"tokens": sequences * length, "ms": seconds * 1e3, "tokens_per_second": sequences * length / seconds,
-           "model_tflops_per_second": flops / seconds / 1e12}
+    flops = model_flops(
+        resolved, config.model.vocab_size or VOCABULARY, sequences=sequences, sequence_length=length
+    ).total
+    out = {
+        "tokens": sequences * length,
+        "ms": seconds * 1e3,
+        "tokens_per_second": sequences * length / seconds,
+        "model_tflops_per_second": flops / seconds / 1e12,
+    }
     device = common.peak()
-    return out | ({"mfu_bf16": flops / seconds / device.bf16, "mfu_fp8": flops / seconds / device.fp8} if device else {})
+    return out | (
+        {"mfu_bf16": flops / seconds / device.bf16, "mfu_fp8": flops / seconds / device.fp8}
+        if device
+        else {}
+    )
 
 
 def row(name: str, layers: int, run: Run) -> dict[str, Any]:
     """One measured line of the table."""
     config, memory = run.program.config, run.compiled.memory_analysis()
-    planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {"model": name, "layers": layers, "depth": "measured", "attention": run.program.recipes.attention_backend,
-            **rates(config, statistics.median(run.seconds)), "planned_gib": planned / 2**30, "loss": run.loss,
-            "compile_seconds": run.compile_seconds, "fastest_ms": min(run.seconds) * 1e3, "slowest_ms": max(run.seconds) * 1e3}
+    planned = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return {
+        "model": name,
+        "layers": layers,
+        "depth": "measured",
+        "attention": run.program.recipes.attention_backend,
+        **rates(config, statistics.median(run.seconds)),
+        "planned_gib": planned / 2**30,
+        "loss": run.loss,
+        "compile_seconds": run.compile_seconds,
+        "fastest_ms": min(run.seconds) * 1e3,
+        "slowest_ms": max(run.seconds) * 1e3,
+    }
 
 
-def extrapolated(rows: Sequence[dict[str, Any]], runs: dict[tuple[str, int], Run], size: str) -> list[dict[str, Any]]:
+def extrapolated(
+    rows: Sequence[dict[str, Any]], runs: dict[tuple[str, int], Run], size: str
+) -> list[dict[str, Any]]:
     """The size's full depth, on the line through the two depths that were measured."""
     full, out = configs.SIZES[size]["layers"], []
     for name in dict.fromkeys(row["model"] for row in rows):
@@ -123,20 +169,29 @@ def extrapolated(rows: Sequence[dict[str, Any]], runs: dict[tuple[str, int], Run
         seconds = times[few] + (full - few) * (times[many] - times[few]) / (many - few)
         config = runs[name, few].program.config
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, layers=full))
-        out.append({"model": name, "layers": full, "depth": "extrapolated", **rates(config, seconds)})
+        out.append(
+            {"model": name, "layers": full, "depth": "extrapolated", **rates(config, seconds)}
+        )
     return out
 
 
 def with_speed(rows: list[dict[str, Any]], first: str) -> list[dict[str, Any]]:
     """Each row's speed against the first model at the same depth."""
     base = {row["layers"]: row["tokens_per_second"] for row in rows if row["model"] == first}
-    return [row | {"speed": row["tokens_per_second"] / base[row["layers"]]} if row["layers"] in base else row for row in rows]
+    return [
+        row | {"speed": row["tokens_per_second"] / base[row["layers"]]}
+        if row["layers"] in base
+        else row
+        for row in rows
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     """Prints the table and writes the results; returns their file."""
     args = _arguments(argv)
-    make = functools.partial(make_program, size=args.size, batch=args.batch, length=args.length, remat=args.remat)
+    make = functools.partial(
+        make_program, size=args.size, batch=args.batch, length=args.length, remat=args.remat
+    )
     models, depths = args.models.split(","), [int(n) for n in args.layers.split(",")]
     runs: dict[tuple[str, int], Run] = {}
     failed, profiles = [], {}
@@ -145,8 +200,15 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
         rows = [row(name, layers, run) for (name, layers), run in runs.items() if run.seconds]
         rows = with_speed(rows + extrapolated(rows, runs, args.size), models[0])
         device = common.peak()
-        return common.save(f"{args.name}-{args.size}", rows + failed, args.results, show=show, remat=args.remat, profiles=profiles,
-                           peaks=device.source if device else None)
+        return common.save(
+            f"{args.name}-{args.size}",
+            rows + failed,
+            args.results,
+            show=show,
+            remat=args.remat,
+            profiles=profiles,
+            peaks=device.source if device else None,
+        )
 
     def attempt(key: tuple[str, int], work: Any) -> None:
         try:
@@ -180,16 +242,29 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="example: python benchmarks/train_step.py --size=tiny")
-    parser.add_argument("--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES)
-    parser.add_argument("--models", default=MODELS, help="architecture:recipe[:attention backend]; the others are compared with the first")
-    parser.add_argument("--layers", default="6,2" if common.on_gpu() else "4", help="one depth or two")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python benchmarks/train_step.py --size=tiny",
+    )
+    parser.add_argument(
+        "--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES
+    )
+    parser.add_argument(
+        "--models",
+        default=MODELS,
+        help="architecture:recipe[:attention backend]; the others are compared with the first",
+    )
+    parser.add_argument(
+        "--layers", default="6,2" if common.on_gpu() else "4", help="one depth or two"
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int)
     parser.add_argument("--remat", default="none", choices=config_lib.REMAT_POLICIES)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each candidate")
     parser.add_argument("--steps", type=int, default=5, help="timed steps a turn")
-    parser.add_argument("--profile", action="store_true", help="trace each model at the first depth")
+    parser.add_argument(
+        "--profile", action="store_true", help="trace each model at the first depth"
+    )
     parser.add_argument("--name", default="train_step", help="start of the results file's name")
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     return parser.parse_args(argv)

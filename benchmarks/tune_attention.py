@@ -26,27 +26,44 @@ from fp8jax.numerics.formats import E4M3, FORMATS, Quantised
 from fp8jax.numerics.recipes import FAST_ACCUMULATION, GemmRecipe
 
 # Rows of a product are queries in two kernels and keys in the third; the tensor cores want 64 of them a group of four warps.
-_BY_ROWS = (((64, 32), 4), ((64, 64), 4), ((64, 128), 4), ((64, 64), 8), ((64, 128), 8), ((128, 64), 8), ((128, 128), 8))
+_BY_ROWS = (
+    ((64, 32), 4),
+    ((64, 64), 4),
+    ((64, 128), 4),
+    ((64, 64), 8),
+    ((64, 128), 8),
+    ((128, 64), 8),
+    ((128, 128), 8),
+)
 CALLS = 5  # started together, so that starting them costs nothing
 
 
 def candidates(kernel: str) -> list[Tile]:
     """Tiles worth a try."""
-    pairs = [((columns, rows) if kernel == KEYS else (rows, columns), warps) for (rows, columns), warps in _BY_ROWS]
+    pairs = [
+        ((columns, rows) if kernel == KEYS else (rows, columns), warps)
+        for (rows, columns), warps in _BY_ROWS
+    ]
     return [Tile(*pair, warps, stages) for pair, warps in pairs for stages in (2, 3, 4)]
 
 
-def inputs(batch: int, length: int, head_dim: int, gradient_format: str) -> tuple[Operands, Residuals]:
+def inputs(
+    batch: int, length: int, head_dim: int, gradient_format: str
+) -> tuple[Operands, Residuals]:
     """Random operands of one attention and the residuals of its forward pass, but for the log-sum-exp, which is a plausible constant."""
     keys = iter(jax.random.split(jax.random.key(0), 5))
 
     def random(*shape: int, dtype: Any = E4M3) -> Quantised:
-        return Quantised(jax.random.normal(next(keys), shape, jnp.float32).astype(dtype), jnp.float32(1))
+        return Quantised(
+            jax.random.normal(next(keys), shape, jnp.float32).astype(dtype), jnp.float32(1)
+        )
 
     few, many = (batch, length, 8, head_dim), (batch, length, 8, 4, head_dim)
     rows = jnp.full(many[:4], 8.0, jnp.float32)
-    return (Operands(random(*many), random(*few), random(*few), None),
-            Residuals(random(*many, dtype=FORMATS[gradient_format]), rows, jnp.zeros_like(rows)))
+    return (
+        Operands(random(*many), random(*few), random(*few), None),
+        Residuals(random(*many, dtype=FORMATS[gradient_format]), rows, jnp.zeros_like(rows)),
+    )
 
 
 def program(kernel: str, tile: Tile, call: Call, operands: Operands, residuals: Residuals) -> Any:
@@ -75,7 +92,9 @@ def seconds(executable: Any, operands: Operands, residuals: Residuals, rounds: i
     return statistics.median(found[1:])
 
 
-def tune(kernel: str, args: argparse.Namespace, call: Call, given: tuple[Operands, Residuals]) -> list[dict[str, Any]]:
+def tune(
+    kernel: str, args: argparse.Namespace, call: Call, given: tuple[Operands, Residuals]
+) -> list[dict[str, Any]]:
     """Rows of one kernel, fastest first."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         tiles = candidates(kernel)
@@ -84,7 +103,14 @@ def tune(kernel: str, args: argparse.Namespace, call: Call, given: tuple[Operand
     for tile, executable in zip(tiles, programs, strict=True):
         row = {"kernel": kernel, "head_dim": args.head_dim, "length": args.length, **tile._asdict()}
         failed = isinstance(executable, str)
-        rows.append(row | ({"ms": None, "error": executable} if failed else {"ms": seconds(executable, *given, args.rounds) * 1e3}))
+        rows.append(
+            row
+            | (
+                {"ms": None, "error": executable}
+                if failed
+                else {"ms": seconds(executable, *given, args.rounds) * 1e3}
+            )
+        )
     return sorted(rows, key=lambda row: row["ms"] or 1e9)
 
 
@@ -100,7 +126,12 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=pathlib.Path, default=common.RESULTS)
     args = parser.parse_args(argv)
-    recipe = GemmRecipe("delayed", emulated=False, gradient_format=args.gradient_format, fast_accumulation=args.fast_accumulation)
+    recipe = GemmRecipe(
+        "delayed",
+        emulated=False,
+        gradient_format=args.gradient_format,
+        fast_accumulation=args.fast_accumulation,
+    )
     call = Call(recipe, recipe, args.head_dim**-0.5, jnp.dtype(jnp.bfloat16))
     given = inputs(args.batch, args.length, args.head_dim, args.gradient_format)
     rows = [row for kernel in args.kernels.split(",") for row in tune(kernel, args, call, given)]
@@ -108,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
         best = next(row for row in rows if row["kernel"] == kernel)
         sizes = ", ".join(str(best[field]) for field in Tile._fields)
         print(f"    ({kernel!r}, {args.head_dim}): Tile({sizes}),  # {best['ms']:.3f} ms")
-    return common.save(f"tune_attention-{args.head_dim}-{args.fast_accumulation}", rows, args.results)
+    return common.save(
+        f"tune_attention-{args.head_dim}-{args.fast_accumulation}", rows, args.results
+    )
 
 
 if __name__ == "__main__":

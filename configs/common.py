@@ -11,12 +11,41 @@ from fp8jax import hardware
 SIZES = {
     "tiny": dict(layers=4, width=256, ffn_width=512, heads=2, kv_heads=1),
     "390m": dict(layers=16, width=1024, ffn_width=4096, heads=8, kv_heads=4, vocab_size=131072),
-    "1p5b": dict(layers=16, width=2048, ffn_width=8192, heads=16, kv_heads=8, vocab_size=131072, tied_embeddings=False),
-    "8b": dict(layers=32, width=4096, ffn_width=14336, heads=32, kv_heads=8, vocab_size=131072, tied_embeddings=False),
-    "70b": dict(layers=80, width=8192, ffn_width=28672, heads=64, kv_heads=8, vocab_size=131072, tied_embeddings=False),
+    "1p5b": dict(
+        layers=16,
+        width=2048,
+        ffn_width=8192,
+        heads=16,
+        kv_heads=8,
+        vocab_size=131072,
+        tied_embeddings=False,
+    ),
+    "8b": dict(
+        layers=32,
+        width=4096,
+        ffn_width=14336,
+        heads=32,
+        kv_heads=8,
+        vocab_size=131072,
+        tied_embeddings=False,
+    ),
+    "70b": dict(
+        layers=80,
+        width=8192,
+        ffn_width=28672,
+        heads=64,
+        kv_heads=8,
+        vocab_size=131072,
+        tied_embeddings=False,
+    ),
 }
 # Sequences a step, learning rate, tokens of the run; context 4096. Warm-up takes 2.5B tokens.
-_PAPER = {"390m": (128, 1e-3, 50e9), "1p5b": (256, 2.5e-4, 125e9), "8b": (512, 3e-4, 125e9), "70b": (1024, 1.5e-4, 1400e9)}
+_PAPER = {
+    "390m": (128, 1e-3, 50e9),
+    "1p5b": (256, 2.5e-4, 125e9),
+    "8b": (512, 3e-4, 125e9),
+    "70b": (1024, 1.5e-4, 1400e9),
+}
 _CONTEXT = 4096
 
 

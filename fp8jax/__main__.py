@@ -31,7 +31,9 @@ def main(argv: Sequence[str]) -> int:
     if name in ("-h", "--help", "help"):
         print("usage: python -m fp8jax COMMAND ...\n\ncommands:")
         print("\n".join(f"  {command:<10} {what}" for command, what in COMMANDS.items()))
-        print("\npython -m fp8jax COMMAND --help says more, with an example; python -m fp8jax --version.")
+        print(
+            "\npython -m fp8jax COMMAND --help says more, with an example; python -m fp8jax --version."
+        )
         return 0
     if name in ("--version", "version"):
         print(version())
@@ -40,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
         nearest = did_you_mean(name, [*COMMANDS, "--help", "--version"])
         return complain(f"unknown command {name!r}{nearest or '; known: ' + ', '.join(COMMANDS)}")
     command = importlib.import_module(f"fp8jax.cli.{_MODULES.get(name, name)}")
-    return command.main([f"fp8jax {name}", *rest] if name in _WITH_PROGRAM else with_underscores(rest))
+    return command.main(
+        [f"fp8jax {name}", *rest] if name in _WITH_PROGRAM else with_underscores(rest)
+    )
 
 
 if __name__ == "__main__":

@@ -8,10 +8,19 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-LARGE = (1 << 24) + 1  # sizes from here on are mistakes, or a damaged file's, and no memory should be asked for them
-COUNT, YEARS = 2**31 - 1, 10**8  # what int32 counts to; so many seconds, or minutes, which timers can wait
-_WORDS = {"at_least": (operator.ge, "below"), "above": (operator.gt, "not above"), "below": (operator.lt, "not below"),
-          "at_most": (operator.le, "above")}
+LARGE = (
+    (1 << 24) + 1
+)  # sizes from here on are mistakes, or a damaged file's, and no memory should be asked for them
+COUNT, YEARS = (
+    2**31 - 1,
+    10**8,
+)  # what int32 counts to; so many seconds, or minutes, which timers can wait
+_WORDS = {
+    "at_least": (operator.ge, "below"),
+    "above": (operator.gt, "not above"),
+    "below": (operator.lt, "not below"),
+    "at_most": (operator.le, "above"),
+}
 _STEP = 2**31 - 1  # tokens a step, which int32 counts
 # How far below and above a tensor's usual size a fixed scale may be, which e4m3 and e5m2 then clip or flush to zero.
 _AROUND = {"static_weight_scale": (2.0**-7, 2.0**6), "static_gradient_scale": (2.0**-14, 2.0**6)}
@@ -35,23 +44,36 @@ def problem(config: Any) -> str | None:
             return f"config.{section}.{name}: {getattr(getattr(config, section), name)} is below {least} and not 0, which switches it off"
     tokens, optimizer = config.training.batch_size * config.data.sequence_length, config.optimizer
     if tokens > _STEP:
-        return (f"config.training.batch_size: {config.training.batch_size} sequences of {config.data.sequence_length} are above {_STEP} tokens "
-                "a step")
+        return (
+            f"config.training.batch_size: {config.training.batch_size} sequences of {config.data.sequence_length} are above {_STEP} tokens "
+            "a step"
+        )
     if optimizer.weight_decay * optimizer.learning_rate >= 1:
-        return (f"config.optimizer.weight_decay: {optimizer.weight_decay} is not below {1 / optimizer.learning_rate:g} at learning_rate="
-                f"{optimizer.learning_rate}: "
-                "a step would take more of a weight than there is")
-    return _static_scales(config, tokens) if "static" in config.fp8.scaling + config.fp8.overrides else None
+        return (
+            f"config.optimizer.weight_decay: {optimizer.weight_decay} is not below {1 / optimizer.learning_rate:g} at learning_rate="
+            f"{optimizer.learning_rate}: "
+            "a step would take more of a weight than there is"
+        )
+    return (
+        _static_scales(config, tokens)
+        if "static" in config.fp8.scaling + config.fp8.overrides
+        else None
+    )
 
 
 def _static_scales(config: Any, tokens: int) -> str | None:
     """Fixed scales that flush what they are for to zero, or clip it."""
-    fp8, usual = config.fp8, {"static_weight_scale": config.model.init_std or 1.0, "static_gradient_scale": 1 / tokens}
+    fp8, usual = (
+        config.fp8,
+        {"static_weight_scale": config.model.init_std or 1.0, "static_gradient_scale": 1 / tokens},
+    )
     for name, size in usual.items():
         value = getattr(fp8, name) or size
         least, most = _AROUND[name]
         low, high = size * least, size * most / 2**fp8.margin
         if not low <= value <= high:
-            return (f"config.fp8.{name}: {value} is {'below' if value < low else 'above'} {low if value < low else high:g}, "
-                    f"for tensors of size {size:g} and margin={fp8.margin}")
+            return (
+                f"config.fp8.{name}: {value} is {'below' if value < low else 'above'} {low if value < low else high:g}, "
+                f"for tensors of size {size:g} and margin={fp8.margin}"
+            )
     return None

@@ -63,7 +63,9 @@ def read_json(path: pathlib.Path, most: int = JSON_BYTES, memory: int = JSON_MEM
     return parse_json(read_bytes(path, most), memory=memory)
 
 
-def parse_json(content: bytes | str, *, memory: int = JSON_MEMORY, **options: Callable[..., Any]) -> Any:
+def parse_json(
+    content: bytes | str, *, memory: int = JSON_MEMORY, **options: Callable[..., Any]
+) -> Any:
     """The value of a JSON text.
 
     Args:
@@ -77,10 +79,14 @@ def parse_json(content: bytes | str, *, memory: int = JSON_MEMORY, **options: Ca
     if len(content) * _OBJECT > memory:
         raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
         if _memory(raw) > memory and _memory(_STRING.sub(b"", raw)) > memory:
-            raise TooManyValuesError(f"holds more values than {memory >> 20} MiB of memory have room for")
+            raise TooManyValuesError(
+                f"holds more values than {memory >> 20} MiB of memory have room for"
+            )
         del raw
     try:
-        return json.loads(content.decode("utf-8") if isinstance(content, bytes) else content, **options)
+        return json.loads(
+            content.decode("utf-8") if isinstance(content, bytes) else content, **options
+        )
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except UnicodeDecodeError as error:

@@ -24,13 +24,54 @@ _NEED_FP8, _NEED_EMULATED = 15.0, 30.0
 _FP8_FROM = 8.9  # compute capability: Ada, Hopper, Blackwell
 
 # Where only a name is known: GiB and compute capability of NVIDIA's, GiB and FP8 units of TPUs' devices.
-_NVIDIA = {"T4": (15, 7.5), "V100": (16, 7.0), "L4": (22, 8.9), "L40": (44, 8.9), "A10": (22, 8.6), "A100": (39, 8.0), "H100": (79, 9.0),
-           "H200": (140, 9.0), "H20": (94, 9.0), "GH200": (94, 9.0), "B200": (178, 10.0), "GB200": (184, 10.0), "B300": (268, 10.3)}
-_TPU = {"v2": (8, False), "v3": (16, False), "v4": (32, False), "v5e": (16, False), "v5p": (95, False), "v6e": (32, False), "7x": (96, True)}
-_TPU_PCI = {"0x0027": "v3", "0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "7x"}
-_TPU_TYPES = {"v2": "v2", "v3": "v3", "v4": "v4", "v5litepod": "v5e", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "7x"}
+_NVIDIA = {
+    "T4": (15, 7.5),
+    "V100": (16, 7.0),
+    "L4": (22, 8.9),
+    "L40": (44, 8.9),
+    "A10": (22, 8.6),
+    "A100": (39, 8.0),
+    "H100": (79, 9.0),
+    "H200": (140, 9.0),
+    "H20": (94, 9.0),
+    "GH200": (94, 9.0),
+    "B200": (178, 10.0),
+    "GB200": (184, 10.0),
+    "B300": (268, 10.3),
+}
+_TPU = {
+    "v2": (8, False),
+    "v3": (16, False),
+    "v4": (32, False),
+    "v5e": (16, False),
+    "v5p": (95, False),
+    "v6e": (32, False),
+    "7x": (96, True),
+}
+_TPU_PCI = {
+    "0x0027": "v3",
+    "0x005e": "v4",
+    "0x0062": "v5p",
+    "0x0063": "v5e",
+    "0x006f": "v6e",
+    "0x0076": "7x",
+}
+_TPU_TYPES = {
+    "v2": "v2",
+    "v3": "v3",
+    "v4": "v4",
+    "v5litepod": "v5e",
+    "v5e": "v5e",
+    "v5p": "v5p",
+    "v6e": "v6e",
+    "tpu7x": "7x",
+}
 _GOOGLE = "0x1ae0"
-_QUERY = ("nvidia-smi", "--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
+_QUERY = (
+    "nvidia-smi",
+    "--query-gpu=index,uuid,name,memory.total,compute_cap",
+    "--format=csv,noheader,nounits",
+)
 
 
 class Accelerator(NamedTuple):
@@ -41,7 +82,9 @@ class Accelerator(NamedTuple):
     fp8: bool
 
 
-planned: Accelerator | None = None  # the device that a run is planned for, where it is not this machine's: the audit sets it
+planned: Accelerator | None = (
+    None  # the device that a run is planned for, where it is not this machine's: the audit sets it
+)
 
 
 def default_size(found: Accelerator | None = None) -> tuple[str, str]:
@@ -54,8 +97,12 @@ def default_size(found: Accelerator | None = None) -> tuple[str, str]:
     return "390m" if fits else "tiny", f"{found.name}, {found.gib:.0f} GiB, {units}"
 
 
-def find(environment: Mapping[str, str] = os.environ, root: pathlib.Path = pathlib.Path("/"),
-         ask: Callable[[], str] | None = None, installed: Callable[[str], bool] | None = None) -> Accelerator | None:
+def find(
+    environment: Mapping[str, str] = os.environ,
+    root: pathlib.Path = pathlib.Path("/"),
+    ask: Callable[[], str] | None = None,
+    installed: Callable[[str], bool] | None = None,
+) -> Accelerator | None:
     """The accelerator that JAX will use; None where that is the CPU.
 
     Args:
@@ -84,10 +131,20 @@ def _ask() -> str:
 def _nvidia(root: pathlib.Path, ask: Callable[[], str]) -> list[tuple[str, str, Accelerator]]:
     """Index, UUID and device of each GPU."""
     try:
-        lines = [[part.strip() for part in line.split(",")] for line in ask().splitlines() if line.strip()]
-        return [(index, uuid, Accelerator(name, float(mib) / 1024, float(capability) >= _FP8_FROM))
-                for index, uuid, name, mib, capability in lines]
-    except (OSError, subprocess.SubprocessError, ValueError):  # none, one too old for compute_cap, a GPU that is lost
+        lines = [
+            [part.strip() for part in line.split(",")]
+            for line in ask().splitlines()
+            if line.strip()
+        ]
+        return [
+            (index, uuid, Accelerator(name, float(mib) / 1024, float(capability) >= _FP8_FROM))
+            for index, uuid, name, mib, capability in lines
+        ]
+    except (
+        OSError,
+        subprocess.SubprocessError,
+        ValueError,
+    ):  # none, one too old for compute_cap, a GPU that is lost
         return _named(root)
 
 
@@ -96,26 +153,45 @@ def _named(root: pathlib.Path) -> list[tuple[str, str, Accelerator]]:
     found = []
     for number, path in enumerate(sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))):
         text = path.read_text(errors="replace")
-        model, uuid = (re.search(rf"^{name}:\s*(.+)$", text, re.M) for name in ("Model", "GPU UUID"))
+        model, uuid = (
+            re.search(rf"^{name}:\s*(.+)$", text, re.M) for name in ("Model", "GPU UUID")
+        )
         name = model[1].strip() if model else "NVIDIA GPU"
         known = [_NVIDIA[word] for word in re.split(r"[\s-]+", name) if word in _NVIDIA]
         gib, capability = known[0] if known else (0, 0.0)
         if size := re.search(r"(\d+) ?GB", name):
-            gib = int(size[1]) * 0.93  # of the memory's decimal gigabytes, less what the driver keeps
-        found.append((str(number), uuid[1].strip() if uuid else "", Accelerator(name, gib, capability >= _FP8_FROM)))
+            gib = (
+                int(size[1]) * 0.93
+            )  # of the memory's decimal gigabytes, less what the driver keeps
+        found.append(
+            (
+                str(number),
+                uuid[1].strip() if uuid else "",
+                Accelerator(name, gib, capability >= _FP8_FROM),
+            )
+        )
     return found
 
 
-def _visible(gpus: list[tuple[str, str, Accelerator]], environment: Mapping[str, str]) -> list[Accelerator]:
+def _visible(
+    gpus: list[tuple[str, str, Accelerator]], environment: Mapping[str, str]
+) -> list[Accelerator]:
     """Those that CUDA_VISIBLE_DEVICES names, by number or by the beginning of a UUID; all where it does not say."""
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return [device for _, _, device in gpus]
     chosen = []
     for word in map(str.strip, named.split(",")):
-        matching = [device for index, uuid, device in gpus if word == index or (word.startswith("GPU-") and uuid.startswith(word))]
+        matching = [
+            device
+            for index, uuid, device in gpus
+            if word == index or (word.startswith("GPU-") and uuid.startswith(word))
+        ]
         if word.startswith("MIG-"):  # a part of one, which nvidia-smi does not list so
-            matching = [Accelerator(f"a part of {device.name}", device.gib / 7, device.fp8) for _, _, device in gpus[:1]]
+            matching = [
+                Accelerator(f"a part of {device.name}", device.gib / 7, device.fp8)
+                for _, _, device in gpus[:1]
+            ]
         if not matching:  # as in CUDA: what comes after a number that there is not is hidden
             break
         chosen += matching

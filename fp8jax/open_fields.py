@@ -22,7 +22,10 @@ Values = dict[str, dict[str, Any]]  # section → field → value
 
 def planned(values: Values) -> Values:
     """What a preset with these values plans."""
-    return {section: {field: values[section][field] for of, field in PLANNED if of == section} for section, _ in PLANNED}
+    return {
+        section: {field: values[section][field] for of, field in PLANNED if of == section}
+        for section, _ in PLANNED
+    }
 
 
 def fill(values: Values, preset: Values, run: Values | None = None) -> None:
@@ -39,7 +42,9 @@ def fill(values: Values, preset: Values, run: Values | None = None) -> None:
         if values[section][field] is None:
             values[section][field] = preset[section][field]
             if shorter:
-                values[section][field] = _shortened((section, field), preset[section][field], steps, planned)
+                values[section][field] = _shortened(
+                    (section, field), preset[section][field], steps, planned
+                )
             if run and (section, field) == WARMUP and run[section][field] <= steps:
                 values[section][field] = run[section][field]
     values["mesh"] = filled_mesh(values["mesh"])
@@ -49,7 +54,9 @@ def filled_mesh(mesh: dict[str, Any]) -> dict[str, Any]:
     """The mesh whose fsdp, where it is open, has the devices that are left, unless another axis asks for them."""
     if mesh.get("fsdp") is not None:
         return mesh
-    return mesh | {"fsdp": 1 if any(size == -1 for axis, size in mesh.items() if axis != "fsdp") else -1}
+    return mesh | {
+        "fsdp": 1 if any(size == -1 for axis, size in mesh.items() if axis != "fsdp") else -1
+    }
 
 
 def _shortened(field: tuple[str, str], value: int, steps: int, planned: int) -> int:

@@ -30,8 +30,14 @@ def device() -> str:
         return "cpu"
     if pathlib.Path("/dev/nvidiactl").exists() or pathlib.Path("/dev/nvidia0").exists():
         return "gpu"
-    tpu_variables = any(os.environ.get(name) for name in ("COLAB_TPU_ADDR", "TPU_NAME", "TPU_ACCELERATOR_TYPE"))
-    if tpu_variables or pathlib.Path("/dev/accel0").exists() or pathlib.Path("/dev/vfio/0").exists():
+    tpu_variables = any(
+        os.environ.get(name) for name in ("COLAB_TPU_ADDR", "TPU_NAME", "TPU_ACCELERATOR_TYPE")
+    )
+    if (
+        tpu_variables
+        or pathlib.Path("/dev/accel0").exists()
+        or pathlib.Path("/dev/vfio/0").exists()
+    ):
         return "tpu"
     return "cpu"
 
@@ -58,7 +64,9 @@ def driver() -> int | None:
     return int(match[1]) if match else None
 
 
-def pip_arguments(kind: str, there: Mapping[str, str], bounds: str, nvidia_driver: int | None) -> tuple[list[str], list[str]]:
+def pip_arguments(
+    kind: str, there: Mapping[str, str], bounds: str, nvidia_driver: int | None
+) -> tuple[list[str], list[str]]:
     """Return what `pip install` is to install, and versions that must stay as they are.
 
     Args:
@@ -90,6 +98,7 @@ def _family(there: Mapping[str, str], nvidia_driver: int | None) -> str:
 
 def _within(version: str, bounds: str) -> bool:
     """Whether a version lies in bounds like '>=0.10.2,<0.13'."""
+
     def numbers(text: str) -> tuple[int, ...]:
         return (*map(int, re.findall(r"\d+", text)[:3]), 0, 0, 0)[:3]
 
@@ -109,20 +118,40 @@ def jax_bounds() -> str:
 
 def main() -> int:
     """Install; return pip's exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0],
-                                     epilog="example: python notebooks/setup_runtime.py --dry_run")
-    parser.add_argument("--dry_run", action="store_true", help="print pip's arguments, and install nothing")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="example: python notebooks/setup_runtime.py --dry_run",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print pip's arguments, and install nothing"
+    )
     options = parser.parse_args()
     kind, there = device(), installed()
     wanted, kept = pip_arguments(kind, there, jax_bounds(), driver() if kind == "gpu" else None)
-    print(f"device: {kind}; installed: {', '.join(f'{name} {version}' for name, version in there.items()) or 'no jax'}")
-    print("kept as they are: " + ", ".join(kept) if kept else "jax and its plugin are installed together")
+    print(
+        f"device: {kind}; installed: {', '.join(f'{name} {version}' for name, version in there.items()) or 'no jax'}"
+    )
+    print(
+        "kept as they are: " + ", ".join(kept)
+        if kept
+        else "jax and its plugin are installed together"
+    )
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
         constraints.write("\n".join(kept) + "\n")
         constraints.flush()
-        arguments = ["install", "-q", *wanted, "matplotlib", *(["-c", constraints.name] if kept else [])]
+        arguments = [
+            "install",
+            "-q",
+            *wanted,
+            "matplotlib",
+            *(["-c", constraints.name] if kept else []),
+        ]
         print("pip", *arguments, flush=True)
-        return 0 if options.dry_run else subprocess.run([sys.executable, "-m", "pip", *arguments]).returncode
+        return (
+            0
+            if options.dry_run
+            else subprocess.run([sys.executable, "-m", "pip", *arguments]).returncode
+        )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import tempfile
 _FAST = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XLA_FLAGS"] = f"{_FAST} {os.environ.get('XLA_FLAGS', '')}"
-os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cpu"  # tests/gpu: JAX_PLATFORMS=cuda
+os.environ["JAX_PLATFORMS"] = (
+    os.environ.get("JAX_PLATFORMS") or "cpu"
+)  # tests/gpu: JAX_PLATFORMS=cuda
 # A run that is stopped and continued compiles what the uninterrupted one compiled, and so do processes that tests start. Whoever sets
 # JAX_COMPILATION_CACHE_DIR keeps programs from one session of tests to the next.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -14,11 +14,31 @@ from fp8jax.numerics.recipes import GemmRecipe
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.step import TrainProgram
 
-SMALL = {"model": {"layers": 2, "width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1}, "data": {"sequence_length": 16},
-         "training": {"steps": 10, "batch_size": 4, "microbatches": 1, "loss_chunk": 0, "remat": "none"}, "optimizer": {"warmup_steps": 0}}
+SMALL = {
+    "model": {"layers": 2, "width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1},
+    "data": {"sequence_length": 16},
+    "training": {"steps": 10, "batch_size": 4, "microbatches": 1, "loss_chunk": 0, "remat": "none"},
+    "optimizer": {"warmup_steps": 0},
+}
 # Which only say how large an array is, or how many devices: at their upper ends there is no machine for them.
-SIZES = {f"model.{name}" for name in ("layers", "width", "ffn_width", "ffn_hidden", "heads", "kv_heads", "head_dim", "vocab_size")} | {
-    "data.sequence_length", "training.batch_size", "training.microbatches", *(f"mesh.{axis}" for axis in config_lib.MESH_AXES)}
+SIZES = {
+    f"model.{name}"
+    for name in (
+        "layers",
+        "width",
+        "ffn_width",
+        "ffn_hidden",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "vocab_size",
+    )
+} | {
+    "data.sequence_length",
+    "training.batch_size",
+    "training.microbatches",
+    *(f"mesh.{axis}" for axis in config_lib.MESH_AXES),
+}
 
 
 def numbers():
@@ -32,8 +52,18 @@ def numbers():
 def ends(field, kind):
     """The smallest and the largest value that a field takes."""
     found = field.metadata
-    low = found["at_least"] if found["at_least"] is not None else float(np.nextafter(found["above"], np.inf))
-    high = found["at_most"] if found["at_most"] is not None else found["below"] - 1 if kind is int else float(np.nextafter(found["below"], 0))
+    low = (
+        found["at_least"]
+        if found["at_least"] is not None
+        else float(np.nextafter(found["above"], np.inf))
+    )
+    high = (
+        found["at_most"]
+        if found["at_most"] is not None
+        else found["below"] - 1
+        if kind is int
+        else float(np.nextafter(found["below"], 0))
+    )
     return kind(low), kind(high)
 
 
@@ -51,14 +81,21 @@ def built(**changes):
     return message
 
 
-FIELDS = [pytest.param(section, field, kind, id=f"{section}.{field.name}") for section, field, kind in numbers()]
+FIELDS = [
+    pytest.param(section, field, kind, id=f"{section}.{field.name}")
+    for section, field, kind in numbers()
+]
 
 
 @pytest.mark.parametrize(("section", "field", "kind"), FIELDS)
 def test_every_number_has_two_ends(section, field, kind):
     """And what lies beyond is refused with field, value and bound, however far it lies."""
     path, (low, high) = f"{section}.{field.name}", ends(field, kind)
-    near = [low - 1, high + 1] if kind is int else [low - 1e-9 * max(abs(low), 1e-290), high * (1 + 1e-9)]
+    near = (
+        [low - 1, high + 1]
+        if kind is int
+        else [low - 1e-9 * max(abs(low), 1e-290), high * (1 + 1e-9)]
+    )
     far = [-(10**400), -(2**63), 2**63, 10**400] if kind is int else [-1e308, 2.0**127, 1e308]
     for value in (*near, *far):
         message = built(**{path: value})
@@ -73,8 +110,12 @@ def test_at_its_ends_a_number_is_taken_or_refused_in_one_line(section, field, ki
 
 
 def traced(config):
-    program = TrainProgram(config, define(config.model, 128), mesh_lib.make_mesh(config, jax.devices()[:1]))
-    state, metrics, taps = jax.eval_shape(program.jitted_step(collect=True), program.abstract_state, program.abstract_batch)
+    program = TrainProgram(
+        config, define(config.model, 128), mesh_lib.make_mesh(config, jax.devices()[:1])
+    )
+    state, metrics, taps = jax.eval_shape(
+        program.jitted_step(collect=True), program.abstract_state, program.abstract_batch
+    )
     assert metrics["loss"].shape == () and state.step.dtype == jnp.int32 and taps.values.size > 100
 
 
@@ -100,7 +141,9 @@ def test_a_step_is_traced_at_each_end(section, field, kind):
 
 
 @pytest.mark.parametrize("gradient_format", ["e4m3", "e5m2"])
-@pytest.mark.parametrize("margin", ends(next(field for _, field, _ in numbers() if field.name == "margin"), int))
+@pytest.mark.parametrize(
+    "margin", ends(next(field for _, field, _ in numbers() if field.name == "margin"), int)
+)
 def test_a_cast_means_something_at_the_ends_of_the_margin(margin, gradient_format):
     """Against float64: of e4m3's three bits of mantissa, and of e5m2's two, none is lost."""
     assert built(**{"fp8.margin": margin}).fp8.margin == margin
@@ -111,9 +154,16 @@ def test_a_cast_means_something_at_the_ends_of_the_margin(margin, gradient_forma
         assert 10 * np.log10(np.mean(np.float64(x) ** 2) / np.mean(error**2)) > decibels, operand
 
 
-@pytest.mark.parametrize(("name", "operand", "size"), [("static_weight_scale", "w", 0.02), ("static_gradient_scale", "g", 1 / 64)])
+@pytest.mark.parametrize(
+    ("name", "operand", "size"),
+    [("static_weight_scale", "w", 0.02), ("static_gradient_scale", "g", 1 / 64)],
+)
 def test_a_fixed_scale_means_something_as_far_as_it_is_taken(name, operand, size):
-    taken = [2.0**k for k in range(-60, 30) if not isinstance(built(**{f"fp8.{name}": 2.0**k, "fp8.scaling": "static"}), str)]
+    taken = [
+        2.0**k
+        for k in range(-60, 30)
+        if not isinstance(built(**{f"fp8.{name}": 2.0**k, "fp8.scaling": "static"}), str)
+    ]
     x = size * jax.random.normal(jax.random.key(0), (64, 1024))
     assert 8 < len(taken) < 32 and min(taken) < size < max(taken)
     for scale in (taken[0], taken[-1]):

@@ -13,11 +13,20 @@ from fp8jax.interop.hf_safetensors import HuggingFaceError, TensorFiles
 from fp8jax.monitor.logs import MetricsError, read_metrics, tail
 
 
-@pytest.mark.parametrize("text", ["[" + "[]," * 19_000_000 + "[]]", '{"a": [' + "{}," * 5_000_000 + "0]}", "[" + "1," * 20_000_000 + "1]"],
-                         ids=["lists", "objects", "numbers"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" + "[]," * 19_000_000 + "[]]",
+        '{"a": [' + "{}," * 5_000_000 + "0]}",
+        "[" + "1," * 20_000_000 + "1]",
+    ],
+    ids=["lists", "objects", "numbers"],
+)
 def test_values_that_take_much_more_than_their_text_are_refused(text):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(files.TooManyValuesError, match="holds more values than 256 MiB of memory have room for"):
+    with pytest.raises(
+        files.TooManyValuesError, match="holds more values than 256 MiB of memory have room for"
+    ):
         files.parse_json(text.encode())
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
@@ -30,16 +39,31 @@ def test_text_may_hold_what_looks_like_values():
 def test_the_bound_is_above_what_values_take():
     """In another process, whose memory is its own: lists, objects with a member, numbers."""
     for text, count in (("[]", 300_000), ('{"a":0.5}', 300_000), ("0.5", 1_000_000)):
-        child = ("import json, resource, sys\ntext = '[' + ','.join([sys.argv[1]] * int(sys.argv[2])) + ']'\n"
-                 "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nfound = json.loads(text)\n"
-                 "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)")
-        taken = int(subprocess.run([sys.executable, "-I", "-c", child, text, str(count)], capture_output=True, check=True).stdout)
+        child = (
+            "import json, resource, sys\ntext = '[' + ','.join([sys.argv[1]] * int(sys.argv[2])) + ']'\n"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nfound = json.loads(text)\n"
+            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"
+        )
+        taken = int(
+            subprocess.run(
+                [sys.executable, "-I", "-c", child, text, str(count)],
+                capture_output=True,
+                check=True,
+            ).stdout
+        )
         assert taken <= files._memory(f"[{','.join([text] * count)}]".encode())
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"[" * 100_000, "is nested too deeply"), (b'{"a":' * 100_000, "is nested too deeply"), (b'"\xff"', "is not UTF-8 at byte 1"),
-    (b"{", "Expecting"), (b"", "Expecting value")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[" * 100_000, "is nested too deeply"),
+        (b'{"a":' * 100_000, "is nested too deeply"),
+        (b'"\xff"', "is not UTF-8 at byte 1"),
+        (b"{", "Expecting"),
+        (b"", "Expecting value"),
+    ],
+)
 def test_other_mistakes_are_one_line(content, words):
     with pytest.raises(ValueError, match=words) as caught:
         files.parse_json(content)
@@ -54,7 +78,9 @@ def sparse(path, size=3 << 30):
 
 def test_sparse_files_of_gigabytes_are_not_read_whole(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ConfigError, match=r"config.json: cannot be read as JSON: has more than 67108864 bytes"):
+    with pytest.raises(
+        ConfigError, match=r"config.json: cannot be read as JSON: has more than 67108864 bytes"
+    ):
         read_json(sparse(tmp_path / "config.json"))
     sparse(tmp_path / "model.safetensors.index.json")
     with pytest.raises(HuggingFaceError, match="index.json: has more than 67108864 bytes"):

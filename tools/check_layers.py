@@ -12,8 +12,12 @@ from collections.abc import Iterator, Mapping
 
 # Each part, top first, and what it may import beside itself. A module directly in fp8jax is a part of its own.
 MAY_IMPORT: dict[str, frozenset[str]] = {
-    "cli": frozenset("training monitor audit interop data models parallel config open_fields hardware numerics files".split()),
-    "training": frozenset("monitor audit interop data models parallel config open_fields numerics files".split()),
+    "cli": frozenset(
+        "training monitor audit interop data models parallel config open_fields hardware numerics files".split()
+    ),
+    "training": frozenset(
+        "monitor audit interop data models parallel config open_fields numerics files".split()
+    ),
     "monitor": frozenset("config numerics files".split()),
     "audit": frozenset("config".split()),
     "interop": frozenset("models data config numerics files".split()),
@@ -84,7 +88,9 @@ def _name(path: pathlib.Path, root: pathlib.Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _imports(path: pathlib.Path, name: str, modules: Mapping[str, pathlib.Path]) -> Iterator[tuple[int, str]]:
+def _imports(
+    path: pathlib.Path, name: str, modules: Mapping[str, pathlib.Path]
+) -> Iterator[tuple[int, str]]:
     """Yield the line and the module of each import of a file, those within functions too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

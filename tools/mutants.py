@@ -31,10 +31,30 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = ROOT / "tools" / "mutants"
-COPIED = ("fp8jax", "configs", "tests", "launch", "benchmarks", "train.py", "eval.py", "pyproject.toml")
+COPIED = (
+    "fp8jax",
+    "configs",
+    "tests",
+    "launch",
+    "benchmarks",
+    "train.py",
+    "eval.py",
+    "pyproject.toml",
+)
 # Imported once, before the processes that run tests are forked: that is half of the time of a small test.
-PRELOADED = ["pytest", "jax", "jax.numpy", "flax.nnx", "optax", "optax.contrib", "grain", "orbax.checkpoint.v1",
-             "tensorboardX", "rich.live", "ml_collections"]
+PRELOADED = [
+    "pytest",
+    "jax",
+    "jax.numpy",
+    "flax.nnx",
+    "optax",
+    "optax.contrib",
+    "grain",
+    "orbax.checkpoint.v1",
+    "tensorboardX",
+    "rich.live",
+    "ml_collections",
+]
 _CONTEXT = multiprocessing.get_context("forkserver")
 CAUGHT, SURVIVED, SLOW, BROKEN = "caught", "SURVIVED", "TOO LONG", "BROKEN"
 
@@ -77,7 +97,9 @@ class Mutant:
         text = (root / self.file).read_text(encoding="utf-8")
         places = list(_pattern(self.old).finditer(text))
         if len(places) != 1:
-            raise StaleError(f"{self.name}: {self.file} has this text {len(places)} times, not once: {self.old!r}")
+            raise StaleError(
+                f"{self.name}: {self.file} has this text {len(places)} times, not once: {self.old!r}"
+            )
         place = places[0]
         mutated = text[: place.start()] + self.new + text[place.end() :]
         compile(mutated, self.file, "exec")
@@ -153,7 +175,9 @@ class Copies:
 
 def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
     if source.is_dir():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "results", "runs"))
+        shutil.copytree(
+            source, target, ignore=shutil.ignore_patterns("__pycache__", "results", "runs")
+        )
     else:
         shutil.copy2(source, target)
 
@@ -228,15 +252,25 @@ def chosen(arguments: argparse.Namespace) -> list[Mutant]:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--room", action="append", help="only this file of faults; may be given several times")
-    parser.add_argument("--only", action="append", help="only this fault; may be given several times")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--room", action="append", help="only this file of faults; may be given several times"
+    )
+    parser.add_argument(
+        "--only", action="append", help="only this fault; may be given several times"
+    )
     parser.add_argument("--set", default="all", help="only faults of this set")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds a run may take")
-    parser.add_argument("--trust", action="store_true", help="do not run the tests without any fault first")
+    parser.add_argument(
+        "--trust", action="store_true", help="do not run the tests without any fault first"
+    )
     parser.add_argument("--check", action="store_true", help="only look for stale faults")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print the end of pytest's output")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="print the end of pytest's output"
+    )
     return parser.parse_args()
 
 
@@ -261,7 +295,9 @@ def main() -> int:
         return 2 if problems else 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as directory:
         copies = Copies(pathlib.Path(directory), arguments.jobs)
-        files = dict.fromkeys(test.partition("::")[0] for mutant, tests in work for test in (*mutant.tests, *tests))
+        files = dict.fromkeys(
+            test.partition("::")[0] for mutant, tests in work for test in (*mutant.tests, *tests)
+        )
         wrong = [] if arguments.trust else check_sound(copies, list(files), arguments.limit)
         if wrong:
             print("\n".join(wrong))
@@ -273,16 +309,25 @@ def main() -> int:
     return int(any(outcome != CAUGHT for _, outcome in results))
 
 
-def run_all(copies: Copies, work: list[tuple[Mutant, list[str]]], arguments: argparse.Namespace) -> list[tuple[Mutant, str]]:
+def run_all(
+    copies: Copies, work: list[tuple[Mutant, list[str]]], arguments: argparse.Namespace
+) -> list[tuple[Mutant, str]]:
     """Run the tests of every fault; print an outcome a line as they come."""
 
     def one(mutant: Mutant, tests: list[str]) -> tuple[Mutant, str]:
         began = time.monotonic()
-        outcome, end = copies.run(list(mutant.tests), arguments.limit, mutant) if mutant.tests else (SURVIVED, "")
+        outcome, end = (
+            copies.run(list(mutant.tests), arguments.limit, mutant)
+            if mutant.tests
+            else (SURVIVED, "")
+        )
         if outcome == SURVIVED and tests:
             outcome, end = copies.run(tests, arguments.limit, mutant)
         seconds = time.monotonic() - began
-        print(f"{outcome:<9} {mutant.room:<9} {mutant.name:<36} {seconds:5.0f} s  {mutant.fault}", flush=True)
+        print(
+            f"{outcome:<9} {mutant.room:<9} {mutant.name:<36} {seconds:5.0f} s  {mutant.fault}",
+            flush=True,
+        )
         if arguments.verbose or outcome == BROKEN:
             print(end, flush=True)
         return mutant, outcome

@@ -17,9 +17,21 @@ import numpy as np
 from fp8jax.audit import hlo
 from fp8jax.audit.hlo import Executed, Module
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 # Part of the whole array that each device sends in a ring of n.
-_SENT = {"all-reduce": lambda n: 2 * (n - 1) / n, "collective-permute": lambda n: 1.0, "collective-broadcast": lambda n: 1.0}
+_SENT = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "collective-permute": lambda n: 1.0,
+    "collective-broadcast": lambda n: 1.0,
+}
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}")
 _ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -61,11 +73,19 @@ def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
             kind = inner.instruction.opcode.removesuffix("-start")
             if kind in KINDS:
                 by = module.computations.get(inner.instruction.called("to_apply") or "", {})
-                found += _read(inner, kind, names, math.prod(mesh.values()), hlo.root(by).opcode if by else "")
+                found += _read(
+                    inner, kind, names, math.prod(mesh.values()), hlo.root(by).opcode if by else ""
+                )
     return found
 
 
-def _read(run: Executed, kind: str, names: Mapping[frozenset, tuple[str, ...]], devices: int, reduction: str) -> list[Collective]:
+def _read(
+    run: Executed,
+    kind: str,
+    names: Mapping[frozenset, tuple[str, ...]],
+    devices: int,
+    reduction: str,
+) -> list[Collective]:
     groups = replica_groups(run.instruction.attributes, devices)
     size = max((len(group) for group in groups), default=1)
     if kind == "collective-permute":
@@ -74,27 +94,57 @@ def _read(run: Executed, kind: str, names: Mapping[frozenset, tuple[str, ...]], 
     by_dtype: dict[str, int] = {}
     for operand in run.operands():
         for shape in operand.shapes:
-            by_dtype[shape.dtype] = by_dtype.get(shape.dtype, 0) + shape.bytes * (size if kind == "all-gather" else 1)
+            by_dtype[shape.dtype] = by_dtype.get(shape.dtype, 0) + shape.bytes * (
+                size if kind == "all-gather" else 1
+            )
     sent = _SENT.get(kind, lambda n: (n - 1) / n)(size)
-    return [Collective(kind, dtype, axes, size, total, round(sent * total), run.count, run.instruction.scope, reduction)
-            for dtype, total in by_dtype.items() if size > 1]
+    return [
+        Collective(
+            kind,
+            dtype,
+            axes,
+            size,
+            total,
+            round(sent * total),
+            run.count,
+            run.instruction.scope,
+            reduction,
+        )
+        for dtype, total in by_dtype.items()
+        if size > 1
+    ]
 
 
 def replica_groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
     """Groups of device numbers, from any of the ways in which XLA writes them; none written: all devices."""
-    listed, iota, mesh = _LISTED.search(attributes), _IOTA.search(attributes), _MESH.search(attributes)
+    listed, iota, mesh = (
+        _LISTED.search(attributes),
+        _IOTA.search(attributes),
+        _MESH.search(attributes),
+    )
     if mesh:
         sizes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))]
-        split = [i for i, (name, _) in enumerate(sizes) if name in re.findall(r"'([^']+)'", mesh.group(3))]
+        split = [
+            i
+            for i, (name, _) in enumerate(sizes)
+            if name in re.findall(r"'([^']+)'", mesh.group(3))
+        ]
         order = _ORDER.search(mesh.group(2) or "")
         ids = _iota(*order.groups()) if order else np.arange(math.prod(size for _, size in sizes))
-        ids = ids.reshape([size for _, size in sizes]).transpose([i for i in range(len(sizes)) if i not in split] + split)
-        return [tuple(row) for row in ids.reshape(-1, math.prod(sizes[i][1] for i in split)).tolist()]
+        ids = ids.reshape([size for _, size in sizes]).transpose(
+            [i for i in range(len(sizes)) if i not in split] + split
+        )
+        return [
+            tuple(row) for row in ids.reshape(-1, math.prod(sizes[i][1] for i in split)).tolist()
+        ]
     if iota:
         shape = [int(n) for n in iota.group(1).split(",")]
         return [tuple(row) for row in _iota(iota.group(2), iota.group(3)).reshape(shape).tolist()]
     if listed:
-        return [tuple(int(n) for n in part.split(",") if n.strip()) for part in re.split(r"\}\s*,\s*\{", listed.group(1))]
+        return [
+            tuple(int(n) for n in part.split(",") if n.strip())
+            for part in re.split(r"\}\s*,\s*\{", listed.group(1))
+        ]
     return [tuple(range(devices))]
 
 
@@ -123,5 +173,7 @@ def _axes_by_groups(mesh: Mapping[str, int]) -> dict[frozenset, tuple[str, ...]]
         for chosen in itertools.combinations(range(len(names)), length):
             rest = [i for i in range(len(names)) if i not in chosen]
             rows = ids.transpose([*rest, *chosen]).reshape(-1, math.prod(sizes[i] for i in chosen))
-            found[frozenset(frozenset(row) for row in rows.tolist())] = tuple(names[i] for i in chosen)
+            found[frozenset(frozenset(row) for row in rows.tolist())] = tuple(
+                names[i] for i in chosen
+            )
     return found

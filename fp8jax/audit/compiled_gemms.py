@@ -24,7 +24,11 @@ def compiled_gemms(module: Module) -> list[Gemm]:
     """Every GEMM that the program runs, in program order; those in loops once, with `count` executions."""
     found = []
     for run in hlo.executed(module):
-        inside = [inner for inner in hlo.nested(module, run) if inner.instruction.opcode in ("dot", "convolution")]
+        inside = [
+            inner
+            for inner in hlo.nested(module, run)
+            if inner.instruction.opcode in ("dot", "convolution")
+        ]
         found += [_dot(inner, run.instruction) for inner in inside]
         if run.instruction.opcode in ("dot", "convolution"):
             found.append(_dot(run, run.instruction))
@@ -37,7 +41,9 @@ def is_gemm(module: Module, run: Executed) -> bool:
     """Whether an executed instruction is, or holds, a GEMM."""
     if run.instruction.opcode == "custom-call":
         return bool(_library_call(run))
-    return any(r.instruction.opcode in ("dot", "convolution") for r in (run, *hlo.nested(module, run)))
+    return any(
+        r.instruction.opcode in ("dot", "convolution") for r in (run, *hlo.nested(module, run))
+    )
 
 
 def _library_call(run: Executed) -> list[Gemm]:
@@ -55,8 +61,10 @@ def _cublas(run: Executed) -> Gemm:
     config = run.instruction.backend_config().get("gemm_backend_config", {})
     dims = config.get("dot_dimension_numbers", {})
     lhs, rhs = (operand.shapes[0] for operand in run.operands()[:2])
-    contract, batch = ([[int(i) for i in dims.get(f"{side}_{kind}_dimensions", [])] for side in ("lhs", "rhs")]
-                       for kind in ("contracting", "batch"))
+    contract, batch = (
+        [[int(i) for i in dims.get(f"{side}_{kind}_dimensions", [])] for side in ("lhs", "rhs")]
+        for kind in ("contracting", "batch")
+    )
     library = "cuBLASLt" if "$lt$" in run.instruction.target else "cuBLAS"
     return _gemm(run, gemm_shape(lhs.dims, rhs.dims, (contract, batch)), library)
 
@@ -66,7 +74,10 @@ def _dot(run: Executed, kernel: Instruction) -> Gemm:
     lhs, rhs = (operand.shapes[0] for operand in run.operands()[:2])
     if run.instruction.opcode == "convolution":
         return _gemm(run, _convolution_shape(run), "MXU")
-    contract, batch = ([run.instruction.dimensions(f"{side}_{kind}_dims") for side in ("lhs", "rhs")] for kind in ("contracting", "batch"))
+    contract, batch = (
+        [run.instruction.dimensions(f"{side}_{kind}_dims") for side in ("lhs", "rhs")]
+        for kind in ("contracting", "batch")
+    )
     name = "Triton" if "triton" in kernel.attributes else "dot"
     return _gemm(run, gemm_shape(lhs.dims, rhs.dims, (contract, batch)), name)
 
@@ -81,9 +92,15 @@ def _convolution_shape(run: Executed) -> Shape:
     out, attributes = run.instruction.shapes[0].size, run.instruction.attributes
     window = {key: sizes.split("x") for key, sizes in hlo.window(attributes).items()}
     sizes, ones = window.get("size", []), ["1"] * len(window.get("size", []))
-    dilations = zip(sizes, window.get("lhs_dilate", ones), window.get("rhs_dilate", ones), strict=True)
-    batch = math.prod(int(size) for size, left, right in dilations if size != "1" and size in (left, right))
-    batch *= hlo.number(attributes, "feature_group_count") * hlo.number(attributes, "batch_group_count")
+    dilations = zip(
+        sizes, window.get("lhs_dilate", ones), window.get("rhs_dilate", ones), strict=True
+    )
+    batch = math.prod(
+        int(size) for size, left, right in dilations if size != "1" and size in (left, right)
+    )
+    batch *= hlo.number(attributes, "feature_group_count") * hlo.number(
+        attributes, "batch_group_count"
+    )
     k = math.isqrt(lhs * rhs // max(out * batch, 1))
     return batch, lhs // max(batch * k, 1), rhs // max(batch * k, 1), k
 
@@ -91,28 +108,49 @@ def _convolution_shape(run: Executed) -> Shape:
 def _fused_attention(run: Executed) -> Gemm:
     """Attention by cuDNN, whole square: two GEMMs forward, five backward."""
     config = run.instruction.backend_config().get("cudnn_fmha_backend_config", {})
-    scores = [int(n) for n in config.get("intermediate_tensor_shape", {}).get("dimensions", [])] or [0, 0, 0, 0]
+    scores = [
+        int(n) for n in config.get("intermediate_tensor_shape", {}).get("dimensions", [])
+    ] or [0, 0, 0, 0]
     batch, m, n = scores[0] * scores[1], scores[2], scores[3]
     head_dim = run.operands()[0].shapes[0].size // max(batch * m, 1)
-    return _gemm(run, (batch, m, n, head_dim), "cuDNN", 10 if "Backward" in run.instruction.target else 4)
+    return _gemm(
+        run, (batch, m, n, head_dim), "cuDNN", 10 if "Backward" in run.instruction.target else 4
+    )
 
 
 def _pallas(run: Executed) -> list[Gemm]:
     """Of a fused kernel the GEMMs that its scope names; its first operand is a vector of factors."""
     dtypes = [operand.shapes[0].dtype for operand in run.operands()]
-    return ([_kernel(run, dtypes[1], dtypes[2], **given) for given in read_fused(run.instruction.scope)]
-            or [_kernel(run, dtypes[0], dtypes[1], flops=0, **read_scope(run.instruction.scope))])
+    return [
+        _kernel(run, dtypes[1], dtypes[2], **given) for given in read_fused(run.instruction.scope)
+    ] or [_kernel(run, dtypes[0], dtypes[1], flops=0, **read_scope(run.instruction.scope))]
 
 
 def _kernel(run: Executed, lhs: str, rhs: str, **given: Any) -> Gemm:
     kind = _FP8 if is_fp8(lhs) and is_fp8(rhs) else _KINDS.get(lhs, lhs)
-    return Gemm(shape=(0, 0, 0, 0), lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=run.instruction.shapes[0].dtype, kernel=f"Pallas {kind}",
-                count=run.count, count_known=run.known, **given)
+    return Gemm(
+        shape=(0, 0, 0, 0),
+        lhs_dtype=lhs,
+        rhs_dtype=rhs,
+        out_dtype=run.instruction.shapes[0].dtype,
+        kernel=f"Pallas {kind}",
+        count=run.count,
+        count_known=run.known,
+        **given,
+    )
 
 
 def _gemm(run: Executed, shape: Shape, library: str, factor: int = 2) -> Gemm:
     lhs, rhs = (operand.shapes[0].dtype for operand in run.operands()[:2])
     kind = _FP8 if is_fp8(lhs) and is_fp8(rhs) else _KINDS.get(lhs, lhs)
-    return Gemm(shape=shape, lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=run.instruction.shapes[0].dtype, kernel=f"{library} {kind}",
-                flops=factor * math.prod(shape), count=run.count, count_known=run.known,
-                **read_scope(run.instruction.scope))
+    return Gemm(
+        shape=shape,
+        lhs_dtype=lhs,
+        rhs_dtype=rhs,
+        out_dtype=run.instruction.shapes[0].dtype,
+        kernel=f"{library} {kind}",
+        flops=factor * math.prod(shape),
+        count=run.count,
+        count_known=run.known,
+        **read_scope(run.instruction.scope),
+    )

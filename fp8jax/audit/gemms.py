@@ -85,7 +85,12 @@ def read_scope(scope: str) -> dict[str, str | bool]:
     found = _SCOPE.findall(scope)
     role, pass_name = found[-1] if found else (OTHER, "")
     backward = "transpose(" in scope or "rematted_computation" in scope
-    return {"role": role, "pass_name": pass_name, "repeated": pass_name == "fprop" and backward, "scope": scope}
+    return {
+        "role": role,
+        "pass_name": pass_name,
+        "repeated": pass_name == "fprop" and backward,
+        "scope": scope,
+    }
 
 
 def read_fused(scope: str) -> list[dict[str, Any]]:
@@ -96,8 +101,16 @@ def read_fused(scope: str) -> list[dict[str, Any]]:
     names, flops = found[-1]
     parts = [(name.rstrip("*").partition("."), name.endswith("*")) for name in names.split("+")]
     again = "rematted_computation" in scope  # the forward kernel a second time
-    return [{"role": role, "pass_name": gemm_pass, "repeated": repeated or (again and gemm_pass == "fprop"), "scope": scope,
-             "flops": int(flops)} for (role, _, gemm_pass), repeated in parts]
+    return [
+        {
+            "role": role,
+            "pass_name": gemm_pass,
+            "repeated": repeated or (again and gemm_pass == "fprop"),
+            "scope": scope,
+            "flops": int(flops),
+        }
+        for (role, _, gemm_pass), repeated in parts
+    ]
 
 
 def fp8_share(gemms: Iterable[Gemm], roles: Collection[str]) -> float:
@@ -111,15 +124,24 @@ def summary(gemms: Iterable[Gemm], roles: Collection[str]) -> list[Row]:
     """One row a role, pass and repetition: the roles in the order given, then the rest as `other`."""
     groups: dict[tuple[str, str, bool], list[Gemm]] = {}
     for gemm in gemms:
-        key = (gemm.role, gemm.pass_name, gemm.repeated) if gemm.role in roles else (OTHER, "", False)
+        key = (
+            (gemm.role, gemm.pass_name, gemm.repeated) if gemm.role in roles else (OTHER, "", False)
+        )
         groups.setdefault(key, []).append(gemm)
     order = {role: i for i, role in enumerate(roles)}
     passes = {"fprop": 0, "dgrad": 1, "wgrad": 2}
-    keys = sorted(groups, key=lambda key: (order.get(key[0], len(order)), key[2], passes.get(key[1], 3), key[1]))
+    keys = sorted(
+        groups,
+        key=lambda key: (order.get(key[0], len(order)), key[2], passes.get(key[1], 3), key[1]),
+    )
     return [_row(key, groups[key]) for key in keys]
 
 
 def _row(key: tuple[str, str, bool], gemms: list[Gemm]) -> Row:
-    return Row(*key, executions=sum(gemm.count for gemm in gemms), flops=sum(gemm.total_flops for gemm in gemms),
-               fp8_flops=sum(gemm.total_flops for gemm in gemms if gemm.fp8),
-               kernels=tuple(sorted({gemm.kernel for gemm in gemms})))
+    return Row(
+        *key,
+        executions=sum(gemm.count for gemm in gemms),
+        flops=sum(gemm.total_flops for gemm in gemms),
+        fp8_flops=sum(gemm.total_flops for gemm in gemms if gemm.fp8),
+        kernels=tuple(sorted({gemm.kernel for gemm in gemms})),
+    )

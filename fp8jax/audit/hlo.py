@@ -24,9 +24,13 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([\d,]*)[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+(?:#\d+)?)")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
-_CALLED = {key: re.compile(rf"\b{key}=%?([\w.\-]+)") for key in ("calls", "body", "condition", "to_apply")}
+_CALLED = {
+    key: re.compile(rf"\b{key}=%?([\w.\-]+)") for key in ("calls", "body", "condition", "to_apply")
+}
 _NESTED = re.compile(r"\b(?:calls=%?([\w.\-]+)|called_computations=\{([^}]*)\})")
-_BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
+_BRANCHES = re.compile(
+    r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))"
+)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'known_trip_count[":{\s]*n[":\s]*(\d+)')
 
@@ -94,7 +98,9 @@ class Instruction:
     def branches(self) -> list[str]:
         """Computations of a conditional."""
         found = [a or b for a, b in _BRANCHES.findall(self.attributes)]
-        return [name.strip().lstrip("%") for part in found for name in part.split(",") if name.strip()]
+        return [
+            name.strip().lstrip("%") for part in found for name in part.split(",") if name.strip()
+        ]
 
     def dimensions(self, key: str) -> tuple[int, ...]:
         """An attribute such as `dimensions={0,1}`; empty if there is none."""
@@ -134,7 +140,9 @@ class Executed:
 
     def operands(self) -> list[Instruction]:
         """Where the operands come from."""
-        return [self.computation[name] for name in self.instruction.operands if name in self.computation]
+        return [
+            self.computation[name] for name in self.instruction.operands if name in self.computation
+        ]
 
 
 def root(computation: Computation) -> Instruction:
@@ -194,7 +202,11 @@ def _executed(module: Module, name: str, count: int, known: bool) -> Iterator[Ex
         inner, times, sure = [], count, known
         if instruction.opcode == "while":
             trips = _trips(module, Executed(instruction, computation))
-            inner, times, sure = [instruction.called("body")], count * (trips or 1), known and trips is not None
+            inner, times, sure = (
+                [instruction.called("body")],
+                count * (trips or 1),
+                known and trips is not None,
+            )
         elif instruction.opcode == "conditional":
             inner, sure = instruction.branches(), False
         elif instruction.opcode == "call":
@@ -213,7 +225,11 @@ def _trips(module: Module, run: Executed) -> int | None:
     condition = module.computations.get(loop.called("condition") or "", {})
     runs = [Executed(instruction, condition) for instruction in condition.values()]
     runs += [inner for run in runs for inner in nested(module, run)]
-    compared = [run for run in runs if run.instruction.opcode == "compare" and "direction=LT" in run.instruction.attributes]
+    compared = [
+        run
+        for run in runs
+        if run.instruction.opcode == "compare" and "direction=LT" in run.instruction.attributes
+    ]
     constants = {run.instruction.arguments for run in runs if run.instruction.opcode == "constant"}
     only = constants.pop() if len(compared) == 1 and len(constants) == 1 else ""
     if not only.isdigit():
@@ -224,17 +240,30 @@ def _trips(module: Module, run: Executed) -> int | None:
 
 def _counter(module: Module, run: Executed, compared: Executed) -> tuple[int, int]:
     """Where a loop's counter begins and what is added to it, if constants say so; else 0 and 1, as of JAX's own loops."""
-    index = next((number(i.attributes, "index", -1) for i in compared.operands() if i.opcode == "get-tuple-element"), -1)
+    index = next(
+        (
+            number(i.attributes, "index", -1)
+            for i in compared.operands()
+            if i.opcode == "get-tuple-element"
+        ),
+        -1,
+    )
     body = module.computations.get(run.instruction.called("body") or "", {})
     if index < 0 or not body:
         return 0, 1
     begin = _tuple_element(next(iter(run.operands()), None), index, run.computation)
     after = _tuple_element(root(body), index, body)
-    steps = [_constant(body.get(name), body) for name in after.operands] if after and after.opcode == "add" else []
+    steps = (
+        [_constant(body.get(name), body) for name in after.operands]
+        if after and after.opcode == "add"
+        else []
+    )
     return _constant(begin, run.computation) or 0, next((step for step in steps if step), 1)
 
 
-def _tuple_element(value: Instruction | None, index: int, computation: Computation) -> Instruction | None:
+def _tuple_element(
+    value: Instruction | None, index: int, computation: Computation
+) -> Instruction | None:
     return computation.get(value.operands[index]) if value and value.opcode == "tuple" else None
 
 
@@ -242,7 +271,11 @@ def _constant(value: Instruction | None, computation: Computation) -> int | None
     """A whole number; None for anything else."""
     while value and value.opcode in ("copy", "bitcast"):
         value = computation.get(value.operands[0])
-    return int(value.arguments) if value and value.opcode == "constant" and value.arguments.isdigit() else None
+    return (
+        int(value.arguments)
+        if value and value.opcode == "constant" and value.arguments.isdigit()
+        else None
+    )
 
 
 def _elements(operands: tuple[str, ...], computation: Computation) -> Computation:
@@ -252,7 +285,16 @@ def _elements(operands: tuple[str, ...], computation: Computation) -> Computatio
         base, _, index = name.partition("#")
         if index and name not in computation and base in computation:
             shape = _split(computation[base].result)[int(index)]
-            found[name] = Instruction(name, "get-tuple-element", _shapes(shape), (base,), f"%{base}", f", index={index}", False, shape)
+            found[name] = Instruction(
+                name,
+                "get-tuple-element",
+                _shapes(shape),
+                (base,),
+                f"%{base}",
+                f", index={index}",
+                False,
+                shape,
+            )
     return found
 
 
@@ -277,9 +319,17 @@ def _instruction(line: str) -> Instruction | None:
     if not opcode:
         return None
     close = _closing(line, opcode.end() - 1)
-    arguments = line[opcode.end():close - 1]
-    return Instruction(head.group(2), opcode.group(1), _shapes(line[start:end]), tuple(_NAME.findall(arguments)), arguments,
-                       line[close:], head.group(1) is not None, line[start:end])
+    arguments = line[opcode.end() : close - 1]
+    return Instruction(
+        head.group(2),
+        opcode.group(1),
+        _shapes(line[start:end]),
+        tuple(_NAME.findall(arguments)),
+        arguments,
+        line[close:],
+        head.group(1) is not None,
+        line[start:end],
+    )
 
 
 def _closing(line: str, start: int) -> int:
@@ -293,8 +343,16 @@ def _closing(line: str, start: int) -> int:
 
 
 def _shapes(text: str) -> tuple[Array, ...]:
-    return tuple(Array(_dtype(kind), *(tuple(int(n) for n in part.split(",") if n) for part in (dims.replace("<=", ""), layout)))
-                 for kind, dims, layout in _ARRAY.findall(text))
+    return tuple(
+        Array(
+            _dtype(kind),
+            *(
+                tuple(int(n) for n in part.split(",") if n)
+                for part in (dims.replace("<=", ""), layout)
+            ),
+        )
+        for kind, dims, layout in _ARRAY.findall(text)
+    )
 
 
 def _dtype(kind: str) -> str:

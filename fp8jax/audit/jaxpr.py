@@ -20,12 +20,42 @@ from jax.extend import core
 from fp8jax.audit.gemms import Gemm, is_fp8, read_fused, read_scope
 
 # Primitives that only move or rename values of their first operand; the others are indices.
-_MOVES_FIRST = frozenset((
-    "all_gather", "all_to_all", "broadcast_in_dim", "copy", "copy_p", "device_put", "dynamic_slice", "expand_dims",
-    "gather", "layout_constraint", "mesh_cast", "name", "pbroadcast", "pcast", "ppermute", "pvary", "reshape", "reshard",
-    "rev", "sharding_constraint", "slice", "split", "squeeze", "stop_gradient", "transpose"))
+_MOVES_FIRST = frozenset(
+    (
+        "all_gather",
+        "all_to_all",
+        "broadcast_in_dim",
+        "copy",
+        "copy_p",
+        "device_put",
+        "dynamic_slice",
+        "expand_dims",
+        "gather",
+        "layout_constraint",
+        "mesh_cast",
+        "name",
+        "pbroadcast",
+        "pcast",
+        "ppermute",
+        "pvary",
+        "reshape",
+        "reshard",
+        "rev",
+        "sharding_constraint",
+        "slice",
+        "split",
+        "squeeze",
+        "stop_gradient",
+        "transpose",
+    )
+)
 # Primitives whose result mixes values of several operands: (first, one past the last).
-_MIXES = {"concatenate": (0, None), "select_n": (1, None), "dynamic_update_slice": (0, 2), "pad": (0, 2)}
+_MIXES = {
+    "concatenate": (0, None),
+    "select_n": (1, None),
+    "dynamic_update_slice": (0, 2),
+    "pad": (0, 2),
+}
 
 Origins = list[str | None]  # for each value: the float8 dtype that it came from unchanged, or None
 
@@ -67,7 +97,9 @@ def _walk(jaxpr: core.Jaxpr, inputs: Origins, place: _Place) -> tuple[list[Gemm]
     gemms = []
     for eqn in jaxpr.eqns:
         stack = str(eqn.source_info.name_stack)
-        here = place._replace(scope=f"{place.scope}/{stack}" if place.scope and stack else place.scope or stack)
+        here = place._replace(
+            scope=f"{place.scope}/{stack}" if place.scope and stack else place.scope or stack
+        )
         found, outputs = _equation(eqn, [origin(v) for v in eqn.invars], here)
         gemms += found
         origins.update(zip(eqn.outvars, outputs, strict=True))
@@ -118,7 +150,9 @@ def _opened(jaxpr: Any) -> core.Jaxpr:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _call(eqn: core.JaxprEqn, inner: list[core.Jaxpr], inputs: Origins, place: _Place) -> tuple[list[Gemm], Origins]:
+def _call(
+    eqn: core.JaxprEqn, inner: list[core.Jaxpr], inputs: Origins, place: _Place
+) -> tuple[list[Gemm], Origins]:
     """Walk what runs inner jaxprs once: jit, custom VJP, remat, shard_map; or once a grid point: Pallas."""
     nothing = [None] * len(eqn.outvars)
     if eqn.primitive.name == "shard_map":
@@ -126,27 +160,44 @@ def _call(eqn: core.JaxprEqn, inner: list[core.Jaxpr], inputs: Origins, place: _
     elif eqn.primitive.name == "pallas_call":
         grid = eqn.params["grid_mapping"].grid
         static = [size for size in grid if isinstance(size, int)]
-        place = place._replace(count=place.count * math.prod(static), known=place.known and len(static) == len(grid))
+        place = place._replace(
+            count=place.count * math.prod(static), known=place.known and len(static) == len(grid)
+        )
     if len(inner) == 1 and len(inner[0].invars) == len(inputs):
         gemms, outputs = _walk(inner[0], inputs, place)
         return gemms, outputs if len(outputs) == len(nothing) else nothing
-    return [gemm for jaxpr in inner for gemm in _walk(jaxpr, [None] * len(jaxpr.invars), place)[0]], nothing
+    return [
+        gemm for jaxpr in inner for gemm in _walk(jaxpr, [None] * len(jaxpr.invars), place)[0]
+    ], nothing
 
 
 def _shards(eqn: core.JaxprEqn) -> int:
     """Return over how many devices a shard_map divides its work: the mesh axes that any operand is split over."""
-    named = [names if isinstance(names, tuple) else (names,) for spec in eqn.params["in_specs"] for names in spec]
+    named = [
+        names if isinstance(names, tuple) else (names,)
+        for spec in eqn.params["in_specs"]
+        for names in spec
+    ]
     axes = {axis for names in named for axis in names if isinstance(axis, str)}
     return math.prod(eqn.params["mesh"].shape[axis] for axis in axes)
 
 
 def _scan(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> tuple[list[Gemm], Origins]:
-    body, place = _opened(eqn.params["jaxpr"]), place._replace(count=place.count * eqn.params["length"])
+    body, place = (
+        _opened(eqn.params["jaxpr"]),
+        place._replace(count=place.count * eqn.params["length"]),
+    )
     # By shapes, because JAX's versions name these numbers differently: what is stacked has one dimension more outside.
-    slices = sum(_ndim(outer) != _ndim(inner) for outer, inner in zip(eqn.invars, body.invars, strict=True))
-    carried = sum(_ndim(outer) == _ndim(inner) for outer, inner in zip(eqn.outvars, body.outvars, strict=True))
+    slices = sum(
+        _ndim(outer) != _ndim(inner) for outer, inner in zip(eqn.invars, body.invars, strict=True)
+    )
+    carried = sum(
+        _ndim(outer) == _ndim(inner) for outer, inner in zip(eqn.outvars, body.outvars, strict=True)
+    )
     last = len(inputs) - slices
-    return _loop(body, inputs[: last - carried], inputs[last - carried : last], inputs[last:], place)
+    return _loop(
+        body, inputs[: last - carried], inputs[last - carried : last], inputs[last:], place
+    )
 
 
 def _ndim(atom: core.Var | core.Literal) -> int:
@@ -164,20 +215,25 @@ def _while(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> tuple[list[Gem
 _LOOPS = {"scan": _scan, "while": _while}
 
 
-def _loop(body: core.Jaxpr, consts: Origins, carry: Origins, slices: Origins,
-          place: _Place) -> tuple[list[Gemm], Origins]:
+def _loop(
+    body: core.Jaxpr, consts: Origins, carry: Origins, slices: Origins, place: _Place
+) -> tuple[list[Gemm], Origins]:
     """Walk a loop's body until the carry's origins are the same before and after."""
     while True:
         gemms, outputs = _walk(body, [*consts, *carry, *slices], place)
         after = [a if a == b else None for a, b in zip(carry, outputs, strict=False)]
         if after == carry:
-            return gemms, [*carry, *outputs[len(carry):]]
+            return gemms, [*carry, *outputs[len(carry) :]]
         carry = after
 
 
-def _branches(branches: list[core.Jaxpr], inputs: Origins, place: _Place) -> tuple[list[Gemm], Origins]:
+def _branches(
+    branches: list[core.Jaxpr], inputs: Origins, place: _Place
+) -> tuple[list[Gemm], Origins]:
     walked = [_walk(branch, inputs, place) for branch in branches]
-    most = max((gemms for gemms, _ in walked), key=lambda gemms: sum(gemm.total_flops for gemm in gemms))
+    most = max(
+        (gemms for gemms, _ in walked), key=lambda gemms: sum(gemm.total_flops for gemm in gemms)
+    )
     outputs = zip(*(outputs for _, outputs in walked), strict=True)
     return most, [same[0] if len(set(same)) == 1 else None for same in outputs]
 
@@ -185,8 +241,12 @@ def _branches(branches: list[core.Jaxpr], inputs: Origins, place: _Place) -> tup
 def _dot(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> Gemm:
     lhs, rhs = (v.aval for v in eqn.invars)
     shape = gemm_shape(lhs.shape, rhs.shape, eqn.params["dimension_numbers"])
-    widened = any(kind and not is_fp8(str(v.aval.dtype)) for kind, v in zip(inputs, eqn.invars, strict=True))
-    return _gemm(shape, eqn, inputs, place, "dot (FP8 emulated)" if widened and all(inputs) else "dot", 2)
+    widened = any(
+        kind and not is_fp8(str(v.aval.dtype)) for kind, v in zip(inputs, eqn.invars, strict=True)
+    )
+    return _gemm(
+        shape, eqn, inputs, place, "dot (FP8 emulated)" if widened and all(inputs) else "dot", 2
+    )
 
 
 def _fused_attention(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> Gemm:
@@ -203,18 +263,48 @@ def _fused_attention(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> Gemm
 def _fused_kernel(eqn: core.JaxprEqn, place: _Place) -> list[Gemm]:
     """The GEMMs that a kernel's scope names; its first operand is a vector of factors."""
     lhs, rhs = (str(v.aval.dtype) for v in eqn.invars[1:3])
-    return [Gemm(shape=(0, 0, 0, 0), lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=str(eqn.outvars[0].aval.dtype), kernel="Pallas",
-                 count=place.count, count_known=place.known, **given) for given in read_fused(place.scope)]
+    return [
+        Gemm(
+            shape=(0, 0, 0, 0),
+            lhs_dtype=lhs,
+            rhs_dtype=rhs,
+            out_dtype=str(eqn.outvars[0].aval.dtype),
+            kernel="Pallas",
+            count=place.count,
+            count_known=place.known,
+            **given,
+        )
+        for given in read_fused(place.scope)
+    ]
 
 
-def _gemm(shape: tuple[int, int, int, int], eqn: core.JaxprEqn, inputs: Origins, place: _Place, kernel: str,
-          factor: int) -> Gemm:
-    lhs, rhs = (kind or str(v.aval.dtype) for kind, v in zip(inputs[:2], eqn.invars[:2], strict=True))
-    return Gemm(shape=shape, lhs_dtype=lhs, rhs_dtype=rhs, out_dtype=str(eqn.outvars[0].aval.dtype), kernel=kernel,
-                flops=factor * math.prod(shape), count=place.count, count_known=place.known, **read_scope(place.scope))
+def _gemm(
+    shape: tuple[int, int, int, int],
+    eqn: core.JaxprEqn,
+    inputs: Origins,
+    place: _Place,
+    kernel: str,
+    factor: int,
+) -> Gemm:
+    lhs, rhs = (
+        kind or str(v.aval.dtype) for kind, v in zip(inputs[:2], eqn.invars[:2], strict=True)
+    )
+    return Gemm(
+        shape=shape,
+        lhs_dtype=lhs,
+        rhs_dtype=rhs,
+        out_dtype=str(eqn.outvars[0].aval.dtype),
+        kernel=kernel,
+        flops=factor * math.prod(shape),
+        count=place.count,
+        count_known=place.known,
+        **read_scope(place.scope),
+    )
 
 
-def gemm_shape(lhs: Sequence[int], rhs: Sequence[int], dimension_numbers: tuple) -> tuple[int, int, int, int]:
+def gemm_shape(
+    lhs: Sequence[int], rhs: Sequence[int], dimension_numbers: tuple
+) -> tuple[int, int, int, int]:
     """(batch, m, n, k) of a dot_general of operands of these shapes."""
     (lhs_contract, rhs_contract), (lhs_batch, _) = dimension_numbers
     batch = math.prod(lhs[i] for i in lhs_batch)

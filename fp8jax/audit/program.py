@@ -24,8 +24,19 @@ from fp8jax.audit.gemms import Gemm, fp8_share, summary
 from fp8jax.audit.jaxpr import traced_gemms
 from fp8jax.audit.traffic import Traffic, place, traffic
 
-__all__ = ["Gemm", "Memory", "Reading", "UnreadableError", "fallbacks", "fp8_share", "largest_arrays", "read", "read_memory", "summary",
-           "traced_gemms"]
+__all__ = [
+    "Gemm",
+    "Memory",
+    "Reading",
+    "UnreadableError",
+    "fallbacks",
+    "fp8_share",
+    "largest_arrays",
+    "read",
+    "read_memory",
+    "summary",
+    "traced_gemms",
+]
 
 
 class UnreadableError(ValueError):
@@ -33,7 +44,17 @@ class UnreadableError(ValueError):
 
 
 # Opcodes whose results are names of other arrays, or are not arrays at all.
-_NOT_WRITTEN = ("parameter", "get-tuple-element", "tuple", "while", "conditional", "call", "bitcast", "constant", "opt-barrier")
+_NOT_WRITTEN = (
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "while",
+    "conditional",
+    "call",
+    "bitcast",
+    "constant",
+    "opt-barrier",
+)
 _PARTS = {"params": "params", "scaling": "scaling", "opt_state": "optimizer"}
 
 
@@ -90,10 +111,21 @@ def read(compiled: Any, mesh: Mesh, text: str | None = None) -> Reading:
     try:
         module = hlo.parse(text or compiled.as_text())
     except jax.errors.JaxRuntimeError as error:
-        raise UnreadableError(f"the compiled program cannot be read: {str(error).splitlines()[0]}") from error
-    wide = [run.instruction.name for run in hlo.executed(module)
-            if any(shape.dtype in ("float64", "complex128") for shape in run.instruction.shapes)]
-    return Reading(compiled_gemms(module), traffic(module), collectives(module, mesh.shape), read_memory(compiled), wide)
+        raise UnreadableError(
+            f"the compiled program cannot be read: {str(error).splitlines()[0]}"
+        ) from error
+    wide = [
+        run.instruction.name
+        for run in hlo.executed(module)
+        if any(shape.dtype in ("float64", "complex128") for shape in run.instruction.shapes)
+    ]
+    return Reading(
+        compiled_gemms(module),
+        traffic(module),
+        collectives(module, mesh.shape),
+        read_memory(compiled),
+        wide,
+    )
 
 
 def largest_arrays(text: str, count: int = 12) -> list[dict[str, Any]]:
@@ -108,11 +140,21 @@ def largest_arrays(text: str, count: int = 12) -> list[dict[str, Any]]:
     """
     rows: dict[tuple, dict[str, Any]] = {}
     for run in hlo.executed(hlo.parse(text)):
-        if run.instruction.opcode in _NOT_WRITTEN or run.instruction.opcode.endswith(("-start", "-update")):  # -done has the result
+        if run.instruction.opcode in _NOT_WRITTEN or run.instruction.opcode.endswith(
+            ("-start", "-update")
+        ):  # -done has the result
             continue
         for shape in run.instruction.shapes:
-            row = rows.setdefault((shape.dtype, shape.dims), {"dtype": shape.dtype, "dims": list(shape.dims), "bytes": shape.bytes,
-                                                              "writers": 0, "where": place(run.instruction.scope)})
+            row = rows.setdefault(
+                (shape.dtype, shape.dims),
+                {
+                    "dtype": shape.dtype,
+                    "dims": list(shape.dims),
+                    "bytes": shape.bytes,
+                    "writers": 0,
+                    "where": place(run.instruction.scope),
+                },
+            )
             row["writers"] += 1
     return sorted(rows.values(), key=lambda row: -row["bytes"])[:count]
 
@@ -123,9 +165,14 @@ def fallbacks(asked: Iterable[Gemm], found: Iterable[Gemm]) -> list[str]:
     by_name: dict[tuple[str, str], list[Gemm]] = {}
     for gemm in found:
         by_name.setdefault((gemm.role, gemm.pass_name), []).append(gemm)
-    lines = [f"{role}.{name}: no GEMM of this name in the compiled program" for role, name in sorted(wanted - by_name.keys())]
+    lines = [
+        f"{role}.{name}: no GEMM of this name in the compiled program"
+        for role, name in sorted(wanted - by_name.keys())
+    ]
     for role, name in sorted(wanted & by_name.keys()):
-        slow = {f"{g.lhs_dtype} x {g.rhs_dtype}, {g.kernel}" for g in by_name[role, name] if not g.fp8}
+        slow = {
+            f"{g.lhs_dtype} x {g.rhs_dtype}, {g.kernel}" for g in by_name[role, name] if not g.fp8
+        }
         lines += [f"{role}.{name}: {what}" for what in sorted(slow)]
     return lines
 
@@ -147,13 +194,26 @@ def read_memory(compiled: Any) -> Memory:
         detail = _optimizer_part(path) if part == "optimizer" else part
         details[detail] = details.get(detail, 0) + size
     outputs = plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return Memory(parts, plan.argument_size_in_bytes, plan.temp_size_in_bytes, outputs, details, plan.host_temp_size_in_bytes)
+    return Memory(
+        parts,
+        plan.argument_size_in_bytes,
+        plan.temp_size_in_bytes,
+        outputs,
+        details,
+        plan.host_temp_size_in_bytes,
+    )
 
 
 def _optimizer_part(path: tuple) -> str:
     names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
-    kinds = {"remainder": "remainders of params", "scales": "scales of moments", "nu": "second moment", "mu": "first moment",
-             "m1": "first moment", "m2": "slow moment"}
+    kinds = {
+        "remainder": "remainders of params",
+        "scales": "scales of moments",
+        "nu": "second moment",
+        "mu": "first moment",
+        "m1": "first moment",
+        "m2": "slow moment",
+    }
     return next((kind for name, kind in kinds.items() if name in names), "counters")
 
 

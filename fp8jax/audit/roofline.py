@@ -42,19 +42,67 @@ class Device:
 
 _NODE = "; network: one 400 Gbit/s port a GPU, assumed"
 DEVICES = {
-    "h100": Device("NVIDIA H100 SXM", 989e12, 1979e12, 3.35e12, 450e9, 50e9, 80e9, "NVIDIA H100 datasheet" + _NODE),
-    "h200": Device("NVIDIA H200 SXM", 989e12, 1979e12, 4.8e12, 450e9, 50e9, 141e9, "NVIDIA H200 datasheet" + _NODE),
-    "b200": Device("NVIDIA B200", 2250e12, 4500e12, 7.7e12, 900e9, 50e9, 180e9, "NVIDIA HGX B200 datasheet, an eighth of it" + _NODE),
-    "tpu-v5p": Device("TPU v5p", 459e12, 459e12, 2.765e12, 600e9, 600e9, 95e9, "Google Cloud TPU v5p documentation"),
-    "tpu-v6e": Device("TPU v6e", 918e12, 918e12, 1.64e12, 448e9, 448e9, 32e9, "Google Cloud TPU v6e documentation"),
-    "tpu7x": Device("TPU7x, one of a chip's two cores", 1153.5e12, 2307e12, 3.69e12, 600e9, 600e9, 96e9,
-                    "Google Cloud TPU7x documentation, half a chip"),
+    "h100": Device(
+        "NVIDIA H100 SXM",
+        989e12,
+        1979e12,
+        3.35e12,
+        450e9,
+        50e9,
+        80e9,
+        "NVIDIA H100 datasheet" + _NODE,
+    ),
+    "h200": Device(
+        "NVIDIA H200 SXM",
+        989e12,
+        1979e12,
+        4.8e12,
+        450e9,
+        50e9,
+        141e9,
+        "NVIDIA H200 datasheet" + _NODE,
+    ),
+    "b200": Device(
+        "NVIDIA B200",
+        2250e12,
+        4500e12,
+        7.7e12,
+        900e9,
+        50e9,
+        180e9,
+        "NVIDIA HGX B200 datasheet, an eighth of it" + _NODE,
+    ),
+    "tpu-v5p": Device(
+        "TPU v5p",
+        459e12,
+        459e12,
+        2.765e12,
+        600e9,
+        600e9,
+        95e9,
+        "Google Cloud TPU v5p documentation",
+    ),
+    "tpu-v6e": Device(
+        "TPU v6e", 918e12, 918e12, 1.64e12, 448e9, 448e9, 32e9, "Google Cloud TPU v6e documentation"
+    ),
+    "tpu7x": Device(
+        "TPU7x, one of a chip's two cores",
+        1153.5e12,
+        2307e12,
+        3.69e12,
+        600e9,
+        600e9,
+        96e9,
+        "Google Cloud TPU7x documentation, half a chip",
+    ),
 }
 
 
 def device_of(kind: str) -> Device | None:
     """Peak rates of a device by what JAX calls it ('NVIDIA H100 80GB HBM3'), where they are known."""
-    return next((device for name, device in DEVICES.items() if name in kind.lower().replace(" ", "-")), None)
+    return next(
+        (device for name, device in DEVICES.items() if name in kind.lower().replace(" ", "-")), None
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +118,9 @@ class Estimate:
     mfu_fp8: float
 
 
-def estimate(reading: Reading, device: Device, mesh: Mesh, *, per_node: int, model_flops: float) -> Estimate:
+def estimate(
+    reading: Reading, device: Device, mesh: Mesh, *, per_node: int, model_flops: float
+) -> Estimate:
     """Roofline of one step.
 
     Args:
@@ -84,24 +134,42 @@ def estimate(reading: Reading, device: Device, mesh: Mesh, *, per_node: int, mod
     memory = total(reading.traffic) / device.memory
     network = _collective_seconds(reading.collectives, device, mesh, per_node)
     step = max(gemm + memory, network)
-    return Estimate(gemm, memory, network, step, gemm + memory + network, model_flops / (step * device.bf16), model_flops / (step * device.fp8))
+    return Estimate(
+        gemm,
+        memory,
+        network,
+        step,
+        gemm + memory + network,
+        model_flops / (step * device.bf16),
+        model_flops / (step * device.fp8),
+    )
 
 
 def _gemm_seconds(gemm: Gemm, device: Device) -> float:
     batch, m, n, k = gemm.shape
-    moved = sum(Array(dtype, (batch, *dims)).bytes for dtype, dims in ((gemm.lhs_dtype, (m, k)), (gemm.rhs_dtype, (k, n)),
-                                                                        (gemm.out_dtype, (m, n))))
+    moved = sum(
+        Array(dtype, (batch, *dims)).bytes
+        for dtype, dims in (
+            (gemm.lhs_dtype, (m, k)),
+            (gemm.rhs_dtype, (k, n)),
+            (gemm.out_dtype, (m, n)),
+        )
+    )
     peak = device.fp8 if gemm.fp8 else device.bf16
     return gemm.count * max(gemm.flops / peak, moved / device.memory)
 
 
-def _collective_seconds(found: Iterable[Collective], device: Device, mesh: Mesh, per_node: int) -> float:
+def _collective_seconds(
+    found: Iterable[Collective], device: Device, mesh: Mesh, per_node: int
+) -> float:
     return sum(c.sent * c.count / _rate(c.axes, device, mesh, per_node) for c in found)
 
 
 def _rate(axes: tuple[str, ...], device: Device, mesh: Mesh, per_node: int) -> float:
     """Bytes/s of a collective along these mesh axes: of the links inside a node, or of all network ports of its members there."""
     ids = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
-    group = ids[tuple(slice(None) if axis in axes or "?" in axes else 0 for axis in mesh.shape)].ravel()
+    group = ids[
+        tuple(slice(None) if axis in axes or "?" in axes else 0 for axis in mesh.shape)
+    ].ravel()
     near = int((group < per_node).sum())
     return device.link if near == group.size else min(device.link, device.network * near)

@@ -25,7 +25,12 @@ from jax.experimental import topologies
 from fp8jax.audit.target_names import FORMS, GPUS, TPUS
 
 # Keeps libtpu from asking Google Cloud which machine this is, and from complaining that it is none; any known type will do.
-_NO_TPU = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
 _INSTALL = "pip install -r requirements-audit.txt"
 
 
@@ -58,7 +63,9 @@ def resolve(name: str) -> Target:
     kind, _, size = name.partition(":")
     if kind == "local":
         devices = _local(name, size)
-        return Target(name, "local", devices[0].platform, devices, min(len(devices), jax.local_device_count()))
+        return Target(
+            name, "local", devices[0].platform, devices, min(len(devices), jax.local_device_count())
+        )
     if kind in GPUS:
         return _gpus(name, kind, size)
     if kind in TPUS:
@@ -72,8 +79,14 @@ def _local(name: str, size: str) -> Sequence[jax.Device]:
     if not size:
         return devices
     if not re.fullmatch(r"[1-9]\d*", size) or int(size) > len(devices):
-        more = f"; to have {size} on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={size}" if devices[0].platform == "cpu" else ""
-        raise TargetError(f"--target={name}: {size!r} is not a number of devices from 1 to {len(devices)}, which are here{more}")
+        more = (
+            f"; to have {size} on a CPU: XLA_FLAGS=--xla_force_host_platform_device_count={size}"
+            if devices[0].platform == "cpu"
+            else ""
+        )
+        raise TargetError(
+            f"--target={name}: {size!r} is not a number of devices from 1 to {len(devices)}, which are here{more}"
+        )
     return devices[: int(size)]
 
 
@@ -85,7 +98,9 @@ def compile_step(traced: Any, target: Target) -> tuple[Any, str | None]:
     """
     if target.platform == "gpu" and target.kind != "local":
         # Without a device there is nothing to tune on; the library's first choice stands for its kernels.
-        return traced.lower(lowering_platforms=("cuda",)).compile(compiler_options={"xla_gpu_autotune_level": "0"}), None
+        return traced.lower(lowering_platforms=("cuda",)).compile(
+            compiler_options={"xla_gpu_autotune_level": "0"}
+        ), None
     if target.platform == "tpu":
         # libtpu's text of programs with SparseCore collectives cannot be read back (jax 0.10.2); what it dumps can.
         with tempfile.TemporaryDirectory() as directory:
@@ -99,13 +114,19 @@ def compile_step(traced: Any, target: Target) -> tuple[Any, str | None]:
 def _gpus(name: str, kind: str, size: str) -> Target:
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", size or "1")
     if not found:
-        raise TargetError(f"--target={name}: {size!r} is not a number of GPUs or NODESxGPUS, for example {kind}:8 or {kind}:64x8")
+        raise TargetError(
+            f"--target={name}: {size!r} is not a number of GPUs or NODESxGPUS, for example {kind}:8 or {kind}:64x8"
+        )
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise TargetError(f"--target={name} needs the CUDA plugin (no GPU): {_INSTALL}")
     nodes, per_node = int(found.group(1) or 1), int(found.group(2))
-    text = importlib.resources.files("fp8jax.audit").joinpath(f"target_texts/{kind}.txtpb").read_text()
+    text = (
+        importlib.resources.files("fp8jax.audit").joinpath(f"target_texts/{kind}.txtpb").read_text()
+    )
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    topology = _topology(name, f"{kind}", "cuda", topology=f"{nodes}x1x{per_node}", target_config=text)
+    topology = _topology(
+        name, f"{kind}", "cuda", topology=f"{nodes}x1x{per_node}", target_config=text
+    )
     return Target(name, kind, "gpu", topology.devices, per_node)
 
 
@@ -116,7 +137,9 @@ def _tpus(name: str, kind: str, size: str) -> Target:
     if re.fullmatch(r"[1-9]\d*", size or "4"):
         size = _tpu_shape(name, int(size or 4), axes)
     if not re.fullmatch("x".join([r"[1-9]\d*"] * axes), size):
-        raise TargetError(f"--target={name}: {size!r} is not a number of chips or a topology of {axes} sizes, such as {'x'.join('221'[:axes])}")
+        raise TargetError(
+            f"--target={name}: {size!r} is not a number of chips or a topology of {axes} sizes, such as {'x'.join('221'[:axes])}"
+        )
     for variable, value in _NO_TPU.items():
         os.environ.setdefault(variable, value)
     topology = _topology(name, f"{generation}:{size}", "tpu")
@@ -127,7 +150,9 @@ def _tpu_shape(name: str, chips: int, axes: int) -> str:
     """The most even topology of this many chips, the largest size last but at least 2x2."""
     shape = [1] * axes
     if chips < 4 or chips & (chips - 1):
-        raise TargetError(f"--target={name}: {chips} chips; a power of two from 4 on, or a topology such as {'x'.join('221'[:axes])}")
+        raise TargetError(
+            f"--target={name}: {chips} chips; a power of two from 4 on, or a topology such as {'x'.join('221'[:axes])}"
+        )
     shape[:2], chips = [2, 2], chips // 4
     while chips > 1:
         smallest = min(range(axes), key=lambda i: (shape[i], -i))
@@ -137,6 +162,10 @@ def _tpu_shape(name: str, chips: int, axes: int) -> str:
 
 def _topology(name: str, topology_name: str, platform: str, **options: str) -> Any:
     try:
-        return topologies.get_topology_desc(topology_name=topology_name, platform=platform, **options)
+        return topologies.get_topology_desc(
+            topology_name=topology_name, platform=platform, **options
+        )
     except Exception as error:
-        raise TargetError(f"--target={name}: the {platform} plugin cannot describe it: {str(error).splitlines()[0]}") from error
+        raise TargetError(
+            f"--target={name}: the {platform} plugin cannot describe it: {str(error).splitlines()[0]}"
+        ) from error

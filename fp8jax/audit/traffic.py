@@ -18,11 +18,35 @@ from fp8jax.audit.gemms import is_fp8
 from fp8jax.audit.hlo import Array, Computation, Executed, Instruction, Module
 
 TRANSPOSED_FP8 = "FP8 transposed copies"
-_FREE = frozenset((
-    "after-all", "add-dependency", "async-done", "async-update", "bitcast", "call", "conditional", "constant", "copy-done", "domain",
-    "fusion-done", "fusion-update", "get-tuple-element", "opt-barrier", "optimization-barrier", "parameter", "partition-id", "replica-id",
-    "tuple", "while", *(kind + end for kind in KINDS for end in ("", "-start", "-done"))))
-_FUSIONS = ("fusion", "fusion-start")  # the latter goes on beside others, as XLA of jax 0.11 runs loops' slices and updates
+_FREE = frozenset(
+    (
+        "after-all",
+        "add-dependency",
+        "async-done",
+        "async-update",
+        "bitcast",
+        "call",
+        "conditional",
+        "constant",
+        "copy-done",
+        "domain",
+        "fusion-done",
+        "fusion-update",
+        "get-tuple-element",
+        "opt-barrier",
+        "optimization-barrier",
+        "parameter",
+        "partition-id",
+        "replica-id",
+        "tuple",
+        "while",
+        *(kind + end for kind in KINDS for end in ("", "-start", "-done")),
+    )
+)
+_FUSIONS = (
+    "fusion",
+    "fusion-start",
+)  # the latter goes on beside others, as XLA of jax 0.11 runs loops' slices and updates
 _CALLS = ("async-start", "call")
 _NO_WORK = ("AllocateBuffer", "ConcatBitcast", "Sharding", "annotate_device_placement")
 _SAME = ("bitcast", "copy", "reshape")
@@ -59,8 +83,20 @@ def traffic(module: Module) -> list[Traffic]:
             continue
         moved, where = _moved(module, run), place(run.instruction.scope)
         read = moved.read if moved.only_transposes else 0
-        _add(totals, (TRANSPOSED_FP8, where), read, moved.transposed, run.count if moved.transposed else 0)
-        _add(totals, (_kind(run.instruction), where), moved.read - read, moved.written - moved.transposed, run.count)
+        _add(
+            totals,
+            (TRANSPOSED_FP8, where),
+            read,
+            moved.transposed,
+            run.count if moved.transposed else 0,
+        )
+        _add(
+            totals,
+            (_kind(run.instruction), where),
+            moved.read - read,
+            moved.written - moved.transposed,
+            run.count,
+        )
     rows = [Traffic(*key, *values) for key, values in totals.items() if values[0] + values[1]]
     return sorted(rows, key=lambda row: -(row.read + row.written))
 
@@ -83,7 +119,10 @@ def _is_free(instruction: Instruction) -> bool:
 def _is_collective(module: Module, run: Executed) -> bool:
     if run.instruction.opcode not in (*_FUSIONS, "async-start", "custom-call"):
         return False
-    return any(inner.instruction.opcode.removesuffix("-start") in KINDS for inner in hlo.nested(module, run))
+    return any(
+        inner.instruction.opcode.removesuffix("-start") in KINDS
+        for inner in hlo.nested(module, run)
+    )
 
 
 def _kind(instruction: Instruction) -> str:
@@ -94,15 +133,24 @@ def _kind(instruction: Instruction) -> str:
 def place(scope: str) -> str:
     """Part of the step that a name stack lies in, the innermost one."""
     parts = [part for part in scope.replace("(", "/").replace(")", "/").split("/") if part]
-    return next((place for part in reversed(parts) for place in _PLACES if part.startswith(place)), "")
+    return next(
+        (place for part in reversed(parts) for place in _PLACES if part.startswith(place)), ""
+    )
 
 
 def _moved(module: Module, run: Executed) -> _Moved:
     instruction, operands = run.instruction, run.operands()
     if instruction.opcode in _FUSIONS:
-        return _fusion(module, module.computations.get(instruction.called("calls") or "", {}), operands)
+        return _fusion(
+            module, module.computations.get(instruction.called("calls") or "", {}), operands
+        )
     if instruction.opcode in _CALLS:  # operands may come with a later async-update
-        return _called(module, module.computations.get(instruction.called("calls") or instruction.called("to_apply") or "", {}))
+        return _called(
+            module,
+            module.computations.get(
+                instruction.called("calls") or instruction.called("to_apply") or "", {}
+            ),
+        )
     if instruction.opcode in _SLICES:
         return _Moved(instruction.bytes, instruction.bytes)
     if instruction.opcode == "dynamic-update-slice":
@@ -119,25 +167,47 @@ def _called(module: Module, body: Computation) -> _Moved:
     work = [i for i in body.values() if i.opcode in _CALLS or not _is_free(i)]
     parts = [_moved(module, Executed(i, body)) for i in work]
     read, written, transposed = (sum(part[n] for part in parts) for n in range(3))
-    return _Moved(read, written, transposed, bool(parts) and all(part.only_transposes for part in parts))
+    return _Moved(
+        read, written, transposed, bool(parts) and all(part.only_transposes for part in parts)
+    )
 
 
 def _reorders(instruction: Instruction, operands: list[Instruction]) -> bool:
     """Whether a copy or transpose writes FP8 bytes in another order than it reads them."""
-    if instruction.opcode not in ("copy", "transpose") or not operands or not _one_byte(instruction.shapes[0]):
+    if (
+        instruction.opcode not in ("copy", "transpose")
+        or not operands
+        or not _one_byte(instruction.shapes[0])
+    ):
         return False
-    return instruction.opcode == "transpose" or instruction.shapes[0].layout != operands[0].shapes[0].layout
+    return (
+        instruction.opcode == "transpose"
+        or instruction.shapes[0].layout != operands[0].shapes[0].layout
+    )
 
 
 def _fusion(module: Module, body: Computation, operands: list[Instruction]) -> _Moved:
     users, parameters = _users(body), _parameters(body)
-    read = sum(_read(parameters[n], users, module) if n in parameters else operand.bytes for n, operand in enumerate(operands))
+    read = sum(
+        _read(parameters[n], users, module) if n in parameters else operand.bytes
+        for n, operand in enumerate(operands)
+    )
     root = hlo.root(body) if body else None
-    leaves = [body[name] for name in root.operands if name in body] if root and root.opcode == "tuple" else [root] if root else []
+    leaves = (
+        [body[name] for name in root.operands if name in body]
+        if root and root.opcode == "tuple"
+        else [root]
+        if root
+        else []
+    )
     transposed = sum(leaf.bytes for leaf in leaves if _transposed(leaf, body))
     written = sum(_written(leaf, body) for leaf in leaves)
     inputs = [operand for operand in operands if operand.shapes and operand.shapes[0].dims]
-    only = bool(transposed) and transposed == written and all(_one_byte(operand.shapes[0]) for operand in inputs)
+    only = (
+        bool(transposed)
+        and transposed == written
+        and all(_one_byte(operand.shapes[0]) for operand in inputs)
+    )
     return _Moved(read, written, transposed, only)
 
 
@@ -150,20 +220,32 @@ def _users(body: Computation) -> dict[str, list[Instruction]]:
 
 
 def _parameters(body: Computation) -> dict[int, Instruction]:
-    return {int(i.arguments): i for i in body.values() if i.opcode == "parameter" and i.arguments.isdigit()}
+    return {
+        int(i.arguments): i
+        for i in body.values()
+        if i.opcode == "parameter" and i.arguments.isdigit()
+    }
 
 
 def _read(value: Instruction, users: dict[str, list[Instruction]], module: Module) -> int:
     """Bytes of a fusion's input that are read: only slices of it, where only slices are used."""
     needed = 0
     for user in users.get(value.name, []):
-        body = module.computations.get(user.called("calls") or "", {}) if user.opcode == "fusion" else {}
+        body = (
+            module.computations.get(user.called("calls") or "", {})
+            if user.opcode == "fusion"
+            else {}
+        )
         if user.opcode in _SLICES:
             needed += user.bytes
-        elif not user.root and (user.opcode in _SAME or body and _only_renames(body)):  # for TPUs in other tiles
+        elif not user.root and (
+            user.opcode in _SAME or body and _only_renames(body)
+        ):  # for TPUs in other tiles
             needed += _read(user, users, module)
         elif body:
-            needed += _read(_parameters(body)[user.operands.index(value.name)], _users(body), module)
+            needed += _read(
+                _parameters(body)[user.operands.index(value.name)], _users(body), module
+            )
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != value.name:
             return value.bytes
     return min(needed, value.bytes)

@@ -38,7 +38,9 @@ def _check(options: argparse.Namespace, overrides: dict[str, list[str]]) -> None
     if kind not in target_names.KINDS:
         nearest = words.closest(kind, target_names.KINDS)
         meant = f"did you mean {nearest!r}? F" if nearest else "f"
-        raise ConfigError(f"--target={options.target}: unknown; {meant}or example {', '.join(target_names.FORMS)}")
+        raise ConfigError(
+            f"--target={options.target}: unknown; {meant}or example {', '.join(target_names.FORMS)}"
+        )
     if options.json:
         checks.new_file("--json", options.json)
     chosen = [name for name in _INSTEAD if getattr(options, name)]
@@ -79,22 +81,46 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, list[st
     parser = _Parser(
         prog="python -m fp8jax audit",
         description="Compiles a run's training step for devices that need not be there, and tells which GEMMs are FP8, what memory it\n"
-                    "takes, which collectives it runs, and a roofline estimate of its speed. Nothing is run.",
+        "takes, which collectives it runs, and a roofline estimate of its speed. Nothing is run.",
         epilog="examples:\n  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:8\n"
-               "  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:64x8 --json=audit.json\n"
-               "  python -m fp8jax audit --config=configs/fp8_base.py:390m --target=h100:1 --fit\n"
-               "  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:8 --rehearse\n"
-               "  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:8 --memory\n"
-               "  python -m fp8jax audit --config=configs/fp8_base.py:1p5b --compare=configs/llama3.py:1p5b --target=h100:8")
-    parser.add_argument("--config", required=True, metavar="FILE:SIZE", help="configuration; --config.section.field=value changes a field")
+        "  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:64x8 --json=audit.json\n"
+        "  python -m fp8jax audit --config=configs/fp8_base.py:390m --target=h100:1 --fit\n"
+        "  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:8 --rehearse\n"
+        "  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:8 --memory\n"
+        "  python -m fp8jax audit --config=configs/fp8_base.py:1p5b --compare=configs/llama3.py:1p5b --target=h100:8",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE:SIZE",
+        help="configuration; --config.section.field=value changes a field",
+    )
     parser.add_argument("--target", required=True, help=f"devices: {', '.join(target_names.FORMS)}")
-    parser.add_argument("--compare", metavar="FILE:SIZE", help="a second configuration, shown beside the first; --compare.section.field=value")
+    parser.add_argument(
+        "--compare",
+        metavar="FILE:SIZE",
+        help="a second configuration, shown beside the first; --compare.section.field=value",
+    )
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--memory", action="store_true", help="instead: where a device's bytes are, and what each option would save")
-    instead.add_argument("--fit", action="store_true", help="instead: what a run would choose so that it fits, and from which options")
-    instead.add_argument("--rehearse", action="store_true", help="instead: trace and compile every program of the run, read its first batches, "
-                         "check what its start checks; exit code 1 if anything would fail")
-    parser.add_argument("--json", type=local_path, metavar="FILE", help="write everything found as JSON")
+    instead.add_argument(
+        "--memory",
+        action="store_true",
+        help="instead: where a device's bytes are, and what each option would save",
+    )
+    instead.add_argument(
+        "--fit",
+        action="store_true",
+        help="instead: what a run would choose so that it fits, and from which options",
+    )
+    instead.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="instead: trace and compile every program of the run, read its first batches, "
+        "check what its start checks; exit code 1 if anything would fail",
+    )
+    parser.add_argument(
+        "--json", type=local_path, metavar="FILE", help="write everything found as JSON"
+    )
     overrides, rest = {}, list(argv)
     for flag in ("config", "compare"):
         overrides[flag], rest = split(flag, rest)

@@ -24,15 +24,25 @@ from fp8jax.training.step import TrainProgram
 Changes = Mapping[str, Any]
 # One field each, and how it is set to save memory; later rows of one field save more.
 OPTIONS: tuple[tuple[str, Any], ...] = (
-    ("optimizer.gradient_dtype", "bfloat16"), ("optimizer.master_dtype", "float16"), ("optimizer.first_moment", "fp8"),
-    ("optimizer.second_moment", "float16"), ("optimizer.second_moment", "fp8"), ("training.loss_chunk", 8192), ("fp8.head", True),
-    ("training.remat", "save_fp8"), ("training.remat", "offload_fp8"), ("training.remat", "full"))
+    ("optimizer.gradient_dtype", "bfloat16"),
+    ("optimizer.master_dtype", "float16"),
+    ("optimizer.first_moment", "fp8"),
+    ("optimizer.second_moment", "float16"),
+    ("optimizer.second_moment", "fp8"),
+    ("training.loss_chunk", 8192),
+    ("fp8.head", True),
+    ("training.remat", "save_fp8"),
+    ("training.remat", "offload_fp8"),
+    ("training.remat", "full"),
+)
 
 
 def traced_step(config: Config, target: targets.Target) -> tuple[TrainProgram, Any]:
     """A config's training step on a target, traced."""
     definition = define(config.model, tokenizer.vocab_size(config))
-    step = TrainProgram(config, definition, mesh_lib.make_mesh(definition.complete(config), target.devices))
+    step = TrainProgram(
+        config, definition, mesh_lib.make_mesh(definition.complete(config), target.devices)
+    )
     return step, step.jitted_step().trace(step.abstract_state, step.abstract_batch)
 
 
@@ -48,31 +58,61 @@ def memory_report(config: Config, target: targets.Target) -> dict[str, Any]:
     _, traced = traced_step(config, target)
     compiled, text = targets.compile_step(traced, target)
     base = program.read_memory(compiled)
-    rows = [_row(config, target, {path: value}, base.peak_bytes) for path, value in OPTIONS if _applies(config, path, value)]
+    rows = [
+        _row(config, target, {path: value}, base.peak_bytes)
+        for path, value in OPTIONS
+        if _applies(config, path, value)
+    ]
     together = {path: value for row in rows for path, value in row["changes"].items()}
     if len(rows) > 1:
         rows.append(_row(config, target, together, base.peak_bytes))
-    return {"peak_bytes_per_device": base.peak_bytes, "arguments": dict(base.details), "temporaries": base.temporary_bytes,
-            "largest": program.largest_arrays(text or compiled.as_text()), "options": rows}
+    return {
+        "peak_bytes_per_device": base.peak_bytes,
+        "arguments": dict(base.details),
+        "temporaries": base.temporary_bytes,
+        "largest": program.largest_arrays(text or compiled.as_text()),
+        "options": rows,
+    }
 
 
 def show_memory(found: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints a report as three tables."""
-    console, peak = console or standard_output(width=150, highlight=False), found["peak_bytes_per_device"]
+    console, peak = (
+        console or standard_output(width=150, highlight=False),
+        found["peak_bytes_per_device"],
+    )
     parts = new_table("Memory of one device", ("",), ("bytes", "of the peak"))
-    for name, size in (found["arguments"] | {"temporaries": found["temporaries"], "peak": peak}).items():
+    for name, size in (
+        found["arguments"] | {"temporaries": found["temporaries"], "peak": peak}
+    ).items():
         parts.add_row(name, bytes_text(size), f"{size / peak:.1%}")
-    largest = new_table("Largest arrays that a step writes; not all are there at once", ("array", "where"), ("bytes", "written by"))
+    largest = new_table(
+        "Largest arrays that a step writes; not all are there at once",
+        ("array", "where"),
+        ("bytes", "written by"),
+    )
     for row in found["largest"]:
-        largest.add_row(f"{row['dtype']}[{', '.join(map(str, row['dims']))}]", row["where"] or "elsewhere", bytes_text(row["bytes"]),
-                        f"{row['writers']} instructions")
-    options = new_table("What each option would save, alone; the last row: all of them", ("option",),
-                        ("peak", "saves", "of the peak", "on the host"))
+        largest.add_row(
+            f"{row['dtype']}[{', '.join(map(str, row['dims']))}]",
+            row["where"] or "elsewhere",
+            bytes_text(row["bytes"]),
+            f"{row['writers']} instructions",
+        )
+    options = new_table(
+        "What each option would save, alone; the last row: all of them",
+        ("option",),
+        ("peak", "saves", "of the peak", "on the host"),
+    )
     for row in found["options"]:
         changes = " ".join(f"--config.{path}={value}" for path, value in row["changes"].items())
         saves = ("-" if row["saves"] < 0 else "") + bytes_text(abs(row["saves"]))
-        options.add_row(changes, bytes_text(row["peak_bytes_per_device"]), saves, f"{row['saves'] / peak:.1%}",
-                        bytes_text(row["host_bytes_per_device"]))
+        options.add_row(
+            changes,
+            bytes_text(row["peak_bytes_per_device"]),
+            saves,
+            f"{row['saves'] / peak:.1%}",
+            bytes_text(row["host_bytes_per_device"]),
+        )
     for each in (parts, largest, options):
         console.print(each)
 
@@ -92,8 +132,12 @@ def _row(config: Config, target: targets.Target, changes: Changes, before: int) 
     _say(", ".join(f"{path}={value}" for path, value in changes.items()))
     _, traced = traced_step(_with(config, changes), target)
     found = program.read_memory(targets.compile_step(traced, target)[0])
-    return {"changes": dict(changes), "peak_bytes_per_device": found.peak_bytes, "saves": before - found.peak_bytes,
-            "host_bytes_per_device": found.host_bytes}
+    return {
+        "changes": dict(changes),
+        "peak_bytes_per_device": found.peak_bytes,
+        "saves": before - found.peak_bytes,
+        "host_bytes_per_device": found.host_bytes,
+    }
 
 
 def _with(config: Config, changes: Changes) -> Config:
@@ -101,7 +145,10 @@ def _with(config: Config, changes: Changes) -> Config:
     for path, value in changes.items():
         section, field = path.split(".")
         sections.setdefault(section, {})[field] = value
-    changed = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    changed = {
+        name: dataclasses.replace(getattr(config, name), **fields)
+        for name, fields in sections.items()
+    }
     config = dataclasses.replace(config, **changed)
     config_lib.check(config)
     return config

@@ -33,19 +33,30 @@ WOULD_FAIL = 1
 BLOCK_ROLES = [role for role in ROLES if role != "lm_head"]
 
 
-def run(options: argparse.Namespace, overrides: dict[str, list[str]], target: targets.Target) -> int:
+def run(
+    options: argparse.Namespace, overrides: dict[str, list[str]], target: targets.Target
+) -> int:
     """Audits what the options, which audit.py has checked, ask for; returns the exit code."""
     _choose_size(options, target)
     with _nothing_kept(target):
         return _audit_target(options, overrides, target)
 
 
-def _audit_target(options: argparse.Namespace, overrides: dict[str, list[str]], target: targets.Target) -> int:
-    for chosen, command in ((options.memory, _memory), (options.fit, _fit), (options.rehearse, _rehearse)):
+def _audit_target(
+    options: argparse.Namespace, overrides: dict[str, list[str]], target: targets.Target
+) -> int:
+    for chosen, command in (
+        (options.memory, _memory),
+        (options.fit, _fit),
+        (options.rehearse, _rehearse),
+    ):
         if chosen:
             return command(options, overrides["config"], target)
-    found = [_audit_file(flag, getattr(options, flag), overrides[flag], target)
-             for flag in ("config", "compare") if getattr(options, flag)]
+    found = [
+        _audit_file(flag, getattr(options, flag), overrides[flag], target)
+        for flag in ("config", "compare")
+        if getattr(options, flag)
+    ]
     audit_tables.show(found)
     _write(options, found[0] if len(found) == 1 else found[0] | {"compare": found[1]})
     return 0
@@ -80,12 +91,30 @@ def _report(found: TargetFit, target: targets.Target) -> dict[str, Any]:
     compiled, config = found.compiled, found.config
     step, traced, mesh = compiled.step, compiled.traced, compiled.step.mesh
     sequences, length = config.training.batch_size, config.data.sequence_length
-    flops = model_flops(step.definition.config, step.definition.vocab_size, sequences=sequences, sequence_length=length)
+    flops = model_flops(
+        step.definition.config,
+        step.definition.vocab_size,
+        sequences=sequences,
+        sequence_length=length,
+    )
     asked = program.traced_gemms(traced.jaxpr)
-    told = Step(mesh, asked, BLOCK_ROLES, ATTENTION_ROLES, dataclasses.asdict(flops), sequences * length, step.emulated)
+    told = Step(
+        mesh,
+        asked,
+        BLOCK_ROLES,
+        ATTENTION_ROLES,
+        dataclasses.asdict(flops),
+        sequences * length,
+        step.emulated,
+    )
     reading = program.read(compiled.executable, mesh, compiled.text)
-    if target.platform == "cpu":  # whose compiler drops the names of batched dots, and has no FP8 kernels to tell apart
-        reading = dataclasses.replace(reading, gemms=[dataclasses.replace(gemm, flops=gemm.flops // mesh.size) for gemm in asked])
+    if (
+        target.platform == "cpu"
+    ):  # whose compiler drops the names of batched dots, and has no FP8 kernels to tell apart
+        reading = dataclasses.replace(
+            reading,
+            gemms=[dataclasses.replace(gemm, flops=gemm.flops // mesh.size) for gemm in asked],
+        )
     fits = None if found.limit is None else found.choice.fits
     read = report(told, target, reading, compiled.seconds, found.limit)
     return {"config": config_lib.to_dict(config)} | read | {"fits": fits, "fit": fit_json(found)}
@@ -95,7 +124,10 @@ def _memory(options: argparse.Namespace, overrides: Sequence[str], target: targe
     config = config_lib.from_dict(read_config("config", options.config, overrides))
     found = memory_report(fit_target(config, target).config, target)
     show_memory(found)
-    _write(options, {"config": options.config, "overrides": list(overrides), "target": options.target} | found)
+    _write(
+        options,
+        {"config": options.config, "overrides": list(overrides), "target": options.target} | found,
+    )
     return 0
 
 
@@ -127,12 +159,20 @@ def _write(options: argparse.Namespace, found: dict[str, Any]) -> None:
         print(f"written to {options.json}")
 
 
-def _audit_file(flag: str, file: str, overrides: Sequence[str], target: targets.Target) -> dict[str, Any]:
+def _audit_file(
+    flag: str, file: str, overrides: Sequence[str], target: targets.Target
+) -> dict[str, Any]:
     config = config_lib.from_dict(read_config(flag, file, overrides))
     count = len(target.devices)
-    print(f"compiling {file} for {target.name} ({count} device{'s' if count > 1 else ''}) ...", file=sys.stderr)
+    print(
+        f"compiling {file} for {target.name} ({count} device{'s' if count > 1 else ''}) ...",
+        file=sys.stderr,
+    )
     found = audit(config, target)
-    return {"config": {"file": file, "overrides": list(overrides), "resolved": found.pop("config")}, **found}
+    return {
+        "config": {"file": file, "overrides": list(overrides), "resolved": found.pop("config")},
+        **found,
+    }
 
 
 def _choose_size(options: argparse.Namespace, target: targets.Target) -> None:
@@ -140,8 +180,13 @@ def _choose_size(options: argparse.Namespace, target: targets.Target) -> None:
     hardware.planned = None
     if target.kind in DEVICES:
         device = DEVICES[target.kind]
-        hardware.planned = hardware.Accelerator(device.name, device.capacity / 1e9, device.fp8 > device.bf16)
+        hardware.planned = hardware.Accelerator(
+            device.name, device.capacity / 1e9, device.fp8 > device.bf16
+        )
     for file in (options.config, options.compare):
         if file and ":" not in file:
             size, why = hardware.default_size()
-            print(f"{file}: size {size} where the file takes one ({why}); {file}:SIZE is another", file=sys.stderr)
+            print(
+                f"{file}: size {size} where the file takes one ({why}); {file}:SIZE is another",
+                file=sys.stderr,
+            )

@@ -33,7 +33,9 @@ def new_file(flag: str, path: pathlib.Path) -> None:
     if there.exists() and not there.is_dir():
         raise ConfigError(f"{flag}={path}: {there} is a file, not a directory; choose another path")
     if there != path.parent:
-        raise ConfigError(f"{flag}={path}: no directory {path.parent}; make it, or choose another path")
+        raise ConfigError(
+            f"{flag}={path}: no directory {path.parent}; make it, or choose another path"
+        )
     _check_writable(flag, path, path if path.exists() else there)
 
 
@@ -41,7 +43,9 @@ def run(workdir: pathlib.Path, flag: str = "--workdir") -> None:
     """Check that there is a run in a directory."""
     if not (workdir / "config.json").is_file():
         there = "no such directory" if not workdir.exists() else "no config.json there"
-        raise ConfigError(f"{flag}={workdir}: {there}; give the directory of a run, which has config.json")
+        raise ConfigError(
+            f"{flag}={workdir}: {there}; give the directory of a run, which has config.json"
+        )
 
 
 def checkpoint(workdir: pathlib.Path, step: int | None) -> None:
@@ -54,7 +58,11 @@ def checkpoint(workdir: pathlib.Path, step: int | None) -> None:
 
 def data(config: Config, workdir: pathlib.Path) -> None:
     """Check that the sources of a run's data and its tokenizer are there; reads no tokens."""
-    from fp8jax.data import run_tokenizer, sources, tokenizer  # NumPy, which most mistakes need not wait for
+    from fp8jax.data import (
+        run_tokenizer,
+        sources,
+        tokenizer,
+    )  # NumPy, which most mistakes need not wait for
 
     config = run_tokenizer.found(config, workdir)
     sources.check(config.data)
@@ -76,7 +84,9 @@ def _nearest(flag: str, path: pathlib.Path) -> pathlib.Path:
     try:
         return next(found for found in (path, *path.parents, pathlib.Path()) if found.exists())
     except OSError as error:
-        raise ConfigError(f"{flag}={path}: cannot be used: {error.strerror}; choose another") from None
+        raise ConfigError(
+            f"{flag}={path}: cannot be used: {error.strerror}; choose another"
+        ) from None
 
 
 def _check_writable(flag: str, path: pathlib.Path, there: pathlib.Path) -> None:

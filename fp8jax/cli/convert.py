@@ -24,7 +24,10 @@ def main(argv: Sequence[str]) -> int:
         with Stages()("loading JAX"):
             from fp8jax.cli import converting
         getattr(converting, options.run)(options)
-    except (ValueError, OSError) as error:  # HuggingFaceError, ConfigError and CheckpointError are ValueErrors
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # HuggingFaceError, ConfigError and CheckpointError are ValueErrors
         return complain(str(error))
     return 0
 
@@ -44,9 +47,13 @@ def _check_to_hf(options: argparse.Namespace) -> None:
 def _check_logits(options: argparse.Namespace) -> None:
     checks.new_file("--out", options.out)
     if not options.tokens.is_file():
-        raise ConfigError(f"--tokens={options.tokens}: no such file; give a .npy file of integers [batch, length]")
+        raise ConfigError(
+            f"--tokens={options.tokens}: no such file; give a .npy file of integers [batch, length]"
+        )
     if not (options.directory / "config.json").is_file():
-        raise ConfigError(f"{options.directory}: no config.json there; give a model directory, or the directory of a run")
+        raise ConfigError(
+            f"{options.directory}: no config.json there; give a model directory, or the directory of a run"
+        )
 
 
 def _bytes(text: str) -> int:
@@ -57,40 +64,91 @@ def _bytes(text: str) -> int:
 
 
 def _add_ignore_keys(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--ignore_keys", type=lambda text: text.split(","), default=[], metavar="KEY,...",
-                         help="keys of config.json that are not understood and change no number")
+    command.add_argument(
+        "--ignore_keys",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="KEY,...",
+        help="keys of config.json that are not understood and change no number",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m fp8jax convert",
         description="Hugging Face model directories (llama, mistral, qwen3, olmo2, olmo3, apertus, fog; safetensors only) in and out.",
-        epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama && python eval.py --workdir=runs/llama")
+        epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama && python eval.py --workdir=runs/llama",
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    command = commands.add_parser("from-hf", help="make a run's directory, to continue with train.py, of a model directory",
-                                  epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama")
+    command = commands.add_parser(
+        "from-hf",
+        help="make a run's directory, to continue with train.py, of a model directory",
+        epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama",
+    )
     command.add_argument("directory", type=local_path, help="with config.json and *.safetensors")
-    command.add_argument("--out", type=local_path, required=True, help="directory of the new run; must not exist, or be empty")
+    command.add_argument(
+        "--out",
+        type=local_path,
+        required=True,
+        help="directory of the new run; must not exist, or be empty",
+    )
     _add_ignore_keys(command)
     command.set_defaults(check=_check_from_hf, run="from_hf")
 
-    command = commands.add_parser("to-hf", help="make a model directory that transformers loads, of a run's checkpoint",
-                                  epilog="example: python -m fp8jax convert to-hf --workdir runs/llama --out exported --dtype bfloat16")
+    command = commands.add_parser(
+        "to-hf",
+        help="make a model directory that transformers loads, of a run's checkpoint",
+        epilog="example: python -m fp8jax convert to-hf --workdir runs/llama --out exported --dtype bfloat16",
+    )
     command.add_argument("--workdir", type=local_path, required=True, help="directory of the run")
-    command.add_argument("--out", type=local_path, required=True, help="model directory; must not exist, or be empty")
-    command.add_argument("--step", type=int, default=None, help="checkpoint to convert (default: the newest)")
-    command.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the tensors (default: float32, as the run has them)")
-    command.add_argument("--max_shard_size", type=_bytes, default="5GB", help="largest safetensors file (default: 5GB)")
+    command.add_argument(
+        "--out", type=local_path, required=True, help="model directory; must not exist, or be empty"
+    )
+    command.add_argument(
+        "--step", type=int, default=None, help="checkpoint to convert (default: the newest)"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="float32",
+        help="of the tensors (default: float32, as the run has them)",
+    )
+    command.add_argument(
+        "--max_shard_size",
+        type=_bytes,
+        default="5GB",
+        help="largest safetensors file (default: 5GB)",
+    )
     command.set_defaults(check=_check_to_hf, run="to_hf")
 
     command = commands.add_parser(
-        "logits", help="float32 logits, loss and gradients of a model directory or a run, to compare with another implementation's",
-        epilog="example: python -m fp8jax convert logits runs/llama --tokens ids.npy --out found.npz --gradients")
-    command.add_argument("directory", type=local_path, help="model directory, or directory of a run (its newest checkpoint)")
-    command.add_argument("--tokens", type=local_path, required=True, help=".npy file: token ids, integers [batch, length]")
-    command.add_argument("--out", type=local_path, required=True, help=".npz file: logits [batch, length, vocab], loss, gradients")
-    command.add_argument("--gradients", action="store_true", help="also d loss / d tensor, under each tensor's Hugging Face name")
+        "logits",
+        help="float32 logits, loss and gradients of a model directory or a run, to compare with another implementation's",
+        epilog="example: python -m fp8jax convert logits runs/llama --tokens ids.npy --out found.npz --gradients",
+    )
+    command.add_argument(
+        "directory",
+        type=local_path,
+        help="model directory, or directory of a run (its newest checkpoint)",
+    )
+    command.add_argument(
+        "--tokens",
+        type=local_path,
+        required=True,
+        help=".npy file: token ids, integers [batch, length]",
+    )
+    command.add_argument(
+        "--out",
+        type=local_path,
+        required=True,
+        help=".npz file: logits [batch, length, vocab], loss, gradients",
+    )
+    command.add_argument(
+        "--gradients",
+        action="store_true",
+        help="also d loss / d tensor, under each tensor's Hugging Face name",
+    )
     _add_ignore_keys(command)
     command.set_defaults(check=_check_logits, run="logits")
     return parser

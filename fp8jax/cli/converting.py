@@ -38,21 +38,36 @@ def from_hf(options: argparse.Namespace) -> None:
         # Orbax copies what it saves: with the weights in mapped files, its copy is the only one in memory.
         with tempfile.TemporaryDirectory(prefix=".weights-", dir=workdir) as scratch:
             with STAGE(f"reading {options.directory}"):
-                found = hf.load(options.directory, _Mapped(pathlib.Path(scratch)), ignore_keys=options.ignore_keys, note=print)
-            with STAGE("writing the checkpoint of step 0"), Checkpoints(workdir, keep=1) as checkpoints:
+                found = hf.load(
+                    options.directory,
+                    _Mapped(pathlib.Path(scratch)),
+                    ignore_keys=options.ignore_keys,
+                    note=print,
+                )
+            with (
+                STAGE("writing the checkpoint of step 0"),
+                Checkpoints(workdir, keep=1) as checkpoints,
+            ):
                 checkpoints.save(0, {"params": jax.device_put(found.params, _cpu())}, {"step": 0})
         context = _context(kept, found.model_type)
         name = "byte" if loaded is None else str(loaded.file)
-        data = DataConfig(tokenizer=name, sequence_length=context, allow_normalisation=loaded is not None)
+        data = DataConfig(
+            tokenizer=name, sequence_length=context, allow_normalisation=loaded is not None
+        )
         batch_size = max(1, min(TrainingConfig.batch_size, _BATCH_TOKENS // context))
-        save_config(workdir, Config(model=found.model, data=data, training=TrainingConfig(batch_size=batch_size)))
+        save_config(
+            workdir,
+            Config(model=found.model, data=data, training=TrainingConfig(batch_size=batch_size)),
+        )
         if loaded is not None:
             run_tokenizer.keep(workdir, loaded)
     except BaseException:
         shutil.rmtree(workdir)
         raise
     count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
-    print(f"{found.model_type}, {count:,} parameters, context {context:,} tokens, to {options.out}; {note}")
+    print(
+        f"{found.model_type}, {count:,} parameters, context {context:,} tokens, to {options.out}; {note}"
+    )
 
 
 def _keep(source: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
@@ -71,7 +86,9 @@ def _context(kept: pathlib.Path, model_type: str) -> int:
     if type(found) is not int or found < 1:
         found = hf_config.FORMATS[model_type].context or _UNKNOWN_CONTEXT
     if found > _LONGEST:
-        print(f"context  {found:,} tokens; this run takes {_LONGEST:,}: data.sequence_length in its config.json sets another")
+        print(
+            f"context  {found:,} tokens; this run takes {_LONGEST:,}: data.sequence_length in its config.json sets another"
+        )
     return min(found, _LONGEST)
 
 
@@ -85,10 +102,23 @@ def to_hf(options: argparse.Namespace) -> None:
     context = config.data.sequence_length
     more = {"max_position_embeddings": context, **(hf_tokenizer.token_ids(used) if used else {})}
     with STAGE(f"writing {options.out}"):
-        hf.save(options.out, definition.config, definition.vocab_size, params, model_type, DTYPES[_CODES[options.dtype]],
-                options.max_shard_size, carried, more)
-    for name, content in hf_tokenizer.files(used, context, definition.vocab_size).items() if used else ():
-        (options.out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        hf.save(
+            options.out,
+            definition.config,
+            definition.vocab_size,
+            params,
+            model_type,
+            DTYPES[_CODES[options.dtype]],
+            options.max_shard_size,
+            carried,
+            more,
+        )
+    for name, content in (
+        hf_tokenizer.files(used, context, definition.vocab_size).items() if used else ()
+    ):
+        (options.out / name).write_text(
+            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     print(f"step {step} as {model_type} in {options.dtype}, to {options.out}")
 
 
@@ -97,9 +127,13 @@ def logits(options: argparse.Namespace) -> None:
     try:
         tokens = np.load(options.tokens, allow_pickle=False)
     except (ValueError, EOFError):
-        raise HuggingFaceError(f"{options.tokens}: is not a .npy file of integers [batch, length]") from None
+        raise HuggingFaceError(
+            f"{options.tokens}: is not a .npy file of integers [batch, length]"
+        ) from None
     if not isinstance(tokens, np.ndarray):
-        raise HuggingFaceError(f"{options.tokens}: is not one .npy array of integers [batch, length]")
+        raise HuggingFaceError(
+            f"{options.tokens}: is not one .npy array of integers [batch, length]"
+        )
     if hf.is_model_directory(options.directory):
         found = hf.load(options.directory, ignore_keys=options.ignore_keys, note=print)
     else:
@@ -107,14 +141,19 @@ def logits(options: argparse.Namespace) -> None:
         model_type = _model_type(options.directory, definition.config) if options.gradients else ""
         found = hf.Loaded(definition.config, definition.vocab_size, params, model_type)
     model, vocab_size, params, model_type = found
-    with jax.default_device(_cpu()), STAGE("computing logits" + " and gradients" * options.gradients):
+    with (
+        jax.default_device(_cpu()),
+        STAGE("computing logits" + " and gradients" * options.gradients),
+    ):
         computed = hf_logits.compute(model, vocab_size, params, tokens, gradients=options.gradients)
     arrays = {"logits": computed["logits"], "loss": computed["loss"]}
     if options.gradients:
         arrays |= hf.by_name(computed["gradients"], model, vocab_size, model_type)
     with options.out.open("wb") as file:
         np.savez(file, **arrays)
-    print(f"loss {computed['loss']:.6f} over {tokens.shape[0] * (tokens.shape[1] - 1):,} tokens, to {options.out}")
+    print(
+        f"loss {computed['loss']:.6f} over {tokens.shape[0] * (tokens.shape[1] - 1):,} tokens, to {options.out}"
+    )
 
 
 def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definition, Params, int]:
@@ -124,7 +163,9 @@ def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definiti
     on_host = jax.sharding.SingleDeviceSharding(_cpu())
     # Orbax would read everything at once, beside what it has read.
     context = v1.Context()
-    context.memory_options.read_concurrent_bytes = 2 * max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(definition.shapes))
+    context.memory_options.read_concurrent_bytes = 2 * max(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(definition.shapes)
+    )
     with Checkpoints(workdir, keep=config.checkpoint.keep) as checkpoints:
         step = checkpoints.chosen(step)
         kept = checkpoints.dtypes(step)
@@ -134,9 +175,15 @@ def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definiti
             return jax.ShapeDtypeStruct(leaf.shape, kept.get(name, leaf.dtype), sharding=on_host)
 
         with context, STAGE(f"reading the checkpoint of step {step}"):
-            found, _ = checkpoints.restore(step, {"params": jax.tree_util.tree_map_with_path(wanted, definition.shapes)}, partial=True)
+            found, _ = checkpoints.restore(
+                step,
+                {"params": jax.tree_util.tree_map_with_path(wanted, definition.shapes)},
+                partial=True,
+            )
     if any(name.startswith("opt_state/remainder/") for name in kept):
-        print("note     the run keeps 8 more bits of each weight, for training alone: what is read here are the weights in 16 bits")
+        print(
+            "note     the run keeps 8 more bits of each weight, for training alone: what is read here are the weights in 16 bits"
+        )
     return config, definition, as_float32(found["params"]), step
 
 
@@ -148,7 +195,9 @@ class _Mapped:
 
     def __call__(self, shape: tuple[int, ...]) -> np.ndarray:
         self.count += 1
-        return np.memmap(self.directory / f"{self.count}.bin", np.float32, "w+", shape=shape or (1,)).reshape(shape)
+        return np.memmap(
+            self.directory / f"{self.count}.bin", np.float32, "w+", shape=shape or (1,)
+        ).reshape(shape)
 
 
 def _cpu() -> jax.Device:
@@ -160,15 +209,25 @@ def _tokenizer(kept: pathlib.Path) -> tuple[tokenizer.Tokenizer | None, str]:
     """What config.data.tokenizer becomes, None for bytes, and a note on it."""
     path = kept / "tokenizer.json"
     if not path.is_file():
-        return None, "it has no tokenizer.json, so config.data.tokenizer is 'byte': change that in config.json before training"
+        return (
+            None,
+            "it has no tokenizer.json, so config.data.tokenizer is 'byte': change that in config.json before training",
+        )
     try:
         loaded = tokenizer.load(str(path), allow_normalisation=True)
     except ConfigError as error:
-        return None, f"{error}; so config.data.tokenizer is 'byte': change that in config.json before training"
+        return (
+            None,
+            f"{error}; so config.data.tokenizer is 'byte': change that in config.json before training",
+        )
     return loaded, "; ".join(["with its tokenizer", *loaded.notes])
 
 
 def _model_type(workdir: pathlib.Path, model: ModelConfig) -> str:
     """The model_type that a run came from, or else one that can hold its model."""
     kept = workdir / KEPT
-    return read_json(kept / hf.CONFIG)["model_type"] if hf.is_model_directory(kept) else hf_config.fitting_type(model)
+    return (
+        read_json(kept / hf.CONFIG)["model_type"]
+        if hf.is_model_directory(kept)
+        else hf_config.fitting_type(model)
+    )

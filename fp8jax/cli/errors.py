@@ -26,7 +26,14 @@ class Parser(argparse.ArgumentParser):
     fields = False  # whether --config.section.field=VALUE is taken
 
     def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        super().__init__(
+            *arguments,
+            **{
+                "allow_abbrev": False,
+                "formatter_class": argparse.RawDescriptionHelpFormatter,
+                **options,
+            },
+        )
         self.add_argument("--version", action="version", version=words.version())
 
     def parse_known_args(self, args=None, namespace=None):
@@ -35,7 +42,11 @@ class Parser(argparse.ArgumentParser):
         for word in given:
             if word == "--" or (self._subparsers and not word.startswith("-")):
                 break  # text, or what a command's own parser reads
-            if word.startswith("--") and " " not in word and word.partition("=")[0] not in self._option_string_actions:
+            if (
+                word.startswith("--")
+                and " " not in word
+                and word.partition("=")[0] not in self._option_string_actions
+            ):
                 self.error(self._unknown(word))
         return super().parse_known_args(given, namespace)
 
@@ -51,12 +62,18 @@ class Parser(argparse.ArgumentParser):
         if found := re.fullmatch(r"(\S+): invalid (int|float) value: '(.*)'", message, re.S):
             flag, kind, text = found.groups()
             message = f"{flag}: {words.wrong_number(int if kind == 'int' else float, text)}"
-        return f"{message}{'' if message.endswith('?') else ';'} {self.prog} --help shows an example"
+        return (
+            f"{message}{'' if message.endswith('?') else ';'} {self.prog} --help shows an example"
+        )
 
     def _unknown(self, word: str) -> str:
         if not word.startswith("-"):
             return f"unknown argument {word!r}"
-        return words.unknown_flag(word, [name.lstrip("-") for name in self._option_string_actions if name.startswith("--")], fields=self.fields)
+        return words.unknown_flag(
+            word,
+            [name.lstrip("-") for name in self._option_string_actions if name.startswith("--")],
+            fields=self.fields,
+        )
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
@@ -90,4 +107,7 @@ def local_directory(flag: str, text: str) -> pathlib.Path:
 
 def with_underscores(argv: Sequence[str]) -> list[str]:
     """The arguments with --text_field for --text-field: either may be written."""
-    return [re.sub(r"^--[^=\s]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+    return [
+        re.sub(r"^--[^=\s]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+        for word in argv
+    ]

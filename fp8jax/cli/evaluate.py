@@ -22,10 +22,22 @@ USAGE = """Evaluates a run's checkpoint in BF16: held-out loss, perplexity and b
 Exit codes: 0 finished, 2 bad usage, config, checkpoint or task.
 """
 
-_STEP = flags.DEFINE_integer("step", None, "checkpoint to evaluate; default: the newest", lower_bound=0)
-_TASKS = flags.DEFINE_list("tasks", [], "tasks of lm-evaluation-harness, separated by commas; 'fog': those of the FOG paper")
-_TASK_DIR = flags.DEFINE_string("task_dir", None, "directory with task files of your own, for --tasks")
-_HELD_OUT = flags.DEFINE_string("held_out", None, "other text than the run's: 'dirA' or 'wiki=dirA,code=dirB', as config.data.held_out")
+_STEP = flags.DEFINE_integer(
+    "step", None, "checkpoint to evaluate; default: the newest", lower_bound=0
+)
+_TASKS = flags.DEFINE_list(
+    "tasks",
+    [],
+    "tasks of lm-evaluation-harness, separated by commas; 'fog': those of the FOG paper",
+)
+_TASK_DIR = flags.DEFINE_string(
+    "task_dir", None, "directory with task files of your own, for --tasks"
+)
+_HELD_OUT = flags.DEFINE_string(
+    "held_out",
+    None,
+    "other text than the run's: 'dirA' or 'wiki=dirA,code=dirB', as config.data.held_out",
+)
 
 flags.adopt_module_key_flags(processes)
 
@@ -39,7 +51,9 @@ def _joined() -> int:
     if not WORKDIR.value:
         raise ConfigError("--workdir: is missing; for example --workdir=runs/fp8_base-tiny")
     if _TASKS.value and importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("--tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt")
+        raise ConfigError(
+            "--tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt"
+        )
     workdir = local_directory("workdir", WORKDIR.value)
     checks.run(workdir)
     checks.checkpoint(workdir, _STEP.value)
@@ -48,7 +62,9 @@ def _joined() -> int:
     if _TASK_DIR.value is not None and not _TASKS.value:
         raise ConfigError(f"--task_dir={_TASK_DIR.value}: needs --tasks, the names of tasks there")
     if _TASK_DIR.value is not None and not pathlib.Path(_TASK_DIR.value).is_dir():
-        raise ConfigError(f"--task_dir={_TASK_DIR.value}: no such directory; give one with task files")
+        raise ConfigError(
+            f"--task_dir={_TASK_DIR.value}: no such directory; give one with task files"
+        )
     stage = Stages(processes.is_first())
     with stage("loading JAX"):
         from fp8jax.training import evaluation  # noqa: F401
@@ -65,8 +81,10 @@ def _evaluate(workdir: pathlib.Path, stage: Stages) -> int:
         return 0
     texts = found.get("texts", {})
     for name, values in {"": found, **texts}.items():
-        print(f"step {found['step']}: {name}{': ' * bool(name)}loss {values['loss']:.4f}  perplexity {values['perplexity']:.4f}  "
-              f"bits per byte {values['bits_per_byte']:.4f}  ({values['tokens']:,} tokens, {values['bytes']:,} bytes)")
+        print(
+            f"step {found['step']}: {name}{': ' * bool(name)}loss {values['loss']:.4f}  perplexity {values['perplexity']:.4f}  "
+            f"bits per byte {values['bits_per_byte']:.4f}  ({values['tokens']:,} tokens, {values['bytes']:,} bytes)"
+        )
     return 0
 
 
@@ -93,7 +111,9 @@ def _evaluate_tasks(workdir: pathlib.Path, stage: Stages) -> int:
         print("\n".join(f"step {step}: {line}" for line in _lines(found)))
     if found["failed"]:
         failed = "; ".join(f"{name}: {reason}" for name, reason in found["failed"].items())
-        raise ConfigError(f"--tasks: {failed}" + ("; the others are done" if found["results"] else ""))
+        raise ConfigError(
+            f"--tasks: {failed}" + ("; the others are done" if found["results"] else "")
+        )
     return 0
 
 

@@ -12,8 +12,12 @@ def reference() -> str:
     for section in dataclasses.fields(Config):
         lines.append(f"{section.name}: {(section.type.__doc__ or '').strip()}")
         for field in dataclasses.fields(section.type):
-            choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
-            lines.append(f"  --config.{section.name}.{field.name}={field.default}{choices}\n      {field.metadata['doc']}")
+            choices = (
+                f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+            )
+            lines.append(
+                f"  --config.{section.name}.{field.name}={field.default}{choices}\n      {field.metadata['doc']}"
+            )
     return "\n".join(lines)
 
 

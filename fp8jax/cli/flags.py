@@ -19,7 +19,11 @@ from fp8jax.config import CheckpointError, ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the repository, where configs/ is
 EXAMPLE = "--config=configs/fp8_base.py:tiny"
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; that of train.py is runs/CONFIG-SIZE where it is not given")
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "directory of the run; that of train.py is runs/CONFIG-SIZE where it is not given",
+)
 _CONTINUING = ("resume", "restart", "continue", "restore", "load")
 _LISTED = 12  # configurations that a message names
 _BOOLEANS = ("true", "t", "1", "false", "f", "0")
@@ -31,7 +35,10 @@ def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
     Errors that are the user's to fix (flags, config, checkpoint) are printed as one line, without a traceback.
     """
     logging.set_verbosity(logging.WARNING)
-    known = [flags.FLAGS["workdir"], *flags.FLAGS.get_key_flags_for_module(sys.modules[work.__module__])]
+    known = [
+        flags.FLAGS["workdir"],
+        *flags.FLAGS.get_key_flags_for_module(sys.modules[work.__module__]),
+    ]
     names = [flag.name for flag in known]
     if any(word in ("-h", "-help", "--help") for word in argv[1:]):
         if argv[0].startswith("fp8jax "):
@@ -44,7 +51,9 @@ def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
     fields_given = [word for word in argv[1:] if re.match(r"--?(no)?config([.=]|$)", word)]
     if fields_given and "config" not in names:
         name = fields_given[0].partition("=")[0]
-        return complain(f"unknown flag {name}: the run's own configuration is used, config.json in its --workdir; leave it out")
+        return complain(
+            f"unknown flag {name}: the run's own configuration is used, config.json in its --workdir; leave it out"
+        )
     try:
         rest = _parse(known, with_underscores(argv))
     except flags.UnrecognizedFlagError as error:
@@ -79,7 +88,11 @@ def split(name: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
     Returns:
         `--NAME.section.field=value` for each field, and the other words.
     """
-    overrides, rest, rest_of = [], [], iter(flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False))
+    overrides, rest, rest_of = (
+        [],
+        [],
+        iter(flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)),
+    )
     for word in rest_of:
         if not re.match(rf"--?(no)?{name}\.", word):
             rest.append(word)
@@ -107,10 +120,14 @@ def find_config(name: str, file: str) -> tuple[pathlib.Path, str]:
         for found in names:
             if (directory / found).is_file():
                 if not found.endswith(".py"):
-                    raise ConfigError(f"--{name}={file}: is not a configuration, a Python file; for example {example}")
+                    raise ConfigError(
+                        f"--{name}={file}: is not a configuration, a Python file; for example {example}"
+                    )
                 return directory / found, argument
     reason = _not_there(path)
-    raise ConfigError(f"--{name}={file}: {reason}{'' if reason.endswith('?') else ';'} for example {example}")
+    raise ConfigError(
+        f"--{name}={file}: {reason}{'' if reason.endswith('?') else ';'} for example {example}"
+    )
 
 
 def _not_there(path: str) -> str:
@@ -131,12 +148,20 @@ def _not_there(path: str) -> str:
 
 def _listed(directory: pathlib.Path, called: str) -> str:
     names = [f"{called.rstrip('/')}/{stem}.py" for stem in _stems(directory)]
-    return f"; there are {', '.join(names[:_LISTED])}{', ...' * (len(names) > _LISTED)}" if names else ""
+    return (
+        f"; there are {', '.join(names[:_LISTED])}{', ...' * (len(names) > _LISTED)}"
+        if names
+        else ""
+    )
 
 
 def _stems(directory: pathlib.Path) -> list[str]:
     """Names of the configurations in a directory."""
-    return [found.stem for found in sorted(directory.glob("*.py")) if found.stem not in ("__init__", "common")]
+    return [
+        found.stem
+        for found in sorted(directory.glob("*.py"))
+        if found.stem not in ("__init__", "common")
+    ]
 
 
 def read_config(name: str, file: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -156,7 +181,10 @@ def read_config(name: str, file: str, overrides: Sequence[str] = ()) -> ml_colle
     overrides = with_underscores(overrides)
     unset = [field for word in overrides if (field := _check_override(name, word))]
     given = [word for word in overrides if not _check_override(name, word)]
-    values, argv = flags.FlagValues(), [name, f"--{name}={path}:{argument}" if argument else f"--{name}={path}", *given]
+    values, argv = (
+        flags.FlagValues(),
+        [name, f"--{name}={path}:{argument}" if argument else f"--{name}={path}", *given],
+    )
     try:
         found = config_flags.DEFINE_config_file(name, flag_values=values, sys_argv=argv)
         values(argv)
@@ -174,17 +202,23 @@ def _check_override(name: str, word: str) -> tuple[str, str] | None:
     section, _, field = path.partition(".")
     if not field:
         config_lib.check_name(section)
-        raise ConfigError(f"config.{section}: is a section; set a field of it, --{name}.{section}.FIELD=VALUE")
+        raise ConfigError(
+            f"config.{section}: is a section; set a field of it, --{name}.{section}.FIELD=VALUE"
+        )
     config_lib.check_name(section, field)
     kind, optional, doc = fields.field_of(section, field)
     if (section, field) == ("training", "fitted"):
-        raise ConfigError("config.training.fitted: is what a run has chosen, not to be set; leave it out, and set "
-                          "config.training.microbatches, loss_chunk or remat")
+        raise ConfigError(
+            "config.training.fitted: is what a run has chosen, not to be set; leave it out, and set "
+            "config.training.microbatches, loss_chunk or remat"
+        )
     text = None if value is None else value[1:]
     if text == "None" and optional:
         return section, field
     if not text and kind is not str and not (text is None and kind is bool):
-        raise ConfigError(f"config.{section}.{field}: has no value; --{name}.{section}.{field}=VALUE: {doc}")
+        raise ConfigError(
+            f"config.{section}.{field}: has no value; --{name}.{section}.{field}=VALUE: {doc}"
+        )
     if text is not None and (wrong := _wrong(kind, text)):
         raise ConfigError(f"config.{section}.{field}: {wrong}: {doc}")
     return None
@@ -224,7 +258,9 @@ def _unexpected(word: str, known: Sequence[str]) -> str:
     if "config" in known and re.search(r"\.py(:|$)", word):
         return f"{begun}; say --config={word}"
     if "config" in known and equals and (meant := words.same_fields(name)):
-        return f"{begun}; say " + " or ".join(f"--config.{field}={word.partition('=')[2]}" for field in meant)
+        return f"{begun}; say " + " or ".join(
+            f"--config.{field}={word.partition('=')[2]}" for field in meant
+        )
     return f"{begun}; flags start with --, and values go after '='"
 
 
@@ -243,7 +279,13 @@ def _text(error: Exception) -> str:
     message = str(error).strip()
     if isinstance(error, ConfigError):
         return message
-    if isinstance(error, flags.Error):  # of a ValueError in a config file, absl gives the whole traceback
+    if isinstance(
+        error, flags.Error
+    ):  # of a ValueError in a config file, absl gives the whole traceback
         flag, raised, _ = message.partition(": Error whilst parsing config file")
-        return f"{flag}: {message.splitlines()[-1].removeprefix('ValueError: ')}" if raised else message
+        return (
+            f"{flag}: {message.splitlines()[-1].removeprefix('ValueError: ')}"
+            if raised
+            else message
+        )
     return f"{type(error).__name__} in the config file: {message}"

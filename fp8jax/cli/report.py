@@ -22,13 +22,20 @@ def main(argv: Sequence[str]) -> int:
         os.nice(15)
     try:
         if options.warnings:
-            from fp8jax.cli import early_warnings  # needs JAX, which a page that a run refreshes should not start
+            from fp8jax.cli import (
+                early_warnings,
+            )  # needs JAX, which a page that a run refreshes should not start
 
             for line in early_warnings.lines(options.warnings):
                 print(line)
             return 0
         checks.new_file("--out", options.out)
-        out = write_report(options.workdirs, options.out, remember=options.background, note=lambda line: print(f"note     {line}"))
+        out = write_report(
+            options.workdirs,
+            options.out,
+            remember=options.background,
+            note=lambda line: print(f"note     {line}"),
+        )
     except ValueError as error:  # MetricsError is one
         return complain(str(error))
     except OSError as error:
@@ -41,11 +48,33 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m fp8jax report", description="Writes a self-contained page: curves, layer by layer statistics, events.",
-        epilog="example: python -m fp8jax report runs/fp8_base-tiny runs/llama3-tiny --out report.html")
-    parser.add_argument("workdirs", nargs="*", type=local_path, metavar="WORKDIR", help="directory of a run; several are shown side by side")
-    parser.add_argument("--out", type=local_path, default=pathlib.Path("report.html"), help="the page (default: report.html)")
-    parser.add_argument("--warnings", type=local_path, metavar="FILE", help="instead: what the early warning says of a metrics.jsonl, or of "
-                        "the one in a directory")
-    parser.add_argument("--background", action="store_true", help="with low priority, reading of a log what is new since the last time")
+        prog="python -m fp8jax report",
+        description="Writes a self-contained page: curves, layer by layer statistics, events.",
+        epilog="example: python -m fp8jax report runs/fp8_base-tiny runs/llama3-tiny --out report.html",
+    )
+    parser.add_argument(
+        "workdirs",
+        nargs="*",
+        type=local_path,
+        metavar="WORKDIR",
+        help="directory of a run; several are shown side by side",
+    )
+    parser.add_argument(
+        "--out",
+        type=local_path,
+        default=pathlib.Path("report.html"),
+        help="the page (default: report.html)",
+    )
+    parser.add_argument(
+        "--warnings",
+        type=local_path,
+        metavar="FILE",
+        help="instead: what the early warning says of a metrics.jsonl, or of "
+        "the one in a directory",
+    )
+    parser.add_argument(
+        "--background",
+        action="store_true",
+        help="with low priority, reading of a log what is new since the last time",
+    )
     return parser

@@ -30,8 +30,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         # One device: generation reads all weights for every token, and sharded ones would travel each time.
         model, _ = load_run(options.workdir, options.step, jax.devices()[:1], stage=stage)
-        pieces = stream(Inference(model), options.prompt, tokens=options.tokens, temperature=options.temperature,
-                        top_p=options.top_p, seed=options.seed)
+        pieces = stream(
+            Inference(model),
+            options.prompt,
+            tokens=options.tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
         shown = options.prompt
         for piece in pieces:
             print(_shown(shown + piece), end="", flush=True)
@@ -64,13 +70,31 @@ def _shown(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m fp8jax sample", description="Continues a prompt with the model of a run, in BF16.",
-        epilog="example: python -m fp8jax sample --workdir=runs/fp8_base-tiny --prompt='Anne Elliot' --temperature=0.8")
+        prog="python -m fp8jax sample",
+        description="Continues a prompt with the model of a run, in BF16.",
+        epilog="example: python -m fp8jax sample --workdir=runs/fp8_base-tiny --prompt='Anne Elliot' --temperature=0.8",
+    )
     parser.add_argument("--workdir", type=local_path, required=True, help="directory of the run")
     parser.add_argument("--prompt", required=True, help="text to continue; '' begins a document")
-    parser.add_argument("--tokens", type=int, default=200, help="at most so many more (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default); 1: as the model has it")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this total probability (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (default: 0)")
-    parser.add_argument("--step", type=int, default=None, help="checkpoint to use (default: the newest)")
+    parser.add_argument(
+        "--tokens", type=int, default=200, help="at most so many more (default: 200)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="0: always the likeliest token (default); 1: as the model has it",
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest tokens of this total probability (default: 1)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="equal seeds give equal texts (default: 0)"
+    )
+    parser.add_argument(
+        "--step", type=int, default=None, help="checkpoint to use (default: the newest)"
+    )
     return parser

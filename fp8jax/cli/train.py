@@ -24,8 +24,14 @@ Exit codes: 0 finished, 2 bad usage or config, 3 stopped by bad numbers after sa
 SIGUSR1 after saving (run again to continue).
 """
 
-_CONFIG = flags.DEFINE_string("config", None, "configuration file and size, e.g. configs/fp8_base.py:tiny")
-_ALLOW = flags.DEFINE_list("allow_config_change", [], "fields, e.g. data.source, that may differ from those of the run in the directory")
+_CONFIG = flags.DEFINE_string(
+    "config", None, "configuration file and size, e.g. configs/fp8_base.py:tiny"
+)
+_ALLOW = flags.DEFINE_list(
+    "allow_config_change",
+    [],
+    "fields, e.g. data.source, that may differ from those of the run in the directory",
+)
 
 flags.adopt_module_key_flags(processes)
 
@@ -33,7 +39,11 @@ flags.adopt_module_key_flags(processes)
 def main(argv: Sequence[str], usage: str = USAGE) -> int:
     """Runs train.py, whose --help begins with `usage`; returns the exit code."""
     overrides, rest = split("config", argv)
-    return run(rest, lambda: _train(overrides), f"{usage.strip()}\n\nFields of the configuration:\n\n{fields.reference()}")
+    return run(
+        rest,
+        lambda: _train(overrides),
+        f"{usage.strip()}\n\nFields of the configuration:\n\n{fields.reference()}",
+    )
 
 
 def _train(overrides: Sequence[str]) -> int:
@@ -43,10 +53,14 @@ def _train(overrides: Sequence[str]) -> int:
     lines = []
     if not size:
         size, machine = hardware.default_size()
-        lines.append(f"size     {size}, chosen for this machine ({machine}); --config={_CONFIG.value.rstrip(':')}:SIZE sets another")
+        lines.append(
+            f"size     {size}, chosen for this machine ({machine}); --config={_CONFIG.value.rstrip(':')}:SIZE sets another"
+        )
     workdir = _workdir(path, size)
     lines.append(f"workdir  {workdir}")
-    config = config_lib.from_dict(read_config("config", f"{path}:{size}", overrides), _run_in(workdir))
+    config = config_lib.from_dict(
+        read_config("config", f"{path}:{size}", overrides), _run_in(workdir)
+    )
     _check_allowed(_ALLOW.value)
     checks.directory("--workdir", workdir)
     checks.data(config, workdir)
@@ -75,19 +89,33 @@ def _train_joined(config: Config, workdir: pathlib.Path) -> int:
 
 def _check_allowed(allowed: Sequence[str]) -> None:
     """Refuse fields of --allow_config_change that may change without it, or that there are not."""
-    known = {f"{section}.{name}" for section, values in config_lib.to_dict(Config()).items() for name in values}
+    known = {
+        f"{section}.{name}"
+        for section, values in config_lib.to_dict(Config()).items()
+        for name in values
+    }
     for name in allowed:
         if fixed_fields.is_fixed(*name.partition(".")[::2]) and name in known:
             continue
-        reason = "may change without it" if name in known else f"no such field{config_lib.did_you_mean(name, known).rstrip('?')}"
-        raise ConfigError(f"--allow_config_change={name}: {reason}; it takes {fixed_fields.described()}")
+        reason = (
+            "may change without it"
+            if name in known
+            else f"no such field{config_lib.did_you_mean(name, known).rstrip('?')}"
+        )
+        raise ConfigError(
+            f"--allow_config_change={name}: {reason}; it takes {fixed_fields.described()}"
+        )
 
 
 def _workdir(path: pathlib.Path, size: str) -> pathlib.Path:
     """The directory of the run; that of the run whose configuration is taken, where it is."""
     if WORKDIR.value:
         return local_directory("workdir", WORKDIR.value)
-    return pathlib.Path(size) if path.stem == "from_run" else pathlib.Path("runs", f"{path.stem}-{size}")
+    return (
+        pathlib.Path(size)
+        if path.stem == "from_run"
+        else pathlib.Path("runs", f"{path.stem}-{size}")
+    )
 
 
 def _run_in(workdir: pathlib.Path) -> Config | None:

@@ -64,7 +64,11 @@ def same_fields(name: str) -> list[str]:
 
 
 def _near_fields(name: str) -> list[str]:
-    every = [(section, field) for section, values in config_lib.to_dict(config_lib.Config()).items() for field in values]
+    every = [
+        (section, field)
+        for section, values in config_lib.to_dict(config_lib.Config()).items()
+        for field in values
+    ]
     names = {field for _, field in every} | {".".join(field) for field in every}
     nearest = closest(name.removeprefix("config."), sorted(names))
     return same_fields(nearest) if nearest else []

@@ -35,10 +35,23 @@ LINES, TEXT = (".jsonl", ".ndjson", ".json"), (".txt", ".md")
 TABLES, TOKENS = (*tables.PARQUET, *tables.ARROW), token_records.SUFFIXES
 MAX_DOCUMENT = 1 << 29
 # Of a directory of text, what is about the text: dataset cards and what the Hugging Face libraries write beside data.
-_DESCRIBING = frozenset(("readme.md", "readme.txt", "license.txt", "license.md", "dataset_info.json", "dataset_infos.json",
-                         "dataset_dict.json", "state.json", "tokenizer.json", "tokenizer_config.json"))
+_DESCRIBING = frozenset(
+    (
+        "readme.md",
+        "readme.txt",
+        "license.txt",
+        "license.md",
+        "dataset_info.json",
+        "dataset_infos.json",
+        "dataset_dict.json",
+        "state.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    )
+)
 Skip = Callable[[str], None]
 _BLOCK = 1 << 18
+
 
 class Piece(NamedTuple):
     """Documents that are read in one go.
@@ -82,17 +95,23 @@ def find(
     outside = os.path.realpath(out) if out is not None else None
     for name in map(os.fspath, inputs):
         seen: set[str] = set()
-        files = [file for match in _matches(name) for file in _files(match, outside, left_out, seen)]
+        files = [
+            file for match in _matches(name) for file in _files(match, outside, left_out, seen)
+        ]
         if not files:
             away = elsewhere(name)
-            raise ConfigError(f"--input={away or f'{name}: no such file, directory or pattern with matches'}")
+            raise ConfigError(
+                f"--input={away or f'{name}: no such file, directory or pattern with matches'}"
+            )
         for file in files:
             real = file if file.startswith(hub.PREFIX) else os.path.realpath(file)
             found.setdefault(real, file)
     for path in found.values():
         if not path.startswith(hub.PREFIX) and _kind(path) is None:
             known = ", ".join((*LINES, *TEXT, *TABLES, *TOKENS[:1]))
-            raise ConfigError(f"{path}: {pathlib.Path(path).suffix!r} is not a kind of text file that is read; use one of {known}")
+            raise ConfigError(
+                f"{path}: {pathlib.Path(path).suffix!r} is not a kind of text file that is read; use one of {known}"
+            )
     if left_out:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         tell(f"left out: {', '.join(left_out[:3])}{more}; name a file itself to have it read")
@@ -102,7 +121,9 @@ def find(
 def _matches(name: str) -> list[str]:
     if os.path.exists(name) or name.startswith(hub.PREFIX):
         return [name]
-    return sorted(filter(os.path.exists, glob.glob(name, recursive=True)))  # links may lead nowhere, or round in circles
+    return sorted(
+        filter(os.path.exists, glob.glob(name, recursive=True))
+    )  # links may lead nowhere, or round in circles
 
 
 def _files(match: str, outside: str | None, left_out: list[str], seen: set[str]) -> list[str]:
@@ -113,7 +134,9 @@ def _files(match: str, outside: str | None, left_out: list[str], seen: set[str])
     return [] if inside else [match]
 
 
-def _in_directory(directory: str, outside: str | None, left_out: list[str], seen: set[str]) -> list[str]:
+def _in_directory(
+    directory: str, outside: str | None, left_out: list[str], seen: set[str]
+) -> list[str]:
     real = os.path.realpath(directory)
     if real in seen:  # a link back
         return []
@@ -206,7 +229,9 @@ def pieces(path: str, piece_bytes: int) -> list[Piece]:
     if path.startswith(hub.PREFIX):
         return _even_pieces(path, len(hub.dataset(path)), size, piece_bytes)
     if _kind(path) is TABLES:
-        return [Piece(path, group, group + 1, bytes_) for group, bytes_ in enumerate(tables.sizes(path))]
+        return [
+            Piece(path, group, group + 1, bytes_) for group, bytes_ in enumerate(tables.sizes(path))
+        ]
     if _kind(path) is TOKENS:
         return _even_pieces(path, token_records.count(path), size, piece_bytes)
     if path.lower().endswith(LINES):
@@ -218,7 +243,10 @@ def _even_pieces(path: str, length: int, size: int, piece_bytes: int) -> list[Pi
     """Cuts 0 to `length`, which are `size` bytes."""
     count = max(1, -(-size // piece_bytes))
     edges = [length * index // count for index in range(count + 1)]
-    return [Piece(path, start, stop, size * (stop - start) // max(1, length)) for start, stop in itertools.pairwise(edges)]
+    return [
+        Piece(path, start, stop, size * (stop - start) // max(1, length))
+        for start, stop in itertools.pairwise(edges)
+    ]
 
 
 def cut_text(path: str, fraction: float) -> list[Piece]:
@@ -238,7 +266,9 @@ def cut_text(path: str, fraction: float) -> list[Piece]:
     return [Piece(path, 0, cut, cut, "train"), Piece(path, cut, size, size - cut, "held_out")]
 
 
-def read(piece: Piece, field: str, progress: Progress, skip: Skip | None = None) -> Iterator[Iterable[str]]:
+def read(
+    piece: Piece, field: str, progress: Progress, skip: Skip | None = None
+) -> Iterator[Iterable[str]]:
     """The documents of a piece, each as strings to be joined; use one up before asking for the next.
 
     Args:
@@ -282,10 +312,14 @@ def _read_text(piece: Piece, progress: Progress) -> Iterator[str]:
                 offset += len(block)
             yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{piece.path}: is not UTF-8 near byte {offset + error.start}; convert it first") from None
+        raise ConfigError(
+            f"{piece.path}: is not UTF-8 near byte {offset + error.start}; convert it first"
+        ) from None
 
 
-def _read_lines(piece: Piece, field: str, progress: Progress, skip: Skip | None) -> Iterator[Iterable[str]]:
+def _read_lines(
+    piece: Piece, field: str, progress: Progress, skip: Skip | None
+) -> Iterator[Iterable[str]]:
     with Input(piece.path, progress) as file:
         if piece.start:  # the line that began before belongs to the piece before
             file.seek(piece.start - 1)
@@ -339,7 +373,9 @@ def _json(text: str) -> Any:
     except ValueError as error:
         if isinstance(error, json.JSONDecodeError | files.TooManyValuesError):
             raise
-    return files.parse_json(text, parse_int=str)  # an integer of thousands of digits is JSON, and no field of text
+    return files.parse_json(
+        text, parse_int=str
+    )  # an integer of thousands of digits is JSON, and no field of text
 
 
 def _member(value: Any, field: str) -> Any:

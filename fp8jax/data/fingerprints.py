@@ -34,7 +34,10 @@ def of(data: DataConfig) -> dict[str, list[list[Any]]]:
     train = parse_sources(data.source)
     held_out = sources.held_out_parts(data)
     return {
-        "train": [[name, weight, _digest(name, data, sources.part_of(name, data, "train"))] for name, weight in train],
+        "train": [
+            [name, weight, _digest(name, data, sources.part_of(name, data, "train"))]
+            for name, weight in train
+        ],
         "held_out": [[name, 1.0, _digest(source, data, part)] for name, source, part in held_out],
     }
 
@@ -42,7 +45,9 @@ def of(data: DataConfig) -> dict[str, list[list[Any]]]:
 def same(found: list[list[Any]], saved: Any) -> bool:
     """True where the sources' weights and contents, in their order, are those that were saved, whatever their names."""
     try:
-        return [(weight, digest) for _, weight, digest in found] == [(weight, digest) for _, weight, digest in saved]
+        return [(weight, digest) for _, weight, digest in found] == [
+            (weight, digest) for _, weight, digest in saved
+        ]
     except (TypeError, ValueError):  # of a damaged manifest
         return False
 
@@ -89,7 +94,9 @@ def _of_megatron(index: pathlib.Path, tokens: pathlib.Path, part: str) -> str:
                 file.seek(start)
                 digest.update(file.read(_PIECE))
     except OSError as error:
-        raise ConfigError(f"config.data.source: {error.filename or tokens}: cannot be read: {error.strerror}") from None
+        raise ConfigError(
+            f"config.data.source: {error.filename or tokens}: cannot be read: {error.strerror}"
+        ) from None
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -35,7 +35,9 @@ def dataset(name: str) -> Any:
     except ImportError:
         raise ConfigError(f"{name}: needs the package datasets; pip install datasets") from None
     path, _, config = name.removeprefix(PREFIX).partition(":")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is two lines otherwise
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # each retry is two lines otherwise
     reachable = os.path.exists(path) or _is_reachable()
     try:
         with contextlib.nullcontext() if reachable else _offline():
@@ -44,8 +46,10 @@ def dataset(name: str) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if not reachable and isinstance(error, ConnectionError):
             reason = "the hub cannot be reached, and no earlier download is in its cache"
-        raise ConfigError(f"{name}: cannot be had: {reason}; without network, download its files elsewhere and give their "
-                          "directory as --input") from None
+        raise ConfigError(
+            f"{name}: cannot be had: {reason}; without network, download its files elsewhere and give their "
+            "directory as --input"
+        ) from None
 
 
 def _is_reachable() -> bool:
@@ -85,11 +89,15 @@ def rows(name: str, field: str, start: int, stop: int) -> Iterator[list[str]]:
     """
     found = dataset(name)
     if getattr(found.features.get(field), "dtype", None) not in ("string", "large_string"):
-        raise ConfigError(f"{name}: has no column {field!r} of text; --text_field is one of {', '.join(found.column_names)}")
+        raise ConfigError(
+            f"{name}: has no column {field!r} of text; --text_field is one of {', '.join(found.column_names)}"
+        )
     chosen = found.select_columns([field])
     for first in range(start, stop, _BATCH):
         texts = chosen[first : min(first + _BATCH, stop)][field]
         for number, text in enumerate(texts):
             if text is None:
-                raise ConfigError(f"{name}: row {first + number + 1} has no text in column {field!r}")
+                raise ConfigError(
+                    f"{name}: row {first + number + 1} has no text in column {field!r}"
+                )
         yield texts

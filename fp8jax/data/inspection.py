@@ -30,7 +30,9 @@ def tokenizer_of(directory: str | os.PathLike) -> tokenizers.Tokenizer:
     path = os.path.join(directory, shards.TOKENIZER)
     loaded = tokenizers.of_directory(pathlib.Path(directory))
     if (expected := shards.read_index(directory).get("tokenizer")) != loaded.fingerprint:
-        raise ConfigError(f"{path}: is missing or another tokenizer's: {loaded.fingerprint}, not {expected}")
+        raise ConfigError(
+            f"{path}: is missing or another tokenizer's: {loaded.fingerprint}, not {expected}"
+        )
     return loaded
 
 
@@ -39,20 +41,33 @@ def length_histogram(ends: Iterable[Mapped | np.ndarray]) -> list[Bin]:
     counts = np.zeros(64, np.int64)
     for one in ends:
         lengths = np.diff(one[:].astype(np.int64), prepend=0)
-        counts += np.bincount(np.frexp(lengths.astype(np.float64))[1], minlength=64)  # 2**(e - 1) <= length < 2**e
+        counts += np.bincount(
+            np.frexp(lengths.astype(np.float64))[1], minlength=64
+        )  # 2**(e - 1) <= length < 2**e
     used = np.flatnonzero(counts)
-    return [Bin(1 << (e - 1), (1 << e) - 1, int(counts[e])) for e in range(used[0], used[-1] + 1)] if len(used) else []
+    return (
+        [Bin(1 << (e - 1), (1 << e) - 1, int(counts[e])) for e in range(used[0], used[-1] + 1)]
+        if len(used)
+        else []
+    )
 
 
 def sample_documents(
-    directory: str | os.PathLike, tokenizer: tokenizers.Tokenizer, split: str, count: int, tokens: int = 120
+    directory: str | os.PathLike,
+    tokenizer: tokenizers.Tokenizer,
+    split: str,
+    count: int,
+    tokens: int = 120,
 ) -> list[tuple[str, int, str]]:
     """Evenly spread documents: the shard, the number of the document in it, and the text of its first tokens.
 
     Raises:
         ConfigError: as `shards.open_shards`.
     """
-    (arrays, paths), ends = shards.open_shards(directory, tokenizer, split), shards.open_ends(directory, tokenizer, split)
+    (arrays, paths), ends = (
+        shards.open_shards(directory, tokenizer, split),
+        shards.open_ends(directory, tokenizer, split),
+    )
     firsts = np.cumsum([0] + [len(one) for one in ends])
     found = []
     for index in range(min(count, int(firsts[-1]))):

@@ -22,7 +22,9 @@ def probes(added: Iterable[str] = ()) -> tuple[str, ...]:
     """A text with every byte that valid UTF-8 can hold and what tokenizers like to change; one that begins with a letter."""
     ascii_and_two_bytes = "".join(map(chr, range(0x800)))
     # One character for each first byte of three and four bytes.
-    longer = "".join(map(chr, [0x800, *range(0x1000, 0x10000, 0x1000), *range(0x10000, 0x110000, 0x40000)]))
+    longer = "".join(
+        map(chr, [0x800, *range(0x1000, 0x10000, 0x1000), *range(0x10000, 0x110000, 0x40000)])
+    )
     words = "  Anne ELLIOT's  naïve e\u0301lan\u00a0\r\n\t\n\n 1234567 ... \u212b \ufb01 "
     tokens = "".join(f" {token}  {token}" for token in added)
     return f"{words}{ascii_and_two_bytes}{longer}{tokens} {words}", "Anne Elliot"
@@ -72,7 +74,11 @@ def check(
 
 def cause(spec: Mapping[str, Any]) -> str:
     """What in a tokenizer.json may change text, for an error; '' where nothing is known to."""
-    parts = [f"{name} {'+'.join(kinds)}" for name in ("normalizer", "pre_tokenizer") if (kinds := _kinds(spec.get(name)))]
+    parts = [
+        f"{name} {'+'.join(kinds)}"
+        for name in ("normalizer", "pre_tokenizer")
+        if (kinds := _kinds(spec.get(name)))
+    ]
     return f" ({', '.join(parts)})" if parts else ""
 
 

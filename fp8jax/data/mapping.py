@@ -50,7 +50,9 @@ class Mapped:
             return np.asarray(np.memmap(self._path, self.dtype, mode="r", shape=self.shape))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise DataError(f"{self._path}: cannot be read any more: {reason}; restore it, or set config.data.on_fault=skip") from None
+            raise DataError(
+                f"{self._path}: cannot be read any more: {reason}; restore it, or set config.data.on_fault=skip"
+            ) from None
 
 
 _lock = threading.Lock()

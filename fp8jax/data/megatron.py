@@ -47,7 +47,9 @@ class Ended:
 
     def __init__(self, tokens: np.ndarray, stops: np.ndarray, end_of_document: int):
         self._tokens, self._end = tokens, end_of_document
-        self._ends = stops + np.arange(1, len(stops) + 1)  # of each document in the stream, its id included
+        self._ends = stops + np.arange(
+            1, len(stops) + 1
+        )  # of each document in the stream, its id included
         self.itemsize = tokens.itemsize
 
     def __len__(self) -> int:
@@ -76,8 +78,13 @@ def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> 
     index, path = read_index(prefix), pathlib.Path(f"{prefix}.bin")
     # In order and without gaps, so that the file is one stream.
     ends = np.cumsum(index.lengths, dtype=np.int64)
-    if (index.lengths < 0).any() or (index.offsets != (ends - index.lengths) * index.kind.itemsize).any():
-        raise _error(f"{prefix}.idx", "sequences do not follow one another without gaps; merge or write the dataset again")
+    if (index.lengths < 0).any() or (
+        index.offsets != (ends - index.lengths) * index.kind.itemsize
+    ).any():
+        raise _error(
+            f"{prefix}.idx",
+            "sequences do not follow one another without gaps; merge or write the dataset again",
+        )
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -90,8 +97,11 @@ def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> 
     documents = len(stops)
     first_held_out = documents - max(1, documents // _HELD_OUT)
     if first_held_out < (split != "all"):
-        raise _error(f"{prefix}.idx", f"holds {documents} document{'' if documents == 1 else 's'} with tokens; there is nothing to hold "
-                     "out: set config.data.held_out to other text, or to none")
+        raise _error(
+            f"{prefix}.idx",
+            f"holds {documents} document{'' if documents == 1 else 's'} with tokens; there is nothing to hold "
+            "out: set config.data.held_out to other text, or to none",
+        )
     tokens = np.memmap(path, index.kind, mode="r")
     ended = _ends_itself(path, tokens, stops, tokenizer)
     of_split = stops
@@ -104,7 +114,9 @@ def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> 
     return Ended(tokens, of_split, tokenizer.end_of_document)
 
 
-def _ends_itself(path: pathlib.Path, tokens: np.ndarray, stops: np.ndarray, tokenizer: Tokenizer) -> bool:
+def _ends_itself(
+    path: pathlib.Path, tokens: np.ndarray, stops: np.ndarray, tokenizer: Tokenizer
+) -> bool:
     """Whether documents end with the end-of-document id; looks at the last token of some, evenly spread.
 
     Raises:
@@ -114,8 +126,11 @@ def _ends_itself(path: pathlib.Path, tokens: np.ndarray, stops: np.ndarray, toke
     ended = tokens[stops[some] - 1] == tokenizer.end_of_document
     if ended.any() and not ended.all():
         bad = int(some[np.argmin(ended)])
-        raise _error(path, f"document {bad} does not end with the end-of-document id {tokenizer.end_of_document}, others do; write it again, "
-                     "and set config.data.tokenizer to its tokenizer")
+        raise _error(
+            path,
+            f"document {bad} does not end with the end-of-document id {tokenizer.end_of_document}, others do; write it again, "
+            "and set config.data.tokenizer to its tokenizer",
+        )
     return bool(ended.all())
 
 
@@ -134,18 +149,34 @@ def read_index(prefix: str | os.PathLike) -> Index:
         raise _error(path, f"cannot be read: {error.strerror}") from None
     if len(head) < _HEADER or not head.startswith(MAGIC):
         raise _error(path, "is not the index of a Megatron dataset")
-    version, sequences, documents = (int.from_bytes(head[at : at + 8], "little") for at in (9, 18, 26))
+    version, sequences, documents = (
+        int.from_bytes(head[at : at + 8], "little") for at in (9, 18, 26)
+    )
     if version != 1 or head[17] not in _DTYPES:
-        raise _error(path, f"is of version {version} and dtype code {head[17]}; known are version 1 and codes {list(_DTYPES)}")
+        raise _error(
+            path,
+            f"is of version {version} and dtype code {head[17]}; known are version 1 and codes {list(_DTYPES)}",
+        )
     expected = _HEADER + 12 * sequences + 8 * documents
     if size < expected or not sequences or documents < 2:
-        raise _error(path, f"has {size} bytes, not the {expected} of {sequences} sequences and {documents} document entries; it is cut "
-                     f"off at byte {size}")
+        raise _error(
+            path,
+            f"has {size} bytes, not the {expected} of {sequences} sequences and {documents} document entries; it is cut "
+            f"off at byte {size}",
+        )
     raw = np.memmap(path, np.uint8, mode="r")
     lengths, offsets, starts = np.split(raw[_HEADER:expected], [4 * sequences, 12 * sequences])
-    index = Index(np.dtype(_DTYPES[head[17]]), lengths.view("<i4"), offsets.view("<i8"), starts.view("<i8"))
-    if index.documents[0] != 0 or index.documents[-1] != sequences or (np.diff(index.documents) < 0).any():
-        raise _error(path, f"documents do not rise from sequence 0 to {sequences}; write the dataset again")
+    index = Index(
+        np.dtype(_DTYPES[head[17]]), lengths.view("<i4"), offsets.view("<i8"), starts.view("<i8")
+    )
+    if (
+        index.documents[0] != 0
+        or index.documents[-1] != sequences
+        or (np.diff(index.documents) < 0).any()
+    ):
+        raise _error(
+            path, f"documents do not rise from sequence 0 to {sequences}; write the dataset again"
+        )
     return index
 
 

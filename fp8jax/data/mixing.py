@@ -29,7 +29,9 @@ class Schedule:
         exact = np.array(weights, np.float64) * PERIOD
         self.counts = np.floor(exact).astype(np.int64)
         # What rounding down left over goes to those that lost most by it.
-        self.counts[np.argsort(self.counts - exact, kind="stable")[: PERIOD - self.counts.sum()]] += 1
+        self.counts[
+            np.argsort(self.counts - exact, kind="stable")[: PERIOD - self.counts.sum()]
+        ] += 1
         if (self.counts == 0).any():
             raise ValueError(f"weight {min(weights)} is below 1/{PERIOD}")
         aims = np.concatenate([(np.arange(count) + 0.5) / count for count in self.counts])
@@ -46,4 +48,6 @@ class Schedule:
     def count(self, source: int, sequences: int) -> int:
         """How many of the first `sequences` come from a source."""
         periods, offset = divmod(sequences, PERIOD)
-        return periods * int(self.counts[source]) + int(np.count_nonzero(self._sources[:offset] == source))
+        return periods * int(self.counts[source]) + int(
+            np.count_nonzero(self._sources[:offset] == source)
+        )

@@ -93,7 +93,9 @@ class Input:
             self._reported = position
 
     def _damaged(self, error: Exception) -> ConfigError:
-        return ConfigError(f"{self._path}: is damaged or cut off near byte {self._raw.tell()}: {first_line(error)}")
+        return ConfigError(
+            f"{self._path}: is damaged or cut off near byte {self._raw.tell()}: {first_line(error)}"
+        )
 
 
 class _Zstd:

@@ -67,12 +67,21 @@ class Rows:
         places = np.arange(self.inputs.shape[1], dtype=np.int32)
         mask = (places < self.real[:, None]).astype(np.float32)
         if not self._masked:
-            segment_ids, positions = np.zeros_like(self.inputs), np.broadcast_to(places, self.inputs.shape).copy()
+            segment_ids, positions = (
+                np.zeros_like(self.inputs),
+                np.broadcast_to(places, self.inputs.shape).copy(),
+            )
         else:
             segment_ids = np.cumsum(self.opens, axis=1, dtype=np.int32)
             segment_ids -= segment_ids[:, :1]
             positions = places - np.maximum.accumulate(np.where(self.opens, places, 0), axis=1)
-        return {"inputs": self.inputs, "targets": self.targets, "mask": mask, "segment_ids": segment_ids, "positions": positions}
+        return {
+            "inputs": self.inputs,
+            "targets": self.targets,
+            "mask": mask,
+            "segment_ids": segment_ids,
+            "positions": positions,
+        }
 
 
 class _Windows:
@@ -146,7 +155,10 @@ class BestFitWindows(_Windows):
         inputs, targets, opens, filled = rows.inputs[row], rows.targets[row], rows.opens[row], 0
         for start, count in self._pieces(index):
             tokens = _with_predecessor(self.stream, start, count)
-            inputs[filled : filled + count], targets[filled : filled + count] = tokens[:-1], tokens[1:]
+            inputs[filled : filled + count], targets[filled : filled + count] = (
+                tokens[:-1],
+                tokens[1:],
+            )
             opens[filled] = True
             filled += count
         opens[filled : filled + 1] = True  # padding
@@ -157,7 +169,9 @@ class BestFitWindows(_Windows):
         found = [(int(start), int(count)) for start, count in self.packed.pieces[first:last]]
         sound = all(count > 0 and start + count <= len(self.stream) for start, count in found)
         if not found or not sound or sum(count for _, count in found) > self.data.sequence_length:
-            raise DataError(f"{self.packed.path}: window {index} (piece {first} and on) has pieces that do not fit; prepare it again")
+            raise DataError(
+                f"{self.packed.path}: window {index} (piece {first} and on) has pieces that do not fit; prepare it again"
+            )
         return found
 
 
@@ -165,10 +179,14 @@ def _with_predecessor(stream: TokenStream, start: int, count: int) -> np.ndarray
     """The token before `start` and `count` tokens from there on (fewer at the stream's end), int32."""
     if start:
         return stream.read(start - 1, start + count)
-    return np.concatenate([np.array([stream.tokenizer.end_of_document], np.int32), stream.read(0, count)])
+    return np.concatenate(
+        [np.array([stream.tokenizer.end_of_document], np.int32), stream.read(0, count)]
+    )
 
 
-def write_best_fit(directory: str | os.PathLike, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+def write_best_fit(
+    directory: str | os.PathLike, tokenizer: Tokenizer, length: int
+) -> dict[str, Any]:
     """Packs the training split of a directory of token shards by best fit, unless that was done.
 
     Args:
@@ -193,25 +211,42 @@ def write_best_fit(directory: str | os.PathLike, tokenizer: Tokenizer, length: i
     digests = [hashlib.sha256(), hashlib.sha256()]
     with open(partials[0], "wb") as pieces_file, open(partials[1], "wb") as ends_file:
         for found, ends in _packed(shards.open_ends(directory, tokenizer, "train"), length):
-            for file, digest, array in zip((pieces_file, ends_file), digests, (found, ends + np.uint64(pieces)), strict=True):
+            for file, digest, array in zip(
+                (pieces_file, ends_file), digests, (found, ends + np.uint64(pieces)), strict=True
+            ):
                 file.write(array.tobytes())
                 digest.update(array.tobytes())
-            windows, pieces, tokens = windows + len(ends), pieces + len(found), tokens + int(found["length"].sum())
+            windows, pieces, tokens = (
+                windows + len(ends),
+                pieces + len(found),
+                tokens + int(found["length"].sum()),
+            )
     for partial, path in zip(partials, paths, strict=True):
         os.replace(partial, path)
-    entry = {"windows": windows, "pieces": pieces, "padding": 1 - tokens / (windows * length),
-             "pieces_sha256": digests[0].hexdigest(), "ends_sha256": digests[1].hexdigest()}
-    shards.write_index(directory, index | {"best_fit": index.get("best_fit", {}) | {str(length): entry}})
+    entry = {
+        "windows": windows,
+        "pieces": pieces,
+        "padding": 1 - tokens / (windows * length),
+        "pieces_sha256": digests[0].hexdigest(),
+        "ends_sha256": digests[1].hexdigest(),
+    }
+    shards.write_index(
+        directory, index | {"best_fit": index.get("best_fit", {}) | {str(length): entry}}
+    )
     return entry
 
 
-def _packed(shard_ends: Iterable[Mapped | np.ndarray], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _packed(
+    shard_ends: Iterable[Mapped | np.ndarray], length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """PIECE [pieces] and uint64 [windows], of some documents after another."""
     offset = 0
     for ends in shard_ends:
         for first in range(0, len(ends), _TOGETHER):
             stops = ends[first : first + _TOGETHER].astype(np.int64) + offset
-            starts = np.concatenate([[int(ends[first - 1]) + offset if first else offset], stops[:-1]])
+            starts = np.concatenate(
+                [[int(ends[first - 1]) + offset if first else offset], stops[:-1]]
+            )
             yield pack(starts, stops - starts, length)
         offset += int(ends[-1])
 
@@ -230,7 +265,9 @@ def pack(starts: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarr
     pieces["start"] = np.concatenate([full_starts, rest_starts[order]])
     pieces["length"] = np.concatenate([np.full(len(document), length), rest[order]])
     counts = np.bincount(windows) if len(windows) else np.zeros(0, np.int64)
-    return pieces, np.cumsum(np.concatenate([np.ones(len(document), np.int64), counts])).astype(np.uint64)
+    return pieces, np.cumsum(np.concatenate([np.ones(len(document), np.int64), counts])).astype(
+        np.uint64
+    )
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -266,7 +303,11 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
             taken = min(len(items), used * each)
             bins[items[:taken]] = np.repeat(found[:used], each)[:taken]
             in_last = taken - (used - 1) * each
-            groups = [(found[: used - 1], room - each * size), (found[used - 1 : used], room - in_last * size), (found[used:], room)]
+            groups = [
+                (found[: used - 1], room - each * size),
+                (found[used - 1 : used], room - in_last * size),
+                (found[used:], room),
+            ]
             for group, left in groups:
                 if len(group):
                     rooms[left].append(group)
@@ -293,12 +334,16 @@ def open_best_fit(directory: str | os.PathLike, length: int, tokens: int) -> Bes
     counts = [entry.get(name) for name in ("pieces", "windows")] if isinstance(entry, dict) else []
     if not counts or any(type(count) is not int or not 0 < count <= tokens for count in counts):
         have = f" (there is {', '.join(known)})" if known else ""
-        raise ConfigError(f"config.data.packing: {directory} is not packed by best fit for sequences of {length}{have}; "
-                          f"prepare it again, as before, with --best_fit {length} added")
+        raise ConfigError(
+            f"config.data.packing: {directory} is not packed by best fit for sequences of {length}{have}; "
+            f"prepare it again, as before, with --best_fit {length} added"
+        )
     pieces = shards.map_file(paths[0], PIECE, counts[0], "pieces")
     ends = shards.map_file(paths[1], shards.ENDS, counts[1], "windows")
     if ends[-1] != len(pieces):
-        raise ConfigError(f"config.data.source: {paths[1]}: does not end with its {len(pieces)} pieces; prepare it again")
+        raise ConfigError(
+            f"config.data.source: {paths[1]}: does not end with its {len(pieces)} pieces; prepare it again"
+        )
     return BestFit(pieces, ends, paths[0])
 
 

@@ -46,11 +46,19 @@ class _Order:
         self.found = sources.load_each(config.data, "train")
         self.windows = [_windows(config, source) for source in self.found]
         try:
-            self.schedule = mixing.Schedule([source.weight for source in self.found]) if len(self.found) > 1 else None
+            self.schedule = (
+                mixing.Schedule([source.weight for source in self.found])
+                if len(self.found) > 1
+                else None
+            )
         except ValueError as error:
-            raise ConfigError(f"config.data.source: {error}; leave that source out, or raise its weight") from None
+            raise ConfigError(
+                f"config.data.source: {error}; leave that source out, or raise its weight"
+            ) from None
         # Epoch e is shuffled with seed + e: neighbouring seeds of ours must not be neighbours there.
-        self._seeds = np.random.SeedSequence(config.training.seed).generate_state(len(self.found)).tolist()
+        self._seeds = (
+            np.random.SeedSequence(config.training.seed).generate_state(len(self.found)).tolist()
+        )
         self._lengths = [len(windows) for windows in self.windows]
 
     def __getitem__(self, sequence: int) -> tuple[int, int, int]:
@@ -59,21 +67,34 @@ class _Order:
         epoch, window = divmod(number, self._lengths[source])
         # As grain.MapDataset.range(length).shuffle(seed) does, without the machinery of a dataset.
         seed = (self._seeds[source] + epoch) % 2**32
-        return source, epoch, grain.experimental.index_shuffle(window, max_index=self._lengths[source] - 1, seed=seed, rounds=4)
+        return (
+            source,
+            epoch,
+            grain.experimental.index_shuffle(
+                window, max_index=self._lengths[source] - 1, seed=seed, rounds=4
+            ),
+        )
 
 
 class _Batches:
     """One process's slice of every batch, by step: a random-access source for Grain."""
 
     def __init__(self, order: _Order, config: Config, rows: Sequence[int]):
-        self._order, self._data, self._batch_size, self._rows = order, config.data, config.training.batch_size, rows
+        self._order, self._data, self._batch_size, self._rows = (
+            order,
+            config.data,
+            config.training.batch_size,
+            rows,
+        )
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         places = [self._order[step * self._batch_size + row] for row in self._rows]
-        return _read([(self._order.windows[source], window) for source, _, window in places], self._data)
+        return _read(
+            [(self._order.windows[source], window) for source, _, window in places], self._data
+        )
 
 
 def train_batches(config: Config, rows: Sequence[int] | None = None) -> grain.MapDataset:
@@ -94,7 +115,9 @@ def train_batches(config: Config, rows: Sequence[int] | None = None) -> grain.Ma
     return grain.MapDataset.source(_Batches(_Order(config), config, rows))
 
 
-def train_iterator(config: Config, start_step: int = 0, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
+def train_iterator(
+    config: Config, start_step: int = 0, rows: Sequence[int] | None = None
+) -> grain.DatasetIterator:
     """Iterator over `train_batches` from `start_step` on, read ahead in `config.data.read_threads` threads.
 
     `get_state()` is a small JSON dictionary that a checkpoint can hold, though start_step says as much.
@@ -131,8 +154,14 @@ def describe(config: Config) -> list[str]:
         share = f", {source.weight:.1%} of the sequences" if order.schedule else ""
         padding = 1 - len(source.stream) / (len(windows) * config.data.sequence_length)
         packed = f", {padding:.2%} padding" if config.data.packing != "concat" else ""
-        name = "the embedded corpus, five novels by Jane Austen" if source.name == "embedded" else source.name
-        lines.append(f"{name}: {len(source.stream):,} tokens{share}{packed}, {drawn / len(windows):.2f} epochs")
+        name = (
+            "the embedded corpus, five novels by Jane Austen"
+            if source.name == "embedded"
+            else source.name
+        )
+        lines.append(
+            f"{name}: {len(source.stream):,} tokens{share}{packed}, {drawn / len(windows):.2f} epochs"
+        )
     return lines
 
 
@@ -144,7 +173,11 @@ def held_out_streams(config: Config) -> dict[str, sources.TokenStream]:
     Raises:
         ConfigError: text that cannot be read, or there is none though evaluations are asked for.
     """
-    if config.data.held_out == "auto" and not config.evaluation.every and not sources.holds_out(config.data):
+    if (
+        config.data.held_out == "auto"
+        and not config.evaluation.every
+        and not sources.holds_out(config.data)
+    ):
         return {}
     return dict(sources.load_held_out(config.data))
 
@@ -160,7 +193,12 @@ def held_out_sequences(config: Config, stream: sources.TokenStream | None = None
 
 
 def held_out_batches(
-    config: Config, batch_size: int, rows: Sequence[int] | None = None, *, sequences: int = 0, stream: sources.TokenStream | None = None
+    config: Config,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    *,
+    sequences: int = 0,
+    stream: sources.TokenStream | None = None,
 ) -> Iterator[tuple[Batch, int]]:
     """A held-out text in order, no token a target more than once; all batches have the same shapes.
 
@@ -195,16 +233,23 @@ def _in_order(
     for first in range(0, count, batch_size):
         numbers = range(first, first + batch_size)
         whole = _read([(windows, number * total // count) for number in numbers], windows.data)
-        batch = {name: values if name == "faults" else values[list(rows)] for name, values in whole.items()}
+        batch = {
+            name: values if name == "faults" else values[list(rows)]
+            for name, values in whole.items()
+        }
         yield batch, int((token_bytes[whole["targets"]] * (whole["mask"] > 0)).sum())
 
 
-def _windows(config: Config, source: sources.Source) -> packing.ConcatWindows | packing.BestFitWindows:
+def _windows(
+    config: Config, source: sources.Source
+) -> packing.ConcatWindows | packing.BestFitWindows:
     data = config.data
     if data.packing == "concat":
         return packing.ConcatWindows(source.stream, data)
     if not sources.is_directory(source.name):
-        raise ConfigError(f"config.data.packing: {data.packing!r} needs directories of prepared token shards, not {source.name!r}")
+        raise ConfigError(
+            f"config.data.packing: {data.packing!r} needs directories of prepared token shards, not {source.name!r}"
+        )
     packed = packing.open_best_fit(source.name, data.sequence_length, len(source.stream))
     return packing.BestFitWindows(source.stream, data, packed)
 

@@ -94,12 +94,20 @@ def prepare(
         ConfigError: a file that cannot be read, other inputs than those of the directory, or too few documents.
     """
     if not 0.0 <= validation_fraction < 1.0:
-        raise ConfigError(f"--validation_fraction: {validation_fraction!r} is not at least 0 and below 1")
+        raise ConfigError(
+            f"--validation_fraction: {validation_fraction!r} is not at least 0 and below 1"
+        )
     if workers < 1:
         raise ConfigError(f"--workers: {workers} is below 1")
     directory = pathlib.Path(directory)
-    job = _Job(directory, str(tokenizer), text_field, int(validation_fraction * _HASHES), allow_normalisation,
-               skip_bad_rows)
+    job = _Job(
+        directory,
+        str(tokenizer),
+        text_field,
+        int(validation_fraction * _HASHES),
+        allow_normalisation,
+        skip_bad_rows,
+    )
     loaded = job.load()
     for line in loaded.notes:
         note(f"tokenizer: {line}")
@@ -119,13 +127,20 @@ def prepare(
     return _pack(index["splits"], directory, loaded, best_fit)
 
 
-def _pack(splits: dict, directory: pathlib.Path, tokenizer: tokenizers.Tokenizer, lengths: Sequence[int]) -> dict[str, Any]:
+def _pack(
+    splits: dict, directory: pathlib.Path, tokenizer: tokenizers.Tokenizer, lengths: Sequence[int]
+) -> dict[str, Any]:
     for length in lengths:
         packing.write_best_fit(directory, tokenizer, length)
     return splits
 
 
-def train_tokenizer(inputs: Sequence[str | os.PathLike], directory: str | os.PathLike, vocab_size: int, text_field: str = "text") -> str:
+def train_tokenizer(
+    inputs: Sequence[str | os.PathLike],
+    directory: str | os.PathLike,
+    vocab_size: int,
+    text_field: str = "text",
+) -> str:
     """Trains a byte-level BPE on a sample of the inputs, spread over them, unless the directory already holds one.
 
     Returns:
@@ -137,7 +152,9 @@ def train_tokenizer(inputs: Sequence[str | os.PathLike], directory: str | os.Pat
     path = pathlib.Path(directory) / shards.TOKENIZER
     if path.exists():
         if (found := tokenizers.load(str(path)).vocab_size) > vocab_size:
-            raise ConfigError(f"--train_tokenizer: {vocab_size}, but {path} has {found} ids; remove it, or choose another --out")
+            raise ConfigError(
+                f"--train_tokenizer: {vocab_size}, but {path} has {found} ids; remove it, or choose another --out"
+            )
         return str(path)
     parts = _parts(documents.find(inputs, out=directory), 0.0)
     trained = tokenizers.train(_sample(parts, text_field), vocab_size)
@@ -152,7 +169,11 @@ def _sample(parts: list[list[documents.Piece]], text_field: str) -> Iterator[str
     """The first documents of every part, _SAMPLE characters in all."""
     for part in parts:
         left = _SAMPLE // len(parts)
-        for blocks in (blocks for piece in part for blocks in documents.read(piece, text_field, lambda more: None)):
+        for blocks in (
+            blocks
+            for piece in part
+            for blocks in documents.read(piece, text_field, lambda more: None)
+        ):
             for block in blocks:
                 yield block
                 left -= len(block)
@@ -176,16 +197,26 @@ def _parts(paths: list[str], fraction: float) -> list[list[documents.Piece]]:
     return [part for part in parts if part]
 
 
-def _plan(parts: list, tokenizer: tokenizers.Tokenizer, text_field: str, fraction: float, skip_bad_rows: bool) -> str:
+def _plan(
+    parts: list,
+    tokenizer: tokenizers.Tokenizer,
+    text_field: str,
+    fraction: float,
+    skip_bad_rows: bool,
+) -> str:
     """Identifies what is to be made: equal plans give equal bytes, as long as no file changes its content alone."""
-    made_of = [shards.header(tokenizer), text_field, fraction, parts] + ["skip_bad_rows"] * skip_bad_rows
+    made_of = [shards.header(tokenizer), text_field, fraction, parts] + [
+        "skip_bad_rows"
+    ] * skip_bad_rows
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
 def _finished(directory: pathlib.Path, plan: str) -> dict[str, Any]:
     index = shards.read_index(directory)
     if index.get("plan") != plan:
-        raise ConfigError(f"{directory}: already holds {shards.INDEX} of other inputs or options; choose an empty directory")
+        raise ConfigError(
+            f"{directory}: already holds {shards.INDEX} of other inputs or options; choose an empty directory"
+        )
     for source in shards.read_sources(directory):
         _check_unchanged(directory, source)
     return index["splits"]
@@ -197,7 +228,9 @@ def _check_unchanged(directory: pathlib.Path, source: dict[str, Any]) -> None:
     if source.get("changed") in (None, documents.stat(path)[1]):
         return
     if documents.digest(path) != source["digest"]:
-        raise ConfigError(f"{path}: has changed since {directory} was prepared; choose an empty directory, or remove that one")
+        raise ConfigError(
+            f"{path}: has changed since {directory} was prepared; choose an empty directory, or remove that one"
+        )
 
 
 def _begin(directory: pathlib.Path, plan: str, parts: list) -> Any:
@@ -214,8 +247,10 @@ def _begin(directory: pathlib.Path, plan: str, parts: list) -> Any:
     lock.seek(0)
     found = lock.read()
     if found and found != expected:
-        raise ConfigError(f"{directory}: holds an unfinished preparation of other inputs or options, or of files that have changed "
-                          "since; remove it, or choose an empty directory")
+        raise ConfigError(
+            f"{directory}: holds an unfinished preparation of other inputs or options, or of files that have changed "
+            "since; remove it, or choose an empty directory"
+        )
     lock.truncate(0)
     lock.write(expected)
     lock.flush()
@@ -235,7 +270,9 @@ def _run(job: _Job, parts: list, workers: int, tell: Tell) -> None:
             _make(job, number, parts[number], progress)
             done += sum(piece.size for piece in parts[number])
     elif missing:
-        _run_processes(job, parts, missing, min(workers, len(missing)), lambda count: tell(done + count, total))
+        _run_processes(
+            job, parts, missing, min(workers, len(missing)), lambda count: tell(done + count, total)
+        )
     tell(total, total)
 
 
@@ -265,19 +302,29 @@ class _Within:
         self(self._left)
 
 
-def _run_processes(job: _Job, parts: list, missing: list[int], workers: int, tell: Callable[[int], Any]) -> None:
-    context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
+def _run_processes(
+    job: _Job, parts: list, missing: list[int], workers: int, tell: Callable[[int], Any]
+) -> None:
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a forked copy of a process with threads may hang
     count, stop = context.Value("q", 0), context.Event()
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (count, stop)) as executor:
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, _start_worker, (count, stop)
+    ) as executor:
         waiting = {executor.submit(_work, job, number, parts[number]) for number in missing}
         try:
             while waiting:
-                done, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+                done, waiting = concurrent.futures.wait(
+                    waiting, 0.5, concurrent.futures.FIRST_COMPLETED
+                )
                 for future in done:
                     future.result()
                 tell(count.value)
         except concurrent.futures.process.BrokenProcessPool:
-            raise ConfigError("a worker was killed, perhaps for want of memory; run again with fewer --workers") from None
+            raise ConfigError(
+                "a worker was killed, perhaps for want of memory; run again with fewer --workers"
+            ) from None
         finally:
             stop.set()
             executor.shutdown(cancel_futures=True)
@@ -312,10 +359,15 @@ def _work(job: _Job, number: int, part: list[documents.Piece]) -> None:
     _make(job, number, part, progress)
 
 
-def _make(job: _Job, number: int, part: list[documents.Piece], progress: documents.Progress) -> None:
+def _make(
+    job: _Job, number: int, part: list[documents.Piece], progress: documents.Progress
+) -> None:
     """Makes the shards of a part, and at last its record."""
     tokenizer = job.load()
-    writers = {split: shards.ShardWriter(job.directory / shards.shard_name(split, number), tokenizer) for split in shards.SPLITS}
+    writers = {
+        split: shards.ShardWriter(job.directory / shards.shard_name(split, number), tokenizer)
+        for split in shards.SPLITS
+    }
     lowest, counts = _HASHES, []
     skipped = _Skipped() if job.skip_bad_rows else None
     for piece in part:
@@ -341,7 +393,9 @@ def _make(job: _Job, number: int, part: list[documents.Piece], progress: documen
     record = job.directory / _UNFINISHED / f"{number:05d}.json"
     partial = record.with_suffix(f".{os.getpid()}")
     bad = {"skipped": skipped.count, "first_skipped": skipped.first} if skipped else {}
-    partial.write_text(json.dumps({"shards": entries, "lowest": lowest, "documents": counts, **bad}))
+    partial.write_text(
+        json.dumps({"shards": entries, "lowest": lowest, "documents": counts, **bad})
+    )
     os.replace(partial, record)
 
 
@@ -357,18 +411,26 @@ class _Skipped:
         self.first = self.first or fault
 
 
-def _recorded(piece: documents.Piece, job: _Job, progress: documents.Progress, tokenizer: tokenizers.Tokenizer) -> Iterator[tuple]:
+def _recorded(
+    piece: documents.Piece, job: _Job, progress: documents.Progress, tokenizer: tokenizers.Tokenizer
+) -> Iterator[tuple]:
     """What `_encoded` yields, of documents that are token ids already."""
     told = piece.start
-    for record, ids in token_records.documents(piece.path, piece.start, piece.stop, job.text_field, tokenizer):
+    for record, ids in token_records.documents(
+        piece.path, piece.start, piece.stop, job.text_field, tokenizer
+    ):
         digest = _hash(ids.astype("<i8").tobytes())
         yield shards.SPLITS[digest < job.threshold], digest, ids, True
-        if piece.path.lower().endswith(documents.TOKENS):  # a table's rows are not counted in a piece's
+        if piece.path.lower().endswith(
+            documents.TOKENS
+        ):  # a table's rows are not counted in a piece's
             progress(piece.size * (record - told) // (piece.stop - piece.start))
             told = record
 
 
-def _chunks(piece: documents.Piece, job: _Job, progress: documents.Progress, skipped: _Skipped | None) -> Iterator[tuple[str, int, str, bool]]:
+def _chunks(
+    piece: documents.Piece, job: _Job, progress: documents.Progress, skipped: _Skipped | None
+) -> Iterator[tuple[str, int, str, bool]]:
     """Split, hash of the document, text and whether the document ends with it."""
     for blocks in documents.read(piece, job.text_field, progress, skipped):
         split = None
@@ -405,8 +467,13 @@ def _boundary(text: str) -> int:
     return text.rfind("\n", LONG // 2, LONG) + 1 or LONG
 
 
-def _encoded(piece: documents.Piece, job: _Job, progress: documents.Progress, tokenizer: tokenizers.Tokenizer,
-             skipped: _Skipped | None) -> Iterator[tuple[str, int, np.ndarray, bool]]:
+def _encoded(
+    piece: documents.Piece,
+    job: _Job,
+    progress: documents.Progress,
+    tokenizer: tokenizers.Tokenizer,
+    skipped: _Skipped | None,
+) -> Iterator[tuple[str, int, np.ndarray, bool]]:
     """The chunks with token ids in place of text, encoded in batches of about BATCH characters."""
     batch, size = [], 0
     for chunk in _chunks(piece, job, progress, skipped):
@@ -418,7 +485,9 @@ def _encoded(piece: documents.Piece, job: _Job, progress: documents.Progress, to
     yield from _encoded_batch(batch, tokenizer)
 
 
-def _encoded_batch(batch: list[tuple], tokenizer: tokenizers.Tokenizer) -> Iterator[tuple[str, int, np.ndarray, bool]]:
+def _encoded_batch(
+    batch: list[tuple], tokenizer: tokenizers.Tokenizer
+) -> Iterator[tuple[str, int, np.ndarray, bool]]:
     found = tokenizer.encode_batch([text for _, _, text, _ in batch])
     for (split, digest, _, last), ids in zip(batch, found, strict=True):
         yield split, digest, ids, last
@@ -448,25 +517,44 @@ def _hold_one_out(job: _Job, parts: list, fraction: float) -> None:
     if not fraction or any(record["shards"]["held_out"] for record in records):
         return
     if (there := sum(count for record in records for _, count in record["documents"])) < 2:
-        raise ConfigError("one document alone cannot be held out from itself; give more, or --validation_fraction=0" if there
-                          else "--input: holds no documents at all")
+        raise ConfigError(
+            "one document alone cannot be held out from itself; give more, or --validation_fraction=0"
+            if there
+            else "--input: holds no documents at all"
+        )
     number = min(range(len(records)), key=lambda index: records[index]["lowest"])
     again = dataclasses.replace(job, threshold=records[number]["lowest"] + 1)
     _make(again, number, parts[number], lambda more: None)
 
 
-def _index(job: _Job, parts: list, tokenizer: tokenizers.Tokenizer, plan: str, fraction: float) -> dict[str, Any]:
+def _index(
+    job: _Job, parts: list, tokenizer: tokenizers.Tokenizer, plan: str, fraction: float
+) -> dict[str, Any]:
     records = _records(job, parts)
-    splits = {split: shards.summary([record["shards"][split] for record in records if record["shards"][split]])
-              for split in shards.SPLITS}
+    splits = {
+        split: shards.summary(
+            [record["shards"][split] for record in records if record["shards"][split]]
+        )
+        for split in shards.SPLITS
+    }
     if not splits["train"]["documents"]:
-        raise ConfigError(f"{job.directory}: no documents left to train on; give more, or a lower --validation_fraction")
+        raise ConfigError(
+            f"{job.directory}: no documents left to train on; give more, or a lower --validation_fraction"
+        )
     more: dict[str, Any] = {"normalised": True} if job.allow_normalisation else {}
     if bad := sum(record.get("skipped", 0) for record in records):
         first = next(record["first_skipped"] for record in records if record.get("skipped"))
         more |= {"skipped_rows": bad, "first_skipped": first}
-    return shards.header(tokenizer) | more | {"plan": plan, "text_field": job.text_field, "validation_fraction": fraction,
-                                                    "splits": splits}
+    return (
+        shards.header(tokenizer)
+        | more
+        | {
+            "plan": plan,
+            "text_field": job.text_field,
+            "validation_fraction": fraction,
+            "splits": splits,
+        }
+    )
 
 
 def _write(directory: pathlib.Path, index: dict[str, Any], sources: list[dict[str, Any]]) -> None:

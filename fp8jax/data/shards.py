@@ -73,8 +73,14 @@ class ShardWriter:
     def close(self) -> dict[str, Any]:
         """Gives the files their names; what the index says of the shard."""
         digests = [file.close() for file in self._files]
-        return {"file": self.path.name, "tokens": self.tokens, "documents": self.documents, "text_bytes": self.text_bytes,
-                "sha256": digests[0], "ends_sha256": digests[1]}
+        return {
+            "file": self.path.name,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "text_bytes": self.text_bytes,
+            "sha256": digests[0],
+            "ends_sha256": digests[1],
+        }
 
 
 class _HashedFile:
@@ -120,15 +126,22 @@ def write_shards(
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / INDEX).exists():
         raise ConfigError(f"{directory}: already holds {INDEX}; choose an empty directory")
-    splits = {name: summary(_write_split(directory, name, tokenizer, documents[name], shard_tokens)) for name in SPLITS}
+    splits = {
+        name: summary(_write_split(directory, name, tokenizer, documents[name], shard_tokens))
+        for name in SPLITS
+    }
     for name in SPLITS:
         if not splits[name]["documents"]:
-            raise ConfigError(f"{directory}: no documents for split {name!r}; give more documents or another fraction")
+            raise ConfigError(
+                f"{directory}: no documents for split {name!r}; give more documents or another fraction"
+            )
     write_index(directory, header(tokenizer) | {"splits": splits})
     return splits
 
 
-def _write_split(directory: pathlib.Path, split: str, tokenizer: Tokenizer, documents, shard_tokens: int) -> list[dict]:
+def _write_split(
+    directory: pathlib.Path, split: str, tokenizer: Tokenizer, documents, shard_tokens: int
+) -> list[dict]:
     entries, writer = [], None
     for document in documents:
         writer = writer or ShardWriter(directory / shard_name(split, len(entries)), tokenizer)
@@ -142,7 +155,10 @@ def _write_split(directory: pathlib.Path, split: str, tokenizer: Tokenizer, docu
 
 def summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
     """What the index says of a split made of these shards."""
-    totals = {name: sum(entry[name] for entry in entries) for name in ("documents", "tokens", "text_bytes")}
+    totals = {
+        name: sum(entry[name] for entry in entries)
+        for name in ("documents", "tokens", "text_bytes")
+    }
     return totals | {"shards": entries}
 
 
@@ -169,8 +185,10 @@ def write_index(directory: pathlib.Path, index: dict[str, Any]) -> None:
     """
     content = (json.dumps(index, indent=1) + "\n").encode()
     if len(content) > INDEX_BYTES:
-        raise ConfigError(f"{directory / INDEX}: would have {len(content):,} bytes, more than the {INDEX_BYTES:,} that are read; "
-                          "prepare the input in several directories, and mix them: config.data.source='dirA=0.5,dirB=0.5'")
+        raise ConfigError(
+            f"{directory / INDEX}: would have {len(content):,} bytes, more than the {INDEX_BYTES:,} that are read; "
+            "prepare the input in several directories, and mix them: config.data.source='dirA=0.5,dirB=0.5'"
+        )
     partial = directory / f"{INDEX}.partial"
     partial.write_bytes(content)
     os.replace(partial, directory / INDEX)
@@ -251,8 +269,12 @@ def open_what_is_there(
             arrays.append(Mapped(path, kind, there))
             names.append(str(path))
         if there < shard["tokens"]:
-            arrays.append(np.broadcast_to(np.int32(-1), (shard["tokens"] - there,)))  # takes no memory
-            names.append(f"{path}, cut off at byte {size}" if path.is_file() else f"{path}, which is missing")
+            arrays.append(
+                np.broadcast_to(np.int32(-1), (shard["tokens"] - there,))
+            )  # takes no memory
+            names.append(
+                f"{path}, cut off at byte {size}" if path.is_file() else f"{path}, which is missing"
+            )
     return tuple(arrays), tuple(names)
 
 
@@ -265,7 +287,10 @@ def open_ends(directory: str | os.PathLike, tokenizer: Tokenizer, split: str) ->
     directory = pathlib.Path(directory)
     arrays, _ = open_shards(directory, tokenizer, split)
     listed = _listed(directory, read_index(directory, tokenizer), split)
-    return tuple(_open_ends(directory, split, shard, len(array)) for shard, array in zip(listed, arrays, strict=True))
+    return tuple(
+        _open_ends(directory, split, shard, len(array))
+        for shard, array in zip(listed, arrays, strict=True)
+    )
 
 
 def has_split(directory: str | os.PathLike, split: str) -> bool:
@@ -289,7 +314,9 @@ def read_index(directory: pathlib.Path, tokenizer: Tokenizer | None = None) -> d
     try:
         index = read_json(path, INDEX_BYTES)
     except FileNotFoundError:
-        raise _error(path, "no such file; source is 'embedded' or a directory of prepared token shards") from None
+        raise _error(
+            path, "no such file; source is 'embedded' or a directory of prepared token shards"
+        ) from None
     except ConfigError as error:
         raise ConfigError(f"config.data.source: {error}") from None
     if not isinstance(index, dict):
@@ -297,7 +324,11 @@ def read_index(directory: pathlib.Path, tokenizer: Tokenizer | None = None) -> d
     expected = header(tokenizer) if tokenizer else {"format": FORMAT}
     for key, value in expected.items():
         if index.get(key) != value:
-            fix = "set config.data.tokenizer to the one used then" if key == "tokenizer" else "prepare it again"
+            fix = (
+                "set config.data.tokenizer to the one used then"
+                if key == "tokenizer"
+                else "prepare it again"
+            )
             raise _error(path, f"{key} is {index.get(key)!r}, not {value!r}; {fix}")
     return index
 
@@ -305,25 +336,38 @@ def read_index(directory: pathlib.Path, tokenizer: Tokenizer | None = None) -> d
 def _listed(directory: pathlib.Path, index: dict[str, Any], split: str) -> list[dict[str, Any]]:
     """The shards of a split, each with a safe name and a sound number of tokens."""
     try:
-        listed = [{"file": shard["file"], "tokens": shard["tokens"]} | shard for shard in index["splits"][split]["shards"]]
+        listed = [
+            {"file": shard["file"], "tokens": shard["tokens"]} | shard
+            for shard in index["splits"][split]["shards"]
+        ]
     except (KeyError, TypeError):
         listed = []
     if not listed:
-        fix = "set config.data.held_out to other text, or to none" if split == "held_out" else "prepare it again"
+        fix = (
+            "set config.data.held_out to other text, or to none"
+            if split == "held_out"
+            else "prepare it again"
+        )
         raise _error(directory / INDEX, f"lists no shards of split {split!r}; {fix}")
     for shard in listed:
         file, tokens = shard["file"], shard["tokens"]
         if not isinstance(file, str) or not re.fullmatch(rf"{split}_[0-9]{{5,9}}\.bin", file):
-            raise _error(directory / INDEX, f"{file!r} is not a shard's name, such as {shard_name(split, 0)}")
+            raise _error(
+                directory / INDEX, f"{file!r} is not a shard's name, such as {shard_name(split, 0)}"
+            )
         if type(tokens) is not int or tokens < 1:
             raise _error(directory / INDEX, f"{file}: {tokens!r} is not a number of tokens")
     return listed
 
 
-def _open_shard(directory: pathlib.Path, split: str, shard: dict[str, Any], tokenizer: Tokenizer) -> Mapped:
+def _open_shard(
+    directory: pathlib.Path, split: str, shard: dict[str, Any], tokenizer: Tokenizer
+) -> Mapped:
     path, kind = directory / shard["file"], dtype(tokenizer.vocab_size)
     array = map_file(path, kind, shard["tokens"], "tokens")
-    with open(path, "rb", buffering=0) as file:  # a map would take ten times as long, and there may be 100,000
+    with open(
+        path, "rb", buffering=0
+    ) as file:  # a map would take ten times as long, and there may be 100,000
         file.seek(-kind.itemsize, os.SEEK_END)
         last = np.frombuffer(file.read(kind.itemsize), kind)
     if last.tolist() != [tokenizer.end_of_document]:
@@ -335,10 +379,14 @@ def _open_shard(directory: pathlib.Path, split: str, shard: dict[str, Any], toke
 def _open_ends(directory: pathlib.Path, split: str, shard: dict[str, Any], tokens: int) -> Mapped:
     documents, path = shard.get("documents"), (directory / shard["file"]).with_suffix(".ends")
     if type(documents) is not int or documents < 1:
-        raise _error(directory / INDEX, f"{shard['file']}: {documents!r} is not a number of documents")
+        raise _error(
+            directory / INDEX, f"{shard['file']}: {documents!r} is not a number of documents"
+        )
     ends = map_file(path, ENDS, documents, "documents")
     if ends[-1] != tokens or (np.diff(ends[:].astype(np.int64), prepend=0) < 1).any():
-        raise _error(path, f"is not a rising list of document ends up to {tokens}; prepare it again")
+        raise _error(
+            path, f"is not a rising list of document ends up to {tokens}; prepare it again"
+        )
     return ends
 
 
@@ -354,7 +402,10 @@ def map_file(path: pathlib.Path, kind: np.dtype, count: int, what: str) -> Mappe
         raise _error(path, f"cannot be read: {error.strerror}") from None
     if size != (expected := count * kind.itemsize):
         where = f"; it is cut off at byte {size}" if size < expected else ""
-        raise _error(path, f"has {size} bytes, not the {expected} of its {count} {what}{where}; prepare it again")
+        raise _error(
+            path,
+            f"has {size} bytes, not the {expected} of its {count} {what}{where}; prepare it again",
+        )
     return Mapped(path, kind, count)
 
 
@@ -371,7 +422,10 @@ def verify(directory: str | os.PathLike) -> str | None:
             continue
         for shard in _listed(directory, index, split):
             path = directory / shard["file"]
-            for file, expected in ((path, shard["sha256"]), (path.with_suffix(".ends"), shard["ends_sha256"])):
+            for file, expected in (
+                (path, shard["sha256"]),
+                (path.with_suffix(".ends"), shard["ends_sha256"]),
+            ):
                 try:
                     with open(file, "rb") as content:
                         found = hashlib.file_digest(content, "sha256").hexdigest()

@@ -27,7 +27,13 @@ from fp8jax.data import tokenizer as tokenizers
 from fp8jax.data.mapping import Mapped
 
 NOVELS = {
-    "train": ("emma", "mansfield_park", "northanger_abbey", "pride_and_prejudice", "sense_and_sensibility"),
+    "train": (
+        "emma",
+        "mansfield_park",
+        "northanger_abbey",
+        "pride_and_prejudice",
+        "sense_and_sensibility",
+    ),
     "held_out": ("persuasion",),
 }
 
@@ -58,7 +64,9 @@ class TokenStream:
     @functools.cached_property
     def _plain(self) -> list[np.ndarray | megatron.Ended | Mapped]:
         """The arrays without np.memmap's bookkeeping, a third of the time of reading a short window."""
-        return [np.asarray(array) if isinstance(array, np.ndarray) else array for array in self.arrays]
+        return [
+            np.asarray(array) if isinstance(array, np.ndarray) else array for array in self.arrays
+        ]
 
     def __len__(self) -> int:
         """Tokens in the stream."""
@@ -81,11 +89,15 @@ class TokenStream:
 
     def _piece(self, which: int, first: int, last: int) -> np.ndarray:
         tokens, size = self._plain[which][first:last], self.tokenizer.vocab_size
-        if tokens.max() >= size or (tokens.dtype.kind != "u" and tokens.min() < 0):  # JAX would clamp such an id in silence
+        if tokens.max() >= size or (
+            tokens.dtype.kind != "u" and tokens.min() < 0
+        ):  # JAX would clamp such an id in silence
             bad = int(np.argmax((tokens >= size) | (tokens < 0)))
             at = (first + bad) * self.arrays[which].itemsize
-            raise DataError(f"{self.names[which]}: token {first + bad} is {tokens[bad]}, outside the vocabulary of {size} (byte {at}); "
-                            "prepare it again, or set config.data.on_fault=skip")
+            raise DataError(
+                f"{self.names[which]}: token {first + bad} is {tokens[bad]}, outside the vocabulary of {size} (byte {at}); "
+                "prepare it again, or set config.data.on_fault=skip"
+            )
         return tokens.astype(np.int32)
 
 
@@ -110,11 +122,18 @@ def load(data: DataConfig, split: str) -> TokenStream:
     """
     names = [name for name, _ in parse_sources(data.source)]
     if split == "held_out":
-        names = [name for name in names if not is_directory(name) or shards.has_split(name, split)] or names[:1]
-    streams = [_load(name, tokenizers.of(data), part_of(name, data, split), data.on_fault == "skip") for name in names]
+        names = [
+            name for name in names if not is_directory(name) or shards.has_split(name, split)
+        ] or names[:1]
+    streams = [
+        _load(name, tokenizers.of(data), part_of(name, data, split), data.on_fault == "skip")
+        for name in names
+    ]
     if len(streams) == 1:
         return streams[0]
-    arrays, paths = (sum((getattr(one, field) for one in streams), ()) for field in ("arrays", "names"))
+    arrays, paths = (
+        sum((getattr(one, field) for one in streams), ()) for field in ("arrays", "names")
+    )
     return TokenStream(arrays, paths, streams[0].tokenizer)
 
 
@@ -126,7 +145,10 @@ def load_each(data: DataConfig, split: str) -> list[Source]:
     """
     tokenizer, tolerant = tokenizers.of(data), data.on_fault == "skip"
     named = parse_sources(data.source)
-    return [Source(name, weight, _load(name, tokenizer, part_of(name, data, split), tolerant)) for name, weight in named]
+    return [
+        Source(name, weight, _load(name, tokenizer, part_of(name, data, split), tolerant))
+        for name, weight in named
+    ]
 
 
 def load_held_out(data: DataConfig) -> list[tuple[str, TokenStream]]:
@@ -141,9 +163,14 @@ def load_held_out(data: DataConfig) -> list[tuple[str, TokenStream]]:
         return [("", load(data, "held_out"))]
     tokenizer, tolerant = tokenizers.of(data), data.on_fault == "skip"
     try:
-        return [(name, _load(source, tokenizer, part, tolerant)) for name, source, part in held_out_parts(data)]
+        return [
+            (name, _load(source, tokenizer, part, tolerant))
+            for name, source, part in held_out_parts(data)
+        ]
     except ConfigError as error:
-        raise ConfigError(str(error).replace("config.data.source:", "config.data.held_out:", 1)) from None
+        raise ConfigError(
+            str(error).replace("config.data.source:", "config.data.held_out:", 1)
+        ) from None
 
 
 def check(data: DataConfig) -> None:
@@ -162,10 +189,15 @@ def check(data: DataConfig) -> None:
 
 def _not_there(name: str) -> str:
     if name.startswith("hf:") and not os.path.exists(name):
-        return (f"{name}: is a dataset of a hub; prepare it first, python -m fp8jax prepare --input {name} --out tokens, and give the "
-                "directory tokens")
+        return (
+            f"{name}: is a dataset of a hub; prepare it first, python -m fp8jax prepare --input {name} --out tokens, and give the "
+            "directory tokens"
+        )
     path = os.path.join(name, shards.INDEX)
-    return files.elsewhere(name) or f"{path}: no such file; give 'embedded' or a directory of prepared token shards"
+    return (
+        files.elsewhere(name)
+        or f"{path}: no such file; give 'embedded' or a directory of prepared token shards"
+    )
 
 
 def held_out_parts(data: DataConfig) -> list[tuple[str, str, str]]:
@@ -182,9 +214,15 @@ def held_out_parts(data: DataConfig) -> list[tuple[str, str, str]]:
         if megatron.is_dataset(source):
             part = "held_out" if source in trained else "all"
         else:
-            part = "held_out" if source == "embedded" or shards.has_split(source, "held_out") else "train"
+            part = (
+                "held_out"
+                if source == "embedded" or shards.has_split(source, "held_out")
+                else "train"
+            )
         if part == "train" and source in trained:
-            raise ConfigError(f"config.data.held_out: {source} holds nothing out, and the run trains on it; give another source, or none")
+            raise ConfigError(
+                f"config.data.held_out: {source} holds nothing out, and the run trains on it; give another source, or none"
+            )
         found.append((name, source, part))
     return found
 
@@ -195,7 +233,10 @@ def holds_out(data: DataConfig) -> bool:
     Raises:
         ConfigError: an index that cannot be read.
     """
-    return any(not is_directory(name) or shards.has_split(name, "held_out") for name, _ in parse_sources(data.source))
+    return any(
+        not is_directory(name) or shards.has_split(name, "held_out")
+        for name, _ in parse_sources(data.source)
+    )
 
 
 def part_of(name: str, data: DataConfig, split: str) -> str:
@@ -217,7 +258,11 @@ def _load(name: str, tokenizer: tokenizers.Tokenizer, split: str, tolerant: bool
     if megatron.is_dataset(name):
         array = megatron.open_stream(name, tokenizer, split)
         return TokenStream((array,), (f"{os.fspath(name)}.bin",), tokenizer)
-    opened = shards.open_what_is_there(name, tokenizer, split) if tolerant else shards.open_shards(name, tokenizer, split)
+    opened = (
+        shards.open_what_is_there(name, tokenizer, split)
+        if tolerant
+        else shards.open_shards(name, tokenizer, split)
+    )
     return TokenStream(*opened, tokenizer)
 
 
@@ -229,6 +274,8 @@ def embedded_documents(split: str) -> list[bytes]:
 
 @functools.lru_cache(maxsize=4)
 def _embedded(tokenizer: tokenizers.Tokenizer, split: str) -> TokenStream:
-    tokens = np.concatenate([shards.ended(tokenizer.encode(text), tokenizer) for text in embedded_documents(split)])
+    tokens = np.concatenate(
+        [shards.ended(tokenizer.encode(text), tokenizer) for text in embedded_documents(split)]
+    )
     tokens.setflags(write=False)  # every caller shares it
     return TokenStream((tokens,), (f"embedded {split} text",), tokenizer)

@@ -72,7 +72,9 @@ def texts(path: str, piece: int, field: str, skip: Skip | None = None) -> Iterat
         ConfigError: no such column of text, a row without text, damage; the message names the file and row.
     """
     if _kind_of(_leaf(path, field)) != "text":
-        raise ConfigError(f"{path}: has no column {field!r} of text; --text_field is one of {_columns(path)}")
+        raise ConfigError(
+            f"{path}: has no column {field!r} of text; --text_field is one of {_columns(path)}"
+        )
     for number, value in _values(path, piece, field):
         fault = None
         text = None
@@ -116,10 +118,16 @@ def _values(path: str, piece: int, field: str) -> Iterator[tuple[int, Any]]:
             for value in array:
                 number += 1
                 yield number, value
-    except (OSError, MemoryError, ValueError) as error:  # pyarrow's errors for damaged pages are one of these
+    except (
+        OSError,
+        MemoryError,
+        ValueError,
+    ) as error:  # pyarrow's errors for damaged pages are one of these
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path}: cannot be read after row {number}: {first_line(error)}") from None
+        raise ConfigError(
+            f"{path}: cannot be read after row {number}: {first_line(error)}"
+        ) from None
 
 
 def _check(array: Any) -> None:
@@ -157,11 +165,17 @@ class _Parquet:
 
         # Dictionaries are read as such: expanded, one long text that is there often would fill the memory.
         leaves = (self._file.schema.column(number).path for number in range(len(self._file.schema)))
-        dictionaries = [field] if field in leaves and _kind_of(_leaf(self._path, field)) == "text" else []
-        file = pyarrow.parquet.ParquetFile(self._path, memory_map=True, read_dictionary=dictionaries)
+        dictionaries = (
+            [field] if field in leaves and _kind_of(_leaf(self._path, field)) == "text" else []
+        )
+        file = pyarrow.parquet.ParquetFile(
+            self._path, memory_map=True, read_dictionary=dictionaries
+        )
         top, *path = field.split(".")
         whole = field in self.schema.names
-        for batch in file.iter_batches(_ROWS, row_groups=[piece], columns=[field], use_threads=False):
+        for batch in file.iter_batches(
+            _ROWS, row_groups=[piece], columns=[field], use_threads=False
+        ):
             yield _descend(batch.column(0), [] if whole else path)
 
 
@@ -188,7 +202,9 @@ class _Arrow:
         return sum(self._file.get_batch(number).num_rows for number in range(piece))
 
     def arrays(self, piece: int, field: str) -> Iterator[Any]:
-        batches = [self._file.get_batch(piece)] if hasattr(self._file, "get_batch") else self._stream()
+        batches = (
+            [self._file.get_batch(piece)] if hasattr(self._file, "get_batch") else self._stream()
+        )
         top, *path = [field] if field in self.schema.names else field.split(".")
         for batch in batches:
             yield _descend(batch.column(self.schema.names.index(top)), path)

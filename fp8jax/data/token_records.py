@@ -31,11 +31,15 @@ def count(path: str) -> int:
         ConfigError: the package array_record is missing, or the file holds no records, as a damaged one seems to.
     """
     if not (found := _reader(path).num_records()):
-        raise ConfigError(f"{path}: holds no records; it is empty, cut off, or not an ArrayRecord file")
+        raise ConfigError(
+            f"{path}: holds no records; it is empty, cut off, or not an ArrayRecord file"
+        )
     return found
 
 
-def documents(path: str, start: int, stop: int, field: str, tokenizer: Tokenizer) -> Iterator[tuple[int, np.ndarray]]:
+def documents(
+    path: str, start: int, stop: int, field: str, tokenizer: Tokenizer
+) -> Iterator[tuple[int, np.ndarray]]:
     """The documents of some records: the number of the record, from 0, and ids [any] without the end-of-document id.
 
     Args:
@@ -48,7 +52,11 @@ def documents(path: str, start: int, stop: int, field: str, tokenizer: Tokenizer
     Raises:
         ConfigError: a record that cannot be read, is no array of ids, or has ids that are not the tokenizer's.
     """
-    records = _records(path, start, stop) if path.lower().endswith(SUFFIXES) else _rows(path, start, stop, field)
+    records = (
+        _records(path, start, stop)
+        if path.lower().endswith(SUFFIXES)
+        else _rows(path, start, stop, field)
+    )
     for number, record in records:
         ids = _checked(path, number, record, tokenizer.vocab_size)
         for document in _split(ids, tokenizer.end_of_document):
@@ -61,7 +69,9 @@ def _records(path: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray
         try:
             records = reader.read(first, min(first + _TOGETHER, stop))
         except Exception as error:  # the library's errors are of many kinds
-            raise ConfigError(f"{path}: cannot be read after record {first}: {str(error).splitlines()[0]}") from None
+            raise ConfigError(
+                f"{path}: cannot be read after record {first}: {str(error).splitlines()[0]}"
+            ) from None
         for number, record in enumerate(records, first):
             yield number, _array(path, number, record)
 
@@ -75,7 +85,9 @@ def _array(path: str, number: int, record: bytes) -> np.ndarray:
     try:
         return _npy(record) if record.startswith(_NPY) else np.frombuffer(record, "<i4")
     except Exception:  # NumPy has the header, which is Python, tokenized and parsed
-        raise ConfigError(f"{path}: record {number} is neither a .npy array nor little-endian int32") from None
+        raise ConfigError(
+            f"{path}: record {number} is neither a .npy array nor little-endian int32"
+        ) from None
 
 
 def _npy(record: bytes) -> np.ndarray:
@@ -93,9 +105,13 @@ def _npy(record: bytes) -> np.ndarray:
 
 def _checked(path: str, number: int, ids: np.ndarray, vocab_size: int) -> np.ndarray:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ConfigError(f"{path}: record {number} is an array of {ids.dtype} {list(ids.shape)}, not a sequence of integers")
+        raise ConfigError(
+            f"{path}: record {number} is an array of {ids.dtype} {list(ids.shape)}, not a sequence of integers"
+        )
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ConfigError(f"{path}: record {number} has ids from {ids.min()} to {ids.max()}; those of --tokenizer are 0 to {vocab_size - 1}")
+        raise ConfigError(
+            f"{path}: record {number} has ids from {ids.min()} to {ids.max()}; those of --tokenizer are 0 to {vocab_size - 1}"
+        )
     return ids
 
 
@@ -109,5 +125,7 @@ def _reader(path: str) -> Any:
     try:
         from array_record.python import array_record_module
     except ImportError:
-        raise ConfigError(f"{path}: needs the package array_record; pip install -r requirements-data.txt") from None
+        raise ConfigError(
+            f"{path}: needs the package array_record; pip install -r requirements-data.txt"
+        ) from None
     return array_record_module.ArrayRecordReader(path)

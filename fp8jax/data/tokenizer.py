@@ -55,7 +55,9 @@ class ByteTokenizer:
     fingerprint: str = "byte"
     vocab_size: int = 257
     end_of_document: int = 256
-    token_bytes: np.ndarray = dataclasses.field(default_factory=lambda: np.array([1] * 256 + [0], np.int32))
+    token_bytes: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.array([1] * 256 + [0], np.int32)
+    )
     file: pathlib.Path | None = None
     notes: tuple[str, ...] = ()
 
@@ -75,7 +77,12 @@ class ByteTokenizer:
             ValueError: an id outside the vocabulary.
         """
         ids = _checked(ids, self.vocab_size)
-        return ids[ids != self.end_of_document].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        return (
+            ids[ids != self.end_of_document]
+            .astype(np.uint8)
+            .tobytes()
+            .decode("utf-8", errors="replace")
+        )
 
 
 class HuggingFaceTokenizer:
@@ -99,21 +106,30 @@ class HuggingFaceTokenizer:
         special = {token.content: index for index, token in added.items() if token.special}
         ends = [special[name] for name in END_OF_DOCUMENT_NAMES if name in special]
         if not ends:
-            raise _error(path, f"has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT_NAMES)}, special")
+            raise _error(
+                path,
+                f"has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT_NAMES)}, special",
+            )
         self.end_of_document = ends[0]
         self.vocab_size = max(vocab.values()) + 1
         if self.vocab_size > _MOST_IDS:
             raise _error(path, f"has id {self.vocab_size - 1}; ids go up to {_MOST_IDS - 1}")
         self.token_bytes = np.zeros(self.vocab_size, np.int32)
-        for token, index in vocab.items():  # a byte-level vocabulary spells every byte as one character
+        for (
+            token,
+            index,
+        ) in vocab.items():  # a byte-level vocabulary spells every byte as one character
             self.token_bytes[index] = len(token)
         for index, token in added.items():
             self.token_bytes[index] = 0 if token.special else len(token.content.encode("utf-8"))
         self.notes = _without_dropout(self._tokenizer)
         forms = lossless.forms_of(spec.get("normalizer"))
         if forms and not allow_normalisation:
-            raise _error(path, f"brings text into {' and '.join(forms)}, so that text is not given back as it was; say "
-                         "--allow_normalisation (prepare) or --config.data.allow_normalisation=True to take bits per byte over that text")
+            raise _error(
+                path,
+                f"brings text into {' and '.join(forms)}, so that text is not given back as it was; say "
+                "--allow_normalisation (prepare) or --config.data.allow_normalisation=True to take bits per byte over that text",
+            )
         spelled = [token.content for token in added.values() if not token.special]
         _check_lossless(path, self, lossless.cause(spec), added=spelled, forms=forms)
         self.notes += tuple(f"its text is brought into {form} first" for form in forms)
@@ -130,7 +146,10 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of every text; faster than one by one."""
         kind = dtype(self.vocab_size)
-        return [np.array(found.ids, kind) for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            np.array(found.ids, kind)
+            for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def decode(self, ids: Any) -> str:
         """Text of the ids; special tokens become nothing.
@@ -138,7 +157,9 @@ class HuggingFaceTokenizer:
         Raises:
             ValueError: an id outside the vocabulary.
         """
-        return self._tokenizer.decode(_checked(ids, self.vocab_size).tolist(), skip_special_tokens=True)
+        return self._tokenizer.decode(
+            _checked(ids, self.vocab_size).tolist(), skip_special_tokens=True
+        )
 
 
 class TekkenTokenizer:
@@ -156,18 +177,35 @@ class TekkenTokenizer:
         try:
             import tiktoken
         except ImportError:
-            raise _error(path, "needs the package tiktoken; pip install tiktoken, or use 'byte'") from None
+            raise _error(
+                path, "needs the package tiktoken; pip install tiktoken, or use 'byte'"
+            ) from None
         self.file = pathlib.Path(path)
         content, values = _content(path)
         self.fingerprint = f"sha256:{hashlib.sha256(content).hexdigest()}"
         try:
             config, vocab = values["config"], values["vocab"]
-            self.vocab_size, self._special = config["default_vocab_size"], config["default_num_special_tokens"]
-            if not 0 <= self._special <= self.vocab_size <= min(len(vocab) + self._special, _MOST_IDS):
-                raise ValueError(f"{self.vocab_size} ids, {self._special} of them special, of {len(vocab)} tokens")
-            texts = [base64.b64decode(token["token_bytes"]) for token in vocab[: self.vocab_size - self._special]]
+            self.vocab_size, self._special = (
+                config["default_vocab_size"],
+                config["default_num_special_tokens"],
+            )
+            if (
+                not 0
+                <= self._special
+                <= self.vocab_size
+                <= min(len(vocab) + self._special, _MOST_IDS)
+            ):
+                raise ValueError(
+                    f"{self.vocab_size} ids, {self._special} of them special, of {len(vocab)} tokens"
+                )
+            texts = [
+                base64.b64decode(token["token_bytes"])
+                for token in vocab[: self.vocab_size - self._special]
+            ]
             ranks = {text: rank for rank, text in enumerate(texts)}
-            self._encoding = tiktoken.Encoding("tekken", pat_str=config["pattern"], mergeable_ranks=ranks, special_tokens={})
+            self._encoding = tiktoken.Encoding(
+                "tekken", pat_str=config["pattern"], mergeable_ranks=ranks, special_tokens={}
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise _error(path, f"is not a tekken.json: {error!r}") from None
         self.token_bytes = np.array([0] * self._special + [len(text) for text in texts], np.int32)
@@ -176,7 +214,9 @@ class TekkenTokenizer:
     def encode(self, text: str | bytes) -> np.ndarray:
         """Token ids, uint16 or uint32 [tokens]; no special tokens are added."""
         text = text if isinstance(text, str) else text.decode("utf-8")
-        return (self._encoding.encode_to_numpy(text, disallowed_special=()) + self._special).astype(dtype(self.vocab_size))
+        return (self._encoding.encode_to_numpy(text, disallowed_special=()) + self._special).astype(
+            dtype(self.vocab_size)
+        )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of every text."""
@@ -227,8 +267,10 @@ def of(data: DataConfig) -> Tokenizer:
         return load("byte")
     directory = pathlib.Path(source)
     if not any((directory / name).is_file() for name in ("tokenizer.json", "index.json")):
-        raise ConfigError(f"config.data.source: {directory / 'index.json'}: no such file; source is 'embedded' or a directory of prepared "
-                          "token shards; for Megatron files set config.data.tokenizer")
+        raise ConfigError(
+            f"config.data.source: {directory / 'index.json'}: no such file; source is 'embedded' or a directory of prepared "
+            "token shards; for Megatron files set config.data.tokenizer"
+        )
     return of_directory(directory, allow_normalisation=data.allow_normalisation)
 
 
@@ -261,17 +303,25 @@ def train(texts: Iterable[str], vocab_size: int) -> str:
         ConfigError: the `tokenizers` package is missing, or vocab_size does not hold all bytes and the end of document.
     """
     if vocab_size < 257:
-        raise ConfigError(f"--train_tokenizer: {vocab_size} is below 257, one id a byte and one that ends documents")
+        raise ConfigError(
+            f"--train_tokenizer: {vocab_size} is below 257, one id a byte and one that ends documents"
+        )
     try:
         import tokenizers
     except ImportError:
-        raise ConfigError("--train_tokenizer: needs the package tokenizers; pip install tokenizers") from None
+        raise ConfigError(
+            "--train_tokenizer: needs the package tokenizers; pip install tokenizers"
+        ) from None
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     bpe.train_from_iterator(texts, trainer)
     return bpe.to_str(pretty=True)
 
@@ -303,7 +353,9 @@ def _read(path: str) -> tuple[Any, dict[str, Any], str]:
     try:
         import tokenizers
     except ImportError:
-        raise _error(path, "needs the package tokenizers; pip install tokenizers, or use 'byte'") from None
+        raise _error(
+            path, "needs the package tokenizers; pip install tokenizers, or use 'byte'"
+        ) from None
     content, spec = _content(path)
     try:
         if not isinstance(spec, dict):
@@ -312,10 +364,15 @@ def _read(path: str) -> tuple[Any, dict[str, Any], str]:
         tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises bare Exception, and panics are not even that
+    except (
+        BaseException
+    ) as error:  # the library raises bare Exception, and panics are not even that
         raise _error(path, f"is not a tokenizer.json: {_first_line(error)}") from None
     if '"ByteLevel"' not in json.dumps(spec.get("decoder")):
-        raise _error(path, "is not byte-level (its decoder is not ByteLevel); use a byte-level tokenizer or 'byte'")
+        raise _error(
+            path,
+            "is not byte-level (its decoder is not ByteLevel); use a byte-level tokenizer or 'byte'",
+        )
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -332,7 +389,9 @@ def _content(path: str) -> tuple[bytes, Any]:
         content = files.read_bytes(pathlib.Path(path), _MOST_BYTES)
         return content, files.parse_json(content, memory=_MOST_MEMORY)
     except FileNotFoundError:
-        raise _error(path, "no such file; it is the path of a tokenizer.json, 'tekken' or 'byte'") from None
+        raise _error(
+            path, "no such file; it is the path of a tokenizer.json, 'tekken' or 'byte'"
+        ) from None
     except OSError as error:
         raise _error(path, f"cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -354,8 +413,11 @@ def _check_lossless(path: str, tokenizer: Any, cause: str, **options: Any) -> No
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the libraries' panics are not Exceptions
-        raise _error(path, f"{_first_line(error)}{cause}; bits per byte would be wrong: use a byte-level tokenizer that loses nothing, "
-                     "or 'byte'") from None
+        raise _error(
+            path,
+            f"{_first_line(error)}{cause}; bits per byte would be wrong: use a byte-level tokenizer that loses nothing, "
+            "or 'byte'",
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:
@@ -369,7 +431,10 @@ def _installed_tekken() -> str:
         path = pathlib.Path(directory) / "data" / "tekken_240718.json"
         if path.is_file():
             return str(path)
-    raise _error("tekken", "needs the package mistral-common; pip install --no-deps mistral-common, or give a tekken.json")
+    raise _error(
+        "tekken",
+        "needs the package mistral-common; pip install --no-deps mistral-common, or give a tekken.json",
+    )
 
 
 def _is_tekken(path: str) -> bool:
@@ -387,5 +452,7 @@ def _error(path: str, fault: str) -> ConfigError:
 def _checked(ids: Any, vocab_size: int) -> np.ndarray:
     ids = np.asarray(ids, np.int64).reshape(-1)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ValueError(f"token ids from {ids.min()} to {ids.max()}; the tokenizer's are 0 to {vocab_size - 1}")
+        raise ValueError(
+            f"token ids from {ids.min()} to {ids.max()}; the tokenizer's are 0 to {vocab_size - 1}"
+        )
     return ids

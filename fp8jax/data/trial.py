@@ -14,7 +14,12 @@ import sys
 from collections.abc import Iterable
 
 SECONDS, MEMORY = 60, 2 << 30
-_WORDS = "Anne ELLIOT's  na\u00efve e\u0301lan\r\n\t 1234567 ... \U0001f600 " + "a" * 4096 + " " * 4096 + "\n" * 512
+_WORDS = (
+    "Anne ELLIOT's  na\u00efve e\u0301lan\r\n\t 1234567 ... \U0001f600 "
+    + "a" * 4096
+    + " " * 4096
+    + "\n" * 512
+)
 # What the child runs: without our package, whose imports take longer than most files.
 _CHILD = """
 import json, resource, sys
@@ -43,13 +48,24 @@ def run(path: str | pathlib.Path, texts: Iterable[str] = ()) -> None:
     command = [sys.executable, "-I", "-c", _CHILD]
     environment = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, input=json.dumps(asked).encode(), capture_output=True, timeout=SECONDS, env=environment, check=False)
+        done = subprocess.run(
+            command,
+            input=json.dumps(asked).encode(),
+            capture_output=True,
+            timeout=SECONDS,
+            env=environment,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"takes more than {SECONDS} seconds to read and to encode a short text") from None
+        raise ValueError(
+            f"takes more than {SECONDS} seconds to read and to encode a short text"
+        ) from None
     if done.returncode == 0:
         return
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
-        raise ValueError(f"ends its process with {name}: it takes more than {MEMORY >> 30} GiB of memory, or breaks the library")
+        raise ValueError(
+            f"ends its process with {name}: it takes more than {MEMORY >> 30} GiB of memory, or breaks the library"
+        )
     lines = done.stderr.decode(errors="replace").splitlines() or [f"exit code {done.returncode}"]
     raise ValueError(lines[-1][:300])

@@ -32,8 +32,15 @@ CHUNK = 16
 Ids = list[int]
 
 
-def generate(inference: Inference, prompts: Sequence[str], *, tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-             seed: int = 0) -> list[str]:
+def generate(
+    inference: Inference,
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
     """Continues prompts, all in one batch.
 
     Args:
@@ -55,11 +62,20 @@ def generate(inference: Inference, prompts: Sequence[str], *, tokens: int, tempe
     return [inference.tokenizer.decode(ids) for ids in found]
 
 
-def stream(inference: Inference, prompt: str, *, tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-           seed: int = 0) -> Iterator[str]:
+def stream(
+    inference: Inference,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
     """As `generate` of one prompt, piece by piece; a character whose bytes are not all there yet waits for the next piece."""
     given, text = 0, ""
-    for (ids,) in generate_ids(inference, [document(inference, prompt)], tokens, Sampling(temperature, top_p, seed)):
+    for (ids,) in generate_ids(
+        inference, [document(inference, prompt)], tokens, Sampling(temperature, top_p, seed)
+    ):
         text = inference.tokenizer.decode(ids)
         # A truncated character decodes to exactly one U+FFFD, at the end.
         whole = text.removesuffix("\ufffd")
@@ -73,8 +89,13 @@ def document(inference: Inference, text: str) -> Ids:
     return [inference.tokenizer.end_of_document, *inference.tokenizer.encode(text).tolist()]
 
 
-def generate_ids(inference: Inference, prompts: Sequence[Ids], tokens: int, sampling: Sampling,
-                 stop: Callable[[Ids], bool] = lambda ids: False) -> Iterator[list[Ids]]:
+def generate_ids(
+    inference: Inference,
+    prompts: Sequence[Ids],
+    tokens: int,
+    sampling: Sampling,
+    stop: Callable[[Ids], bool] = lambda ids: False,
+) -> Iterator[list[Ids]]:
     """Continues prompts of token ids.
 
     Args:
@@ -98,12 +119,22 @@ def generate_ids(inference: Inference, prompts: Sequence[Ids], tokens: int, samp
     state, count = None, 0
     while count < tokens and not done.all():
         steps = min(CHUNK, max(1, inference.context // 2), tokens - count)
-        full = [not ended and length - 1 + steps > capacity for ended, length in zip(done, held, strict=True)]
+        full = [
+            not ended and length - 1 + steps > capacity
+            for ended, length in zip(done, held, strict=True)
+        ]
         if state is None or any(full):
-            held = [inference.context // 2 if f else length for f, length in zip(full, held, strict=True)]
-            state = _read(inference, [row[-length:] for row, length in zip(rows, held, strict=True)], capacity)
+            held = [
+                inference.context // 2 if f else length
+                for f, length in zip(full, held, strict=True)
+            ]
+            state = _read(
+                inference, [row[-length:] for row, length in zip(rows, held, strict=True)], capacity
+            )
         ended = inference.put(np.append(done, np.ones(len(state.token) - len(rows), bool)))
-        state, *found = inference.call(_decode, state, ended, _ask(inference, sampling, count, steps))
+        state, *found = inference.call(
+            _decode, state, ended, _ask(inference, sampling, count, steps)
+        )
         new, taken = (inference.fetch(x) for x in found)
         for i in np.flatnonzero(~done):
             ids = new[i, : int(taken)].tolist()
@@ -111,7 +142,7 @@ def generate_ids(inference: Inference, prompts: Sequence[Ids], tokens: int, samp
             ids = ids[: ids.index(inference.tokenizer.end_of_document)] if done[i] else ids
             rows[i] += ids
             held[i] += len(ids)
-            done[i] |= stop(rows[i][starts[i]:])
+            done[i] |= stop(rows[i][starts[i] :])
         count += int(taken)
         yield [row[start:] for row, start in zip(rows, starts, strict=True)]
 
@@ -123,11 +154,16 @@ def abstract_calls(inference: Inference) -> dict[str, tuple[Any, tuple[Any, ...]
         `weights`, which are made ready once; `prompt`, which reads one into a cache; `decode`, which adds a chunk of tokens.
     """
     batch, capacity = inference.replicas, bucket(inference.context, inference.context)
-    ids, lengths = jax.ShapeDtypeStruct((batch, capacity), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    ids, lengths = (
+        jax.ShapeDtypeStruct((batch, capacity), jnp.int32),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    )
     prompt = inference.abstract_call(_reader(capacity), ids, lengths)
     state = jax.eval_shape(prompt[0], *prompt[1])
     done = jax.ShapeDtypeStruct((batch,), jnp.bool_)
-    decode = inference.abstract_call(_decode, state, done, _ask(inference, Sampling(temperature=1.0, top_p=0.9), 0, CHUNK))
+    decode = inference.abstract_call(
+        _decode, state, done, _ask(inference, Sampling(temperature=1.0, top_p=0.9), 0, CHUNK)
+    )
     return {"weights": inference.abstract_weights(), "prompt": prompt, "decode": decode}
 
 
@@ -136,7 +172,9 @@ def bucket(length: int, most: int) -> int:
     return min(most, max(CHUNK, 1 << (length - 1).bit_length()))
 
 
-def next_token(logits_bv: jax.Array, keys_b: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:
+def next_token(
+    logits_bv: jax.Array, keys_b: jax.Array, temperature: jax.Array, top_p: jax.Array
+) -> jax.Array:
     """Chooses a token a row, int32 [b].
 
     Args:
@@ -145,12 +183,15 @@ def next_token(logits_bv: jax.Array, keys_b: jax.Array, temperature: jax.Array, 
         temperature: float32 scalar.
         top_p: float32 scalar, above 0.
     """
+
     def draw(logits):
         logits = logits / temperature
         logits = jax.lax.cond(top_p < 1, lambda x: _nucleus(x, top_p), lambda x: x, logits)
         return jax.vmap(jax.random.categorical)(keys_b, logits).astype(jnp.int32)
 
-    return jax.lax.cond(temperature > 0, draw, lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32), logits_bv)
+    return jax.lax.cond(
+        temperature > 0, draw, lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32), logits_bv
+    )
 
 
 def _nucleus(logits_bv: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -159,7 +200,9 @@ def _nucleus(logits_bv: jax.Array, top_p: jax.Array) -> jax.Array:
     probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     count = jnp.sum(before < top_p, axis=-1, keepdims=True)
-    return jnp.where(logits_bv >= jnp.take_along_axis(descending, count - 1, axis=-1), logits_bv, -jnp.inf)
+    return jnp.where(
+        logits_bv >= jnp.take_along_axis(descending, count - 1, axis=-1), logits_bv, -jnp.inf
+    )
 
 
 class _State(NamedTuple):
@@ -183,8 +226,15 @@ class _Asked(NamedTuple):
 
 def _ask(inference: Inference, sampling: Sampling, count: int, steps: int) -> _Asked:
     tokenizer = inference.tokenizer
-    return _Asked(np.int32(count), np.int32(steps), np.float32(sampling.temperature), np.float32(sampling.top_p),
-                  np.uint32(sampling.seed), np.int32(tokenizer.end_of_document), np.int32(tokenizer.vocab_size))
+    return _Asked(
+        np.int32(count),
+        np.int32(steps),
+        np.float32(sampling.temperature),
+        np.float32(sampling.top_p),
+        np.uint32(sampling.seed),
+        np.int32(tokenizer.end_of_document),
+        np.int32(tokenizer.vocab_size),
+    )
 
 
 def _check(context: int, prompts: Sequence[Ids], tokens: int) -> None:
@@ -194,8 +244,10 @@ def _check(context: int, prompts: Sequence[Ids], tokens: int) -> None:
         raise ValueError("prompts: none given")
     longest = max(map(len, prompts))
     if longest > context:
-        raise ValueError(f"prompt: {longest:,} tokens, with the one that begins a document, exceed the model's context of "
-                         f"{context:,}; shorten it")
+        raise ValueError(
+            f"prompt: {longest:,} tokens, with the one that begins a document, exceed the model's context of "
+            f"{context:,}; shorten it"
+        )
 
 
 def _read(inference: Inference, rows: list[Ids], capacity: int) -> _State:
@@ -221,24 +273,39 @@ def _reader(capacity: int) -> Callable:
     return read
 
 
-def _decode(bound: Bound, state: _State, done_b: jax.Array, asked: _Asked) -> tuple[_State, jax.Array, jax.Array]:
+def _decode(
+    bound: Bound, state: _State, done_b: jax.Array, asked: _Asked
+) -> tuple[_State, jax.Array, jax.Array]:
     """Adds tokens to each row; rows that are done stay as they are.
 
     Returns:
         New state; int32 [b, CHUNK] tokens, the first n of them new; n, an int32 scalar, below asked.steps if all rows are done.
     """
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(asked.seed), jnp.arange(len(done_b)))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.key(asked.seed), jnp.arange(len(done_b))
+    )
 
     def one(carry):
         n, state, done, tokens = carry
-        logits, cache = bound.model.extend(state.token[:, None], state.cache, bound.recipes, bound.prepared)
+        logits, cache = bound.model.extend(
+            state.token[:, None], state.cache, bound.recipes, bound.prepared
+        )
         allowed = jnp.arange(logits.shape[-1]) < asked.ids  # the rest only fills the table up
         of_step = jax.vmap(jax.random.fold_in, (0, None))(keys, asked.count + n)
-        token = next_token(jnp.where(allowed, logits[:, 0], -jnp.inf), of_step, asked.temperature, asked.top_p)
+        token = next_token(
+            jnp.where(allowed, logits[:, 0], -jnp.inf), of_step, asked.temperature, asked.top_p
+        )
         token = jnp.where(done, asked.end, token)
         cache = cache._replace(filled=jnp.where(done, state.cache.filled, cache.filled))
-        return n + 1, _State(kv_cache.pin(cache), pin_rows(token)), done | (token == asked.end), tokens.at[:, n].set(token)
+        return (
+            n + 1,
+            _State(kv_cache.pin(cache), pin_rows(token)),
+            done | (token == asked.end),
+            tokens.at[:, n].set(token),
+        )
 
     start = jnp.int32(0), state, done_b, jnp.zeros((len(done_b), CHUNK), jnp.int32)
-    n, state, _, tokens = jax.lax.while_loop(lambda carry: (carry[0] < asked.steps) & ~carry[2].all(), one, start)
+    n, state, _, tokens = jax.lax.while_loop(
+        lambda carry: (carry[0] < asked.steps) & ~carry[2].all(), one, start
+    )
     return state, tokens, n

@@ -22,17 +22,43 @@ import numpy as np
 
 from fp8jax.config import ModelConfig
 from fp8jax.interop import hf_config, hf_tensors
-from fp8jax.interop.hf_safetensors import DTYPES, HuggingFaceError, TensorFiles, read_json, write_files
+from fp8jax.interop.hf_safetensors import (
+    DTYPES,
+    HuggingFaceError,
+    TensorFiles,
+    read_json,
+    write_files,
+)
 from fp8jax.models import architectures
 from fp8jax.models.definition import Params, define
 
 CONFIG, HEAD, EMBEDDING = "config.json", "lm_head.weight", "model.embed_tokens.weight"
 # Carried along as they are: no weights, no code.
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-           "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json")
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 _LARGEST_CARRIED = 1 << 28
 # A key with one of these defaults (transformers' own) means nothing; others are carried from directory to directory.
-_OURS = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "initializer_range", "auto_map", "_name_or_path")
+_OURS = (
+    "architectures",
+    "model_type",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "initializer_range",
+    "auto_map",
+    "_name_or_path",
+)
 
 
 class Loaded(NamedTuple):
@@ -50,8 +76,13 @@ def is_model_directory(directory: pathlib.Path) -> bool:
     return path.exists() and "model_type" in read_json(path)
 
 
-def load(directory: pathlib.Path, allocate: Callable[[tuple[int, ...]], np.ndarray] | None = None, *,
-         ignore_keys: Collection[str] = (), note: Callable[[str], None] = lambda line: None) -> Loaded:
+def load(
+    directory: pathlib.Path,
+    allocate: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+    *,
+    ignore_keys: Collection[str] = (),
+    note: Callable[[str], None] = lambda line: None,
+) -> Loaded:
     """Reads a directory.
 
     Args:
@@ -78,16 +109,31 @@ def load(directory: pathlib.Path, allocate: Callable[[tuple[int, ...]], np.ndarr
         view = slot.view(params)
         view[...] = files.read(slot.name).reshape(view.shape)
         if not np.isfinite(view).all():
-            raise HuggingFaceError(f"{files.entries[slot.name].path}: {slot.name} holds NaN or infinity; nothing can be computed with it")
+            raise HuggingFaceError(
+                f"{files.entries[slot.name].path}: {slot.name} holds NaN or infinity; nothing can be computed with it"
+            )
     for constant in constants:
         _check_constant(files, constant, note)
-    if model.tied_embeddings and HEAD in files.entries and (files.read(HEAD) != files.read(EMBEDDING)).any():
+    if (
+        model.tied_embeddings
+        and HEAD in files.entries
+        and (files.read(HEAD) != files.read(EMBEDDING)).any()
+    ):
         raise HuggingFaceError(f"{HEAD}: differs from {EMBEDDING}, but tie_word_embeddings is true")
     return Loaded(definition.config, vocab_size, params, model_type)
 
 
-def save(directory: pathlib.Path, model: ModelConfig, vocab_size: int, params: Params, model_type: str, dtype: np.dtype,
-         max_shard_bytes: int, carried: pathlib.Path | None = None, more: Mapping[str, Any] | None = None) -> None:
+def save(
+    directory: pathlib.Path,
+    model: ModelConfig,
+    vocab_size: int,
+    params: Params,
+    model_type: str,
+    dtype: np.dtype,
+    max_shard_bytes: int,
+    carried: pathlib.Path | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a directory that transformers loads; config.json comes last, so that a directory with one is whole.
 
     Args:
@@ -119,15 +165,22 @@ def save(directory: pathlib.Path, model: ModelConfig, vocab_size: int, params: P
             raise HuggingFaceError(f"{slot.name}: holds values that are not finite in {dtype}")
         return cast
 
-    tensors: dict[str, Any] = {slot.name: (slot.shape, lambda slot=slot: produce(slot))
-                               for slot in hf_tensors.slots(model, vocab_size, model_type)}
-    tensors |= {c.name: (c.shape, lambda c=c: np.full(c.shape, c.value, dtype)) for c in hf_tensors.constants(model, model_type)}
+    tensors: dict[str, Any] = {
+        slot.name: (slot.shape, lambda slot=slot: produce(slot))
+        for slot in hf_tensors.slots(model, vocab_size, model_type)
+    }
+    tensors |= {
+        c.name: (c.shape, lambda c=c: np.full(c.shape, c.value, dtype))
+        for c in hf_tensors.constants(model, model_type)
+    }
     write_files(directory, tensors, dtype, max_shard_bytes)
     if carried is not None:
         carry(carried, directory)
         if is_model_directory(carried):
             kept = read_json(carried / CONFIG)
-            values |= {k: v for k, v in kept.items() if k in hf_config.NO_INFLUENCE and k not in _OURS}
+            values |= {
+                k: v for k, v in kept.items() if k in hf_config.NO_INFLUENCE and k not in _OURS
+            }
     values["torch_dtype"] = dtype.name
     (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
@@ -142,20 +195,37 @@ def carry(source: pathlib.Path, target: pathlib.Path) -> list[str]:
     for name in found:
         size = (source / name).stat().st_size
         if size > _LARGEST_CARRIED:
-            raise HuggingFaceError(f"{source / name}: has {size:,} bytes, more than the {_LARGEST_CARRIED:,} that are copied")
+            raise HuggingFaceError(
+                f"{source / name}: has {size:,} bytes, more than the {_LARGEST_CARRIED:,} that are copied"
+            )
         shutil.copyfile(source / name, target / name)
     return found
 
 
-def by_name(params: Params, model: ModelConfig, vocab_size: int, model_type: str) -> dict[str, np.ndarray]:
+def by_name(
+    params: Params, model: ModelConfig, vocab_size: int, model_type: str
+) -> dict[str, np.ndarray]:
     """Arrays like the parameters (gradients, say) by tensor name, in Hugging Face's shapes; frozen tensors are left out."""
     params = jax.tree.map(np.asarray, params)
-    kept = ("q_norm.weight", "k_norm.weight") if model.qk_regulariser in hf_config.KEPT.values() else ()
-    return {slot.name: slot.view(params).reshape(slot.shape) for slot in hf_tensors.slots(model, vocab_size, model_type)
-            if not slot.name.endswith(kept)}
+    kept = (
+        ("q_norm.weight", "k_norm.weight")
+        if model.qk_regulariser in hf_config.KEPT.values()
+        else ()
+    )
+    return {
+        slot.name: slot.view(params).reshape(slot.shape)
+        for slot in hf_tensors.slots(model, vocab_size, model_type)
+        if not slot.name.endswith(kept)
+    }
 
 
-def _check_names(files: TensorFiles, slots: list[hf_tensors.Slot], constants: list[hf_tensors.Constant], *, tied: bool) -> None:
+def _check_names(
+    files: TensorFiles,
+    slots: list[hf_tensors.Slot],
+    constants: list[hf_tensors.Constant],
+    *,
+    tied: bool,
+) -> None:
     """Every needed tensor is there in its shape and nothing else is."""
     needed = {slot.name: slot.shape for slot in slots}
     expected = needed | {constant.name: constant.shape for constant in constants}
@@ -163,13 +233,26 @@ def _check_names(files: TensorFiles, slots: list[hf_tensors.Slot], constants: li
         expected[HEAD] = expected[EMBEDDING]
     for name, entry in files.entries.items():
         if name in expected and entry.shape != expected[name]:
-            raise HuggingFaceError(f"{entry.path}: {name} has shape {list(entry.shape)}; config.json makes it {list(expected[name])}")
+            raise HuggingFaceError(
+                f"{entry.path}: {name} has shape {list(entry.shape)}; config.json makes it {list(expected[name])}"
+            )
         if name in expected and entry.dtype not in DTYPES:
-            raise HuggingFaceError(f"{entry.path}: {name} has dtype {entry.dtype}; only {', '.join(DTYPES)} are read")
+            raise HuggingFaceError(
+                f"{entry.path}: {name} has dtype {entry.dtype}; only {', '.join(DTYPES)} are read"
+            )
     known = files.entries.keys()
-    _raise_first((name for name in known if name not in expected and not name.endswith(hf_tensors.DERIVED_SUFFIXES)),
-                 "is not a tensor of this model", expected)
-    _raise_first((name for name in needed if name not in known), "missing from the safetensors files", known)
+    _raise_first(
+        (
+            name
+            for name in known
+            if name not in expected and not name.endswith(hf_tensors.DERIVED_SUFFIXES)
+        ),
+        "is not a tensor of this model",
+        expected,
+    )
+    _raise_first(
+        (name for name in needed if name not in known), "missing from the safetensors files", known
+    )
 
 
 def _raise_first(names: Iterable[str], what: str, known: Iterable[str]) -> None:
@@ -184,21 +267,36 @@ def _with_gains(model: ModelConfig, files: TensorFiles) -> ModelConfig:
     kind = architectures.resolve(model).qk_regulariser
     if kind not in hf_config.KEPT:
         return model
-    names = [name for name in files.entries if name.endswith(("self_attn.q_norm.weight", "self_attn.k_norm.weight"))]
+    names = [
+        name
+        for name in files.entries
+        if name.endswith(("self_attn.q_norm.weight", "self_attn.k_norm.weight"))
+    ]
     shape = (model.head_dim,)
-    sound = [name for name in names if files.entries[name].shape == shape and files.entries[name].dtype in DTYPES]
+    sound = [
+        name
+        for name in names
+        if files.entries[name].shape == shape and files.entries[name].dtype in DTYPES
+    ]
     if all((files.read(name) == 1).all() for name in sound):
         return model
     return dataclasses.replace(model, qk_regulariser=hf_config.KEPT[kind])
 
 
-def _check_constant(files: TensorFiles, constant: hf_tensors.Constant, note: Callable[[str], None]) -> None:
+def _check_constant(
+    files: TensorFiles, constant: hf_tensors.Constant, note: Callable[[str], None]
+) -> None:
     if constant.name not in files.entries:
         return
     tensor, value = files.read(constant.name), np.full(constant.shape, constant.value, np.float32)
     # Files in float32 may hold what bfloat16 had made of xIELU's eps.
-    same = any((tensor == value.astype(once).astype(tensor.dtype)).all() for once in (tensor.dtype, DTYPES["BF16"]))
+    same = any(
+        (tensor == value.astype(once).astype(tensor.dtype)).all()
+        for once in (tensor.dtype, DTYPES["BF16"])
+    )
     if not same and constant.unused:
         note(f"{constant.name}: passed over, the model has no such norm (final_layernorm is false)")
     elif not same:
-        raise HuggingFaceError(f"{constant.name}: is not {constant.value} throughout, as config.json makes it")
+        raise HuggingFaceError(
+            f"{constant.name}: is not {constant.value} throughout, as config.json makes it"
+        )

@@ -18,7 +18,14 @@ from fp8jax.models import gemms
 from fp8jax.models.definition import Params, define
 
 
-def compute(model: ModelConfig, vocab_size: int, params: Params, tokens_bt: np.ndarray, *, gradients: bool = False) -> dict[str, Any]:
+def compute(
+    model: ModelConfig,
+    vocab_size: int,
+    params: Params,
+    tokens_bt: np.ndarray,
+    *,
+    gradients: bool = False,
+) -> dict[str, Any]:
     """One forward, and at request one backward pass.
 
     Args:
@@ -35,10 +42,19 @@ def compute(model: ModelConfig, vocab_size: int, params: Params, tokens_bt: np.n
     Raises:
         ValueError: ids that are not integers [batch, length], shorter than 2, or outside the vocabulary.
     """
-    if tokens_bt.ndim != 2 or tokens_bt.shape[1] < 2 or not np.issubdtype(tokens_bt.dtype, np.integer) or not tokens_bt.size:
-        raise ValueError(f"tokens: {tokens_bt.dtype} {list(tokens_bt.shape)} are not integers [batch, length], at least 2 long")
+    if (
+        tokens_bt.ndim != 2
+        or tokens_bt.shape[1] < 2
+        or not np.issubdtype(tokens_bt.dtype, np.integer)
+        or not tokens_bt.size
+    ):
+        raise ValueError(
+            f"tokens: {tokens_bt.dtype} {list(tokens_bt.shape)} are not integers [batch, length], at least 2 long"
+        )
     if tokens_bt.min() < 0 or tokens_bt.max() >= vocab_size:
-        raise ValueError(f"tokens: ids from {tokens_bt.min()} to {tokens_bt.max()}; the model's are 0 to {vocab_size - 1}")
+        raise ValueError(
+            f"tokens: ids from {tokens_bt.min()} to {tokens_bt.max()}; the model's are 0 to {vocab_size - 1}"
+        )
     config = Config(model=dataclasses.replace(model, dtype="float32"), fp8=Fp8Config(recipe="bf16"))
     definition = define(config.model, vocab_size)
     recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
@@ -46,7 +62,9 @@ def compute(model: ModelConfig, vocab_size: int, params: Params, tokens_bt: np.n
 
     def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
         bound = definition.bind(params)
-        logits, _ = bound({"inputs": tokens}, recipes, bound.prepare(recipes, {}, gemms.zero_tokens(recipes)))
+        logits, _ = bound(
+            {"inputs": tokens}, recipes, bound.prepare(recipes, {}, gemms.zero_tokens(recipes))
+        )
         chosen = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
         return jnp.mean(jax.nn.logsumexp(logits[:, :-1], axis=-1) - chosen), logits
 

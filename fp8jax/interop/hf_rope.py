@@ -17,11 +17,25 @@ from fp8jax.interop.hf_values import number
 
 KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 SLIDING, FULL = "sliding_attention", "full_attention"  # kinds of layers
-_FIELDS = {"factor": "rope_scaling_factor", "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor",
-           "original_max_position_embeddings": "rope_original_context", "beta_fast": "rope_beta_fast", "beta_slow": "rope_beta_slow",
-           "attention_factor": "rope_attention_factor", "truncate": "rope_truncate"}
+_FIELDS = {
+    "factor": "rope_scaling_factor",
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "original_max_position_embeddings": "rope_original_context",
+    "beta_fast": "rope_beta_fast",
+    "beta_slow": "rope_beta_slow",
+    "attention_factor": "rope_attention_factor",
+    "truncate": "rope_truncate",
+}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate")
+_YARN = (
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "truncate",
+)
 # Kind → keys that it must have, and others that it may have.
 _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
@@ -32,8 +46,14 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def read(values: Mapping[str, Any], *, theta: float, left_out: Mapping[str, Any] | None, context: int | None,
-         layers: Collection[str] = (FULL,)) -> dict[str, Any]:
+def read(
+    values: Mapping[str, Any],
+    *,
+    theta: float,
+    left_out: Mapping[str, Any] | None,
+    context: int | None,
+    layers: Collection[str] = (FULL,),
+) -> dict[str, Any]:
     """Fields of a model config.
 
     Args:
@@ -51,12 +71,16 @@ def read(values: Mapping[str, Any], *, theta: float, left_out: Mapping[str, Any]
     found = scaling.pop("rope_theta", values.get("rope_theta"))
     found = theta if found is None else found
     if values.get("rope_theta") not in (None, found):
-        raise HuggingFaceError(f"config.json: rope_theta: {values['rope_theta']!r}, but {found!r} in rope_parameters")
+        raise HuggingFaceError(
+            f"config.json: rope_theta: {values['rope_theta']!r}, but {found!r} in rope_parameters"
+        )
     kind, other = scaling.pop("rope_type", None), scaling.pop("type", None)
     kind = kind or other or "default"
     fields = {"rope_theta": number({"rope_theta": found}, "rope_theta")}
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise HuggingFaceError(f"config.json: {key}: type {str(kind)[:60]!r} is not supported, only {', '.join(map(repr, _KINDS))}")
+        raise HuggingFaceError(
+            f"config.json: {key}: type {str(kind)[:60]!r} is not supported, only {', '.join(map(repr, _KINDS))}"
+        )
     if kind in ("yarn", "llama3") and context is not None:
         scaling.setdefault("original_max_position_embeddings", context)
     _check_names(key, kind, scaling)
@@ -66,20 +90,30 @@ def read(values: Mapping[str, Any], *, theta: float, left_out: Mapping[str, Any]
         scaling = _settled_yarn(key, scaling, context)
     if kind == "dynamic":
         if context is None:
-            raise HuggingFaceError("config.json: max_position_embeddings: missing; dynamic scaling begins there")
+            raise HuggingFaceError(
+                "config.json: max_position_embeddings: missing; dynamic scaling begins there"
+            )
         scaling["original_max_position_embeddings"] = context
-    return fields | {"rope_scaling": kind} | {_FIELDS[name]: _value(scaling, name) for name in scaling}
+    return (
+        fields | {"rope_scaling": kind} | {_FIELDS[name]: _value(scaling, name) for name in scaling}
+    )
 
 
 def write(model: ModelConfig, *, always: bool) -> dict[str, Any] | None:
     """The `rope_scaling` of a resolved model config; None where nothing is scaled, unless it must be said `always`."""
     if model.rope_scaling_factor == 1.0 and model.rope_attention_factor == 1.0:
         return {"rope_type": "default"} if always else None
-    names = {"llama3": _LLAMA3, "linear": ("factor",), "dynamic": ("factor",), "yarn": _YARN}[model.rope_scaling]
-    return {"rope_type": model.rope_scaling} | {name: getattr(model, _FIELDS[name]) for name in names}
+    names = {"llama3": _LLAMA3, "linear": ("factor",), "dynamic": ("factor",), "yarn": _YARN}[
+        model.rope_scaling
+    ]
+    return {"rope_type": model.rope_scaling} | {
+        name: getattr(model, _FIELDS[name]) for name in names
+    }
 
 
-def _stated(values: Mapping[str, Any], left_out: Mapping[str, Any] | None, layers: Collection[str]) -> tuple[str, dict[str, Any]]:
+def _stated(
+    values: Mapping[str, Any], left_out: Mapping[str, Any] | None, layers: Collection[str]
+) -> tuple[str, dict[str, Any]]:
     """The key that tells of scaling, and what it says of all the model's layers."""
     old, new = values.get("rope_scaling"), values.get("rope_parameters")
     if isinstance(new, dict) and (FULL in new or SLIDING in new):
@@ -88,13 +122,21 @@ def _stated(values: Mapping[str, Any], left_out: Mapping[str, Any] | None, layer
         raise HuggingFaceError("config.json: rope_scaling and rope_parameters differ; keep one")
     key, scaling = ("rope_parameters", new) if new is not None else ("rope_scaling", old)
     if scaling is None and left_out and key in values:
-        raise HuggingFaceError(f"config.json: {key}: null is Llama-3 scaling to some releases of transformers and none to others; "
-                               'write {"rope_type": "default"} for none, or leave the key out')
+        raise HuggingFaceError(
+            f"config.json: {key}: null is Llama-3 scaling to some releases of transformers and none to others; "
+            'write {"rope_type": "default"} for none, or leave the key out'
+        )
     scaling = left_out if scaling is None else scaling
     scaling = dict(scaling or {}) if isinstance(scaling, Mapping | None) else {"rope_type": scaling}
-    if key == "rope_scaling" and scaling.get("rope_type", scaling.get("type")) not in (None, "default") and SLIDING in layers:
-        raise HuggingFaceError("config.json: rope_scaling: is that of full attention alone, and layers of sliding attention have none; "
-                               "one RoPE for all layers is supported")
+    if (
+        key == "rope_scaling"
+        and scaling.get("rope_type", scaling.get("type")) not in (None, "default")
+        and SLIDING in layers
+    ):
+        raise HuggingFaceError(
+            "config.json: rope_scaling: is that of full attention alone, and layers of sliding attention have none; "
+            "one RoPE for all layers is supported"
+        )
     return key, scaling
 
 
@@ -102,7 +144,9 @@ def _of_all(nested: Mapping[str, Any], layers: Collection[str]) -> dict[str, Any
     """The RoPE of all kinds of layers that the model has, which must be the same."""
     found = [nested.get(kind) or {"rope_type": "default"} for kind in sorted(layers)]
     if any(one != found[0] for one in found) or not all(isinstance(one, dict) for one in found):
-        raise HuggingFaceError("config.json: rope_parameters: differ between kinds of layers; one RoPE for all layers is supported")
+        raise HuggingFaceError(
+            "config.json: rope_parameters: differ between kinds of layers; one RoPE for all layers is supported"
+        )
     return dict(found[0])
 
 
@@ -110,7 +154,9 @@ def _check_names(key: str, kind: str, scaling: Mapping[str, Any]) -> None:
     needed, optional = _KINDS[kind]
     for name in scaling:
         if name not in needed and name not in optional:
-            raise HuggingFaceError(f"config.json: {key}: {name or 'an empty name'} is not understood for type {kind!r}")
+            raise HuggingFaceError(
+                f"config.json: {key}: {name or 'an empty name'} is not understood for type {kind!r}"
+            )
     for name in needed:
         if name not in scaling:
             raise HuggingFaceError(f"config.json: {key}: {name} is missing for type {kind!r}")
@@ -119,7 +165,9 @@ def _check_names(key: str, kind: str, scaling: Mapping[str, Any]) -> None:
 def _settled_yarn(key: str, scaling: Mapping[str, Any], context: int | None) -> dict[str, Any]:
     """YaRN's keys with what transformers makes of those that are left out."""
     if "original_max_position_embeddings" not in scaling:
-        raise HuggingFaceError(f"config.json: {key}: original_max_position_embeddings is missing for type 'yarn'")
+        raise HuggingFaceError(
+            f"config.json: {key}: original_max_position_embeddings is missing for type 'yarn'"
+        )
     settled: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, **scaling}
     original = number(scaling, "original_max_position_embeddings", int)
     if "factor" not in settled:
@@ -127,10 +175,14 @@ def _settled_yarn(key: str, scaling: Mapping[str, Any], context: int | None) -> 
             raise HuggingFaceError(f"config.json: {key}: factor is missing for type 'yarn'")
         settled["factor"] = context / original
     factor = number(settled, "factor")
-    mscale, over = (number({name: settled.pop(name, 0.0)}, name) for name in ("mscale", "mscale_all_dim"))
+    mscale, over = (
+        number({name: settled.pop(name, 0.0)}, name) for name in ("mscale", "mscale_all_dim")
+    )
     if "attention_factor" not in settled:
         both = mscale and over
-        settled["attention_factor"] = _mscale(factor, mscale) / _mscale(factor, over) if both else _mscale(factor, 1.0)
+        settled["attention_factor"] = (
+            _mscale(factor, mscale) / _mscale(factor, over) if both else _mscale(factor, 1.0)
+        )
     return settled
 
 

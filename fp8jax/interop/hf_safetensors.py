@@ -26,8 +26,20 @@ from fp8jax import files
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Bytes an element of what else may stand in a header; such tensors are refused when they are read.
-_OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "F64": 8,
-                "I64": 8, "U64": 8}
+_OTHER_SIZES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
 _MAX_HEADER = 100_000_000  # the reference implementation's limit
 _MAX_VALUES = 1 << 29  # bytes of memory that a header's values may take: 600,000 tensors
 _MAX_JSON = 1 << 26  # of config.json and of an index, which has some 100 bytes a tensor
@@ -37,7 +49,9 @@ class HuggingFaceError(ValueError):
     """A directory that cannot be converted. The message is one line: file, key or tensor, and what is wrong."""
 
     def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))  # names in files may hold anything
+        super().__init__(
+            "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        )  # names in files may hold anything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +77,22 @@ class TensorFiles:
     def __init__(self, directory: pathlib.Path):
         self.entries: dict[str, Entry] = {}
         listed = _index(directory)
-        for path in [directory / name for name in sorted(set(listed.values()))] if listed else [directory / SINGLE]:
+        for path in (
+            [directory / name for name in sorted(set(listed.values()))]
+            if listed
+            else [directory / SINGLE]
+        ):
             for name, entry in _header(path).items():
                 if listed and listed.get(name) != path.name:
-                    raise HuggingFaceError(f"{path}: holds {name}, which {INDEX} places in {listed.get(name, 'no file')}")
+                    raise HuggingFaceError(
+                        f"{path}: holds {name}, which {INDEX} places in {listed.get(name, 'no file')}"
+                    )
                 self.entries[name] = entry
         missing = next((name for name in listed if name not in self.entries), None)
         if missing:
-            raise HuggingFaceError(f"{directory / listed[missing]}: lacks {missing}, which {INDEX} places there")
+            raise HuggingFaceError(
+                f"{directory / listed[missing]}: lacks {missing}, which {INDEX} places there"
+            )
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, read from disk, in the file's dtype.
@@ -80,8 +102,12 @@ class TensorFiles:
         """
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
-            raise HuggingFaceError(f"{entry.path}: {name} has dtype {entry.dtype}; only {', '.join(DTYPES)} are read")
-        return np.fromfile(entry.path, DTYPES[entry.dtype], math.prod(entry.shape), offset=entry.start).reshape(entry.shape)
+            raise HuggingFaceError(
+                f"{entry.path}: {name} has dtype {entry.dtype}; only {', '.join(DTYPES)} are read"
+            )
+        return np.fromfile(
+            entry.path, DTYPES[entry.dtype], math.prod(entry.shape), offset=entry.start
+        ).reshape(entry.shape)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -100,8 +126,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise HuggingFaceError(f"{path}: {error}") from None
 
 
-def write_files(directory: pathlib.Path, tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]], dtype: np.dtype,
-                max_shard_bytes: int) -> None:
+def write_files(
+    directory: pathlib.Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]],
+    dtype: np.dtype,
+    max_shard_bytes: int,
+) -> None:
     """Writes tensors into as few files as their limit allows, with an index if there are several.
 
     Args:
@@ -120,16 +150,28 @@ def write_files(directory: pathlib.Path, tensors: Mapping[str, tuple[tuple[int, 
         shards[-1].append(name)
         filled += size
     count = len(shards)
-    names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    names = (
+        [SINGLE]
+        if count == 1
+        else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    )
     for file_name, shard in zip(names, shards, strict=True):
         _write_file(directory / file_name, {name: tensors[name] for name in shard}, dtype)
     if count > 1:
-        where = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
+        where = {
+            name: file_name
+            for file_name, shard in zip(names, shards, strict=True)
+            for name in shard
+        }
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write_file(path: pathlib.Path, tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]], dtype: np.dtype) -> None:
+def _write_file(
+    path: pathlib.Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]],
+    dtype: np.dtype,
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     code = next(code for code, known in DTYPES.items() if known == dtype)
     start = 0
@@ -144,7 +186,9 @@ def _write_file(path: pathlib.Path, tensors: Mapping[str, tuple[tuple[int, ...],
         for name, (shape, produce) in tensors.items():
             array = produce()
             if array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"{name}: {array.shape} {array.dtype} was produced, {shape} {dtype} announced")
+                raise ValueError(
+                    f"{name}: {array.shape} {array.dtype} was produced, {shape} {dtype} announced"
+                )
             file.write(np.ascontiguousarray(array).view(np.uint8).data)
             del array  # before the next is made
 
@@ -154,14 +198,24 @@ def _index(directory: pathlib.Path) -> dict[str, str]:
     path = directory / INDEX
     if not path.exists():
         if not (directory / SINGLE).exists():
-            raise HuggingFaceError(f"{directory}: neither {SINGLE} nor {INDEX} there; only safetensors are read, no pickle")
+            raise HuggingFaceError(
+                f"{directory}: neither {SINGLE} nor {INDEX} there; only safetensors are read, no pickle"
+            )
         return {}
     listed = read_json(path).get("weight_map")
-    if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
-        raise HuggingFaceError(f"{path}: weight_map is not an object of tensor names and file names")
+    if (
+        not isinstance(listed, dict)
+        or not listed
+        or not all(isinstance(file, str) for file in listed.values())
+    ):
+        raise HuggingFaceError(
+            f"{path}: weight_map is not an object of tensor names and file names"
+        )
     for name, file in listed.items():
         if pathlib.PurePath(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise HuggingFaceError(f"{path}: {name} is placed in {file!r}, which is not the name of a .safetensors file beside it")
+            raise HuggingFaceError(
+                f"{path}: {name} is placed in {file!r}, which is not the name of a .safetensors file beside it"
+            )
     return listed
 
 
@@ -172,7 +226,9 @@ def _header(path: pathlib.Path) -> dict[str, Entry]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if total < 8 or length > min(_MAX_HEADER, total - 8):
-                raise HuggingFaceError(f"{path}: says that its header has {length} bytes; the file has {total}")
+                raise HuggingFaceError(
+                    f"{path}: says that its header has {length} bytes; the file has {total}"
+                )
             header = _json_object(path, file.read(length))
     except OSError as error:
         raise HuggingFaceError(f"{path}: cannot be read: {error.strerror}") from None
@@ -181,11 +237,18 @@ def _header(path: pathlib.Path) -> dict[str, Entry]:
     expected = 0
     for name, (start, stop) in sorted(ranges.items(), key=lambda item: item[1]):
         if start != expected:
-            raise HuggingFaceError(f"{path}: {name} starts at byte {start} of the data, where {expected} is due")
+            raise HuggingFaceError(
+                f"{path}: {name} starts at byte {start} of the data, where {expected} is due"
+            )
         expected = stop
     if expected != total - 8 - length:
-        raise HuggingFaceError(f"{path}: has {total - 8 - length} bytes of data, its header describes {expected}; truncated?")
-    return {name: Entry(path, spec["dtype"], tuple(spec["shape"]), 8 + length + ranges[name][0]) for name, spec in header.items()}
+        raise HuggingFaceError(
+            f"{path}: has {total - 8 - length} bytes of data, its header describes {expected}; truncated?"
+        )
+    return {
+        name: Entry(path, spec["dtype"], tuple(spec["shape"]), 8 + length + ranges[name][0])
+        for name, spec in header.items()
+    }
 
 
 def _range(path: pathlib.Path, name: str, spec: Any) -> tuple[int, int]:
@@ -195,9 +258,13 @@ def _range(path: pathlib.Path, name: str, spec: Any) -> tuple[int, int]:
         size = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_SIZES[dtype]
         whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
     except (KeyError, TypeError, ValueError):
-        raise HuggingFaceError(f"{path}: the header's entry of {name} is not understood: {str(spec)[:100]}") from None
+        raise HuggingFaceError(
+            f"{path}: the header's entry of {name} is not understood: {str(spec)[:100]}"
+        ) from None
     if not whole or stop - start != math.prod(shape) * size:
-        raise HuggingFaceError(f"{path}: the header gives {name} shape {shape}, dtype {dtype} and bytes {start} to {stop}")
+        raise HuggingFaceError(
+            f"{path}: the header gives {name} shape {shape}, dtype {dtype} and bytes {start} to {stop}"
+        )
     return start, stop
 
 

@@ -24,11 +24,21 @@ Params = dict[str, Any]
 
 # Our norms' names in each format.
 _NORMS = {
-    **dict.fromkeys(("llama", "mistral", "qwen3"), {"pre_attention": "input_layernorm", "pre_ffn": "post_attention_layernorm"}),
-    **dict.fromkeys(("olmo2", "olmo3"), {"post_attention": "post_attention_layernorm", "post_ffn": "post_feedforward_layernorm"}),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen3"),
+        {"pre_attention": "input_layernorm", "pre_ffn": "post_attention_layernorm"},
+    ),
+    **dict.fromkeys(
+        ("olmo2", "olmo3"),
+        {"post_attention": "post_attention_layernorm", "post_ffn": "post_feedforward_layernorm"},
+    ),
     "apertus": {"pre_attention": "attention_layernorm", "pre_ffn": "feedforward_layernorm"},
-    "fog": {"pre_attention": "attention_layernorm", "pre_ffn": "feedforward_layernorm",
-            "post_attention": "attention_layernorm", "post_ffn": "feedforward_layernorm"},
+    "fog": {
+        "pre_attention": "attention_layernorm",
+        "pre_ffn": "feedforward_layernorm",
+        "post_attention": "attention_layernorm",
+        "post_ffn": "feedforward_layernorm",
+    },
 }
 # Tensors of old files that hold nothing but what the config says.
 DERIVED_SUFFIXES = (".self_attn.rotary_emb.inv_freq",)
@@ -69,7 +79,11 @@ def slots(model: ModelConfig, vocab_size: int, model_type: str) -> Iterator[Slot
     yield Slot("model.embed_tokens.weight", (vocab_size, d), ("embedding", "w"), (), (0, 1))
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}."
-        for slot in (*_attention(model, layer), *_feed_forward(model, layer), *_norms(model, layer, _NORMS[model_type])):
+        for slot in (
+            *_attention(model, layer),
+            *_feed_forward(model, layer),
+            *_norms(model, layer, _NORMS[model_type]),
+        ):
             yield slot._replace(name=prefix + slot.name, path=(STACKED, *slot.path))
     if model.final_norm:
         yield Slot("model.norm.weight", (d,), ("final_norm", "gain"), (), (0,))
@@ -81,7 +95,10 @@ def constants(model: ModelConfig, model_type: str) -> Iterator[Constant]:
     """Every tensor that a format has and the model needs not: frozen gains, xIELU's constants."""
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}."
-        if model.qk_regulariser in ("rmsnorm_frozen", "tanh"):  # other gains: hf.load takes a regulariser that has them
+        if model.qk_regulariser in (
+            "rmsnorm_frozen",
+            "tanh",
+        ):  # other gains: hf.load takes a regulariser that has them
             yield Constant(f"{prefix}self_attn.q_norm.weight", (head_dim(model),), 1.0)
             yield Constant(f"{prefix}self_attn.k_norm.weight", (head_dim(model),), 1.0)
         if model_type == "apertus":
@@ -95,16 +112,30 @@ def _attention(model: ModelConfig, layer: int) -> Iterator[Slot]:
     d, n, k, h = model.width, model.heads, model.kv_heads, head_dim(model)
     g = n // k
     qkv, every = ("attention", "qkv", "w"), slice(None)
-    yield Slot("self_attn.q_proj.weight", (n * h, d), qkv, (layer, every, every, slice(0, g)), (1, 2, 3, 0))
+    yield Slot(
+        "self_attn.q_proj.weight", (n * h, d), qkv, (layer, every, every, slice(0, g)), (1, 2, 3, 0)
+    )
     yield Slot("self_attn.k_proj.weight", (k * h, d), qkv, (layer, every, every, g), (1, 2, 0))
     yield Slot("self_attn.v_proj.weight", (k * h, d), qkv, (layer, every, every, g + 1), (1, 2, 0))
-    yield Slot("self_attn.o_proj.weight", (d, n * h), ("attention", "out", "w"), (layer,), (3, 0, 1, 2))
+    yield Slot(
+        "self_attn.o_proj.weight", (d, n * h), ("attention", "out", "w"), (layer,), (3, 0, 1, 2)
+    )
     if model.qk_regulariser == "rmsnorm_full":
-        yield Slot("self_attn.q_norm.weight", (n * h,), ("attention", "q_norm", "gain"), (layer,), (0, 1, 2))
-        yield Slot("self_attn.k_norm.weight", (k * h,), ("attention", "k_norm", "gain"), (layer,), (0, 1))
+        yield Slot(
+            "self_attn.q_norm.weight",
+            (n * h,),
+            ("attention", "q_norm", "gain"),
+            (layer,),
+            (0, 1, 2),
+        )
+        yield Slot(
+            "self_attn.k_norm.weight", (k * h,), ("attention", "k_norm", "gain"), (layer,), (0, 1)
+        )
     for name in ("q_norm", "k_norm"):
         if model.qk_regulariser in ("rmsnorm", "rmsnorm_kept", "tanh_gain", "tanh_kept"):
-            yield Slot(f"self_attn.{name}.weight", (h,), ("attention", name, "gain"), (layer,), (0,))
+            yield Slot(
+                f"self_attn.{name}.weight", (h,), ("attention", name, "gain"), (layer,), (0,)
+            )
         if str(model.qk_regulariser).startswith("tanh"):
             yield _scalar(f"self_attn.{name}.alpha", ("attention", name, "alpha"), layer)
 

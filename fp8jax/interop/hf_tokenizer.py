@@ -48,7 +48,11 @@ def files(tokenizer: Tokenizer, context: int, rows: int | None = None) -> dict[s
     unused = list(range(tokenizer.vocab_size, rows or tokenizer.vocab_size))
     if unused:
         generation["suppress_tokens"] = unused
-    return {"tokenizer.json": content, "tokenizer_config.json": settings, "generation_config.json": generation}
+    return {
+        "tokenizer.json": content,
+        "tokenizer_config.json": settings,
+        "generation_config.json": generation,
+    }
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -94,16 +98,40 @@ def _byte_level(
     added = list(added)
     # The library numbers added tokens by itself unless the model knows them.
     vocab = {text: index for text, index in added} | vocab
-    bytes_of_words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    bytes_of_words = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     words: dict[str, Any] = bytes_of_words
     if pattern is not None:
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }
         words = {"type": "Sequence", "pretokenizers": [split, bytes_of_words]}
     model = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-        "fuse_unk": False, "byte_fallback": False, "ignore_merges": True, "vocab": vocab, "merges": merges,
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,
+        "vocab": vocab,
+        "merges": merges,
     }
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     return {
         "version": "1.0",
         "truncation": None,
@@ -112,7 +140,12 @@ def _byte_level(
         "normalizer": None,
         "pre_tokenizer": words,
         "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "model": model,
     }
 

@@ -31,8 +31,18 @@ from fp8jax.interop import scoring
 from fp8jax.interop.inference import Inference
 
 # What the FOG paper evaluates.
-FOG_TASKS = ("lambada_openai", "winogrande", "piqa", "social_iqa", "openbookqa", "arc_easy", "commonsense_qa", "triviaqa", "wikitext",
-             "hellaswag")
+FOG_TASKS = (
+    "lambada_openai",
+    "winogrande",
+    "piqa",
+    "social_iqa",
+    "openbookqa",
+    "arc_easy",
+    "commonsense_qa",
+    "triviaqa",
+    "wikitext",
+    "hellaswag",
+)
 GROUPS = {"fog": FOG_TASKS}
 
 
@@ -43,20 +53,30 @@ class Harness(LM):
         super().__init__()
         self.inference = inference
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """Of (context, continuation): log probability in nats, and whether greedy decoding would write it."""
         return scoring.log_likelihoods(self.inference, [request.args for request in requests])
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """Of (text,): log probability in nats."""
-        return scoring.rolling_log_likelihoods(self.inference, [request.args[0] for request in requests])
+        return scoring.rolling_log_likelihoods(
+            self.inference, [request.args[0] for request in requests]
+        )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Of (context, options): the text up to a stop string."""
         return scoring.generate_until(self.inference, [request.args for request in requests])
 
 
-def evaluate(inference: Inference, tasks: Sequence[Any], keep: Callable[[dict[str, Any]], object] = lambda found: None) -> dict[str, Any]:
+def evaluate(
+    inference: Inference,
+    tasks: Sequence[Any],
+    keep: Callable[[dict[str, Any]], object] = lambda found: None,
+) -> dict[str, Any]:
     """Run tasks from `load_tasks`, one after another; few-shot examples and metrics are as each task's file says.
 
     Args:
@@ -69,16 +89,29 @@ def evaluate(inference: Inference, tasks: Sequence[Any], keep: Callable[[dict[st
     """
     # Its bootstrap forks, and a fork of a process with JAX's threads may never return; in this process fewer draws must do.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    done: dict[str, Any] = {"results": {}, "n-shot": {}, "versions": {}, "lm_eval": version("lm_eval"), "failed": {}}
+    done: dict[str, Any] = {
+        "results": {},
+        "n-shot": {},
+        "versions": {},
+        "lm_eval": version("lm_eval"),
+        "failed": {},
+    }
     for task in tasks:
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                found: Any = simple_evaluate(model=Harness(inference), tasks=[task], task_manager=TaskManager(include_defaults=False),
-                                             log_samples=False, bootstrap_iters=1000)
+                found: Any = simple_evaluate(
+                    model=Harness(inference),
+                    tasks=[task],
+                    task_manager=TaskManager(include_defaults=False),
+                    log_samples=False,
+                    bootstrap_iters=1000,
+                )
         except jax.errors.JaxRuntimeError:
             raise
         except Exception as error:  # whatever a task's own code raises
-            done["failed"][_name(task)] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+            done["failed"][_name(task)] = (
+                f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+            )
         else:
             for name in ("results", "n-shot", "versions"):
                 done[name] |= found[name]
@@ -119,10 +152,15 @@ def load_tasks(names: Sequence[str], task_dir: pathlib.Path | None = None) -> li
     manager = TaskManager(include_path=task_dir and str(task_dir.absolute()))
     for name in names:
         if name not in manager.task_index:
-            raise ConfigError(f"--tasks: {name!r} is not a task of the harness{did_you_mean(name, [*GROUPS, *manager.all_tasks])}"
-                              + ("" if task_dir else "; a task file of your own is found with --task_dir=DIR"))
+            raise ConfigError(
+                f"--tasks: {name!r} is not a task of the harness{did_you_mean(name, [*GROUPS, *manager.all_tasks])}"
+                + ("" if task_dir else "; a task file of your own is found with --task_dir=DIR")
+            )
     datasets.disable_progress_bars()
-    for library in ("huggingface_hub", "lm_eval"):  # each retry and each default of a task file is a line otherwise
+    for library in (
+        "huggingface_hub",
+        "lm_eval",
+    ):  # each retry and each default of a task file is a line otherwise
         logging.getLogger(library).setLevel(logging.ERROR)
     with contextlib.chdir(task_dir or "."):
         return _load(manager, names)
@@ -140,8 +178,12 @@ def _load(manager: TaskManager, names: list[str]) -> list[Any]:
             datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
         except Exception as error:  # its file may bring code of its own
             reason = (str(error).splitlines() or [""])[0]
-            raise ConfigError(f"--tasks: {name}: its data cannot be read: {type(error).__name__}: {reason}") from error
+            raise ConfigError(
+                f"--tasks: {name}: its data cannot be read: {type(error).__name__}: {reason}"
+            ) from error
     if missing:
-        raise ConfigError(f"--tasks: the data of {', '.join(missing)} is not on this machine and huggingface.co cannot be reached; run "
-                        "once with a network, copy its HF_HOME here, or give task files with local data by --task_dir=DIR")
+        raise ConfigError(
+            f"--tasks: the data of {', '.join(missing)} is not on this machine and huggingface.co cannot be reached; run "
+            "once with a network, copy its HF_HOME here, or give task files with local data by --task_dir=DIR"
+        )
     return loaded

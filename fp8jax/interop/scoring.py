@@ -26,12 +26,36 @@ from fp8jax.interop.inference import Inference
 from fp8jax.models.runner import Bound
 
 DEFAULT_TOKENS = 256  # of generate_until, as in the harness
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness's names for it; the first one counts
-_KNOWN = ("until", "do_sample", "temperature", "top_p", "use_cache", "pad_token_id", "length_penalty", "early_stopping")
+LENGTHS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # the harness's names for it; the first one counts
+_KNOWN = (
+    "until",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "use_cache",
+    "pad_token_id",
+    "length_penalty",
+    "early_stopping",
+)
 # Other options, with the values at which they change nothing; the last two of those above do nothing without beams.
-_NEUTRAL = {"num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "repetition_penalty": (1,), "top_k": (0, -1),
-            "min_p": (0,), "typical_p": (1,), "no_repeat_ngram_size": (0,), "diversity_penalty": (0,), "presence_penalty": (0,),
-            "frequency_penalty": (0,)}
+_NEUTRAL = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "no_repeat_ngram_size": (0,),
+    "diversity_penalty": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+}
 # Of a batch, for each replica: enough to keep a device busy, and float32 logits of at most 4 GiB.
 BATCH_TOKENS, LOGITS_BYTES = 16384, 4 << 30
 
@@ -43,7 +67,9 @@ class Window(NamedTuple):
     scored: int
 
 
-def log_likelihoods(inference: Inference, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+def log_likelihoods(
+    inference: Inference, requests: Sequence[tuple[str, str]]
+) -> list[tuple[float, bool]]:
     """For each (context, continuation): log probability of the continuation, and whether greedy decoding would write it.
 
     Trailing white space of a context is taken for the continuation's.
@@ -53,7 +79,9 @@ def log_likelihoods(inference: Inference, requests: Sequence[tuple[str, str]]) -
 
 def rolling_log_likelihoods(inference: Inference, texts: Sequence[str]) -> list[float]:
     """Log probability of each text, every token of it scored once; long ones in windows of the model's context."""
-    requests = [(document(inference, ""), inference.tokenizer.encode(text).tolist()) for text in texts]
+    requests = [
+        (document(inference, ""), inference.tokenizer.encode(text).tolist()) for text in texts
+    ]
     return [found for found, _ in score(inference, requests)]
 
 
@@ -66,12 +94,16 @@ def encode_pair(inference: Inference, context: str, continuation: str) -> tuple[
         ValueError: a continuation without a token.
     """
     stripped = context.rstrip()
-    continuation = context[len(stripped):] + continuation
+    continuation = context[len(stripped) :] + continuation
     encode = inference.tokenizer.encode
     before = document(inference, stripped)
-    after = encode(stripped + continuation).tolist()[len(before) - 1:] or encode(continuation).tolist()
+    after = (
+        encode(stripped + continuation).tolist()[len(before) - 1 :] or encode(continuation).tolist()
+    )
     if not after:
-        raise ValueError(f"the continuation of {context[-60:]!r} is empty; there is nothing to score: remove that choice from the task")
+        raise ValueError(
+            f"the continuation of {context[-60:]!r} is empty; there is nothing to score: remove that choice from the task"
+        )
     return before, after
 
 
@@ -83,7 +115,7 @@ def windows(context: Ids, continuation: Ids, length: int) -> Iterator[Window]:
     whole, done = context + continuation, len(context)
     while done < len(whole):
         end = min(done + length, len(whole))
-        yield Window(whole[max(0, end - length - 1): end], end - done)
+        yield Window(whole[max(0, end - length - 1) : end], end - done)
         done = end
 
 
@@ -94,14 +126,20 @@ def score(inference: Inference, requests: Sequence[tuple[Ids, Ids]]) -> list[tup
         inference: the model.
         requests: (context, continuation) token ids; no context is empty.
     """
-    pieces = [(i, window) for i, request in enumerate(requests) for window in windows(*request, inference.context)]
+    pieces = [
+        (i, window)
+        for i, request in enumerate(requests)
+        for window in windows(*request, inference.context)
+    ]
     totals, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
-    for batch, length, rows in _batches(inference, pieces, lambda piece: len(piece[1].ids) - 1, "scoring"):
+    for batch, length, rows in _batches(
+        inference, pieces, lambda piece: len(piece[1].ids) - 1, "scoring"
+    ):
         ids, mask = np.zeros((rows, length + 1), np.int32), np.zeros((rows, length), bool)
         for row, (_, window) in enumerate(batch):
             end = len(window.ids)
             ids[row, :end] = window.ids
-            mask[row, end - 1 - window.scored: end - 1] = True
+            mask[row, end - 1 - window.scored : end - 1] = True
         arrays = (inference.put(x) for x in (ids[:, :-1], ids[:, 1:], mask))
         found = inference.call(_score, *arrays, np.int32(inference.tokenizer.vocab_size))
         for (i, _), value, likeliest in zip(batch, *map(inference.fetch, found), strict=False):
@@ -110,7 +148,9 @@ def score(inference: Inference, requests: Sequence[tuple[Ids, Ids]]) -> list[tup
     return [(float(total), bool(g)) for total, g in zip(totals, greedy, strict=True)]
 
 
-def _score(bound: Bound, inputs_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _score(
+    bound: Bound, inputs_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """float32 [b] sums of log probabilities under the mask; bool [b], whether all were the likeliest of so many ids."""
     logits, _ = bound.model({"inputs": inputs_bt}, bound.recipes, bound.prepared)
     chosen = jnp.take_along_axis(logits, targets_bt[..., None], axis=-1)[..., 0]
@@ -119,7 +159,9 @@ def _score(bound: Bound, inputs_bt: jax.Array, targets_bt: jax.Array, mask_bt: j
     return total, jnp.all((chosen == largest) | ~mask_bt, axis=-1)
 
 
-def generate_until(inference: Inference, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+def generate_until(
+    inference: Inference, requests: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[str]:
     """Continues each context up to its first stop string, which is left out, or the end of the document.
 
     Args:
@@ -151,7 +193,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     _Options.read(options)
 
 
-def _generate_alike(inference: Inference, options: "_Options", rows: list[tuple[int, Ids]]) -> Iterator[tuple[int, str]]:
+def _generate_alike(
+    inference: Inference, options: "_Options", rows: list[tuple[int, Ids]]
+) -> Iterator[tuple[int, str]]:
     """Each row's number and its text."""
     room = max(inference.context - options.tokens, inference.context // 2)
     rows = [(i, row[-room:]) for i, row in rows]
@@ -160,7 +204,9 @@ def _generate_alike(inference: Inference, options: "_Options", rows: list[tuple[
         text = inference.tokenizer.decode(ids)
         return any(stop in text for stop in options.until)
 
-    for batch, _, count in _batches(inference, rows, lambda row: len(row[1]) + options.tokens, "generating"):
+    for batch, _, count in _batches(
+        inference, rows, lambda row: len(row[1]) + options.tokens, "generating"
+    ):
         prompts = [row for _, row in batch] + [batch[0][1]] * (count - len(batch))
         *_, found = generate_ids(inference, prompts, options.tokens, options.sampling, stopped)
         for (i, _), ids in zip(batch, found, strict=False):
@@ -188,11 +234,15 @@ class _Options(NamedTuple):
         drawing = ("top_k", "min_p", "typical_p") if not temperature else ()
         for name, value in options.items():
             if name not in (*_KNOWN, *LENGTHS, *drawing) and value not in _NEUTRAL.get(name, ()):
-                raise ValueError(f"generation option {name}={value!r} is not supported; change generation_kwargs of the task")
+                raise ValueError(
+                    f"generation option {name}={value!r} is not supported; change generation_kwargs of the task"
+                )
         length = next((name for name in LENGTHS if name in options), LENGTHS[0])
         tokens = options.get(length, DEFAULT_TOKENS)
         if type(tokens) is not int or tokens < 0:
-            raise ValueError(f"generation option {length}={tokens!r} is not a number of tokens; change generation_kwargs of the task")
+            raise ValueError(
+                f"generation option {length}={tokens!r} is not a number of tokens; change generation_kwargs of the task"
+            )
         top_p = float(options.get("top_p", 1.0)) if temperature else 1.0
         return _Options(tuple(filter(None, until)), tokens, Sampling(temperature, top_p))
 
@@ -202,13 +252,24 @@ def _before(text: str, stops: Iterable[str]) -> str:
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
-def _batches(inference: Inference, pieces: list, length: Any, what: str) -> Iterator[tuple[list, int, int]]:
+def _batches(
+    inference: Inference, pieces: list, length: Any, what: str
+) -> Iterator[tuple[list, int, int]]:
     """(pieces, their bucket of length, rows of the batch), the longest first: what does not fit in memory fails at once."""
     buckets = defaultdict(list)
     for piece in sorted(pieces, key=length, reverse=True):
         buckets[bucket(length(piece), inference.context)].append(piece)
     batches, tokens = [], min(BATCH_TOKENS, LOGITS_BYTES // (4 * inference.vocab_size))
     for size, found in buckets.items():
-        rows = min(max(1, tokens // size), 1 << (-(-len(found) // inference.replicas) - 1).bit_length()) * inference.replicas
-        batches += [(found[first: first + rows], size, rows) for first in range(0, len(found), rows)]
-    return track(batches, what, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+        rows = (
+            min(
+                max(1, tokens // size), 1 << (-(-len(found) // inference.replicas) - 1).bit_length()
+            )
+            * inference.replicas
+        )
+        batches += [
+            (found[first : first + rows], size, rows) for first in range(0, len(found), rows)
+        ]
+    return track(
+        batches, what, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
+    )

@@ -35,9 +35,14 @@ def in_loop(value: bool) -> Iterator[None]:
         _in_loop.reset(token)
 
 
-def pointwise(function: Callable[..., Any], static_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
+def pointwise(
+    function: Callable[..., Any], static_argnums: tuple[int, ...] = ()
+) -> Callable[..., Any]:
     """Return the same function, differentiated from its inputs alone."""
-    hidden = {value: jax.checkpoint(function, prevent_cse=not value, static_argnums=static_argnums) for value in (False, True)}
+    hidden = {
+        value: jax.checkpoint(function, prevent_cse=not value, static_argnums=static_argnums)
+        for value in (False, True)
+    }
 
     @functools.wraps(function)
     def computed_again(*args: Any) -> Any:
@@ -53,7 +58,9 @@ class XIELU(nnx.Module):
 
     def __init__(self):
         self.alpha_p = nnx.Param(jnp.full((), math.log(math.expm1(0.8)), jnp.float32), axes=())
-        self.alpha_n = nnx.Param(jnp.full((), math.log(math.expm1(0.8 - self.beta)), jnp.float32), axes=())
+        self.alpha_n = nnx.Param(
+            jnp.full((), math.log(math.expm1(0.8 - self.beta)), jnp.float32), axes=()
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """X > 0: ap x² + b x; else an (expm1(min(x, eps)) - x) + b x."""
@@ -61,7 +68,9 @@ class XIELU(nnx.Module):
 
 
 @pointwise
-def _xielu(x: jax.Array, alpha_p: jax.Array, alpha_n: jax.Array, beta: float, eps: float) -> jax.Array:
+def _xielu(
+    x: jax.Array, alpha_p: jax.Array, alpha_n: jax.Array, beta: float, eps: float
+) -> jax.Array:
     wide = x.astype(jnp.float32)
     positive = jax.nn.softplus(alpha_p) * wide * wide
     negative = (beta + jax.nn.softplus(alpha_n)) * (jnp.expm1(jnp.minimum(wide, eps)) - wide)
@@ -96,4 +105,6 @@ def smooth_swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]
     """
     s = jnp.max(jnp.abs(jax.lax.stop_gradient(up.astype(jnp.float32))), axis=-1, keepdims=True)
     s = jnp.where(s > 0, s, 1.0)
-    return (jax.nn.silu(gate.astype(jnp.float32)) * (up.astype(jnp.float32) / s)).astype(up.dtype), s
+    return (jax.nn.silu(gate.astype(jnp.float32)) * (up.astype(jnp.float32) / s)).astype(
+        up.dtype
+    ), s

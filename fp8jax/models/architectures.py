@@ -12,10 +12,25 @@ from fp8jax.config import ModelConfig, head_dim
 from fp8jax.models.activations import GATED
 
 # "1/sqrt(layers)", "1/init_std" and "1/sqrt(head_dim)" are worked out by `resolve`.
-_FOG = dict(pre_norm=False, qk_regulariser="rmsnorm_frozen", branch_output="rmsnorm", branch_gain_init="1/sqrt(layers)",
-            input_scale="1/init_std", softmax_scale=0.125, final_norm=False)
-_LLAMA = dict(pre_norm=True, qk_regulariser="none", activation="swiglu", branch_output="none", branch_gain_init=1.0,
-              input_scale=1.0, softmax_scale="1/sqrt(head_dim)", final_norm=True)
+_FOG = dict(
+    pre_norm=False,
+    qk_regulariser="rmsnorm_frozen",
+    branch_output="rmsnorm",
+    branch_gain_init="1/sqrt(layers)",
+    input_scale="1/init_std",
+    softmax_scale=0.125,
+    final_norm=False,
+)
+_LLAMA = dict(
+    pre_norm=True,
+    qk_regulariser="none",
+    activation="swiglu",
+    branch_output="none",
+    branch_gain_init=1.0,
+    input_scale=1.0,
+    softmax_scale="1/sqrt(head_dim)",
+    final_norm=True,
+)
 _OP = _FOG | dict(activation="gelu", branch_output="layerscale", softmax_scale="1/sqrt(head_dim)")
 
 TABLE: dict[str, dict[str, Any]] = {
@@ -32,9 +47,15 @@ TABLE: dict[str, dict[str, Any]] = {
 
 def resolve(model: ModelConfig) -> ModelConfig:
     """The same config with every switch and the head dimension filled in."""
-    derived = {"1/sqrt(layers)": 1 / math.sqrt(model.layers), "1/init_std": 1 / model.init_std if model.init_std else 1.0,
-               "1/sqrt(head_dim)": 1 / math.sqrt(head_dim(model))}
-    row = {name: derived.get(value, value) if isinstance(value, str) else value for name, value in TABLE[model.architecture].items()}
+    derived = {
+        "1/sqrt(layers)": 1 / math.sqrt(model.layers),
+        "1/init_std": 1 / model.init_std if model.init_std else 1.0,
+        "1/sqrt(head_dim)": 1 / math.sqrt(head_dim(model)),
+    }
+    row = {
+        name: derived.get(value, value) if isinstance(value, str) else value
+        for name, value in TABLE[model.architecture].items()
+    }
     filled = {name: value for name, value in row.items() if getattr(model, name) is None}
     return dataclasses.replace(model, head_dim=head_dim(model), **filled)
 

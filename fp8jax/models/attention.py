@@ -27,13 +27,31 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         k, g, h = config.kv_heads, config.heads // config.kv_heads, config.head_dim
         self.groups, self.softmax_scale = g, config.softmax_scale
-        self.qkv = Dense(rngs, "qkv", (config.width, k, g + 2, h), ("embed", "kv_heads", None, "head_dim"), std=config.init_std)
-        self.out = Dense(rngs, "attention_out", (k, g, h, config.width), ("kv_heads", None, "head_dim", "embed"),
-                         std=config.init_std, inputs=3)
+        self.qkv = Dense(
+            rngs,
+            "qkv",
+            (config.width, k, g + 2, h),
+            ("embed", "kv_heads", None, "head_dim"),
+            std=config.init_std,
+        )
+        self.out = Dense(
+            rngs,
+            "attention_out",
+            (k, g, h, config.width),
+            ("kv_heads", None, "head_dim", "embed"),
+            std=config.init_std,
+            inputs=3,
+        )
         self.q_norm, self.k_norm = _regularisers(config, k, g, h)
 
-    def __call__(self, x_btd: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, gemms: Gemms,
-                 cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array | None,
+        gemms: Gemms,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
         """[b, t, d] to [b, t, d]; and this layer's cache with the t tokens added, where there is one."""
         tap("qkv_input", x_btd)
         qkv = self.qkv(x_btd, gemms)
@@ -45,10 +63,19 @@ class Attention(nnx.Module):
         tap("k", k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         given = gemms.inputs
-        partition = Partition(RULES["batch"], RULES["sequence"], RULES["kv_heads"], attention_axes(k.shape[2]))
-        spread = functools.partial(score_statistics, recipe=gemms.recipes[SCORES], softmax_scale=self.softmax_scale,
-                                   scales=given.scales.get(SCORES), segment_ids=segment_ids, backend=gemms.attention_backend,
-                                   partition=partition, counted=gemms.counted)
+        partition = Partition(
+            RULES["batch"], RULES["sequence"], RULES["kv_heads"], attention_axes(k.shape[2])
+        )
+        spread = functools.partial(
+            score_statistics,
+            recipe=gemms.recipes[SCORES],
+            softmax_scale=self.softmax_scale,
+            scales=given.scales.get(SCORES),
+            segment_ids=segment_ids,
+            backend=gemms.attention_backend,
+            partition=partition,
+            counted=gemms.counted,
+        )
         record(SCORES, spread, q, k)
         if cache is not None:
             cache = kv_cache.append(cache, k, v)
@@ -56,13 +83,25 @@ class Attention(nnx.Module):
         if cache is not None and x_btd.shape[1] == 1:
             o = kv_cache.attend(q, cache, gemms.recipes, self.softmax_scale)
         else:
-            o = attention(q, k, v, gemms.recipes, softmax_scale=self.softmax_scale, segment_ids=segment_ids,
-                          scales=given.scales, tokens=given.tokens, backend=gemms.attention_backend, partition=partition,
-                          counted=gemms.counted)
+            o = attention(
+                q,
+                k,
+                v,
+                gemms.recipes,
+                softmax_scale=self.softmax_scale,
+                segment_ids=segment_ids,
+                scales=given.scales,
+                tokens=given.tokens,
+                backend=gemms.attention_backend,
+                partition=partition,
+                counted=gemms.counted,
+            )
         return self.out(o, gemms), cache
 
 
-def _regularisers(config: ModelConfig, k: int, g: int, h: int) -> tuple[nnx.Module | None, nnx.Module | None]:
+def _regularisers(
+    config: ModelConfig, k: int, g: int, h: int
+) -> tuple[nnx.Module | None, nnx.Module | None]:
     """What acts on queries and on keys, per head unless the whole projection is normalised (OLMo 2)."""
     kind, eps = config.qk_regulariser, config.norm_eps
     if kind == "none":

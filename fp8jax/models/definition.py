@@ -54,7 +54,10 @@ class Definition:
     def complete(self, config: Config) -> Config:
         """A run's config with every size of the model filled in."""
         hidden = architectures.ffn_hidden(self.config)
-        return dataclasses.replace(config, model=dataclasses.replace(self.config, ffn_hidden=hidden, vocab_size=self.vocab_size))
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(self.config, ffn_hidden=hidden, vocab_size=self.vocab_size),
+        )
 
     def parameter_count(self) -> int:
         """Trained numbers, embedding and head included."""
@@ -77,7 +80,11 @@ class LoadedModel(NamedTuple):
 def define(config: ModelConfig, vocab_size: int) -> Definition:
     """Definition of the model of a config; `vocab_size` is the tokenizer's where the config leaves it open."""
     resolved = architectures.resolve(config)
-    graph, state, _ = nnx.split(nnx.eval_shape(lambda: Transformer(resolved, vocab_size, nnx.Rngs(params=0))), nnx.Param, ...)
+    graph, state, _ = nnx.split(
+        nnx.eval_shape(lambda: Transformer(resolved, vocab_size, nnx.Rngs(params=0))),
+        nnx.Param,
+        ...,
+    )
     # NNX variables are leaves here: their metadata names the axes; blocks have one more, in front.
     axes = {}
     for path, variable in nnx.to_flat_state(state):

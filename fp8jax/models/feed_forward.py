@@ -16,7 +16,11 @@ class FeedForward(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f, std = config.width, architectures.ffn_hidden(config), config.init_std
         self.kind = config.activation
-        self.gate = Dense(rngs, "mlp_gate", (d, f), ("embed", "mlp"), std=std) if architectures.gated(config) else None
+        self.gate = (
+            Dense(rngs, "mlp_gate", (d, f), ("embed", "mlp"), std=std)
+            if architectures.gated(config)
+            else None
+        )
         self.up = Dense(rngs, "mlp_up", (d, f), ("embed", "mlp"), std=std)
         self.down = Dense(rngs, "mlp_down", (f, d), ("mlp", "embed"), std=std)
         self.xielu = activations.XIELU() if self.kind == "xielu" else None
@@ -34,7 +38,9 @@ class FeedForward(nnx.Module):
         elif self.kind == "swiglu":
             hidden = activations.swiglu(gate, up)
         else:
-            hidden = {"xielu": self.xielu, "gelu": activations.gelu, "relu2": activations.relu2}[self.kind](up)
+            hidden = {"xielu": self.xielu, "gelu": activations.gelu, "relu2": activations.relu2}[
+                self.kind
+            ](up)
         tap("mlp_post_act", hidden)
         out = self.down(hidden, gemms)
         out = out if s is None else (out.astype(s.dtype) * s).astype(out.dtype)

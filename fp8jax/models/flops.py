@@ -30,7 +30,9 @@ class ModelFlops:
         return self.linear + self.attention + self.head
 
 
-def model_flops(config: ModelConfig, vocab_size: int, *, sequences: int, sequence_length: int) -> ModelFlops:
+def model_flops(
+    config: ModelConfig, vocab_size: int, *, sequences: int, sequence_length: int
+) -> ModelFlops:
     """FLOPs of a training step.
 
     Args:
@@ -39,9 +41,18 @@ def model_flops(config: ModelConfig, vocab_size: int, *, sequences: int, sequenc
         sequences: in the step's whole batch.
         sequence_length: tokens of each.
     """
-    d, n, k, h, f = config.width, config.heads, config.kv_heads, head_dim(config), architectures.ffn_hidden(config)
+    d, n, k, h, f = (
+        config.width,
+        config.heads,
+        config.kv_heads,
+        head_dim(config),
+        architectures.ffn_hidden(config),
+    )
     weights = d * (n + 2 * k) * h + n * h * d + (3 if architectures.gated(config) else 2) * d * f
     tokens = sequences * sequence_length
     pairs = sequences * sequence_length * (sequence_length + 1) // 2
-    return ModelFlops(linear=_PASSES * 2 * config.layers * weights * tokens, attention=_PASSES * 4 * config.layers * pairs * n * h,
-                      head=_PASSES * 2 * d * vocab_size * tokens)
+    return ModelFlops(
+        linear=_PASSES * 2 * config.layers * weights * tokens,
+        attention=_PASSES * 4 * config.layers * pairs * n * h,
+        head=_PASSES * 2 * d * vocab_size * tokens,
+    )

@@ -69,7 +69,11 @@ class ModelRecipes:
     @property
     def attention_backend(self) -> str:
         """Backend of attention in FP8, or, where no layer has it, of all attention."""
-        in_fp8 = (i for i, layer in enumerate(self.blocks) if any(layer[role].fp8 for role in recipes_lib.ATTENTION_ROLES))
+        in_fp8 = (
+            i
+            for i, layer in enumerate(self.blocks)
+            if any(layer[role].fp8 for role in recipes_lib.ATTENTION_ROLES)
+        )
         return self.backend_of(next(in_fp8, 0))
 
     def segments(self) -> list[tuple[int, int, Recipes]]:
@@ -87,20 +91,35 @@ class ModelRecipes:
         order = {"delayed": 0, "bf16": 2}
         out = {}
         for role in self.blocks[0]:
-            out[role] = len(self.blocks), min((layer[role] for layer in self.blocks), key=lambda r: order.get(r.scaling, 1))
+            out[role] = (
+                len(self.blocks),
+                min((layer[role] for layer in self.blocks), key=lambda r: order.get(r.scaling, 1)),
+            )
         return {**out, HEAD: (1, self.head)}
 
     def scaled_by(self, scaling: str) -> "ModelRecipes":
         """The same roles in FP8, with another scaling in place of `delayed`: no other needs scales from before."""
+
         def change(recipe: GemmRecipe) -> GemmRecipe:
-            return dataclasses.replace(recipe, scaling=scaling) if recipe.scaling == "delayed" else recipe
+            return (
+                dataclasses.replace(recipe, scaling=scaling)
+                if recipe.scaling == "delayed"
+                else recipe
+            )
 
         blocks = tuple({role: change(r) for role, r in layer.items()} for layer in self.blocks)
         return ModelRecipes(blocks, change(self.head), self.attention_backends)
 
 
-def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = False, cudnn: bool = False,
-                  recipe: str | None = None) -> ModelRecipes:
+def model_recipes(
+    config: Config,
+    *,
+    gated: bool,
+    emulated: bool,
+    fused: bool = False,
+    cudnn: bool = False,
+    recipe: str | None = None,
+) -> ModelRecipes:
     """Recipes as `config.fp8` asks for them.
 
     Args:
@@ -117,20 +136,35 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = 
     fp8 = config.fp8
     recipe = recipe or fp8.recipe
     if "blockwise" in fp8.scaling + fp8.overrides and recipe != "bf16" and not emulated:
-        raise ConfigError("config.fp8.scaling: blockwise has no FP8 kernel on this device; use current or delayed, or "
-                          "config.fp8.backend=emulated to study it in BF16 GEMMs")
+        raise ConfigError(
+            "config.fp8.scaling: blockwise has no FP8 kernel on this device; use current or delayed, or "
+            "config.fp8.backend=emulated to study it in BF16 GEMMs"
+        )
     tokens = config.training.batch_size * config.data.sequence_length
     weight_scale = fp8.static_weight_scale or config.model.init_std or 1.0
     gradient_scale = fp8.static_gradient_scale or 1 / tokens
     scaling = "bf16" if recipe == "bf16" else fp8.scaling
-    base = GemmRecipe(scaling=scaling, weight_scaling=fp8.weight_scaling, history_length=fp8.history_length,
-                      history_reduction=fp8.history_reduction, margin=fp8.margin, power_of_two=fp8.power_of_two,
-                      gradient_format=fp8.gradient_format, emulated=emulated, fast_accumulation=fp8.fast_accumulation,
-                      static_weight_scale=weight_scale, static_gradient_scale=gradient_scale)
+    base = GemmRecipe(
+        scaling=scaling,
+        weight_scaling=fp8.weight_scaling,
+        history_length=fp8.history_length,
+        history_reduction=fp8.history_reduction,
+        margin=fp8.margin,
+        power_of_two=fp8.power_of_two,
+        gradient_format=fp8.gradient_format,
+        emulated=emulated,
+        fast_accumulation=fp8.fast_accumulation,
+        static_weight_scale=weight_scale,
+        static_gradient_scale=gradient_scale,
+    )
     plain = dataclasses.replace(base, scaling="bf16")
-    linear = [role for role in recipes_lib.LINEAR_ROLES if role != HEAD and (gated or role != "mlp_gate")]
+    linear = [
+        role for role in recipes_lib.LINEAR_ROLES if role != HEAD and (gated or role != "mlp_gate")
+    ]
     default = dict.fromkeys(linear, base)  # with recipe bf16, base is plain
-    default |= {role: base if recipe == "fp8_dpa" else plain for role in recipes_lib.ATTENTION_ROLES}
+    default |= {
+        role: base if recipe == "fp8_dpa" else plain for role in recipes_lib.ATTENTION_ROLES
+    }
     layers = [dict(default) for _ in range(config.model.layers)]
     head = base if fp8.head else plain
     if recipe != "bf16":
@@ -142,10 +176,16 @@ def model_recipes(config: Config, *, gated: bool, emulated: bool, fused: bool = 
                 layer |= {override.role: changed} if override.role in layer else {}
         _check_blockwise(layers)
         if head.scaling == "blockwise" and config.training.loss_chunk:
-            raise ConfigError(f"config.training.loss_chunk: {config.training.loss_chunk} with a blockwise FP8 head: there is no such loss; set "
-                              f"it to 0, or config.fp8.overrides='{HEAD}=current'")
+            raise ConfigError(
+                f"config.training.loss_chunk: {config.training.loss_chunk} with a blockwise FP8 head: there is no such loss; set "
+                f"it to 0, or config.fp8.overrides='{HEAD}=current'"
+            )
     first = (attention_lib.CUDNN,) * cudnn + ("pallas",) * fused
-    backends = _Backends(_asked_backend(config, recipe, cudnn=cudnn), (*first, "composed", "emulated"), head_dim(config.model))
+    backends = _Backends(
+        _asked_backend(config, recipe, cudnn=cudnn),
+        (*first, "composed", "emulated"),
+        head_dim(config.model),
+    )
     return ModelRecipes(tuple(layers), head, tuple(backends.choose(layer) for layer in layers))
 
 
@@ -155,28 +195,40 @@ def _asked_backend(config: Config, recipe: str, *, cudnn: bool) -> str:
     if recipe == "bf16":
         return asked if cudnn and asked == attention_lib.CUDNN else "auto"
     overrides = recipes_lib.parse_overrides(config.fp8.overrides, layers=config.model.layers)
-    wanted = recipe == "fp8_dpa" or any(o.role in recipes_lib.ATTENTION_ROLES and o.scaling != "bf16" for o in overrides)
+    wanted = recipe == "fp8_dpa" or any(
+        o.role in recipes_lib.ATTENTION_ROLES and o.scaling != "bf16" for o in overrides
+    )
     if asked == "pallas" and not wanted:
-        raise ConfigError("config.fp8.attention_backend: pallas has no role in BF16, and no attention is in FP8; use auto, or "
-                          "config.fp8.recipe=fp8_dpa")
+        raise ConfigError(
+            "config.fp8.attention_backend: pallas has no role in BF16, and no attention is in FP8; use auto, or "
+            "config.fp8.recipe=fp8_dpa"
+        )
     return asked
 
 
 def _check_applies(override: recipes_lib.Override, layers: list[Recipes], head: GemmRecipe) -> None:
     """An override that would change nothing is a mistake, not a wish."""
     if override.role == HEAD and not head.fp8 and override.scaling != "bf16":
-        raise ConfigError(f"config.fp8.overrides: {HEAD}={override.scaling} needs config.fp8.head=True: the head is in BF16")
+        raise ConfigError(
+            f"config.fp8.overrides: {HEAD}={override.scaling} needs config.fp8.head=True: the head is in BF16"
+        )
     if override.role == HEAD and (override.first, override.last) != (0, len(layers) - 1):
-        raise ConfigError(f"config.fp8.overrides: {HEAD} has no layers; write {HEAD}={override.scaling}")
+        raise ConfigError(
+            f"config.fp8.overrides: {HEAD} has no layers; write {HEAD}={override.scaling}"
+        )
     if override.role == "mlp_gate" and "mlp_gate" not in layers[0]:
-        raise ConfigError("config.fp8.overrides: mlp_gate: the FFN has no gate; only swiglu and smooth_swiglu have one")
+        raise ConfigError(
+            "config.fp8.overrides: mlp_gate: the FFN has no gate; only swiglu and smooth_swiglu have one"
+        )
 
 
 def _check_blockwise(layers: list[Recipes]) -> None:
     for role in recipes_lib.ATTENTION_ROLES:
         if any(layer[role].scaling == "blockwise" for layer in layers):
-            raise ConfigError(f"config.fp8.scaling: {role} has no blockwise scaling, only {', '.join(attention_lib.SCALINGS)}; set "
-                              "config.fp8.overrides='attention_scores=current,attention_values=current', or config.fp8.recipe=fp8")
+            raise ConfigError(
+                f"config.fp8.scaling: {role} has no blockwise scaling, only {', '.join(attention_lib.SCALINGS)}; set "
+                "config.fp8.overrides='attention_scores=current,attention_values=current', or config.fp8.recipe=fp8"
+            )
 
 
 class _Backends(NamedTuple):
@@ -211,9 +263,13 @@ def init_scaling(recipes: ModelRecipes) -> scaling_lib.Scaling:
     return out
 
 
-def update_scaling(scaling: scaling_lib.Scaling, amaxes: scaling_lib.Tokens, recipes: ModelRecipes) -> scaling_lib.Scaling:
+def update_scaling(
+    scaling: scaling_lib.Scaling, amaxes: scaling_lib.Tokens, recipes: ModelRecipes
+) -> scaling_lib.Scaling:
     """State after a step with these amaxes."""
-    return scaling_lib.update(scaling, amaxes, {role: recipe for role, (_, recipe) in recipes.by_role().items()})
+    return scaling_lib.update(
+        scaling, amaxes, {role: recipe for role, (_, recipe) in recipes.by_role().items()}
+    )
 
 
 def zero_tokens(recipes: ModelRecipes, *, by_device: bool = False) -> scaling_lib.Tokens:
@@ -228,10 +284,18 @@ def zero_tokens(recipes: ModelRecipes, *, by_device: bool = False) -> scaling_li
     mesh = jax.sharding.get_abstract_mesh()
     if not by_device or mesh.empty or mesh.size == 1:
         return out
-    delayed = {role for role, (_, recipe) in recipes.by_role().items() if recipe.scaling == "delayed" and role != HEAD}
+    delayed = {
+        role
+        for role, (_, recipe) in recipes.by_role().items()
+        if recipe.scaling == "delayed" and role != HEAD
+    }
     spec = PartitionSpec(None, None, *mesh.axis_names)
-    return {role: jax.lax.with_sharding_constraint(jnp.zeros((*token.shape, *mesh.axis_sizes)), spec) if role in delayed else token
-            for role, token in out.items()}
+    return {
+        role: jax.lax.with_sharding_constraint(jnp.zeros((*token.shape, *mesh.axis_sizes)), spec)
+        if role in delayed
+        else token
+        for role, token in out.items()
+    }
 
 
 def over_devices(amaxes: scaling_lib.Tokens) -> scaling_lib.Tokens:
@@ -243,11 +307,16 @@ def over_devices(amaxes: scaling_lib.Tokens) -> scaling_lib.Tokens:
 def zero_reports(recipes: ModelRecipes) -> scaling_lib.Tokens:
     """Tokens with room for `statistics.REPORT`: of every role of the blocks, in FP8 or not, and of an FP8 head."""
     width = len(statistics.REPORT)
-    return {role: jnp.zeros((layers, len(recipes_lib.OPERANDS[role]), width)) for role, (layers, recipe) in recipes.by_role().items()
-            if recipe.fp8 or role != HEAD}
+    return {
+        role: jnp.zeros((layers, len(recipes_lib.OPERANDS[role]), width))
+        for role, (layers, recipe) in recipes.by_role().items()
+        if recipe.fp8 or role != HEAD
+    }
 
 
-def read_reports(found: scaling_lib.Tokens, recipes: ModelRecipes, *, pooled: bool) -> tuple[scaling_lib.Tokens, Health]:
+def read_reports(
+    found: scaling_lib.Tokens, recipes: ModelRecipes, *, pooled: bool
+) -> tuple[scaling_lib.Tokens, Health]:
     """What tokens from `zero_reports` brought back: raw amaxes as those of `zero_tokens`, and statistics by operand.
 
     Returns:
@@ -255,18 +324,27 @@ def read_reports(found: scaling_lib.Tokens, recipes: ModelRecipes, *, pooled: bo
     """
     amaxes, health = {}, {}
     for role, token in found.items():
-        fp8 = [recipe.fp8 for recipe in ((recipes.head,) if role == HEAD else (layer[role] for layer in recipes.blocks))]
+        fp8 = [
+            recipe.fp8
+            for recipe in (
+                (recipes.head,) if role == HEAD else (layer[role] for layer in recipes.blocks)
+            )
+        ]
         if any(fp8):
             amaxes[role] = jnp.where(jnp.asarray(fp8)[:, None], token[..., 0], 0.0)
         for i, operand in enumerate(recipes_lib.OPERANDS[role]):
-            known = (statistics.HEALTH if any(fp8) else statistics.HEALTH[:1]) + (statistics.DISTRIBUTION if operand in ("g", "do") else ())
+            known = (statistics.HEALTH if any(fp8) else statistics.HEALTH[:1]) + (
+                statistics.DISTRIBUTION if operand in ("g", "do") else ()
+            )
             known += statistics.WEIGHTS
             rows = {name: token[:, i, statistics.REPORT.index(name)] for name in known}
             health[f"{role}.{operand}"] = statistics.choose(rows, pooled=pooled)
     return amaxes, health
 
 
-def weight_health(weights: Mapping[str, jax.Array], quantised: list[dict[str, Quantised]], recipes: ModelRecipes) -> Health:
+def weight_health(
+    weights: Mapping[str, jax.Array], quantised: list[dict[str, Quantised]], recipes: ModelRecipes
+) -> Health:
     """Health of the weights' casts, as from `read_reports`.
 
     Args:
@@ -274,6 +352,7 @@ def weight_health(weights: Mapping[str, jax.Array], quantised: list[dict[str, Qu
         quantised: from `quantise_weights`.
         recipes: of the model.
     """
+
     def one(role: str, first: int, last: int, recipe: GemmRecipe, q: Quantised) -> jax.Array:
         stacked = weights[role][first:last]
         if not recipe.fp8 or recipe.scaling == "blockwise":
@@ -281,15 +360,20 @@ def weight_health(weights: Mapping[str, jax.Array], quantised: list[dict[str, Qu
             return jax.vmap(lambda w, q: statistics.health(_matrix(role, w), q))(stacked, cast)
         # Layer by layer and cast again: what the GEMMs take lies transposed, and beside it XLA for GPUs writes the weight in float32
         # and integers in that order, too: 52 bytes an element where here it is 10 (counted in a program for an H100).
-        return jax.lax.map(lambda given: again(_matrix(role, given[0]), given[1], q.data.dtype, recipe), (stacked, q.scale))
+        return jax.lax.map(
+            lambda given: again(_matrix(role, given[0]), given[1], q.data.dtype, recipe),
+            (stacked, q.scale),
+        )
 
     def again(w: jax.Array, scale: jax.Array, dtype: jnp.dtype, recipe: GemmRecipe) -> jax.Array:
         return statistics.health(w, formats.quantise(w, scale, dtype, emulated=recipe.emulated))
 
     out = {}
     for role in weights:
-        rows = [one(role, first, last, segment[role], q[role])
-                for (first, last, segment), q in zip(recipes.segments(), quantised, strict=True)]
+        rows = [
+            one(role, first, last, segment[role], q[role])
+            for (first, last, segment), q in zip(recipes.segments(), quantised, strict=True)
+        ]
         known = len(statistics.HEALTH) if any(layer[role].fp8 for layer in recipes.blocks) else 1
         out[f"{role}.w"] = _by_name(jnp.concatenate(rows)[:, :known])
     return out
@@ -297,7 +381,11 @@ def weight_health(weights: Mapping[str, jax.Array], quantised: list[dict[str, Qu
 
 def head_health(weight: jax.Array, quantised: Quantised, recipes: ModelRecipes) -> Health:
     """The same of the head's weight; nothing if it is not in FP8."""
-    return {f"{HEAD}.w": _by_name(statistics.health(weight, quantised)[None])} if recipes.head.fp8 else {}
+    return (
+        {f"{HEAD}.w": _by_name(statistics.health(weight, quantised)[None])}
+        if recipes.head.fp8
+        else {}
+    )
 
 
 def _by_name(rows: jax.Array) -> dict[str, jax.Array]:
@@ -305,8 +393,12 @@ def _by_name(rows: jax.Array) -> dict[str, jax.Array]:
     return {name: rows[:, i] for i, name in enumerate(statistics.HEALTH[: rows.shape[1]])}
 
 
-def quantise_weights(weights: Mapping[str, jax.Array], recipes: ModelRecipes, dtype: Any,
-                     scales: Mapping[str, jax.Array]) -> list[dict[str, Quantised]]:
+def quantise_weights(
+    weights: Mapping[str, jax.Array],
+    recipes: ModelRecipes,
+    dtype: Any,
+    scales: Mapping[str, jax.Array],
+) -> list[dict[str, Quantised]]:
     """Quantises every GEMM weight once, one dictionary a segment of equal layers.
 
     Args:
@@ -315,15 +407,25 @@ def quantise_weights(weights: Mapping[str, jax.Array], recipes: ModelRecipes, dt
         dtype: of activations, for roles that are not in FP8.
         scales: of the scaling state; those of weights are used where their scaling is delayed.
     """
+
     def one(role: str, first: int, last: int, recipe: GemmRecipe) -> Quantised:
-        scale = scales[scaling_lib.weight_entry(role)][first:last, 0] if recipe.delayed_weight else None
+        scale = (
+            scales[scaling_lib.weight_entry(role)][first:last, 0] if recipe.delayed_weight else None
+        )
         with jax.named_scope(f"quantise_weight.{role}"):
-            return jax.vmap(lambda w, scale: quantise_weight(_matrix(role, w), recipe, dtype, scale))(weights[role][first:last], scale)
+            return jax.vmap(
+                lambda w, scale: quantise_weight(_matrix(role, w), recipe, dtype, scale)
+            )(weights[role][first:last], scale)
 
-    return [{role: one(role, first, last, segment[role]) for role in weights} for first, last, segment in recipes.segments()]
+    return [
+        {role: one(role, first, last, segment[role]) for role in weights}
+        for first, last, segment in recipes.segments()
+    ]
 
 
-def quantise_head(weight: jax.Array, recipes: ModelRecipes, dtype: Any, scales: Mapping[str, jax.Array]) -> Quantised:
+def quantise_head(
+    weight: jax.Array, recipes: ModelRecipes, dtype: Any, scales: Mapping[str, jax.Array]
+) -> Quantised:
     """The same of the head's weight, [vocab, embed]."""
     scale = scales[scaling_lib.weight_entry(HEAD)][0, 0] if recipes.head.delayed_weight else None
     return quantise_weight(weight, recipes.head, dtype, scale)

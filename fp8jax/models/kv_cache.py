@@ -33,7 +33,9 @@ class KVCache(NamedTuple):
 
 def empty(config: ModelConfig, batch: int, capacity: int) -> KVCache:
     """A cache for `batch` rows of at most `capacity` tokens, in the dtype of activations."""
-    zeros = jnp.zeros((config.layers, batch, capacity, config.kv_heads, config.head_dim), jnp.dtype(config.dtype))
+    zeros = jnp.zeros(
+        (config.layers, batch, capacity, config.kv_heads, config.head_dim), jnp.dtype(config.dtype)
+    )
     return pin(KVCache(zeros, zeros, jnp.zeros((batch,), jnp.int32)))
 
 
@@ -45,11 +47,17 @@ def pin(cache: KVCache) -> KVCache:
 
 def append(layer: KVCache, k_btkh: jax.Array, v_btkh: jax.Array) -> KVCache:
     """One layer's cache with the keys and values of t more tokens a row; `filled` is left to the caller of all layers."""
-    write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0))
-    return layer._replace(k=write(layer.k, k_btkh, layer.filled), v=write(layer.v, v_btkh, layer.filled))
+    write = jax.vmap(
+        lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0)
+    )
+    return layer._replace(
+        k=write(layer.k, k_btkh, layer.filled), v=write(layer.v, v_btkh, layer.filled)
+    )
 
 
-def attend(q_btkgh: jax.Array, layer: KVCache, recipes: Mapping[str, GemmRecipe], softmax_scale: float) -> jax.Array:
+def attend(
+    q_btkgh: jax.Array, layer: KVCache, recipes: Mapping[str, GemmRecipe], softmax_scale: float
+) -> jax.Array:
     """Attention of the newest t tokens, which `append` has just written, to all of their row's tokens up to themselves.
 
     Returns:

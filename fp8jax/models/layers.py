@@ -40,7 +40,16 @@ class Dense(nnx.Module):
     The weight's first `inputs` dimensions are contracted with as many last dimensions of x, e.g. qkv [d, k, g + 2, h].
     """
 
-    def __init__(self, rngs: nnx.Rngs, role: str, shape: tuple[int, ...], axes: Axes, *, std: float, inputs: int = 1):
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        role: str,
+        shape: tuple[int, ...],
+        axes: Axes,
+        *,
+        std: float,
+        inputs: int = 1,
+    ):
         self.role, self.inputs = role, inputs
         self.features = axes[0], axes[inputs]
         self.w = matrix(rngs, shape, axes, std)
@@ -50,15 +59,23 @@ class Dense(nnx.Module):
         role, given = self.role, gemms.inputs
         scales, recipe = given.scales.get(role), gemms.recipes[role]
         lead = x.ndim - self.inputs
-        outputs = self.w.shape[self.inputs:]
+        outputs = self.w.shape[self.inputs :]
         # Two-dimensional weights are what FP8 kernels are matched on; merged dimensions stay contiguous.
         flat = (math.prod(self.w.shape[: self.inputs]), math.prod(outputs))
         x = x.reshape(*x.shape[:lead], flat[0])
         weight = given.weights[role]
-        y = dot_general(x, self.w[...].reshape(flat), (((lead,), (0,)), ((), ())), recipe,
-                        quantised_w=weight._replace(data=weight.data.reshape(flat)), scales=scales,
-                        token=given.tokens.get(role), placements=tuple(Placement(*activation_specs(name)) for name in self.features),
-                        role=role, counted=gemms.counted)
+        y = dot_general(
+            x,
+            self.w[...].reshape(flat),
+            (((lead,), (0,)), ((), ())),
+            recipe,
+            quantised_w=weight._replace(data=weight.data.reshape(flat)),
+            scales=scales,
+            token=given.tokens.get(role),
+            placements=tuple(Placement(*activation_specs(name)) for name in self.features),
+            role=role,
+            counted=gemms.counted,
+        )
         return y.reshape(*y.shape[:lead], *outputs)
 
 
@@ -84,7 +101,15 @@ class RMSNorm(nnx.Module):
         trained: False: the gain has no gradient, and so stays what it is.
     """
 
-    def __init__(self, shape: tuple[int, ...], axes: Axes, *, eps: float, init: float | None = 1.0, trained: bool = True):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: Axes,
+        *,
+        eps: float,
+        init: float | None = 1.0,
+        trained: bool = True,
+    ):
         self.eps, self.dims, self.trained = eps, tuple(range(-len(shape), 0)), trained
         self.gain = None if init is None else gain(shape, axes, init)
 
@@ -108,7 +133,9 @@ class LayerScale(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """X * gain, in the dtype of x."""
-        return pointwise(lambda x, gain: (x.astype(jnp.float32) * gain).astype(x.dtype))(x, self.gain[...])
+        return pointwise(lambda x, gain: (x.astype(jnp.float32) * gain).astype(x.dtype))(
+            x, self.gain[...]
+        )
 
 
 class Tanh(nnx.Module):
@@ -161,9 +188,15 @@ def rope_frequencies(config: ModelConfig, length: int = 0) -> np.ndarray:
         return frequencies / factor
     if config.rope_scaling == "dynamic":
         stretch = max(length / config.rope_original_context, 1.0)
-        base = config.rope_theta * (factor * stretch - (factor - 1)) ** (features / max(features - 2, 1))
+        base = config.rope_theta * (factor * stretch - (factor - 1)) ** (
+            features / max(features - 2, 1)
+        )
         return base ** (-pairs / features)
-    kept = _kept_by_yarn(config) if config.rope_scaling == "yarn" else _kept_by_llama3(config, frequencies)
+    kept = (
+        _kept_by_yarn(config)
+        if config.rope_scaling == "yarn"
+        else _kept_by_llama3(config, frequencies)
+    )
     return kept * frequencies + (1 - kept) * frequencies / factor
 
 
@@ -190,7 +223,9 @@ def _kept_by_yarn(config: ModelConfig) -> np.ndarray:
     return 1 - np.clip(ramp, 0.0, 1.0)
 
 
-def rope_table(positions_bt: jax.Array, frequencies: np.ndarray, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
+def rope_table(
+    positions_bt: jax.Array, frequencies: np.ndarray, factor: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """Cos and sin of the rotary angles, times a factor, float32 [b, t, head_dim / 2], to 1e-6 whatever the position.
 
     In float32 a product of position and frequency has lost 8e-3 of its angle at 131072 and 6e-2 at a million. Here it is in turns, in
@@ -205,7 +240,9 @@ def rope_table(positions_bt: jax.Array, frequencies: np.ndarray, factor: float =
     whole, rest = np.floor(turns), np.floor(np.mod(turns, 1.0) * 2.0**32)
     position = positions_bt.astype(jnp.uint32)[..., None]
     wrapped = position * whole.astype(np.uint32) + _upper_half(position, rest.astype(np.uint32))
-    angles = lax.bitcast_convert_type(wrapped, jnp.int32).astype(jnp.float32) * np.float32(2 * np.pi / 2.0**32)
+    angles = lax.bitcast_convert_type(wrapped, jnp.int32).astype(jnp.float32) * np.float32(
+        2 * np.pi / 2.0**32
+    )
     if factor == 1.0:
         return jnp.cos(angles), jnp.sin(angles)
     return jnp.cos(angles) * np.float32(factor), jnp.sin(angles) * np.float32(factor)
@@ -228,4 +265,6 @@ def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     shape = table[0].shape[:2] + (1,) * (x.ndim - 3) + table[0].shape[2:]
     cos, sin = (part.reshape(shape) for part in table)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)

@@ -45,10 +45,15 @@ class Runner:
         self.vocab_size = self._definition.vocab_size
         self.replicas = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
         emulated = emulates_fp8(self.config, self._mesh.devices.flat[0])
-        self._recipes = gemms.model_recipes(self.config, gated=self._definition.gated(), emulated=emulated, recipe="bf16")
+        self._recipes = gemms.model_recipes(
+            self.config, gated=self._definition.gated(), emulated=emulated, recipe="bf16"
+        )
         self._compiled: dict[Callable, Any] = {}
         self._options = compiler_options(self._mesh.devices.flat[0].platform)
-        self._prepare = jax.jit(lambda params: self._definition.bind(params).prepare(self._recipes, {}, {}), compiler_options=self._options)
+        self._prepare = jax.jit(
+            lambda params: self._definition.bind(params).prepare(self._recipes, {}, {}),
+            compiler_options=self._options,
+        )
 
     @functools.cached_property
     def _prepared(self) -> PreparedGemms:
@@ -64,13 +69,20 @@ class Runner:
 
     def abstract_call(self, function: Callable, *arrays: Any) -> tuple[Any, tuple[Any, ...]]:
         """What `call` runs, jitted, and its arguments, which may be shapes as well as arrays."""
-        return self._jitted(function), (self._params, jax.eval_shape(self._prepare, self._params), *arrays)
+        return self._jitted(function), (
+            self._params,
+            jax.eval_shape(self._prepare, self._params),
+            *arrays,
+        )
 
     def _jitted(self, function: Callable) -> Any:
         if function not in self._compiled:
+
             def run(params, prepared, *arrays):
                 with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
-                    return function(Bound(self._definition.bind(params), self._recipes, prepared), *arrays)
+                    return function(
+                        Bound(self._definition.bind(params), self._recipes, prepared), *arrays
+                    )
 
             self._compiled[function] = jax.jit(run, compiler_options=self._options)
         return self._compiled[function]
@@ -81,7 +93,11 @@ class Runner:
 
     def fetch(self, array: jax.Array) -> np.ndarray:
         """An array on the host, whole, whichever processes hold its parts."""
-        return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+        return np.asarray(
+            array
+            if array.is_fully_addressable
+            else multihost_utils.process_allgather(array, tiled=True)
+        )
 
 
 def pin_rows(x: jax.Array) -> jax.Array:

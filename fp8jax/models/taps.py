@@ -23,7 +23,9 @@ import jax.numpy as jnp
 from fp8jax.numerics import statistics
 
 Taps = dict[str, dict[str, jax.Array]]
-_found: contextvars.ContextVar[tuple[Taps, bool, jax.Array | None] | None] = contextvars.ContextVar("found", default=None)
+_found: contextvars.ContextVar[tuple[Taps, bool, jax.Array | None] | None] = contextvars.ContextVar(
+    "found", default=None
+)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["layout"])
@@ -49,13 +51,22 @@ class Packed:
 
 def pack(taps: Taps) -> Packed:
     """All statistics in one array."""
-    leaves = [(name, statistic, taps[name][statistic]) for name in sorted(taps) for statistic in sorted(taps[name])]
+    leaves = [
+        (name, statistic, taps[name][statistic])
+        for name in sorted(taps)
+        for statistic in sorted(taps[name])
+    ]
     values = [leaf.astype(jnp.float32).reshape(-1) for _, _, leaf in leaves]
-    return Packed(jnp.concatenate(values or [jnp.zeros(0)]), tuple((*names, leaf.shape, leaf.dtype) for *names, leaf in leaves))
+    return Packed(
+        jnp.concatenate(values or [jnp.zeros(0)]),
+        tuple((*names, leaf.shape, leaf.dtype) for *names, leaf in leaves),
+    )
 
 
 @contextlib.contextmanager
-def collecting(enabled: bool = True, *, pooled: bool = False, counted: jax.Array | None = None) -> Iterator[Taps]:
+def collecting(
+    enabled: bool = True, *, pooled: bool = False, counted: jax.Array | None = None
+) -> Iterator[Taps]:
     """Collects what is tapped inside; with enabled=False, taps do nothing.
 
     Args:
@@ -82,7 +93,9 @@ def tap(name: str, x: jax.Array) -> None:
         ValueError: a name that is taken or has a slash; an array that is not such an activation.
     """
     if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"tap({name!r}): {x.dtype}{list(x.shape)} is not a floating array [batch, tokens, ..., features]")
+        raise ValueError(
+            f"tap({name!r}): {x.dtype}{list(x.shape)} is not a floating array [batch, tokens, ..., features]"
+        )
     current = _found.get()
     counted = current and current[2]
     if counted is None or counted.shape != x.shape[:2]:
@@ -102,5 +115,7 @@ def record(name: str, compute: Callable[..., dict[str, jax.Array]], *arrays: jax
         return
     found, pooled, _ = current
     if name in found or "/" in name:
-        raise ValueError(f"tap({name!r}): {'a name must not contain a slash' if '/' in name else 'this block has a tap of that name'}")
+        raise ValueError(
+            f"tap({name!r}): {'a name must not contain a slash' if '/' in name else 'this block has a tap of that name'}"
+        )
     found[name] = statistics.choose(compute(*map(jax.lax.stop_gradient, arrays)), pooled=pooled)

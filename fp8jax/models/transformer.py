@@ -24,7 +24,14 @@ from fp8jax.models.attention import Attention
 from fp8jax.models.feed_forward import FeedForward
 from fp8jax.models.gemms import GemmInputs, Gemms, ModelRecipes
 from fp8jax.models.kv_cache import KVCache
-from fp8jax.models.layers import Embedding, LayerScale, RMSNorm, matrix, rope_frequencies, rope_table
+from fp8jax.models.layers import (
+    Embedding,
+    LayerScale,
+    RMSNorm,
+    matrix,
+    rope_frequencies,
+    rope_table,
+)
 from fp8jax.numerics.cross_entropy import linear_cross_entropy
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME, dot_general
 from fp8jax.parallel.mesh import HOST_MEMORY
@@ -58,11 +65,19 @@ class Block(nnx.Module):
         self.pre_attention, self.pre_ffn = (norm(), norm()) if config.pre_norm else (None, None)
         self.post_attention, self.post_ffn = _branch_output(config), _branch_output(config)
 
-    def __call__(self, x_btd: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, gemms: Gemms,
-                 cache: KVCache | None = None) -> tuple[jax.Array, KVCache | None]:
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array | None,
+        gemms: Gemms,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
         """[b, t, d] to [b, t, d]; and this layer's cache, where there is one."""
         with jax.named_scope("attention"):
-            branch, cache = self.attention(_apply(self.pre_attention, x_btd), rope, segment_ids, gemms, cache)
+            branch, cache = self.attention(
+                _apply(self.pre_attention, x_btd), rope, segment_ids, gemms, cache
+            )
             x_btd = x_btd + _apply(self.post_attention, branch)
         with jax.named_scope("feed_forward"):
             branch = self.feed_forward(_apply(self.pre_ffn, x_btd), gemms)
@@ -73,7 +88,13 @@ class Block(nnx.Module):
 
     def gemm_weights(self) -> dict[str, jax.Array]:
         """Role → weight of every linear GEMM."""
-        dense = [self.attention.qkv, self.attention.out, self.feed_forward.gate, self.feed_forward.up, self.feed_forward.down]
+        dense = [
+            self.attention.qkv,
+            self.attention.out,
+            self.feed_forward.gate,
+            self.feed_forward.up,
+            self.feed_forward.down,
+        ]
         return {layer.role: layer.w[...] for layer in dense if layer is not None}
 
 
@@ -97,30 +118,45 @@ class Transformer(nnx.Module):
         self.embedding = Embedding(rngs, vocab_size, config.width, config.init_std)
         make_blocks = nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0)
         self.blocks = make_blocks(rngs.split(config.layers))
-        self.final_norm = RMSNorm((config.width,), ("embed",), eps=config.norm_eps) if config.final_norm else None
+        self.final_norm = (
+            RMSNorm((config.width,), ("embed",), eps=config.norm_eps) if config.final_norm else None
+        )
         self.head = None if config.tied_embeddings else _Head(config, vocab_size, rngs)
 
     def head_weight(self) -> jax.Array:
         """[vocab, embed]."""
         return (self.embedding if self.head is None else self.head).w[...]
 
-    def prepare(self, recipes: ModelRecipes, scales: dict[str, jax.Array], tokens: dict[str, jax.Array]) -> PreparedGemms:
+    def prepare(
+        self, recipes: ModelRecipes, scales: dict[str, jax.Array], tokens: dict[str, jax.Array]
+    ) -> PreparedGemms:
         """Quantises all weights once; no gradient flows through this: it reaches the weights through wgrad."""
         weights = jax.lax.stop_gradient(self.blocks.gemm_weights())
-        head = gemms_lib.quantise_head(jax.lax.stop_gradient(self.head_weight()), recipes, self.dtype, scales)
-        return PreparedGemms(gemms_lib.quantise_weights(weights, recipes, self.dtype, scales), head, scales, tokens)
+        head = gemms_lib.quantise_head(
+            jax.lax.stop_gradient(self.head_weight()), recipes, self.dtype, scales
+        )
+        return PreparedGemms(
+            gemms_lib.quantise_weights(weights, recipes, self.dtype, scales), head, scales, tokens
+        )
 
     def weight_amaxes(self, recipes: ModelRecipes) -> dict[str, jax.Array]:
         """Amaxes of weights under delayed scaling, by entry of the scaling state ('qkv.w')."""
-        return gemms_lib.weight_amaxes(self.blocks.gemm_weights() | {gemms_lib.HEAD: self.head_weight()[None]}, recipes)
+        return gemms_lib.weight_amaxes(
+            self.blocks.gemm_weights() | {gemms_lib.HEAD: self.head_weight()[None]}, recipes
+        )
 
     def weight_health(self, recipes: ModelRecipes, prepared: PreparedGemms) -> gemms_lib.Health:
         """What the casts of `prepare` did, by weight ('mlp_up.w')."""
         out = gemms_lib.weight_health(self.blocks.gemm_weights(), prepared.weights, recipes)
         return out | gemms_lib.head_health(self.head_weight(), prepared.head, recipes)
 
-    def __call__(self, batch: dict[str, jax.Array], recipes: ModelRecipes, prepared: PreparedGemms,
-                 options: ForwardOptions = ForwardOptions()) -> tuple[jax.Array, taps_lib.Taps]:
+    def __call__(
+        self,
+        batch: dict[str, jax.Array],
+        recipes: ModelRecipes,
+        prepared: PreparedGemms,
+        options: ForwardOptions = ForwardOptions(),
+    ) -> tuple[jax.Array, taps_lib.Taps]:
         """Logits and statistics.
 
         Args:
@@ -135,8 +171,14 @@ class Transformer(nnx.Module):
         x_btd, taps, _ = self._hidden(batch, recipes, prepared, options)
         return self._logits(x_btd, recipes, prepared, _counted(batch, options)), taps
 
-    def chunked_losses(self, batch: dict[str, jax.Array], recipes: ModelRecipes, prepared: PreparedGemms, chunk: int,
-                       options: ForwardOptions = ForwardOptions()) -> tuple[jax.Array, jax.Array, taps_lib.Taps]:
+    def chunked_losses(
+        self,
+        batch: dict[str, jax.Array],
+        recipes: ModelRecipes,
+        prepared: PreparedGemms,
+        chunk: int,
+        options: ForwardOptions = ForwardOptions(),
+    ) -> tuple[jax.Array, jax.Array, taps_lib.Taps]:
         """What a loss needs, without the logits of all tokens and the whole vocabulary ever being there (numerics/cross_entropy.py).
 
         Args:
@@ -151,12 +193,24 @@ class Transformer(nnx.Module):
         """
         x_btd, taps, _ = self._hidden(batch, recipes, prepared, options)
         scales, token = _of_head(prepared)
-        nll, lse = linear_cross_entropy(x_btd, self.head_weight(), batch["targets"], recipes.head, chunk=chunk, shards=shards("vocab"),
-                                        quantised_w=prepared.head, scales=scales, token=token, role=gemms_lib.HEAD,
-                                        counted=_counted(batch, options))
+        nll, lse = linear_cross_entropy(
+            x_btd,
+            self.head_weight(),
+            batch["targets"],
+            recipes.head,
+            chunk=chunk,
+            shards=shards("vocab"),
+            quantised_w=prepared.head,
+            scales=scales,
+            token=token,
+            role=gemms_lib.HEAD,
+            counted=_counted(batch, options),
+        )
         return nll, lse, taps
 
-    def extend(self, inputs_bt: jax.Array, cache: KVCache, recipes: ModelRecipes, prepared: PreparedGemms) -> tuple[jax.Array, KVCache]:
+    def extend(
+        self, inputs_bt: jax.Array, cache: KVCache, recipes: ModelRecipes, prepared: PreparedGemms
+    ) -> tuple[jax.Array, KVCache]:
         """Logits of the tokens that follow those in a cache (models/kv_cache.py): an empty one takes any t, else t is 1.
 
         Args:
@@ -173,50 +227,106 @@ class Transformer(nnx.Module):
         x_btd, _, cache = self._hidden(batch, recipes, prepared, ForwardOptions(), cache)
         return self._logits(x_btd, recipes, prepared), cache._replace(filled=cache.filled + length)
 
-    def _hidden(self, batch: dict[str, jax.Array], recipes: ModelRecipes, prepared: PreparedGemms, options: ForwardOptions,
-                cache: KVCache | None = None) -> tuple[jax.Array, taps_lib.Taps, Any]:
+    def _hidden(
+        self,
+        batch: dict[str, jax.Array],
+        recipes: ModelRecipes,
+        prepared: PreparedGemms,
+        options: ForwardOptions,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, taps_lib.Taps, Any]:
         """What the head reads, [b, t, d]."""
         inputs = batch["inputs"]
-        positions = batch["positions"] if "positions" in batch else jnp.arange(inputs.shape[1])[None]
+        positions = (
+            batch["positions"] if "positions" in batch else jnp.arange(inputs.shape[1])[None]
+        )
         length = inputs.shape[1] if cache is None else cache.k.shape[2]
-        rope = rope_table(positions, rope_frequencies(self.config, length), self.config.rope_attention_factor)
+        rope = rope_table(
+            positions, rope_frequencies(self.config, length), self.config.rope_attention_factor
+        )
         x_btd = self.embedding(inputs, self.config.input_scale, self.dtype)
         x_btd = constrain(x_btd, "batch", "residual", None)
-        x_btd, taps, cache = self._run_blocks(x_btd, rope, batch.get("segment_ids"), recipes, prepared, options, cache,
-                                              _counted(batch, options))
+        x_btd, taps, cache = self._run_blocks(
+            x_btd,
+            rope,
+            batch.get("segment_ids"),
+            recipes,
+            prepared,
+            options,
+            cache,
+            _counted(batch, options),
+        )
         return constrain(_apply(self.final_norm, x_btd), "batch", "sequence", None), taps, cache
 
     def _run_blocks(self, x, rope, segment_ids, recipes, prepared, options, cache, counted):
         graph, params = nnx.split(self.blocks)
         found, caches = [], []
         for (first, last, roles), weights in zip(recipes.segments(), prepared.weights, strict=True):
+
             def layer(x, stacked, roles=roles, backend=recipes.backend_of(first)):
                 params, cached, weights, scales, tokens = stacked
-                with taps_lib.collecting(options.collect, pooled=options.pooled_kurtosis, counted=counted) as taps:
+                with taps_lib.collecting(
+                    options.collect, pooled=options.pooled_kurtosis, counted=counted
+                ) as taps:
                     block = nnx.merge(graph, params)
                     given = Gemms(roles, GemmInputs(weights, scales, tokens), backend, counted)
-                    y, cached = block(x, rope, segment_ids, given, cached and KVCache(*cached, cache.filled))
+                    y, cached = block(
+                        x, rope, segment_ids, given, cached and KVCache(*cached, cache.filled)
+                    )
                 return y, (taps_lib.pack(taps) if taps else taps, cached and cached[:2])
 
             # An amax or scale of a role that is not in FP8 in these layers is not touched, and stays at zero.
             mine = {role for role, recipe in roles.items() if recipe.fp8}
             scales = {role: value for role, value in prepared.scales.items() if role in mine}
-            tokens = {role: value for role, value in prepared.tokens.items() if role in mine or options.collect and role in roles}
+            tokens = {
+                role: value
+                for role, value in prepared.tokens.items()
+                if role in mine or options.collect and role in roles
+            }
             kv = None if cache is None else cache[:2]
-            stacked = *gemms_lib.layers_of((params, kv), first, last), weights, *gemms_lib.layers_of((scales, tokens), first, last)
-            looped = self.config.scan_layers and last - first > 1  # compilers take a loop of one step apart
+            stacked = (
+                *gemms_lib.layers_of((params, kv), first, last),
+                weights,
+                *gemms_lib.layers_of((scales, tokens), first, last),
+            )
+            looped = (
+                self.config.scan_layers and last - first > 1
+            )  # compilers take a loop of one step apart
             with activations.in_loop(looped):
-                x, (taps, kv) = jax.lax.scan(_rematerialised(layer, options.remat, looped), x, stacked, unroll=1 if looped else last - first)
+                x, (taps, kv) = jax.lax.scan(
+                    _rematerialised(layer, options.remat, looped),
+                    x,
+                    stacked,
+                    unroll=1 if looped else last - first,
+                )
             found.append(taps.unpack() if taps else {})
             caches.append(kv)
         if cache is not None:
-            cache = cache._replace(k=jnp.concatenate([k for k, _ in caches]), v=jnp.concatenate([v for _, v in caches]))
+            cache = cache._replace(
+                k=jnp.concatenate([k for k, _ in caches]), v=jnp.concatenate([v for _, v in caches])
+            )
         return x, _join(found), cache
 
-    def _logits(self, x_btd: jax.Array, recipes: ModelRecipes, prepared: PreparedGemms, counted: jax.Array | None = None) -> jax.Array:
+    def _logits(
+        self,
+        x_btd: jax.Array,
+        recipes: ModelRecipes,
+        prepared: PreparedGemms,
+        counted: jax.Array | None = None,
+    ) -> jax.Array:
         scales, token = _of_head(prepared)
-        return dot_general(x_btd, self.head_weight(), (((2,), (1,)), ((), ())), recipes.head, quantised_w=prepared.head,
-                           scales=scales, token=token, out_dtype=jnp.float32, role=gemms_lib.HEAD, counted=counted)
+        return dot_general(
+            x_btd,
+            self.head_weight(),
+            (((2,), (1,)), ((), ())),
+            recipes.head,
+            quantised_w=prepared.head,
+            scales=scales,
+            token=token,
+            out_dtype=jnp.float32,
+            role=gemms_lib.HEAD,
+            counted=counted,
+        )
 
 
 def _counted(batch: dict[str, jax.Array], options: ForwardOptions) -> jax.Array | None:
@@ -226,7 +336,10 @@ def _counted(batch: dict[str, jax.Array], options: ForwardOptions) -> jax.Array 
 
 def _of_head(prepared: PreparedGemms) -> tuple[jax.Array | None, jax.Array | None]:
     """Scales and token of the head, None where it needs none."""
-    scales, token = (given[gemms_lib.HEAD][0] if gemms_lib.HEAD in given else None for given in (prepared.scales, prepared.tokens))
+    scales, token = (
+        given[gemms_lib.HEAD][0] if gemms_lib.HEAD in given else None
+        for given in (prepared.scales, prepared.tokens)
+    )
     return scales, token
 
 
@@ -240,10 +353,16 @@ def _rematerialised(layer: Any, remat: str, looped: bool) -> Any:
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    policy = {"full": policies.nothing_saveable, "save_fp8": policies.save_only_these_names(CHECKPOINT_NAME),
-              "offload_fp8": policies.save_and_offload_only_these_names(
-                  names_which_can_be_saved=[], names_which_can_be_offloaded=[CHECKPOINT_NAME], offload_src="device",
-                  offload_dst=HOST_MEMORY)}[remat]
+    policy = {
+        "full": policies.nothing_saveable,
+        "save_fp8": policies.save_only_these_names(CHECKPOINT_NAME),
+        "offload_fp8": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[CHECKPOINT_NAME],
+            offload_src="device",
+            offload_dst=HOST_MEMORY,
+        ),
+    }[remat]
     return jax.checkpoint(layer, policy=policy, prevent_cse=not looped)
 
 
@@ -252,9 +371,14 @@ def _join(found: list[taps_lib.Taps]) -> taps_lib.Taps:
     if len(found) == 1:
         return found[0]
     lengths = [jax.tree.leaves(taps)[0].shape[0] if jax.tree.leaves(taps) else 0 for taps in found]
-    names = dict.fromkeys((name, key) for taps in found for name, stats in taps.items() for key in stats)
+    names = dict.fromkeys(
+        (name, key) for taps in found for name, stats in taps.items() for key in stats
+    )
     out: taps_lib.Taps = {}
     for name, key in names:
-        parts = [taps[name][key] if name in taps else jnp.zeros((n,)) for taps, n in zip(found, lengths, strict=True)]
+        parts = [
+            taps[name][key] if name in taps else jnp.zeros((n,))
+            for taps, n in zip(found, lengths, strict=True)
+        ]
         out.setdefault(name, {})[key] = jnp.concatenate(parts)
     return out

@@ -77,7 +77,11 @@ class Alarm(NamedTuple):
     def text(self) -> str:
         """One line for people."""
         where = self.tensor if self.layer is None else f"{self.tensor} in layer {self.layer}"
-        when = "" if not self.steps else f"; out of range in {self.steps:,} steps ({self.tokens:,} tokens)"
+        when = (
+            ""
+            if not self.steps
+            else f"; out of range in {self.steps:,} steps ({self.tokens:,} tokens)"
+        )
         return f"step {self.step}  {self.level:<5}  {where}: {self.evidence}{when}; {self.advice}"
 
 
@@ -93,7 +97,9 @@ class EarlyWarning:
         self._gradient_format = gradient_format
         self._gradients: collections.deque[float] = collections.deque(maxlen=GRADIENTS + SOON)
         self._rates: collections.deque[float] = collections.deque(maxlen=GRADIENTS)
-        self._losses: collections.deque[tuple[int, float]] = collections.deque(maxlen=trend.PAST + trend.RECENT)
+        self._losses: collections.deque[tuple[int, float]] = collections.deque(
+            maxlen=trend.PAST + trend.RECENT
+        )
         self._course = trend.Course(losses)
         self._known = self._course.last  # entries until then are seen again when a run continues
         self._entries = 0
@@ -131,7 +137,11 @@ class EarlyWarning:
         """Whether this tensor was not spoken of at this level lately; notes that now it is."""
         level, step = self._said.get(alarm.tensor, (WATCH, -math.inf))
         quiet = self._steps and alarm.step - step > self._span() / 2
-        news = math.isinf(step) or quiet or WARNING_LEVELS.index(alarm.level) > WARNING_LEVELS.index(level)
+        news = (
+            math.isinf(step)
+            or quiet
+            or WARNING_LEVELS.index(alarm.level) > WARNING_LEVELS.index(level)
+        )
         highest = alarm.level if news else max(level, alarm.level, key=WARNING_LEVELS.index)
         self._said[alarm.tensor] = highest, alarm.step
         return bool(news)
@@ -158,7 +168,9 @@ class EarlyWarning:
             return []
         law = growth.fit(np.array([t for _, t in self._steps], float), np.maximum(values, 1e-6))
         out = np.all(values[:, -2:] >= 1, axis=1)
-        left = np.where(out, 0.0, np.maximum((law.reaches(np.ones(len(places))) / tokens - 1) * step, 1.0))
+        left = np.where(
+            out, 0.0, np.maximum((law.reaches(np.ones(len(places))) / tokens - 1) * step, 1.0)
+        )
         weights = self._loads.weights(places)
         distance = left / weights / max(self._span(), 1)
         for i, place in enumerate(places):
@@ -172,7 +184,16 @@ class EarlyWarning:
             worst = layers[np.argmin(distance[layers])]
             if math.isfinite(distance[worst]):
                 level = self._level(harm, distance[layers], values[layers, -1], weights[layers])
-                alarms.append(self._range_alarm(places[worst], growth.LAWS[law.law[worst]], values[worst, -1], left[worst], level, harm))
+                alarms.append(
+                    self._range_alarm(
+                        places[worst],
+                        growth.LAWS[law.law[worst]],
+                        values[worst, -1],
+                        left[worst],
+                        level,
+                        harm,
+                    )
+                )
         return alarms
 
     def _harm(self) -> str:
@@ -188,28 +209,52 @@ class EarlyWarning:
             return WARN if near > 1 / 8 else ACT
         return WARN if self._is_off_trend() and distance.min() == 0 else WATCH
 
-    def _range_alarm(self, place: Place, law: str, load: float, left: float, level: str, harm: str) -> Alarm:
+    def _range_alarm(
+        self, place: Place, law: str, load: float, left: float, level: str, harm: str
+    ) -> Alarm:
         (step, tokens), (tensor, layer) = self._steps[-1], place
         steps = math.ceil(left)
         what = f"its cast has {load:.2g} of the noise that costs a bit"
         if tensor == LOGITS:
             largest = self._largest_logits.get(("attention_scores", layer))
-            what = f"a logit is off by {load:.2g} nats" + ("" if largest is None else f", the largest is {largest:.3g}")
+            what = f"a logit is off by {load:.2g} nats" + (
+                "" if largest is None else f", the largest is {largest:.3g}"
+            )
         grows = "out of range" if not steps else f"growth {law}"
         evidence = ", ".join((what, grows) if level == WATCH else (what, grows, harm))
-        return Alarm(step, level, tensor, layer, evidence, steps, round(steps * tokens / step), *_advice(tensor))
+        return Alarm(
+            step,
+            level,
+            tensor,
+            layer,
+            evidence,
+            steps,
+            round(steps * tokens / step),
+            *_advice(tensor),
+        )
 
     def _gradient(self, entry: Mapping[str, Any]) -> list[Alarm]:
         """Whether the gradient's norm is far above what it was."""
         step, norm = entry["step"], entry.get("grad_norm", math.nan)
         bad = not all(math.isfinite(entry.get(name, 0.0)) for name in ("loss", "grad_norm"))
         if bad:
-            return [Alarm(step, ACT, GRADIENT, None, "loss or gradient norm is not finite", None, None, *_advice(GRADIENT))]
+            return [
+                Alarm(
+                    step,
+                    ACT,
+                    GRADIENT,
+                    None,
+                    "loss or gradient norm is not finite",
+                    None,
+                    None,
+                    *_advice(GRADIENT),
+                )
+            ]
         if not norm > 0:
             return []
         self._gradients.append(math.log(norm))
         logs = np.array(self._gradients)
-        seen, before, now = logs[-GRADIENTS - 1:-1], logs[:-SOON], logs[-SOON:]
+        seen, before, now = logs[-GRADIENTS - 1 : -1], logs[:-SOON], logs[-SOON:]
         if len(seen) < GRADIENTS // 2:
             return []
         median, raised = float(np.median(seen)), float(np.median(now) - np.median(before))
@@ -220,9 +265,22 @@ class EarlyWarning:
         self._gradient_broke = self._entries
         evidence = f"norm {norm:.3g}, {math.exp(logs[-1] - median):.1f} times the median of the last {len(seen)} entries"
         if stays:
-            evidence = (f"norm {math.exp(np.median(now)):.3g} in the last {SOON} entries, {math.exp(raised):.1f} times that of the "
-                        f"{len(before)} before, and the loss is above its trend")
-        return [Alarm(step, WARN if stays else WATCH, GRADIENT, None, evidence, None, None, *_advice(GRADIENT))]
+            evidence = (
+                f"norm {math.exp(np.median(now)):.3g} in the last {SOON} entries, {math.exp(raised):.1f} times that of the "
+                f"{len(before)} before, and the loss is above its trend"
+            )
+        return [
+            Alarm(
+                step,
+                WARN if stays else WATCH,
+                GRADIENT,
+                None,
+                evidence,
+                None,
+                None,
+                *_advice(GRADIENT),
+            )
+        ]
 
     def _rate(self, entry: Mapping[str, Any]) -> list[Alarm]:
         """Whether the learning rate is far above what it was: a restart with another one, say."""
@@ -240,16 +298,25 @@ class EarlyWarning:
             return []
         growths = np.diff(np.log(np.maximum(values, 1e-30)), axis=1)
         before, now = growths[:, :-1], growths[:, -1]
-        limit = np.median(before, axis=1) + np.maximum(OUTLIER * _spread(before, axis=1), LEAST_GROWTH)
+        limit = np.median(before, axis=1) + np.maximum(
+            OUTLIER * _spread(before, axis=1), LEAST_GROWTH
+        )
         weights = self._sizes.weights(places)
         share = float(weights[now > limit].sum() / weights.sum())
         if share < SHARE:
             return []
-        step, last = self._steps[-1][0], int(np.argmax(np.where(now > limit, now * weights, -np.inf)))
+        step, last = (
+            self._steps[-1][0],
+            int(np.argmax(np.where(now > limit, now * weights, -np.inf))),
+        )
         both = self._entries - self._gradient_broke < SOON
         name = "{} in layer {}".format(*places[last])
         evidence = f"{share:.0%} of weights and activations grow as never before, most of all {name}, {math.exp(now[last]):.2g} times"
-        return [Alarm(step, ACT if both else WARN, TENSORS, None, evidence, None, None, *_advice(TENSORS))]
+        return [
+            Alarm(
+                step, ACT if both else WARN, TENSORS, None, evidence, None, None, *_advice(TENSORS)
+            )
+        ]
 
     def _kurtosis(self) -> list[Alarm]:
         """Whether kurtosis grows exponentially, more than three times within the window, in the last third of the layers."""
@@ -265,8 +332,19 @@ class EarlyWarning:
         for i, (tensor, layer) in enumerate(places):
             if law.law[i] == name and factor[i] > 3 and law.error[i] < 0.1:
                 worst[tensor] = max(worst.get(tensor, (0.0, 0)), (float(factor[i]), layer))
-        return [Alarm(step, WATCH, f"kurtosis of {tensor}", layer, f"grows exponentially, {factor:.1f} times in {self._span()} steps",
-                      None, None, *_advice(tensor)) for tensor, (factor, layer) in worst.items()]
+        return [
+            Alarm(
+                step,
+                WATCH,
+                f"kurtosis of {tensor}",
+                layer,
+                f"grows exponentially, {factor:.1f} times in {self._span()} steps",
+                None,
+                None,
+                *_advice(tensor),
+            )
+            for tensor, (factor, layer) in worst.items()
+        ]
 
 
 class _History:
@@ -280,8 +358,14 @@ class _History:
 
     def matrix(self) -> tuple[list[Place], np.ndarray]:
         """Places, and their values [places, rows], finite."""
-        places = [p for p in self._rows[-1] if all(math.isfinite(row.get(p, math.nan)) for row in self._rows)]
-        return places, np.array([[row[p] for row in self._rows] for p in places]).reshape(len(places), len(self._rows))
+        places = [
+            p
+            for p in self._rows[-1]
+            if all(math.isfinite(row.get(p, math.nan)) for row in self._rows)
+        ]
+        return places, np.array([[row[p] for row in self._rows] for p in places]).reshape(
+            len(places), len(self._rows)
+        )
 
     def weights(self, places: list[Place]) -> np.ndarray:
         """1/2 for the first layer to 1 for the last."""
@@ -297,7 +381,11 @@ def _by_place(pattern: re.Pattern[str], entry: Mapping[str, Any]) -> dict[Place,
 def _sizes(entry: Mapping[str, Any]) -> dict[Place, float]:
     """Largest weight and root mean square of activations."""
     matches = ((_SIZE.fullmatch(name), value) for name, value in entry.items())
-    return {(match["weight"] or match["tap"], int(match["layer"])): value for match, value in matches if match}
+    return {
+        (match["weight"] or match["tap"], int(match["layer"])): value
+        for match, value in matches
+        if match
+    }
 
 
 def _quantile(values: np.ndarray, weights: np.ndarray) -> float:
@@ -325,10 +413,15 @@ def _advice(tensor: str) -> tuple[str, str]:
     if tensor in (GRADIENT, TENSORS, RATE):
         return "lower the learning rate, or roll back", ""
     if tensor == LOGITS:
-        return ("normalise queries and keys, with frozen gains (model.qk_regulariser=rmsnorm_frozen), or move attention and qkv to BF16",
-                "qkv,attention_scores,attention_values")
+        return (
+            "normalise queries and keys, with frozen gains (model.qk_regulariser=rmsnorm_frozen), or move attention and qkv to BF16",
+            "qkv,attention_scores,attention_values",
+        )
     if not operand:
         return "add a norm after the branch (model.branch_output=rmsnorm), or freeze QK gains", ""
     if operand in ("g", "ds", "do", "w"):
         return f"let its scale follow (fp8.overrides={role}=current), or move {role} to BF16", role
-    return f"add a norm after the branch (model.branch_output=rmsnorm), or move {role} to BF16", role
+    return (
+        f"add a norm after the branch (model.branch_output=rmsnorm), or move {role} to BF16",
+        role,
+    )

@@ -43,9 +43,13 @@ class Growth(NamedTuple):
     def reaches(self, limits: np.ndarray) -> np.ndarray:
         """Tokens at which each series grows past its limit, float64 [k]; inf for those that do not grow."""
         y = np.where(self.law == LAWS.index("logarithmic"), limits, np.log(limits))
-        x = np.divide(y - self.intercept, self.slope, out=np.full(len(y), np.inf), where=self.slope > 1e-300)
+        x = np.divide(
+            y - self.intercept, self.slope, out=np.full(len(y), np.inf), where=self.slope > 1e-300
+        )
         times = np.where(self.law == LAWS.index("exponential"), x, np.exp(np.minimum(x, FAR)))
-        return np.where((self.law == LAWS.index("constant")) | (x >= FAR), np.inf, self.unit * times)
+        return np.where(
+            (self.law == LAWS.index("constant")) | (x >= FAR), np.inf, self.unit * times
+        )
 
 
 def fit(tokens: np.ndarray, values: np.ndarray) -> Growth:
@@ -77,13 +81,20 @@ def _error(law: str, t: np.ndarray, values: np.ndarray, split: int) -> np.ndarra
 
 def _coordinates(law: str, t: np.ndarray) -> np.ndarray:
     """What the law is a straight line in; the other axis is the value for `logarithmic`, its logarithm for the rest."""
-    return {"constant": np.zeros_like, "logarithmic": np.log, "power": np.log, "exponential": np.asarray}[law](t)
+    return {
+        "constant": np.zeros_like,
+        "logarithmic": np.log,
+        "power": np.log,
+        "exponential": np.asarray,
+    }[law](t)
 
 
 def _line(law: str, t: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Intercepts and slopes [k] of least squares; of `logarithmic`, which is fitted to values, with relative errors."""
     x = np.broadcast_to(_coordinates(law, t), values.shape)
-    y, weight = (values, values**-2.0) if law == "logarithmic" else (np.log(values), np.ones_like(values))
+    y, weight = (
+        (values, values**-2.0) if law == "logarithmic" else (np.log(values), np.ones_like(values))
+    )
     weight = weight / weight.sum(axis=1, keepdims=True)
     x_mean, y_mean = ((weight * a).sum(axis=1, keepdims=True) for a in (x, y))
     variance = (weight * (x - x_mean) ** 2).sum(axis=1)

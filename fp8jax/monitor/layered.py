@@ -22,7 +22,10 @@ _EXACT = "scale/"  # powers of two
 
 def rounded(values: Mapping[str, float]) -> dict[str, float]:
     """Return statistics in as many digits as they are logged in, so that a log says what the run itself saw."""
-    return {name: value if name.startswith(_EXACT) else float(f"{value:.{DIGITS}g}") for name, value in values.items()}
+    return {
+        name: value if name.startswith(_EXACT) else float(f"{value:.{DIGITS}g}")
+        for name, value in values.items()
+    }
 
 
 def pack(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +48,9 @@ def unpack(record: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in record.items():
         if isinstance(value, list) and key.endswith(SUFFIX) and len(value) <= LAYERS:
             names = layer_names(key.removesuffix(SUFFIX), len(value))
-            out.update((name, item) for name, item in zip(names, value, strict=True) if item is not None)
+            out.update(
+                (name, item) for name, item in zip(names, value, strict=True) if item is not None
+            )
         else:
             out[key] = value
     return out
@@ -60,7 +65,10 @@ def layer_names(statistic: str, layers: int) -> list[str]:
 @functools.lru_cache(maxsize=16)
 def _places(names: tuple[str, ...]) -> tuple[list[tuple[str, int | None]], dict[str, int]]:
     """Where each name goes, list and layer, or the name itself; and the lists' lengths."""
-    matches = [match if (match := _LAYER.fullmatch(name)) and int(match[2]) < LAYERS else None for name in names]
+    matches = [
+        match if (match := _LAYER.fullmatch(name)) and int(match[2]) < LAYERS else None
+        for name in names
+    ]
     lengths: dict[str, int] = {}
     for match in matches:
         if match:

@@ -55,7 +55,12 @@ def loads(entry: Mapping[str, Any], gradient_format: str = "e5m2") -> dict[Place
 def _logit_error(entry: Mapping[str, Any], layer: str) -> float:
     """Standard deviation of a logit's error in nats; what is not in FP8 rounds to BF16."""
     noise = 0.0
-    for operand, times in (("attention_scores.q", 1), ("attention_scores.k", 1), ("qkv.x", 2), ("qkv.w", 2)):
+    for operand, times in (
+        ("attention_scores.q", 1),
+        ("attention_scores.k", 1),
+        ("qkv.x", 2),
+        ("qkv.w", 2),
+    ):
         snr = entry.get(f"snr/{operand}_layer{layer}", math.nan)
         noise += times * _ratio(-(ROUNDING["bf16"] if math.isnan(snr) else snr))
     size = entry[f"rms/q_layer{layer}"] * entry.get(f"rms/k_layer{layer}", math.nan)

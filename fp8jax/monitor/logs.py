@@ -56,8 +56,11 @@ def lines(path: str | os.PathLike, start: int = 0) -> Iterator[dict[str, Any]]:
     return (record for _, record in ended_lines(path, start))
 
 
-def ended_lines(path: str | os.PathLike, start: int = 0,
-                damaged: Callable[[Callable[[], MetricsError]], object] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def ended_lines(
+    path: str | os.PathLike,
+    start: int = 0,
+    damaged: Callable[[Callable[[], MetricsError]], object] | None = None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """As `lines`, with the byte from which to go on after each: its end, but its beginning where its newline is not there yet.
 
     Args:
@@ -82,7 +85,9 @@ def ended_lines(path: str | os.PathLike, start: int = 0,
             at += len(line)
 
 
-def tail(path: str | os.PathLike, *, entries: int, statistics: int = 0, last_step: float = math.inf) -> Iterator[dict[str, Any]]:
+def tail(
+    path: str | os.PathLike, *, entries: int, statistics: int = 0, last_step: float = math.inf
+) -> Iterator[dict[str, Any]]:
     """Yield the last steps in order, as `read_metrics` returns them: at least so many, as far as there are any.
 
     Args:
@@ -150,12 +155,17 @@ def _open(path: pathlib.Path) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError:
-        raise MetricsError(f"{path}: no such file; a run writes it to its --workdir at the first logged step") from None
+        raise MetricsError(
+            f"{path}: no such file; a run writes it to its --workdir at the first logged step"
+        ) from None
 
 
 def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yield (where it begins, line with its newline) of each line, the last one first."""
-    at, after = file.seek(0, os.SEEK_END), []  # `after`: what of the line that crosses `at` has been read, the last block first
+    at, after = (
+        file.seek(0, os.SEEK_END),
+        [],
+    )  # `after`: what of the line that crosses `at` has been read, the last block first
     while at > 0:
         size = min(_BLOCK, at)
         at -= size
@@ -203,8 +213,13 @@ def _damaged(file: BinaryIO, at: int, line: bytes) -> MetricsError:
         block = file.read(min(_BLOCK, at))
         number, at = number + block.count(b"\n"), at - len(block)
     excerpt = repr(line.decode(errors="replace")[:60].strip())
-    return MetricsError(f"{file.name}, line {number}: not a JSON object with an integer 'step': {excerpt}; remove it")
+    return MetricsError(
+        f"{file.name}, line {number}: not a JSON object with an integer 'step': {excerpt}; remove it"
+    )
 
 
 def _entry(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in layered.unpack(record).items()}
+    return {
+        name: NON_FINITE.get(value, value) if isinstance(value, str) else value
+        for name, value in layered.unpack(record).items()
+    }

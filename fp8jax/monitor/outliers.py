@@ -33,13 +33,18 @@ def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
     for name, stats in taps.items():
         for statistic, values in _with_snr(stats).items():
             known = _known(stats, statistic, values)
-            whole, reduce = ("max", np.max) if statistic in ("amax", "max_logit") else ("avg", np.mean)
+            whole, reduce = (
+                ("max", np.max) if statistic in ("amax", "max_logit") else ("avg", np.mean)
+            )
             if known.any():
                 out[f"{statistic}/{name}_{whole}"] = float(reduce(values[known]))
             keys = _names(statistic, name, len(values))
             out.update((keys[layer], float(values[layer])) for layer in np.flatnonzero(known))
             of_casts.get(statistic, []).append(values[known])
-    for key, statistic in (("fp8/saturated_fraction", "overflow"), ("fp8/underflow_fraction", "underflow")):
+    for key, statistic in (
+        ("fp8/saturated_fraction", "overflow"),
+        ("fp8/underflow_fraction", "underflow"),
+    ):
         found = np.concatenate([np.zeros(0), *of_casts[statistic]])
         if found.size:
             out[key] = float(np.mean(found))
@@ -64,7 +69,9 @@ def _names(statistic: str, name: str, layers: int) -> list[str]:
 
 def _with_snr(stats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What is logged: without weights, with the signal-to-noise ratio of a cast."""
-    logged = {name: values for name, values in stats.items() if name not in ("signal", "noise", *WEIGHTS)}
+    logged = {
+        name: values for name, values in stats.items() if name not in ("signal", "noise", *WEIGHTS)
+    }
     if "noise" not in stats:
         return logged
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -19,7 +19,10 @@ class PatientFile:
     """
 
     def __init__(self, path: str | os.PathLike, *, fresh: bool = False):
-        self._path, self._flags = path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if fresh else 0)
+        self._path, self._flags = (
+            path,
+            os.O_WRONLY | os.O_CREAT | os.O_APPEND | (os.O_TRUNC if fresh else 0),
+        )
         self._file: int | None = None
         self._pending = bytearray()
         self.reason = ""

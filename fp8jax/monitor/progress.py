@@ -30,7 +30,13 @@ RECENT = 10  # logged steps whose time makes the forecast: follows a change of s
 COURSE = 32  # logged losses that are drawn
 SATURATED = 1e-3  # of all elements that are cast
 BARS = "▁▂▃▄▅▆▇█"
-LIGHTS = {"": ("○", "bright_black"), "ok": ("●", "green"), "watch": ("●", "yellow"), "warn": ("●", "yellow"), "act": ("●", "red")}
+LIGHTS = {
+    "": ("○", "bright_black"),
+    "ok": ("●", "green"),
+    "watch": ("●", "yellow"),
+    "warn": ("●", "yellow"),
+    "act": ("●", "red"),
+}
 
 
 class Progress:
@@ -43,18 +49,32 @@ class Progress:
         seconds_at_peak: what a step would take at the devices' peak rate, from which comes the MFU; None: not known.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, console: rich.console.Console | None = None, *,
-                 seconds_at_peak: float | None = None):
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        console: rich.console.Console | None = None,
+        *,
+        seconds_at_peak: float | None = None,
+    ):
         self._total, self._at_peak = total_steps, seconds_at_peak
         self._console = console or standard_output()
         self._recent: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._losses: collections.deque[float] = collections.deque(maxlen=COURSE)
         self._light, self._warned = "", ""
-        self._bar = rich.progress.Progress(rich.progress.BarColumn(bar_width=None), rich.progress.TaskProgressColumn(), expand=True,
-                                           console=self._console)
+        self._bar = rich.progress.Progress(
+            rich.progress.BarColumn(bar_width=None),
+            rich.progress.TaskProgressColumn(),
+            expand=True,
+            console=self._console,
+        )
         self._task = self._bar.add_task("", total=total_steps, completed=start_step)
         # No refresh thread: the view moves when a step is logged, and costs the host nothing in between.
-        self._live = rich.live.Live(self._view(f"step {start_step}/{total_steps}"), console=self._console, auto_refresh=False)
+        self._live = rich.live.Live(
+            self._view(f"step {start_step}/{total_steps}"),
+            console=self._console,
+            auto_refresh=False,
+        )
 
     def update(self, step: int, metrics: dict[str, float | int]) -> None:
         """Show a logged step.
@@ -72,7 +92,9 @@ class Progress:
         if metrics.get("bad_step"):
             self._light = "act"
         elif "fp8/saturated_fraction" in metrics:  # a NaN is no health
-            self._light = self._warned or ("ok" if metrics["fp8/saturated_fraction"] <= SATURATED else "warn")
+            self._light = self._warned or (
+                "ok" if metrics["fp8/saturated_fraction"] <= SATURATED else "warn"
+            )
             self._warned = ""
         text = self._describe(step, metrics)
         if self._console.is_terminal:
@@ -105,7 +127,14 @@ class Progress:
 
     def _view(self, text: str) -> rich.console.Group:
         mark, style = LIGHTS[self._light]
-        line = rich.text.Text.assemble((mark, style), " FP8  ", text, ("  " + _course(self._losses), "cyan"), overflow="ellipsis", no_wrap=True)
+        line = rich.text.Text.assemble(
+            (mark, style),
+            " FP8  ",
+            text,
+            ("  " + _course(self._losses), "cyan"),
+            overflow="ellipsis",
+            no_wrap=True,
+        )
         return rich.console.Group(self._bar, line)
 
     def _describe(self, step: int, metrics: dict[str, float | int]) -> str:
@@ -138,7 +167,10 @@ def _course(values: collections.deque[float]) -> str:
     if len(finite) < 2:
         return ""
     low, high = min(finite), max(finite)
-    return "".join(BARS[int((value - low) / (high - low or 1) * 7.999)] if math.isfinite(value) else "x" for value in values)
+    return "".join(
+        BARS[int((value - low) / (high - low or 1) * 7.999)] if math.isfinite(value) else "x"
+        for value in values
+    )
 
 
 def _short(value: float) -> str:

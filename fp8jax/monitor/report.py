@@ -25,8 +25,13 @@ CELLS = 1_350_000  # of all maps of all runs, 2.7 bytes each in the page
 SHARE = 20  # a refresh that took a second comes again after as many seconds at the earliest
 
 
-def write_report(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path, *, remember: bool = False,
-                 note: Callable[[str], object] = lambda line: None) -> pathlib.Path:
+def write_report(
+    workdirs: Sequence[str | pathlib.Path],
+    out: str | pathlib.Path,
+    *,
+    remember: bool = False,
+    note: Callable[[str], object] = lambda line: None,
+) -> pathlib.Path:
     """Writes the page, whole or not at all; returns its path. It shows what there is, and says what is missing.
 
     Args:
@@ -52,11 +57,15 @@ def write_report(workdirs: Sequence[str | pathlib.Path], out: str | pathlib.Path
     return out
 
 
-def _read(workdirs: Sequence[str | pathlib.Path], remember: bool, note: Callable[[str], object]) -> list[dict[str, Any]]:
+def _read(
+    workdirs: Sequence[str | pathlib.Path], remember: bool, note: Callable[[str], object]
+) -> list[dict[str, Any]]:
     runs, missing = [], []
     for workdir in workdirs:
         try:
-            runs.append(report_data.read_run(workdir, cells=CELLS // len(workdirs), remember=remember))
+            runs.append(
+                report_data.read_run(workdir, cells=CELLS // len(workdirs), remember=remember)
+            )
         except report_data.MetricsError as error:
             missing.append(error)
             continue
@@ -75,7 +84,11 @@ def _page(data: dict) -> str:
 
     # In a script element, '<' could end it.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    page = source("page.html").replace("/*STYLE*/", source("style.css")).replace("/*SCRIPT*/", source("charts.js") + source("page.js"))
+    page = (
+        source("page.html")
+        .replace("/*STYLE*/", source("style.css"))
+        .replace("/*SCRIPT*/", source("charts.js") + source("page.js"))
+    )
     before, after = page.split("/*DATA*/null")
     return before + text + after
 
@@ -102,11 +115,24 @@ class Refresher:
         if not self._minutes or self._process is not None or now < self._due:
             return
         self._started = now
-        command = ["-m", "fp8jax", "report", str(self._workdir), "--out", str(self._workdir / "report.html"), "--background"]
+        command = [
+            "-m",
+            "fp8jax",
+            "report",
+            str(self._workdir),
+            "--out",
+            str(self._workdir / "report.html"),
+            "--background",
+        ]
         self._due = now + 60 * self._minutes  # if it does not start
         with contextlib.suppress(OSError):
-            self._process = subprocess.Popen([sys.executable, *command], cwd=pathlib.Path(fp8jax.__file__).parent.parent,
-                                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=pathlib.Path(fp8jax.__file__).parent.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
 
     def close(self) -> None:
         """Writes the page a last time; a page that cannot be written is told, and stops nothing."""
@@ -117,4 +143,6 @@ class Refresher:
             if self._minutes and (self._workdir / "metrics.jsonl").exists():
                 write_report([self._workdir], self._workdir / "report.html", remember=True)
         except Exception as error:  # whatever is in the logs: a run does not fail by its picture
-            logging.getLogger(__name__).warning("report.html was not written: %s: %s", type(error).__name__, error)
+            logging.getLogger(__name__).warning(
+                "report.html was not written: %s: %s", type(error).__name__, error
+            )

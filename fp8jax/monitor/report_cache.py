@@ -41,15 +41,25 @@ def load(workdir: pathlib.Path, gathered: Any) -> None:
 def save(workdir: pathlib.Path, gathered: Any) -> None:
     """Keep it, whole or not at all; a directory that cannot be written to is no error."""
     lines = [(("line", name), line) for name, line in gathered.series.items()]
-    tables = [(("table", statistic, tensor), table) for statistic, found in gathered.maps.items() for tensor, table in found.items()]
+    tables = [
+        (("table", statistic, tensor), table)
+        for statistic, found in gathered.maps.items()
+        for tensor, table in found.items()
+    ]
     arrays: dict[str, np.ndarray] = {}
     names: list[list[str]] = []
     for number, (_, part) in enumerate(lines + tables):
         found = {f"{number} {name}": values for name, values in part.arrays().items()}
         names.append(list(found))
         arrays |= found
-    about = {"version": VERSION, "end": gathered.end, "problems": sorted(gathered.problems), "log": _known_by(workdir, gathered.end),
-             "parts": [key for key, _ in lines + tables], "names": names}
+    about = {
+        "version": VERSION,
+        "end": gathered.end,
+        "problems": sorted(gathered.problems),
+        "log": _known_by(workdir, gathered.end),
+        "parts": [key for key, _ in lines + tables],
+        "names": names,
+    }
     temporary = workdir / f"{NAME}.tmp"
     try:
         with temporary.open("wb") as file:

@@ -22,11 +22,30 @@ from fp8jax import files
 from fp8jax.monitor import layered, report_cache
 from fp8jax.monitor.logs import MetricsError, ended_lines
 
-LINES = ("loss", "held_out/loss", "held_out/bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds",
-         "fp8/saturated_fraction", "fp8/underflow_fraction", "tokens")
+LINES = (
+    "loss",
+    "held_out/loss",
+    "held_out/bits_per_byte",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "step_seconds",
+    "fp8/saturated_fraction",
+    "fp8/underflow_fraction",
+    "tokens",
+)
 # Statistic → whether a small value is the bad one. Others (mean, zero, ...) are in the log only.
-MAPS = {"kurtosis": False, "max_logit": False, "entropy": True, "amax": False, "scale": False, "overflow": False, "underflow": False,
-        "snr": True, "rms": False}
+MAPS = {
+    "kurtosis": False,
+    "max_logit": False,
+    "entropy": True,
+    "amax": False,
+    "scale": False,
+    "overflow": False,
+    "underflow": False,
+    "snr": True,
+    "rms": False,
+}
 POINTS, MAP_POINTS = 600, 240
 # Buckets kept while a log is read, from which at last so many are made; entries that wait to be put into them.
 FINE, FINE_MAP = 8 * POINTS, 2 * MAP_POINTS
@@ -55,19 +74,34 @@ def read_run(workdir: str | pathlib.Path, *, cells: int, remember: bool = False)
     gathered.read(workdir / "metrics.jsonl")
     if remember:
         report_cache.save(workdir, gathered)
-    series, maps = gathered.series, {name: tables for name, tables in gathered.maps.items() if tables}
+    series, maps = (
+        gathered.series,
+        {name: tables for name, tables in gathered.maps.items() if tables},
+    )
     problems = sorted(gathered.problems)
     events = _shown(_events(workdir / "events.jsonl", problems))
-    files_of_run = {name: _json(workdir / f"{file}.json", problems) for name, file in
-                    (("config", "config"), ("facts", "run"), ("evaluation", "eval"))}
+    files_of_run = {
+        name: _json(workdir / f"{file}.json", problems)
+        for name, file in (("config", "config"), ("facts", "run"), ("evaluation", "eval"))
+    }
     height = sum(table.layers for tables in maps.values() for table in tables.values())
     points = max(20, min(MAP_POINTS, cells // max(height, 1)))
     return {
-        "name": workdir.resolve().name, "workdir": str(workdir), **files_of_run, "problems": problems,
+        "name": workdir.resolve().name,
+        "workdir": str(workdir),
+        **files_of_run,
+        "problems": problems,
         "series": {name: line.reduced(POINTS) for name, line in series.items()},
-        "maps": {name: {tensor: table.reduced(points, smallest=MAPS[name]) for tensor, table in sorted(tables.items())}
-                 for name, tables in maps.items()},
-        "events": events, "state": _state(events), "seconds": series["step_seconds"].total() if "step_seconds" in series else None,
+        "maps": {
+            name: {
+                tensor: table.reduced(points, smallest=MAPS[name])
+                for tensor, table in sorted(tables.items())
+            }
+            for name, tables in maps.items()
+        },
+        "events": events,
+        "state": _state(events),
+        "seconds": series["step_seconds"].total() if "step_seconds" in series else None,
     }
 
 
@@ -76,7 +110,17 @@ class _Line:
 
     def __init__(self):
         self._steps, self._values, self._total, self._last = [], [], 0.0, 0
-        self._buckets = _Buckets({"from": _FIRST, "to": _LAST, "min": _LEAST, "max": _MOST, "last": _LAST_KNOWN, "bad": _SUM}, FINE)
+        self._buckets = _Buckets(
+            {
+                "from": _FIRST,
+                "to": _LAST,
+                "min": _LEAST,
+                "max": _MOST,
+                "last": _LAST_KNOWN,
+                "bad": _SUM,
+            },
+            FINE,
+        )
 
     def add(self, step: int, value: float) -> None:
         """Take a logged step's value."""
@@ -95,7 +139,9 @@ class _Line:
             self._total += float(np.sum((between * values)[finite]))
         self._last = steps[-1]
         known, bad = np.where(finite, values, np.nan), (~finite).astype(np.int64)
-        self._buckets.add({"from": steps, "to": steps, "min": known, "max": known, "last": known, "bad": bad})
+        self._buckets.add(
+            {"from": steps, "to": steps, "min": known, "max": known, "last": known, "bad": bad}
+        )
         self._steps, self._values = [], []
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -118,7 +164,10 @@ class _Line:
         self._flush()
         found = self._buckets.reduced(points)
         out: dict[str, list] = {name: found[name].tolist() for name in ("from", "to")}
-        out |= {name: [_short(value) for value in found[name].tolist()] for name in ("min", "max", "last")}
+        out |= {
+            name: [_short(value) for value in found[name].tolist()]
+            for name in ("min", "max", "last")
+        }
         return out | {"bad": found["bad"].tolist()}
 
 
@@ -128,7 +177,9 @@ class _Table:
     def __init__(self):
         self.layers, self._steps, self._rows = 0, [], []
         self._ever_finite = np.zeros(0, bool)
-        self._buckets = _Buckets({"from": _FIRST, "to": _LAST, "min": _LEAST, "max": _MOST, "lost": _ANY}, FINE_MAP)
+        self._buckets = _Buckets(
+            {"from": _FIRST, "to": _LAST, "min": _LEAST, "max": _MOST, "lost": _ANY}, FINE_MAP
+        )
 
     def add(self, step: int, layers: np.ndarray, values: np.ndarray) -> None:
         """Take values of some layers, in one step."""
@@ -141,7 +192,10 @@ class _Table:
     def _flush(self) -> None:
         if not self._steps:
             return
-        values, known = np.full((len(self._rows), self.layers), np.nan), np.zeros((len(self._rows), self.layers), bool)
+        values, known = (
+            np.full((len(self._rows), self.layers), np.nan),
+            np.zeros((len(self._rows), self.layers), bool),
+        )
         for row, seen, (layers, found) in zip(values, known, self._rows, strict=True):
             row[layers], seen[layers] = found, True
         with np.errstate(over="ignore"):
@@ -149,7 +203,9 @@ class _Table:
         finite, steps = np.isfinite(small), np.asarray(self._steps)
         self._ever_finite = _wider(self._ever_finite, self.layers, False) | finite.any(0)
         reach = np.where(finite, small, np.float32(np.nan))
-        self._buckets.add({"from": steps, "to": steps, "min": reach, "max": reach, "lost": known & ~finite})
+        self._buckets.add(
+            {"from": steps, "to": steps, "min": reach, "max": reach, "lost": known & ~finite}
+        )
         self._steps, self._rows = [], []
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -169,8 +225,13 @@ class _Table:
         worst = found["min" if smallest else "max"].T
         # "nan" at every step says that a layer does not have the statistic.
         lost = (found["lost"] & self._ever_finite).T
-        return {"from": found["from"].tolist(), "to": found["to"].tolist(), "layers": self.layers,
-                "each": -(-self._buckets.count // len(found["from"])), **_coded(worst, lost)}
+        return {
+            "from": found["from"].tolist(),
+            "to": found["to"].tolist(),
+            "layers": self.layers,
+            "each": -(-self._buckets.count // len(found["from"])),
+            **_coded(worst, lost),
+        }
 
 
 def _last_known(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -190,7 +251,12 @@ def _last(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 # How the entries of a bucket that begins at each of `starts` become one; NaN is a value that is not known.
 _FIRST, _LAST, _LAST_KNOWN = _first, _last, _last_known
-_LEAST, _MOST, _ANY, _SUM = np.fmin.reduceat, np.fmax.reduceat, np.logical_or.reduceat, np.add.reduceat
+_LEAST, _MOST, _ANY, _SUM = (
+    np.fmin.reduceat,
+    np.fmax.reduceat,
+    np.logical_or.reduceat,
+    np.add.reduceat,
+)
 
 
 class _Buckets:
@@ -215,11 +281,19 @@ class _Buckets:
         rest = {name: _joined([self._rest.get(name), values]) for name, values in entries.items()}
         while (room := min(len(rest["from"]) // self._each, self._most - self._size())) > 0:
             used = room * self._each
-            found = self._merged({name: values[:used] for name, values in rest.items()}, np.arange(0, used, self._each))
+            found = self._merged(
+                {name: values[:used] for name, values in rest.items()},
+                np.arange(0, used, self._each),
+            )
             rest = {name: values[used:] for name, values in rest.items()}
-            self._whole = {name: _joined([self._whole.get(name), values]) for name, values in found.items()}
+            self._whole = {
+                name: _joined([self._whole.get(name), values]) for name, values in found.items()
+            }
             if self._size() == self._most:
-                self._whole, self._each = self._merged(self._whole, np.arange(0, self._most, 2)), 2 * self._each
+                self._whole, self._each = (
+                    self._merged(self._whole, np.arange(0, self._most, 2)),
+                    2 * self._each,
+                )
         self._rest = rest
 
     def _size(self) -> int:
@@ -231,13 +305,20 @@ class _Buckets:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return all that they hold, for `restore`."""
         parts = {"whole": self._whole, "rest": self._rest}
-        columns = {f"{part} {name}": values for part, found in parts.items() for name, values in found.items()}
+        columns = {
+            f"{part} {name}": values
+            for part, found in parts.items()
+            for name, values in found.items()
+        }
         return {"counts": np.asarray([self.count, self._each]), **columns}
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Take what `arrays` returned."""
         self.count, self._each = map(int, arrays["counts"])
-        parts = [{name: arrays[f"{part} {name}"] for name in self._kinds if f"{part} {name}" in arrays} for part in ("whole", "rest")]
+        parts = [
+            {name: arrays[f"{part} {name}"] for name in self._kinds if f"{part} {name}" in arrays}
+            for part in ("whole", "rest")
+        ]
         self._whole, self._rest = parts
 
     def reduced(self, points: int) -> dict[str, np.ndarray]:
@@ -256,7 +337,9 @@ def _joined(parts: list[np.ndarray | None]) -> np.ndarray:
     if there[-1].ndim == 1:
         return np.concatenate(there)
     width = max(part.shape[1] for part in there)
-    return np.concatenate([_wider(part, width, np.nan if part.dtype.kind == "f" else False) for part in there])
+    return np.concatenate(
+        [_wider(part, width, np.nan if part.dtype.kind == "f" else False) for part in there]
+    )
 
 
 def _wider(values: np.ndarray, width: int, fill: Any) -> np.ndarray:
@@ -270,20 +353,33 @@ def _coded(values: np.ndarray, bad: np.ndarray) -> dict[str, Any]:
     finite = values[np.isfinite(values)]
     positive = finite[finite > 0]
     log = bool(positive.size) and bool((finite >= 0).all())
-    low, high = (float(reduce(positive if log else finite)) if finite.size else 0.0 for reduce in (np.min, np.max))
+    low, high = (
+        float(reduce(positive if log else finite)) if finite.size else 0.0
+        for reduce in (np.min, np.max)
+    )
     codes = np.full(values.shape, MISSING, np.uint16)
     seen = np.isfinite(values)
     if finite.size:
         bottom, top = (math.log(low), math.log(high)) if log else (low, high)
         known = np.log(np.maximum(values[seen], low)) if log else values[seen]
-        codes[seen] = FIRST_CODE + np.round((known - bottom) / (top - bottom or 1.0) * (LAST_CODE - FIRST_CODE)).astype(np.uint16)
+        codes[seen] = FIRST_CODE + np.round(
+            (known - bottom) / (top - bottom or 1.0) * (LAST_CODE - FIRST_CODE)
+        ).astype(np.uint16)
         zero = log and bool((finite == 0).any())
         if zero:  # the code of the smallest stands for 0: below everything that is not
-            codes[seen] = np.where(values[seen] == 0, FIRST_CODE, np.maximum(codes[seen], FIRST_CODE + 1))
+            codes[seen] = np.where(
+                values[seen] == 0, FIRST_CODE, np.maximum(codes[seen], FIRST_CODE + 1)
+            )
     else:
         zero = False
     codes[bad] = NON_FINITE
-    return {"low": low, "high": high, "log": log, "zero": zero, "cells": base64.b64encode(codes.astype("<u2").tobytes()).decode()}
+    return {
+        "low": low,
+        "high": high,
+        "log": log,
+        "zero": zero,
+        "cells": base64.b64encode(codes.astype("<u2").tobytes()).decode(),
+    }
 
 
 class Damage:
@@ -348,7 +444,12 @@ class Gathered:
                 self.line(name).add(record["step"], _number(record[name]))
         for name, value in layered.pack(record).items():
             statistic, _, tensor = name.removesuffix(layered.SUFFIX).partition("/")
-            if isinstance(value, list) and 0 < len(value) <= layered.LAYERS and tensor and statistic in MAPS:
+            if (
+                isinstance(value, list)
+                and 0 < len(value) <= layered.LAYERS
+                and tensor
+                and statistic in MAPS
+            ):
                 self._add_layers(statistic, tensor, record["step"], value)
 
     def _add_layers(self, statistic: str, tensor: str, step: int, values: list[Any]) -> None:
@@ -359,7 +460,9 @@ class Gathered:
         if not len(layers):
             return
         if more > 0 and self._rows + more > ROWS:
-            self.problems.add(f"metrics.jsonl has statistics of more than {ROWS:,} layers, of all tensors: those that came first are shown")
+            self.problems.add(
+                f"metrics.jsonl has statistics of more than {ROWS:,} layers, of all tensors: those that came first are shown"
+            )
             return
         self._rows += max(more, 0)
         self.table(statistic, tensor).add(step, layers, found)
@@ -404,7 +507,11 @@ def _shown(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     out: collections.deque[dict[str, Any]] = collections.deque(maxlen=EVENTS)
     for event in events:
         alike = ("kind", "level", "tensor", "layer", "first")
-        if out and event["kind"] in ("bad_step", "early_warning") and all(out[-1].get(key) == event.get(key) for key in alike):
+        if (
+            out
+            and event["kind"] in ("bad_step", "early_warning")
+            and all(out[-1].get(key) == event.get(key) for key in alike)
+        ):
             out[-1] = out[-1] | {"last_step": event["step"], "count": out[-1].get("count", 1) + 1}
         else:
             out.append(event)
@@ -423,7 +530,9 @@ def _events(path: pathlib.Path, problems: list[str]) -> Iterator[dict[str, Any]]
             nameless += 1
     problems += damage.lines()
     if nameless:
-        problems.append(f"{path.name}: {nameless:,} lines have no kind, or no step that is one: left out")
+        problems.append(
+            f"{path.name}: {nameless:,} lines have no kind, or no step that is one: left out"
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -439,8 +548,16 @@ def _plain(value: Any) -> Any:
 
 def _state(events: list[dict[str, Any]]) -> str:
     """What the run is doing, as far as its last events say: running, finished, stopped, ended by bad numbers."""
-    names = {"finished": "finished", "stopped": "stopped", "bad_numbers": "ended by bad numbers", "started": "running"}
-    return next((names[event["kind"]] for event in reversed(events[-50:]) if event["kind"] in names), "unknown")
+    names = {
+        "finished": "finished",
+        "stopped": "stopped",
+        "bad_numbers": "ended by bad numbers",
+        "started": "running",
+    }
+    return next(
+        (names[event["kind"]] for event in reversed(events[-50:]) if event["kind"] in names),
+        "unknown",
+    )
 
 
 def _json(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:

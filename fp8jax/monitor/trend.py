@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
-PAST, RECENT = 64, 12  # entries that the law is fitted to, and those after them that are compared with it
+PAST, RECENT = (
+    64,
+    12,
+)  # entries that the law is fitted to, and those after them that are compared with it
 LEAST = 24  # of the former before anything is said
 ABOVE = 4.0  # standard errors above the law, at least: more than batches that are harder than others explain
 BY_CHANCE = 0.01  # of a healthy run being found above its law once, however long it is
@@ -36,7 +39,10 @@ def excess(steps: Sequence[float], losses: Sequence[float]) -> float:
     Returns:
         0 where there are too few; inf where a recent loss is not finite.
     """
-    x, y = (np.log(np.maximum(np.asarray(values, float)[-(PAST + RECENT):], 1e-9)) for values in (steps, losses))
+    x, y = (
+        np.log(np.maximum(np.asarray(values, float)[-(PAST + RECENT) :], 1e-9))
+        for values in (steps, losses)
+    )
     if not np.isfinite(y[-RECENT:]).all():
         return np.inf
     before = np.isfinite(y[:-RECENT])
@@ -80,8 +86,15 @@ class Course:
 
     def saved(self) -> dict[str, Any]:
         """What is remembered, for JSON: a few thousand numbers at most."""
-        return {"each": self._each, "entries": self._entries, "bad": self._bad, "last": self.last, "steps": list(self._steps),
-                "means": list(self._means), "open": list(self._open)}
+        return {
+            "each": self._each,
+            "entries": self._entries,
+            "bad": self._bad,
+            "last": self.last,
+            "steps": list(self._steps),
+            "means": list(self._means),
+            "open": list(self._open),
+        }
 
     @property
     def entries(self) -> int:
@@ -106,8 +119,10 @@ class Course:
         self._means.append(float(y))
         if len(self._means) == BUCKETS:
             self._each *= 2
-            self._steps, self._means = ([float(np.mean(pair)) for pair in zip(part[::2], part[1::2], strict=True)]
-                                        for part in (self._steps, self._means))
+            self._steps, self._means = (
+                [float(np.mean(pair)) for pair in zip(part[::2], part[1::2], strict=True)]
+                for part in (self._steps, self._means)
+            )
 
     def stands_still(self) -> bool:
         """Whether the loss has not fallen where it should have, as far as its noise lets one tell.
@@ -120,7 +135,11 @@ class Course:
             return True
         x, y = np.array(self._steps), np.array(self._means)
         sizes = max(len(y) // 2, PAST // self._each), len(y) // 4, len(y) // 8
-        return any(self._stands(x, y, size) for size in sizes if size >= FEWEST and PAST <= size * self._each and size <= len(y))
+        return any(
+            self._stands(x, y, size)
+            for size in sizes
+            if size >= FEWEST and PAST <= size * self._each and size <= len(y)
+        )
 
     @staticmethod
     def _stands(x: np.ndarray, y: np.ndarray, size: int) -> bool:
@@ -132,8 +151,10 @@ class Course:
             return True
         if len(y) < 2 * size:
             return False
-        before, noise, width = _line(x[-2 * size:-size], y[-2 * size:-size])
-        return bool(slope > IMPROVES * error and before + noise / np.sqrt(width) < -EXPECTED * error)
+        before, noise, width = _line(x[-2 * size : -size], y[-2 * size : -size])
+        return bool(
+            slope > IMPROVES * error and before + noise / np.sqrt(width) < -EXPECTED * error
+        )
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:

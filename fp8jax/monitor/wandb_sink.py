@@ -33,7 +33,9 @@ class WandbSink:
         self._run.finish()
 
 
-def open_sink(config: LogConfig, workdir: pathlib.Path, values: Mapping[str, Any]) -> WandbSink | None:
+def open_sink(
+    config: LogConfig, workdir: pathlib.Path, values: Mapping[str, Any]
+) -> WandbSink | None:
     """The sink that `config.log` asks for, if it does.
 
     Args:
@@ -49,13 +51,24 @@ def open_sink(config: LogConfig, workdir: pathlib.Path, values: Mapping[str, Any
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:
-        raise ConfigError(f"config.log.wandb: {config.wandb!r} needs the package wandb: pip install -r requirements-wandb.txt") from None
+        raise ConfigError(
+            f"config.log.wandb: {config.wandb!r} needs the package wandb: pip install -r requirements-wandb.txt"
+        ) from None
     path = workdir / "wandb_id"
     if not path.exists():
         path.write_text(uuid.uuid4().hex)
     try:
-        run = wandb.init(project=config.wandb, name=workdir.resolve().name, id=path.read_text().strip(), resume="allow", dir=str(workdir),
-                         config=dict(values), mode="offline" if config.wandb_offline else "online")
+        run = wandb.init(
+            project=config.wandb,
+            name=workdir.resolve().name,
+            id=path.read_text().strip(),
+            resume="allow",
+            dir=str(workdir),
+            config=dict(values),
+            mode="offline" if config.wandb_offline else "online",
+        )
     except (wandb.errors.Error, OSError) as error:
-        raise ConfigError(f"config.log.wandb: {error}; log in with `wandb login`, or set config.log.wandb_offline=True") from None
+        raise ConfigError(
+            f"config.log.wandb: {error}; log in with `wandb login`, or set config.log.wandb_offline=True"
+        ) from None
     return WandbSink(run)

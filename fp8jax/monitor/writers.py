@@ -76,7 +76,9 @@ class MetricsWriter:
         MetricsError: an existing log has, among the last it keeps, an unreadable line other than one cut short by a crash.
     """
 
-    def __init__(self, workdir: str | os.PathLike, start_step: int = 0, followers: Sequence[Follower] = ()):
+    def __init__(
+        self, workdir: str | os.PathLike, start_step: int = 0, followers: Sequence[Follower] = ()
+    ):
         self._followers = followers
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -155,7 +157,9 @@ class MetricsWriter:
 def _append(file: PatientFile, record: dict[str, Any]) -> None:
     try:
         line = json.dumps(record, allow_nan=False)
-    except ValueError:  # seldom: looking at each of thousands of values beforehand takes as long as writing them
+    except (
+        ValueError
+    ):  # seldom: looking at each of thousands of values beforehand takes as long as writing them
         line = json.dumps(files.strict(record), allow_nan=False)
     file.write((line + "\n").encode())
 

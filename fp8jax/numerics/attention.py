@@ -43,7 +43,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax.numerics import attention_composed, attention_pallas, attention_rows, formats, statistics
+from fp8jax.numerics import (
+    attention_composed,
+    attention_pallas,
+    attention_rows,
+    formats,
+    statistics,
+)
 from fp8jax.numerics.attention_rows import Call, Operands, Residuals, Weights
 from fp8jax.numerics.dot_general import CHECKPOINT_NAME, as_bytes, from_bytes, named, report_cast
 from fp8jax.numerics.placement import Partition, moved, pin, placements, report_amax
@@ -53,13 +59,28 @@ SCORES, VALUES = "attention_scores", "attention_values"
 BACKENDS = ("emulated", "composed", "pallas")
 CUDNN = "cudnn"  # one more backend, of BF16 alone: what a user would train BF16 with on a GPU
 # Blocks of P and dS would make results depend on how rows are chunked; no backend has them.
-SCALINGS = ("delayed", "current", "static", "bf16")  # those with one scale a tensor, the same for every chunk
+SCALINGS = (
+    "delayed",
+    "current",
+    "static",
+    "bf16",
+)  # those with one scale a tensor, the same for every chunk
 
 
-def attention(q_btkgh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, recipes: Mapping[str, GemmRecipe], *,
-              softmax_scale: float, segment_ids: jax.Array | None = None, scales: Mapping[str, jax.Array] | None = None,
-              tokens: Mapping[str, jax.Array] | None = None, backend: str = "emulated",
-              partition: Partition | None = None, counted: jax.Array | None = None) -> jax.Array:
+def attention(
+    q_btkgh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    recipes: Mapping[str, GemmRecipe],
+    *,
+    softmax_scale: float,
+    segment_ids: jax.Array | None = None,
+    scales: Mapping[str, jax.Array] | None = None,
+    tokens: Mapping[str, jax.Array] | None = None,
+    backend: str = "emulated",
+    partition: Partition | None = None,
+    counted: jax.Array | None = None,
+) -> jax.Array:
     """Causal grouped-query attention.
 
     Args:
@@ -104,20 +125,33 @@ def check_backend(backend: str, recipes: Mapping[str, GemmRecipe], head_dim: int
         if backend == CUDNN and recipes[role].fp8:
             raise ValueError(f"{role}: {CUDNN} is for BF16 alone; {', '.join(BACKENDS)} do FP8")
         if recipes[role].scaling not in SCALINGS:
-            raise ValueError(f"{role}: attention has no {recipes[role].scaling} scaling, only {', '.join(SCALINGS)}")
+            raise ValueError(
+                f"{role}: attention has no {recipes[role].scaling} scaling, only {', '.join(SCALINGS)}"
+            )
     if backend == "pallas" and not all(recipes[role].fp8 for role in (SCORES, VALUES)):
         raise ValueError("pallas has no role in BF16; composed and emulated do")
     if backend == "pallas" and head_dim not in attention_pallas.HEAD_DIMS:
         dims = ", ".join(map(str, attention_pallas.HEAD_DIMS))
-        raise ValueError(f"pallas has no heads of {head_dim} features, only {dims}; composed and emulated take any")
+        raise ValueError(
+            f"pallas has no heads of {head_dim} features, only {dims}; composed and emulated take any"
+        )
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: jax.Array | None) -> jax.Array:
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: jax.Array | None
+) -> jax.Array:
     """Backend `cudnn`; its gradient is cuDNN's own."""
     if segment_ids is not None:
         raise ValueError(f"attention: {CUDNN} has no document masks; {', '.join(BACKENDS)} do")
     b, t, kv_heads, groups, h = q.shape
-    o = jax.nn.dot_product_attention(q.reshape(b, t, kv_heads * groups, h), k, v, scale=scale, is_causal=True, implementation="cudnn")
+    o = jax.nn.dot_product_attention(
+        q.reshape(b, t, kv_heads * groups, h),
+        k,
+        v,
+        scale=scale,
+        is_causal=True,
+        implementation="cudnn",
+    )
     return o.reshape(q.shape)
 
 
@@ -135,11 +169,19 @@ def _forward(backend, call, q, k, v, segment_ids, scales, tokens, counted):
     qq, qk, qv = moved(qq, many.cast), moved(qk, few.cast), moved(qv, few.cast)
     qq, qk = (named(qq), named(qk)) if call.scores.fp8 else (qq, qk)
     qv = named(qv) if call.values.fp8 else qv
-    o, weights = _FORWARD[backend](call, Operands(moved(qq, many.gemm), moved(qk, few.gemm), moved(qv, few.gemm), segment_ids))
+    o, weights = _FORWARD[backend](
+        call, Operands(moved(qq, many.gemm), moved(qk, few.gemm), moved(qv, few.gemm), segment_ids)
+    )
     o, weights = pin(o, many.cast), Weights(*(pin(row, rows.cast) for row in weights))
-    scores, values, report = tokens.get(SCORES), tokens.get(VALUES), functools.partial(report_cast, counted=counted)
-    reports = {SCORES: (report(scores, q, qq, amax_q, many.cast), report(scores, k, qk, amax_k, few.cast)),
-               VALUES: (report(values, v, qv, amax_v, few.cast),)}
+    scores, values, report = (
+        tokens.get(SCORES),
+        tokens.get(VALUES),
+        functools.partial(report_cast, counted=counted),
+    )
+    reports = {
+        SCORES: (report(scores, q, qq, amax_q, many.cast), report(scores, k, qk, amax_k, few.cast)),
+        VALUES: (report(values, v, qv, amax_v, few.cast),),
+    }
     o, weights, reports = checkpoint_name((o, weights, reports), CHECKPOINT_NAME)
     kept = Operands(as_bytes(qq), as_bytes(qk), as_bytes(qv), segment_ids)
     return o, (kept, o, weights, reports, scales, tokens, counted)
@@ -148,14 +190,24 @@ def _forward(backend, call, q, k, v, segment_ids, scales, tokens, counted):
 def _backward(backend, call, saved, do):
     kept, o, weights, reports, scales, tokens, counted = saved
     many, few, rows, heads = placements(call.partition, "btkgh", "bskh", "btkg", "bk")
-    operands = Operands(*(moved(from_bytes(q), *place) for q, place in zip(kept[:3], (many, few, few), strict=True)), kept.segment_ids)
+    operands = Operands(
+        *(
+            moved(from_bytes(q), *place)
+            for q, place in zip(kept[:3], (many, few, few), strict=True)
+        ),
+        kept.segment_ids,
+    )
     do = pin(do, many.cast)
     factor, offset = attention_rows.row_factors(call, weights)
     shared = do.astype(jnp.float32) / factor[..., None] if call.values.fp8 else do
     qdo, amax_do = call.values.quantise(shared, _scale(scales, VALUES, 1), "do")
     # From the cast dO, which dP takes: from any other, rows of dS do not sum to 0, by as much as the values have in common.
     delta = jnp.sum(formats.dequantise(qdo) * o.astype(jnp.float32), axis=-1)
-    scale = call.scores.static_scale("ds") if call.scores.scaling == "static" else _scale(scales, SCORES, 2)
+    scale = (
+        call.scores.static_scale("ds")
+        if call.scores.scaling == "static"
+        else _scale(scales, SCORES, 2)
+    )
     residuals = Residuals(moved(qdo, *many), pin(offset, rows.gemm), pin(delta, rows.gemm))
     dq, dk, dv, of_ds = _BACKWARD[backend](call, operands, residuals, scale)
     if call.health:
@@ -163,18 +215,32 @@ def _backward(backend, call, saved, do):
     elif SCORES in tokens and of_ds is not None:
         of_ds = report_amax(of_ds, heads.gemm, formats.amax(of_ds), tokens[SCORES][2])
     of_do = report_cast(tokens.get(VALUES), shared, qdo, amax_do, many.cast, counted=counted)
-    if of_do is not None and VALUES in tokens and tokens[VALUES].ndim == 2:  # how dO is spread, and not what its rows are cast as
+    if (
+        of_do is not None and VALUES in tokens and tokens[VALUES].ndim == 2
+    ):  # how dO is spread, and not what its rows are cast as
         spread = statistics.distribution(do, counted)
         names = *statistics.DISTRIBUTION, *statistics.WEIGHTS
-        of_do = jnp.concatenate([of_do[: len(statistics.HEALTH)], jnp.stack([spread[name] for name in names])])
+        of_do = jnp.concatenate(
+            [of_do[: len(statistics.HEALTH)], jnp.stack([spread[name] for name in names])]
+        )
     found = {SCORES: (*reports[SCORES], of_ds), VALUES: (*reports[VALUES], of_do)}
     dq, dk, dv = pin(dq, many.cast), pin(dk, few.cast), pin(dv, few.cast)
-    return dq, dk, dv, None, None, {role: _stacked(found[role], token) for role, token in tokens.items()}, None
+    return (
+        dq,
+        dk,
+        dv,
+        None,
+        None,
+        {role: _stacked(found[role], token) for role, token in tokens.items()},
+        None,
+    )
 
 
 def _stacked(reports: tuple[jax.Array | None, ...], token: jax.Array) -> jax.Array:
     """A token's cotangent; zeros if nothing is reported, as with fixed scales."""
-    return jnp.zeros_like(token) if any(report is None for report in reports) else jnp.stack(reports)
+    return (
+        jnp.zeros_like(token) if any(report is None for report in reports) else jnp.stack(reports)
+    )
 
 
 _attention.defvjp(_forward, _backward)
@@ -183,10 +249,14 @@ _attention.defvjp(_forward, _backward)
 def _all_forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
     """Backend `emulated`: all rows at once."""
     length = x.q.data.shape[1]
-    return attention_rows.output(call, x.q, x.k, x.v, attention_rows.visible(0, length, length, x.segment_ids))
+    return attention_rows.output(
+        call, x.q, x.k, x.v, attention_rows.visible(0, length, length, x.segment_ids)
+    )
 
 
-def _all_backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
+def _all_backward(
+    call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None
+) -> tuple[jax.Array, ...]:
     """Gradients of q, k, v in the dtype of activations, and dS's amax by head, [b, k] (None if it is not measured), or its health."""
     length = x.q.data.shape[1]
     mask = attention_rows.visible(0, length, length, x.segment_ids)
@@ -194,12 +264,26 @@ def _all_backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Arra
     qds, _ = call.scores.quantise(ds if call.scores.fp8 else ds.astype(call.dtype), scale, "ds")
     dq, dk, dv = attention_rows.input_gradients(call, p, qds, x.q, x.k, residuals.do)
     dk, dv = attention_rows.swap_heads(dk), attention_rows.swap_heads(dv)
-    largest = attention_rows.amax_by_head(ds, emulated=call.scores.emulated) if call.scores.measured else None
-    return *(d.astype(call.dtype) for d in (dq, dk, dv)), statistics.health(ds, qds) if call.health else largest
+    largest = (
+        attention_rows.amax_by_head(ds, emulated=call.scores.emulated)
+        if call.scores.measured
+        else None
+    )
+    return *(d.astype(call.dtype) for d in (dq, dk, dv)), statistics.health(
+        ds, qds
+    ) if call.health else largest
 
 
-_FORWARD = {"emulated": _all_forward, "composed": attention_composed.forward, "pallas": attention_pallas.forward}
-_BACKWARD = {"emulated": _all_backward, "composed": attention_composed.backward, "pallas": attention_pallas.backward}
+_FORWARD = {
+    "emulated": _all_forward,
+    "composed": attention_composed.forward,
+    "pallas": attention_pallas.forward,
+}
+_BACKWARD = {
+    "emulated": _all_backward,
+    "composed": attention_composed.backward,
+    "pallas": attention_pallas.backward,
+}
 
 
 def _scale(scales: Mapping[str, jax.Array], role: str, index: int) -> jax.Array | None:

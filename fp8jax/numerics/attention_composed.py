@@ -41,14 +41,22 @@ def forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
 
     def chunk(carry, start, rows, keys):
         mask = attention_rows.visible(start, rows, keys, x.segment_ids)
-        found = attention_rows.output(call, rows_of(x.q, start, rows), rows_of(x.k, 0, keys), rows_of(x.v, 0, keys), mask)
-        return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, axis=1), carry, found)
+        found = attention_rows.output(
+            call, rows_of(x.q, start, rows), rows_of(x.k, 0, keys), rows_of(x.v, 0, keys), mask
+        )
+        return jax.tree.map(
+            lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, axis=1),
+            carry,
+            found,
+        )
 
     row = jnp.zeros(shape[:4], jnp.float32)
     return over_chunks(shape[1], chunk, x.q.data, (jnp.zeros(shape, call.dtype), Weights(row, row)))
 
 
-def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None) -> tuple[jax.Array, ...]:
+def backward(
+    call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None
+) -> tuple[jax.Array, ...]:
     """Gradients of q, k, v in the dtype of activations and dS's amax by head, [b, k] (None if not measured) or, if the call asks, its health.
 
     Args:
@@ -67,9 +75,13 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
         p, ds, do = _chunk_ds(call, x, residuals, start, rows, keys)
         qds = Quantised(ds.astype(call.dtype), None)
         if call.scores.fp8:
-            qds = formats.quantise(ds, scale, call.scores.format("ds"), emulated=call.scores.emulated)
+            qds = formats.quantise(
+                ds, scale, call.scores.format("ds"), emulated=call.scores.emulated
+            )
         if call.scores.measured or call.health:
-            largest = jnp.maximum(largest, attention_rows.amax_by_head(ds, emulated=call.scores.emulated))
+            largest = jnp.maximum(
+                largest, attention_rows.amax_by_head(ds, emulated=call.scores.emulated)
+            )
         if call.health:
             health += statistics.health(ds, qds, elements=elements)
         q, k = rows_of(x.q, start, rows), rows_of(x.k, 0, keys)
@@ -79,7 +91,13 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
 
     b, t, k, g, h = x.q.data.shape
     zeros = jnp.zeros((b, k, t, h), jnp.float32)
-    init = jnp.zeros((b, t, k, g, h), call.dtype), zeros, zeros, jnp.zeros((b, k), jnp.float32), jnp.zeros(len(statistics.HEALTH))
+    init = (
+        jnp.zeros((b, t, k, g, h), call.dtype),
+        zeros,
+        zeros,
+        jnp.zeros((b, k), jnp.float32),
+        jnp.zeros(len(statistics.HEALTH)),
+    )
     dq, dk, dv, largest, health = over_chunks(t, chunk, x.q.data, init)
     dk, dv = (attention_rows.swap_heads(d).astype(call.dtype) for d in (dk, dv))
     if call.health:
@@ -89,17 +107,28 @@ def backward(call: Call, x: Operands, residuals: Residuals, scale: jax.Array | N
 
 def _whole(health: jax.Array, amax: jax.Array, scale: jax.Array | None, length: int) -> jax.Array:
     """Health of dS from the sum over chunks: what was skipped is zero; amax and scale do not add up."""
-    computed = sum(chunks * rows * (first + chunks * rows) for first, chunks, rows in _bands(length)) / max(length, 1) ** 2
+    computed = (
+        sum(chunks * rows * (first + chunks * rows) for first, chunks, rows in _bands(length))
+        / max(length, 1) ** 2
+    )
     found = dict(zip(statistics.HEALTH, health, strict=True))
-    found |= {"amax": amax, "scale": jnp.float32(0) if scale is None else scale, "zero": found["zero"] + (1 - computed)}
+    found |= {
+        "amax": amax,
+        "scale": jnp.float32(0) if scale is None else scale,
+        "zero": found["zero"] + (1 - computed),
+    }
     return jnp.stack([found[name] for name in statistics.HEALTH])
 
 
-def _chunk_ds(call: Call, x: Operands, residuals: Residuals, start: Any, rows: int,
-              keys: int) -> tuple[jax.Array, jax.Array, Quantised]:
+def _chunk_ds(
+    call: Call, x: Operands, residuals: Residuals, start: Any, rows: int, keys: int
+) -> tuple[jax.Array, jax.Array, Quantised]:
     """P times its rows' factors, dS and dO of one chunk."""
     do = rows_of(residuals.do, start, rows)
-    offset, delta = (lax.dynamic_slice_in_dim(a, start, rows, axis=1) for a in (residuals.offset, residuals.delta))
+    offset, delta = (
+        lax.dynamic_slice_in_dim(a, start, rows, axis=1)
+        for a in (residuals.offset, residuals.delta)
+    )
     mask = attention_rows.visible(start, rows, keys, x.segment_ids)
     q, k, v = rows_of(x.q, start, rows), rows_of(x.k, 0, keys), rows_of(x.v, 0, keys)
     return *attention_rows.score_gradient(call, q, k, v, Residuals(do, offset, delta), mask), do
@@ -107,6 +136,7 @@ def _chunk_ds(call: Call, x: Operands, residuals: Residuals, start: Any, rows: i
 
 def largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
     """Largest |dS| over all chunks."""
+
     def chunk(largest, start, rows, keys):
         ds = _chunk_ds(call, x, residuals, start, rows, keys)[1]
         return jnp.maximum(largest, attention_rows.amax_by_head(ds, emulated=call.scores.emulated))
@@ -123,7 +153,9 @@ def over_chunks(length: int, body: Callable, like: jax.Array, carry: Any) -> Any
             carry = step(carry, first)
         else:
             # Tied to an input: masks that depend on nothing would be moved out of the loop over layers and kept, all of them.
-            starts, _ = lax.optimization_barrier((first + rows * jnp.arange(chunks), like[(0,) * like.ndim]))
+            starts, _ = lax.optimization_barrier(
+                (first + rows * jnp.arange(chunks), like[(0,) * like.ndim])
+            )
             carry, _ = lax.scan(lambda c, start, step=step: (step(c, start), None), carry, starts)
     return carry
 

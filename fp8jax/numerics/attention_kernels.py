@@ -74,7 +74,9 @@ def forward(shape: Shape, factors, q, k, v_ht, segments, o, level, weight):
 
     def step(j, carry, masked):
         total, weights, peak = carry
-        s = dot(q_tile, k[pl.ds(j * keys, keys), :].T, interpret=shape.interpret)  # not scaled yet: the factor is positive
+        s = dot(
+            q_tile, k[pl.ds(j * keys, keys), :].T, interpret=shape.interpret
+        )  # not scaled yet: the factor is positive
         if masked:
             s = jnp.where(_visible(first, j * keys, rows, keys, own, segments), s, -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.ceil(jnp.max(s, axis=1) * factor))
@@ -85,14 +87,20 @@ def forward(shape: Shape, factors, q, k, v_ht, segments, o, level, weight):
         total = _add(total * moved[:, None], p, v_ht[:, pl.ds(j * keys, keys)].T, shape, "fprop")
         return total, weights * moved + jnp.sum(p.astype(jnp.float32), axis=1), new_peak
 
-    init = jnp.zeros((rows, q_tile.shape[1]), jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, -jnp.inf, jnp.float32)
+    init = (
+        jnp.zeros((rows, q_tile.shape[1]), jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.full(rows, -jnp.inf, jnp.float32),
+    )
     total, weights, peak = _over_keys(shape, first, segments is not None, step, init)
     o[...] = (total * (factors[1] / jnp.where(weights == 0, 1.0, weights))[:, None]).astype(o.dtype)
     level[...] = jnp.where(peak == -jnp.inf, 0.0, peak)
     weight[...] = weights * P_SCALE
 
 
-def query_gradient(shape: Shape, factors, q, k, k_ht, v, do, offset, shift, segments, dq, largest, *tally):
+def query_gradient(
+    shape: Shape, factors, q, k, k_ht, v, do, offset, shift, segments, dq, largest, *tally
+):
     """dQ, [queries, h], and the largest |dS| of each query, in units of its scale, [queries]; and its TALLY, in the same units, if asked.
 
     factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of k * softmax scale.
@@ -149,18 +157,26 @@ def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, offset, shift
         at = pl.ds(i * rows, rows)
         s_t = dot(k_tile, q[at, head, :].T, interpret=shape.interpret)
         if masked:
-            s_t = jnp.where(_visible(i * rows, first, rows, keys, own, segments, transposed=True), s_t, -jnp.inf)
+            s_t = jnp.where(
+                _visible(i * rows, first, rows, keys, own, segments, transposed=True), s_t, -jnp.inf
+            )
         p_t = _exponentials(s_t, factors[0], offset[head, at][None, :], shape)
-        total_v = _add(total_v, _cast(p_t, formats.E4M3, shape), do_ht[head, :, at].T, shape, "wgrad")
+        total_v = _add(
+            total_v, _cast(p_t, formats.E4M3, shape), do_ht[head, :, at].T, shape, "wgrad"
+        )
         dp_t = dot(v_tile, do[at, head, :].T, interpret=shape.interpret)
         ds_t = p_t * fma(dp_t, factors[1], shift[head, at][None, :], interpret=shape.interpret)
-        total_k = _add(total_k, _cast(ds_t, shape.ds_dtype, shape), q_ht[head, :, at].T, shape, "wgrad")
+        total_k = _add(
+            total_k, _cast(ds_t, shape.ds_dtype, shape), q_ht[head, :, at].T, shape, "wgrad"
+        )
         return total_k, total_v
 
     def one_head(head, carry):
         diagonal, below, end = first // rows, pl.cdiv(first + keys, rows), shape.length // rows
         carry = lax.fori_loop(diagonal, below, lambda i, carry: step(head, i, carry, True), carry)
-        return lax.fori_loop(below, end, lambda i, carry: step(head, i, carry, segments is not None), carry)
+        return lax.fori_loop(
+            below, end, lambda i, carry: step(head, i, carry, segments is not None), carry
+        )
 
     zeros = jnp.zeros(k_tile.shape, jnp.float32)
     total_k, total_v = lax.fori_loop(0, q.shape[1], one_head, (zeros, zeros))
@@ -186,12 +202,20 @@ def scores(shape: Shape, factors, q, k, segments, top, entropy):
         level = jnp.maximum(peak, jnp.max(s, axis=1))
         depth, shift = s - level[:, None], peak - level
         p, moved = exp2(depth, interpret=shape.interpret), jnp.exp2(shift)
-        weighted = jnp.sum(jnp.where(depth == -jnp.inf, 0.0, p * depth), axis=1)  # a hidden key has 0 * -inf
+        weighted = jnp.sum(
+            jnp.where(depth == -jnp.inf, 0.0, p * depth), axis=1
+        )  # a hidden key has 0 * -inf
         return level, sums * moved + jnp.sum(p, axis=1), (below + shift * sums) * moved + weighted
 
     zeros = jnp.zeros(rows, jnp.float32)
     # Not -inf: a query that sees no key yet has to move by a finite number to the level of its first.
-    peak, sums, below = _over_keys(shape, first, segments is not None, step, (jnp.full(rows, -(2.0**100), jnp.float32), zeros, zeros))
+    peak, sums, below = _over_keys(
+        shape,
+        first,
+        segments is not None,
+        step,
+        (jnp.full(rows, -(2.0**100), jnp.float32), zeros, zeros),
+    )
     top[...] = jnp.where(jnp.isnan(sums), jnp.inf, peak)
     entropy[...] = jnp.log2(sums) - below / sums
 
@@ -201,9 +225,16 @@ def _tally(ds: jax.Array, qds: jax.Array, seen: jax.Array | None) -> list[jax.Ar
     magnitude, wide = jnp.abs(ds), qds.astype(jnp.float32)
     nonzero = magnitude >= 2.0**-126
     negative_zero = ~nonzero & (lax.bitcast_convert_type(ds, jnp.int32) < 0)
-    masks = magnitude > formats.max_value(qds.dtype), nonzero & (wide == 0), nonzero, negative_zero if seen is None else negative_zero & seen
+    masks = (
+        magnitude > formats.max_value(qds.dtype),
+        nonzero & (wide == 0),
+        nonzero,
+        negative_zero if seen is None else negative_zero & seen,
+    )
     error = ds - wide
-    return [jnp.sum(mask.astype(jnp.int32), axis=1) for mask in masks] + [jnp.sum(part * part, axis=1) for part in (ds, error)]
+    return [jnp.sum(mask.astype(jnp.int32), axis=1) for mask in masks] + [
+        jnp.sum(part * part, axis=1) for part in (ds, error)
+    ]
 
 
 def _exponentials(s: jax.Array, factor: jax.Array, offset: jax.Array, shape: Shape) -> jax.Array:
@@ -230,7 +261,9 @@ def _over_keys(shape: Shape, first, segmented: bool, step: Any, carry: Any) -> A
     return lax.fori_loop(diagonal, end, functools.partial(step, masked=True), carry)
 
 
-def _visible(first_row, first_key, rows: int, keys: int, own, segments, *, transposed: bool = False) -> jax.Array:
+def _visible(
+    first_row, first_key, rows: int, keys: int, own, segments, *, transposed: bool = False
+) -> jax.Array:
     """Where queries may look, bool [rows, keys] or [keys, rows]; `own` are the segments of the side that stays in the loop."""
     row, key = first_row + jnp.arange(rows), first_key + jnp.arange(keys)
     a, b = (key[:, None], row[None, :]) if transposed else (row[:, None], key[None, :])

@@ -31,8 +31,8 @@ ROW_BITS = 6
 LOG2_E = math.log2(math.e)
 
 # Dimension numbers: (contracting lhs, rhs), (batch lhs, rhs). S is [b, k, t, g, s].
-_QK = (((4,), (3,)), ((0, 2), (0, 2)))      # q_btkgh · k_bskh → S_bktgs, also dP = dO · v
-_PV = (((4,), (1,)), ((0, 1), (0, 2)))      # P_bktgs · v_bskh → O_bktgh, also dQ = dS · k
+_QK = (((4,), (3,)), ((0, 2), (0, 2)))  # q_btkgh · k_bskh → S_bktgs, also dP = dO · v
+_PV = (((4,), (1,)), ((0, 1), (0, 2)))  # P_bktgs · v_bskh → O_bktgh, also dQ = dS · k
 _PTDO = (((2, 3), (1, 3)), ((0, 1), (0, 2)))  # P_bktgs · dO_btkgh → dV_bksh, also dK = dSᵀ · q
 
 
@@ -80,7 +80,9 @@ class Weights(NamedTuple):
     total: jax.Array
 
 
-def visible(start: int | jax.Array, queries: int, keys: int, segment_ids: jax.Array | None = None) -> jax.Array:
+def visible(
+    start: int | jax.Array, queries: int, keys: int, segment_ids: jax.Array | None = None
+) -> jax.Array:
     """Where a query may look: keys up to its own position, within its segment.
 
     Args:
@@ -99,7 +101,9 @@ def visible(start: int | jax.Array, queries: int, keys: int, segment_ids: jax.Ar
     return causal & (of_queries[:, :, None] == segment_ids[:, None, :keys])
 
 
-def output(call: Call, q: Quantised, k: Quantised, v: Quantised, mask: jax.Array) -> tuple[jax.Array, Weights]:
+def output(
+    call: Call, q: Quantised, k: Quantised, v: Quantised, mask: jax.Array
+) -> tuple[jax.Array, Weights]:
     """O, [b, t, k, g, h] in the dtype of activations, and what the backward pass needs of the softmax."""
     logits = _logits(call, q, k, mask)
     # A row without any visible key has a maximum of -inf; 0 in its place makes its probabilities 0, not NaN.
@@ -110,7 +114,9 @@ def output(call: Call, q: Quantised, k: Quantised, v: Quantised, mask: jax.Array
     total = jnp.sum(formats.dequantise(qp), axis=-1, keepdims=True)
     o = gemm(qp, v, _PV, **_options(call.values, "fprop"), name="attention_values.fprop")
     o = o / jnp.where(total > 0, total, 1.0)
-    return swap_heads(o).astype(call.dtype), Weights(swap_heads(ceiling[..., 0]), swap_heads(total[..., 0]))
+    return swap_heads(o).astype(call.dtype), Weights(
+        swap_heads(ceiling[..., 0]), swap_heads(total[..., 0])
+    )
 
 
 def row_factors(call: Call, weights: Weights) -> tuple[jax.Array, jax.Array]:
@@ -122,32 +128,56 @@ def row_factors(call: Call, weights: Weights) -> tuple[jax.Array, jax.Array]:
     """
     if not call.values.fp8:
         total = jnp.where(weights.total > 0, weights.total, 1.0)
-        return jnp.ones_like(total), jnp.where(weights.total > 0, weights.level + jnp.log2(total), jnp.inf)
-    exponent = (jax.lax.bitcast_convert_type(weights.total, jnp.int32) >> 23) - 126  # total = f * 2**exponent, 1/2 <= f < 1
+        return jnp.ones_like(total), jnp.where(
+            weights.total > 0, weights.level + jnp.log2(total), jnp.inf
+        )
+    exponent = (
+        jax.lax.bitcast_convert_type(weights.total, jnp.int32) >> 23
+    ) - 126  # total = f * 2**exponent, 1/2 <= f < 1
     shift = jnp.maximum(exponent - ROW_BITS, 0)
-    power = jax.lax.bitcast_convert_type((127 - shift) << 23, jnp.float32)  # 2**-shift; exp2 may be off in its last bit
+    power = jax.lax.bitcast_convert_type(
+        (127 - shift) << 23, jnp.float32
+    )  # 2**-shift; exp2 may be off in its last bit
     empty = weights.total == 0
-    return jnp.where(empty, 1.0, weights.total * power), jnp.where(empty, jnp.inf, weights.level + shift.astype(jnp.float32))
+    return jnp.where(empty, 1.0, weights.total * power), jnp.where(
+        empty, jnp.inf, weights.level + shift.astype(jnp.float32)
+    )
 
 
-def score_gradient(call: Call, q: Quantised, k: Quantised, v: Quantised, residuals: Residuals,
-                   mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def score_gradient(
+    call: Call, q: Quantised, k: Quantised, v: Quantised, residuals: Residuals, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """P times the rows' factors and dS, before their casts, float32 [b, k, t, g, s]; dS without the softmax scale."""
     p = jnp.exp2(_logits(call, q, k, mask) - swap_heads(residuals.offset)[..., None])
     dp = gemm(residuals.do, v, _QK, **_options(call.values, "dgrad"), name="attention_values.dgrad")
     return p, p * (dp - swap_heads(residuals.delta)[..., None])
 
 
-def input_gradients(call: Call, p: jax.Array, ds: Quantised, q: Quantised, k: Quantised,
-                    do: Quantised) -> tuple[jax.Array, jax.Array, jax.Array]:
+def input_gradients(
+    call: Call, p: jax.Array, ds: Quantised, q: Quantised, k: Quantised, do: Quantised
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """These rows' dQ, [b, t, k, g, h], and their part of dK and dV, [b, k, s, h]; all float32."""
-    dv = gemm(_quantise_p(p, call.values, do.data.dtype), do, _PTDO, **_options(call.values, "wgrad"), name="attention_values.wgrad")
-    dq = gemm(ds, k, _PV, **_options(call.scores, "dgrad"), name="attention_scores.dgrad") * call.softmax_scale
-    dk = gemm(ds, q, _PTDO, **_options(call.scores, "wgrad"), name="attention_scores.wgrad") * call.softmax_scale
+    dv = gemm(
+        _quantise_p(p, call.values, do.data.dtype),
+        do,
+        _PTDO,
+        **_options(call.values, "wgrad"),
+        name="attention_values.wgrad",
+    )
+    dq = (
+        gemm(ds, k, _PV, **_options(call.scores, "dgrad"), name="attention_scores.dgrad")
+        * call.softmax_scale
+    )
+    dk = (
+        gemm(ds, q, _PTDO, **_options(call.scores, "wgrad"), name="attention_scores.wgrad")
+        * call.softmax_scale
+    )
     return swap_heads(dq), dk, dv
 
 
-def spread_of_scores(call: Call, q: Quantised, k: Quantised, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def spread_of_scores(
+    call: Call, q: Quantised, k: Quantised, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Of each query of these rows, float32 [b, k, g, t]: the largest visible score, infinite if one is NaN, and the entropy, in nats.
 
     Scores are natural ones, with the softmax scale; the entropy is that of the probabilities before their cast.
@@ -158,7 +188,9 @@ def spread_of_scores(call: Call, q: Quantised, k: Quantised, mask: jax.Array) ->
     total = jnp.sum(p, axis=-1)
     below = jnp.sum(jnp.where(p > 0, p * (logits - top), 0.0), axis=-1)  # a hidden key has 0 * -inf
     largest = jnp.where(jnp.isnan(top), jnp.inf, top)  # a maximum over devices drops NaN
-    return tuple(jnp.swapaxes(x, 2, 3) / LOG2_E for x in (largest[..., 0], jnp.log2(total) - below / total))
+    return tuple(
+        jnp.swapaxes(x, 2, 3) / LOG2_E for x in (largest[..., 0], jnp.log2(total) - below / total)
+    )
 
 
 def amax_by_head(x: jax.Array, *, emulated: bool = False) -> jax.Array:
@@ -172,7 +204,11 @@ def swap_heads(x: jax.Array) -> jax.Array:
 
 
 def _options(recipe: GemmRecipe, gemm_pass: str) -> dict:
-    return {"out_dtype": jnp.float32, "precise": recipe.precise(gemm_pass), "emulated": recipe.emulated}
+    return {
+        "out_dtype": jnp.float32,
+        "precise": recipe.precise(gemm_pass),
+        "emulated": recipe.emulated,
+    }
 
 
 def _logits(call: Call, q: Quantised, k: Quantised, mask: jax.Array) -> jax.Array:

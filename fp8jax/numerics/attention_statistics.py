@@ -18,9 +18,18 @@ from fp8jax.numerics.placement import Partition, moved, pin, placements
 from fp8jax.numerics.recipes import GemmRecipe
 
 
-def score_statistics(q_btkgh: jax.Array, k_bskh: jax.Array, recipe: GemmRecipe, *, softmax_scale: float,
-                     scales: jax.Array | None = None, segment_ids: jax.Array | None = None, backend: str = "composed",
-                     partition: Partition | None = None, counted: jax.Array | None = None) -> dict[str, jax.Array]:
+def score_statistics(
+    q_btkgh: jax.Array,
+    k_bskh: jax.Array,
+    recipe: GemmRecipe,
+    *,
+    softmax_scale: float,
+    scales: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    backend: str = "composed",
+    partition: Partition | None = None,
+    counted: jax.Array | None = None,
+) -> dict[str, jax.Array]:
     """`max_logit`, the largest scaled score that any query sees, and `entropy`, in nats, a mean over queries and heads.
 
     Args:
@@ -40,23 +49,36 @@ def score_statistics(q_btkgh: jax.Array, k_bskh: jax.Array, recipe: GemmRecipe, 
     call = Call(recipe, recipe, softmax_scale, q_btkgh.dtype, partition=partition)
     scale_q, scale_k = (None, None) if scales is None else (scales[0], scales[1])
     many, few = placements(partition if backend == "pallas" else None, "btkgh", "bskh")
-    q, k = (moved(recipe.quantise(pin(x, place.cast), scale, name)[0], *place)
-            for x, place, scale, name in ((q_btkgh, many, scale_q, "q"), (k_bskh, few, scale_k, "k")))
+    q, k = (
+        moved(recipe.quantise(pin(x, place.cast), scale, name)[0], *place)
+        for x, place, scale, name in ((q_btkgh, many, scale_q, "q"), (k_bskh, few, scale_k, "k"))
+    )
     meant = jnp.ones(q.data.shape[:2], bool) if counted is None else counted
     if backend == "pallas":
         top, entropy = _reduced(meant, *attention_pallas.scores(call, q, k, segment_ids))
     else:
         top, entropy = _in_chunks(call, q, k, segment_ids, meant)
-    tokens, heads = statistics.tokens(meant.shape, counted), float(q.data.shape[2] * q.data.shape[3])
-    return {"max_logit": jnp.where(tokens > 0, jnp.max(top), 0.0), "entropy": jnp.sum(entropy) / (jnp.maximum(tokens, 1.0) * heads),
-            "tokens": tokens}
+    tokens, heads = (
+        statistics.tokens(meant.shape, counted),
+        float(q.data.shape[2] * q.data.shape[3]),
+    )
+    return {
+        "max_logit": jnp.where(tokens > 0, jnp.max(top), 0.0),
+        "entropy": jnp.sum(entropy) / (jnp.maximum(tokens, 1.0) * heads),
+        "tokens": tokens,
+    }
 
 
-def _in_chunks(call: Call, q: Quantised, k: Quantised, segment_ids: jax.Array | None, meant: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _in_chunks(
+    call: Call, q: Quantised, k: Quantised, segment_ids: jax.Array | None, meant: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     def chunk(carry, start, rows, keys):
         mask = attention_rows.visible(start, rows, keys, segment_ids)
         some = attention_composed.rows_of(q, start, rows), attention_composed.rows_of(k, 0, keys)
-        top, entropy = _reduced(lax.dynamic_slice_in_dim(meant, start, rows, axis=1), *attention_rows.spread_of_scores(call, *some, mask))
+        top, entropy = _reduced(
+            lax.dynamic_slice_in_dim(meant, start, rows, axis=1),
+            *attention_rows.spread_of_scores(call, *some, mask),
+        )
         return jnp.maximum(carry[0], top), carry[1] + entropy
 
     b, t, heads, _, _ = q.data.shape
@@ -64,7 +86,11 @@ def _in_chunks(call: Call, q: Quantised, k: Quantised, segment_ids: jax.Array | 
     return attention_composed.over_chunks(t, chunk, lax.stop_gradient(q.data), init)
 
 
-def _reduced(meant_bt: jax.Array, top_bkgt: jax.Array, entropy_bkgt: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _reduced(
+    meant_bt: jax.Array, top_bkgt: jax.Array, entropy_bkgt: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Largest score and sum of the entropies of the queries that are meant, [b, k]."""
     of_query = meant_bt[:, None, None, :]
-    return jnp.max(jnp.where(of_query, top_bkgt, -jnp.inf), axis=(2, 3)), jnp.sum(jnp.where(of_query, entropy_bkgt, 0.0), axis=(2, 3))
+    return jnp.max(jnp.where(of_query, top_bkgt, -jnp.inf), axis=(2, 3)), jnp.sum(
+        jnp.where(of_query, entropy_bkgt, 0.0), axis=(2, 3)
+    )

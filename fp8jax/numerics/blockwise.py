@@ -35,14 +35,22 @@ def amax(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     largest = jnp.where(jnp.isnan(x), jnp.asarray(jnp.inf, x.dtype), largest).astype(jnp.float32)
     for axis in axes:
         blocks = -(-x.shape[axis] // BLOCK)
-        padding = [(0, blocks * BLOCK - x.shape[axis]) if i == axis else (0, 0) for i in range(x.ndim)]
-        shape = *largest.shape[:axis], blocks, BLOCK, *largest.shape[axis + 1:]
+        padding = [
+            (0, blocks * BLOCK - x.shape[axis]) if i == axis else (0, 0) for i in range(x.ndim)
+        ]
+        shape = *largest.shape[:axis], blocks, BLOCK, *largest.shape[axis + 1 :]
         largest = jnp.max(jnp.pad(largest, padding).reshape(shape), axis=axis + 1, initial=0.0)
     return largest
 
 
-def quantise(x: jax.Array, axes: tuple[int, ...], scale_of: Callable[[jax.Array], jax.Array], dtype: jnp.dtype, *,
-             emulated: bool) -> tuple[Quantised, jax.Array]:
+def quantise(
+    x: jax.Array,
+    axes: tuple[int, ...],
+    scale_of: Callable[[jax.Array], jax.Array],
+    dtype: jnp.dtype,
+    *,
+    emulated: bool,
+) -> tuple[Quantised, jax.Array]:
     """Casts with a scale for each block.
 
     Args:
@@ -74,4 +82,6 @@ def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def widen(q: Quantised, dtype: jnp.dtype) -> Quantised:
     """The values, scales and all, as a plain operand."""
     data = q.data.astype(jnp.float32)
-    return Quantised((data if q.scale is None else data * spread(q.scale, data.shape)).astype(dtype), None)
+    return Quantised(
+        (data if q.scale is None else data * spread(q.scale, data.shape)).astype(dtype), None
+    )

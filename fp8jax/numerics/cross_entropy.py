@@ -29,14 +29,32 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.numerics import formats, statistics
-from fp8jax.numerics.dot_general import accumulator, as_bytes, from_bytes, gemm, quantise_weight, report_cast
+from fp8jax.numerics.dot_general import (
+    accumulator,
+    as_bytes,
+    from_bytes,
+    gemm,
+    quantise_weight,
+    report_cast,
+)
 from fp8jax.numerics.formats import Quantised
 from fp8jax.numerics.recipes import GemmRecipe
 
 
-def linear_cross_entropy(x_btd: jax.Array, w_vd: jax.Array, targets_bt: jax.Array, recipe: GemmRecipe, *, chunk: int, shards: int = 1,
-                         quantised_w: Quantised | None = None, scales: jax.Array | None = None, token: jax.Array | None = None,
-                         role: str = "lm_head", counted: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def linear_cross_entropy(
+    x_btd: jax.Array,
+    w_vd: jax.Array,
+    targets_bt: jax.Array,
+    recipe: GemmRecipe,
+    *,
+    chunk: int,
+    shards: int = 1,
+    quantised_w: Quantised | None = None,
+    scales: jax.Array | None = None,
+    token: jax.Array | None = None,
+    role: str = "lm_head",
+    counted: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihoods of targets under softmax(x wᵀ), and the log-partitions.
 
     Args:
@@ -59,9 +77,13 @@ def linear_cross_entropy(x_btd: jax.Array, w_vd: jax.Array, targets_bt: jax.Arra
         ValueError: blockwise scaling; delayed scaling without scales; shards that do not divide the vocabulary.
     """
     if recipe.scaling == "blockwise":
-        raise ValueError(f"{role}: blockwise scaling has no chunked loss; use current or delayed scaling, or all logits at once")
+        raise ValueError(
+            f"{role}: blockwise scaling has no chunked loss; use current or delayed scaling, or all logits at once"
+        )
     if recipe.scaling == "delayed" and scales is None:
-        raise ValueError(f"{role}: delayed scaling needs `scales`, a float32 array [2] for x and the output gradient")
+        raise ValueError(
+            f"{role}: delayed scaling needs `scales`, a float32 array [2] for x and the output gradient"
+        )
     if w_vd.shape[0] % shards:
         raise ValueError(f"{role}: {shards} shards do not divide a vocabulary of {w_vd.shape[0]}")
     if quantised_w is None:
@@ -85,10 +107,19 @@ class _Call(NamedTuple):
         """The dtype of logits and sums."""
         return accumulator(self.x_dtype)
 
-    def gemm(self, lhs: Quantised, rhs: Quantised, dims: Any, out_dtype: Any, name: str) -> jax.Array:
+    def gemm(
+        self, lhs: Quantised, rhs: Quantised, dims: Any, out_dtype: Any, name: str
+    ) -> jax.Array:
         """One of the head's GEMMs."""
-        return gemm(lhs, rhs, dims, out_dtype=out_dtype, emulated=self.recipe.emulated, name=f"{self.role}.{name}",
-                    precise=self.recipe.fp8 and self.recipe.precise(name))
+        return gemm(
+            lhs,
+            rhs,
+            dims,
+            out_dtype=out_dtype,
+            emulated=self.recipe.emulated,
+            name=f"{self.role}.{name}",
+            precise=self.recipe.fp8 and self.recipe.precise(name),
+        )
 
 
 class _Running(NamedTuple):
@@ -113,23 +144,47 @@ def _forward(call, x, w, qw, targets, scales, token, counted):
         logits = _logits(call, qx, part)
         hit = _hits(call, qw, targets, start, logits.shape[3])
         largest = jnp.maximum(running.largest, jnp.max(logits, axis=3))
-        total = running.total * jnp.exp(running.largest - largest) + jnp.sum(jnp.exp(logits - largest[..., None]), axis=3)
-        other = jnp.maximum(running.other, jnp.max(jnp.where(hit, -jnp.inf, logits), axis=3)) if call.recipe.fp8 else running.other
-        return _Running(largest, total, running.target + jnp.sum(jnp.where(hit, logits, 0.0), axis=3), other), None
+        total = running.total * jnp.exp(running.largest - largest) + jnp.sum(
+            jnp.exp(logits - largest[..., None]), axis=3
+        )
+        other = (
+            jnp.maximum(running.other, jnp.max(jnp.where(hit, -jnp.inf, logits), axis=3))
+            if call.recipe.fp8
+            else running.other
+        )
+        return _Running(
+            largest, total, running.target + jnp.sum(jnp.where(hit, logits, 0.0), axis=3), other
+        ), None
 
     zeros = jnp.zeros((*targets.shape, call.shards), call.wide)
     lowest = jnp.full_like(zeros, jnp.finfo(call.wide).min)
     found, _ = _over_chunks(call, qw, chunk, _Running(lowest, zeros, zeros, lowest))
     largest, target = jnp.max(found.largest, axis=2), jnp.sum(found.target, axis=2)
-    lse = largest + jnp.log(jnp.sum(found.total * jnp.exp(found.largest - largest[..., None]), axis=2))
+    lse = largest + jnp.log(
+        jnp.sum(found.total * jnp.exp(found.largest - largest[..., None]), axis=2)
+    )
     of_x = report_cast(token, x, qx, amax_x, counted=counted)
-    return (lse - target, lse), (as_bytes(qx), qw, targets, lse, target, jnp.max(found.other, axis=2), scales, token, counted, of_x)
+    return (lse - target, lse), (
+        as_bytes(qx),
+        qw,
+        targets,
+        lse,
+        target,
+        jnp.max(found.other, axis=2),
+        scales,
+        token,
+        counted,
+        of_x,
+    )
 
 
 def _backward(call, residuals, cotangents):
     qx, qw, targets, lse, target, other, scales, token, counted, of_x = residuals
     qx, recipe = from_bytes(qx), call.recipe
-    of_nll, both = cotangents[0].astype(call.wide), (cotangents[0] + cotangents[1]).astype(call.wide)
+    of_nll, both = (
+        cotangents[0].astype(call.wide),
+        (cotangents[0] + cotangents[1]).astype(call.wide),
+    )
     amax = _amax(lse, target, other, of_nll, both) if recipe.fp8 else None
     scale = _gradient_scale(recipe, amax, scales)
     elements, in_full = lse.size * qw.data.shape[0], token is not None and token.ndim == 2
@@ -139,15 +194,24 @@ def _backward(call, residuals, cotangents):
         logits = _logits(call, qx, part)
         hit = _hits(call, qw, targets, start, logits.shape[3])
         g = _wide(both) * jnp.exp(logits - _wide(lse)) - jnp.where(hit, _wide(of_nll), 0.0)
-        qg = Quantised(g.astype(call.x_dtype), None) if scale is None else formats.quantise(
-            g, scale, recipe.format("g"), emulated=recipe.emulated)
+        qg = (
+            Quantised(g.astype(call.x_dtype), None)
+            if scale is None
+            else formats.quantise(g, scale, recipe.format("g"), emulated=recipe.emulated)
+        )
         if in_full and scale is not None:
             health += statistics.health(g, qg, elements=elements)
             total += jnp.sum(g)
         dx += call.gemm(qg, part, (((3,), (1,)), ((2,), (0,))), call.wide, "dgrad")
-        return (dx, health, total), call.gemm(qg, qx, (((0, 1), (0, 1)), ((), ())), call.w_dtype, "wgrad")
+        return (dx, health, total), call.gemm(
+            qg, qx, (((0, 1), (0, 1)), ((), ())), call.w_dtype, "wgrad"
+        )
 
-    zeros = jnp.zeros((call.shards, *qx.data.shape), call.wide), jnp.zeros(len(statistics.HEALTH)), jnp.zeros((), call.wide)
+    zeros = (
+        jnp.zeros((call.shards, *qx.data.shape), call.wide),
+        jnp.zeros(len(statistics.HEALTH)),
+        jnp.zeros((), call.wide),
+    )
     (dx, health, total), dw = _over_chunks(call, qw, chunk, zeros)
     of_g = amax
     if in_full and scale is not None:
@@ -160,7 +224,9 @@ def _backward(call, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def _over_chunks(call: _Call, qw: Quantised, body: Callable, carry: Any) -> tuple[Any, jax.Array | None]:
+def _over_chunks(
+    call: _Call, qw: Quantised, body: Callable, carry: Any
+) -> tuple[Any, jax.Array | None]:
     """Folds body(carry, rows of every shard, first row) → (carry, rows of dW or None) over the chunks; their dW joined, [v, d]."""
     vocabulary, width = qw.data.shape
     by_shard = qw.data.reshape(call.shards, vocabulary // call.shards, width)
@@ -169,10 +235,18 @@ def _over_chunks(call: _Call, qw: Quantised, body: Callable, carry: Any) -> tupl
     whole, rest = divmod(rows, size)
 
     def step(carry, start, size=size):
-        return body(carry, Quantised(lax.dynamic_slice_in_dim(by_shard, start, size, axis=1), qw.scale), start)
+        return body(
+            carry,
+            Quantised(lax.dynamic_slice_in_dim(by_shard, start, size, axis=1), qw.scale),
+            start,
+        )
 
     carry, found = lax.scan(step, carry, jnp.arange(whole, dtype=jnp.int32) * size)
-    parts = [] if found is None else [jnp.moveaxis(found, 0, 1).reshape(call.shards, whole * size, width)]
+    parts = (
+        []
+        if found is None
+        else [jnp.moveaxis(found, 0, 1).reshape(call.shards, whole * size, width)]
+    )
     if rest:
         carry, last = step(carry, jnp.int32(whole * size), rest)
         parts += [] if last is None else [last]
@@ -187,16 +261,26 @@ def _logits(call: _Call, qx: Quantised, part: Quantised) -> jax.Array:
 def _hits(call: _Call, qw: Quantised, targets: jax.Array, start: jax.Array, rows: int) -> jax.Array:
     """Where a chunk's logits are the targets', bool [b, t, shards, rows]."""
     shape = call.shards, rows
-    ids = start + lax.broadcasted_iota(jnp.int32, shape, 1) + qw.data.shape[0] // call.shards * lax.broadcasted_iota(jnp.int32, shape, 0)
+    ids = (
+        start
+        + lax.broadcasted_iota(jnp.int32, shape, 1)
+        + qw.data.shape[0] // call.shards * lax.broadcasted_iota(jnp.int32, shape, 0)
+    )
     return _wide(targets) == ids
 
 
-def _amax(lse: jax.Array, target: jax.Array, other: jax.Array, of_nll: jax.Array, both: jax.Array) -> jax.Array:
+def _amax(
+    lse: jax.Array, target: jax.Array, other: jax.Array, of_nll: jax.Array, both: jax.Array
+) -> jax.Array:
     """Largest |g| of all tokens and rows; all arguments [b, t]."""
-    return formats.amax(jnp.stack([both * jnp.exp(other - lse), both * jnp.exp(target - lse) - of_nll]))
+    return formats.amax(
+        jnp.stack([both * jnp.exp(other - lse), both * jnp.exp(target - lse) - of_nll])
+    )
 
 
-def _gradient_scale(recipe: GemmRecipe, amax: jax.Array | None, scales: jax.Array | None) -> jax.Array | None:
+def _gradient_scale(
+    recipe: GemmRecipe, amax: jax.Array | None, scales: jax.Array | None
+) -> jax.Array | None:
     if not recipe.fp8:
         return None
     if recipe.scaling == "static":

@@ -38,11 +38,21 @@ from fp8jax.numerics.recipes import GemmRecipe
 # The name that quantised tensors carry for remat policies (jax.checkpoint_policies.save_only_these_names).
 CHECKPOINT_NAME = "fp8"
 
-DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+DimensionNumbers = tuple[
+    tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]
+]
 
 
-def gemm(lhs: Quantised, rhs: Quantised, dimension_numbers: DimensionNumbers, *, out_dtype: Any, emulated: bool,
-         precise: bool = False, name: str = "gemm") -> jax.Array:
+def gemm(
+    lhs: Quantised,
+    rhs: Quantised,
+    dimension_numbers: DimensionNumbers,
+    *,
+    out_dtype: Any,
+    emulated: bool,
+    precise: bool = False,
+    name: str = "gemm",
+) -> jax.Array:
     """One GEMM of quantised (or plain) operands, dequantised by a scalar.
 
     Args:
@@ -58,7 +68,9 @@ def gemm(lhs: Quantised, rhs: Quantised, dimension_numbers: DimensionNumbers, *,
         ValueError: both operands are e5m2, which no FP8 tensor core takes.
     """
     if lhs.data.dtype == E5M2 and rhs.data.dtype == E5M2:
-        raise ValueError(f"GEMM {name}: both operands are e5m2, which no device multiplies in FP8; make one of them e4m3")
+        raise ValueError(
+            f"GEMM {name}: both operands are e5m2, which no device multiplies in FP8; make one of them e4m3"
+        )
     with jax.named_scope(f"fp8jax.gemm[{name}]"):
         a, b = lhs.data, rhs.data
         if emulated:
@@ -69,8 +81,13 @@ def gemm(lhs: Quantised, rhs: Quantised, dimension_numbers: DimensionNumbers, *,
             a, b, dimension_numbers = _batch_first(_widen(a), _widen(b), dimension_numbers)
             a, b = lax.optimization_barrier((a, b))
         exact = precise or a.dtype == jnp.float32
-        out = lax.dot_general(a, b, dimension_numbers, precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
-                              preferred_element_type=accumulator(a.dtype) if emulated else out_dtype)
+        out = lax.dot_general(
+            a,
+            b,
+            dimension_numbers,
+            precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+            preferred_element_type=accumulator(a.dtype) if emulated else out_dtype,
+        )
         if emulated:
             out = lax.optimization_barrier(out)
         scale = _product(lhs.scale, rhs.scale)
@@ -86,7 +103,9 @@ def _widen(x: jax.Array) -> jax.Array:
     return x.astype(jnp.bfloat16) if x.dtype.itemsize == 1 else x
 
 
-def _batch_first(a: jax.Array, b: jax.Array, dims: DimensionNumbers) -> tuple[jax.Array, jax.Array, DimensionNumbers]:
+def _batch_first(
+    a: jax.Array, b: jax.Array, dims: DimensionNumbers
+) -> tuple[jax.Array, jax.Array, DimensionNumbers]:
     """The same dot_general with batch dimensions in front of both operands."""
     contract, batch = list(dims[0]), list(dims[1])
     operands = [a, b]
@@ -94,7 +113,10 @@ def _batch_first(a: jax.Array, b: jax.Array, dims: DimensionNumbers) -> tuple[ja
         order = (*batch[i], *(j for j in range(x.ndim) if j not in batch[i]))
         if order != tuple(range(x.ndim)):
             operands[i] = lax.transpose(x, order)
-            contract[i], batch[i] = tuple(order.index(j) for j in contract[i]), tuple(range(len(batch[i])))
+            contract[i], batch[i] = (
+                tuple(order.index(j) for j in contract[i]),
+                tuple(range(len(batch[i]))),
+            )
     return operands[0], operands[1], ((contract[0], contract[1]), (batch[0], batch[1]))
 
 
@@ -104,7 +126,9 @@ def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
     return a * b
 
 
-def quantise_weight(w: jax.Array, recipe: GemmRecipe, dtype: Any, scale: jax.Array | None = None) -> Quantised:
+def quantise_weight(
+    w: jax.Array, recipe: GemmRecipe, dtype: Any, scale: jax.Array | None = None
+) -> Quantised:
     """A weight as GEMM operand, quantised by its recipe; cast to `dtype` where the recipe is not FP8.
 
     With delayed scaling a `scale` from before may be given; else it is that of w's own amax.
@@ -113,14 +137,26 @@ def quantise_weight(w: jax.Array, recipe: GemmRecipe, dtype: Any, scale: jax.Arr
         ValueError: blockwise scaling of something else than a matrix.
     """
     if recipe.scaling == "blockwise" and w.ndim != 2:
-        raise ValueError(f"blockwise scaling takes weights with two dimensions, not {w.shape}; merge dimensions before")
+        raise ValueError(
+            f"blockwise scaling takes weights with two dimensions, not {w.shape}; merge dimensions before"
+        )
     return recipe.quantise(w if recipe.fp8 else w.astype(dtype), scale, "w", axes=(0, 1))[0]
 
 
-def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers, recipe: GemmRecipe, *,
-                quantised_w: Quantised | None = None, scales: jax.Array | None = None, token: jax.Array | None = None,
-                placements: tuple[Placement, Placement] | None = None, out_dtype: Any = None, role: str = "linear",
-                counted: jax.Array | None = None) -> jax.Array:
+def dot_general(
+    x: jax.Array,
+    w: jax.Array,
+    dimension_numbers: DimensionNumbers,
+    recipe: GemmRecipe,
+    *,
+    quantised_w: Quantised | None = None,
+    scales: jax.Array | None = None,
+    token: jax.Array | None = None,
+    placements: tuple[Placement, Placement] | None = None,
+    out_dtype: Any = None,
+    role: str = "linear",
+    counted: jax.Array | None = None,
+) -> jax.Array:
     """`lax.dot_general(x, w)` with FP8 operands, forward and backward.
 
     Args:
@@ -142,14 +178,21 @@ def dot_general(x: jax.Array, w: jax.Array, dimension_numbers: DimensionNumbers,
         ValueError: delayed scaling without scales; blockwise scaling of anything but x times a matrix.
     """
     if recipe.scaling == "delayed" and scales is None:
-        raise ValueError(f"GEMM {role}: delayed scaling needs `scales`, a float32 array [2] for x and the output gradient")
+        raise ValueError(
+            f"GEMM {role}: delayed scaling needs `scales`, a float32 array [2] for x and the output gradient"
+        )
     (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
     if recipe.scaling == "blockwise" and (w.ndim, len(x_contract), len(x_batch)) != (2, 1, 0):
-        raise ValueError(f"GEMM {role}: blockwise scaling contracts one dimension of x with one of a matrix, without batch dimensions; "
-                         f"w has shape {w.shape}, dimension_numbers are {dimension_numbers}")
+        raise ValueError(
+            f"GEMM {role}: blockwise scaling contracts one dimension of x with one of a matrix, without batch dimensions; "
+            f"w has shape {w.shape}, dimension_numbers are {dimension_numbers}"
+        )
     if quantised_w is None:
         quantised_w = quantise_weight(lax.stop_gradient(w), recipe, x.dtype)
-    dims = (tuple(x_contract), tuple(w_contract)), (tuple(x_batch), tuple(w_batch))  # hashable, whatever was given
+    dims = (
+        (tuple(x_contract), tuple(w_contract)),
+        (tuple(x_batch), tuple(w_batch)),
+    )  # hashable, whatever was given
     places = placements or (Placement(None, None),) * 2
     call = _Call(dims, recipe, role, jnp.dtype(out_dtype or x.dtype), x.dtype, w.dtype, *places)
     return _dot_general(call, x, w, quantised_w, scales, token, counted)
@@ -175,30 +218,55 @@ def _dot_general(call, x, w, qw, scales, token, counted):
 
 def _forward(call, x, w, qw, scales, token, counted):
     recipe, x = call.recipe, pin(x, call.of_x.cast)
-    qx, amax_x = recipe.quantise(x, None if scales is None else scales[0], "x", axes=call.dims[0][0])
+    qx, amax_x = recipe.quantise(
+        x, None if scales is None else scales[0], "x", axes=call.dims[0][0]
+    )
     qx = moved(qx, call.of_x.cast)
     qx = named(qx) if recipe.fp8 else qx
-    of_x = report_cast(token, x, qx, amax_x, call.of_x.cast, counted=counted, emulated=recipe.emulated)
+    of_x = report_cast(
+        token, x, qx, amax_x, call.of_x.cast, counted=counted, emulated=recipe.emulated
+    )
     report = checkpoint_name(of_x, CHECKPOINT_NAME)
-    y = gemm(*_operands(recipe, moved(qx, call.of_x.gemm), qw), call.dims, out_dtype=call.out_dtype, name=f"{call.role}.fprop",
-             **_options(recipe, "fprop"))
+    y = gemm(
+        *_operands(recipe, moved(qx, call.of_x.gemm), qw),
+        call.dims,
+        out_dtype=call.out_dtype,
+        name=f"{call.role}.fprop",
+        **_options(recipe, "fprop"),
+    )
     return pin(y, call.of_g.cast), (as_bytes(qx), qw, scales, token, counted, report)
 
 
 def _backward(call, residuals, g):
     qx, qw, scales, token, counted, of_x = residuals
-    qx = moved(from_bytes(qx), *call.of_x)  # moved a second time: kept, it would take its place for every layer
+    qx = moved(
+        from_bytes(qx), *call.of_x
+    )  # moved a second time: kept, it would take its place for every layer
     recipe, dims = call.recipe, call.dims
     g = pin(g if recipe.fp8 else g.astype(call.x_dtype), call.of_g.cast)
     qg, amax_g = recipe.quantise(g, None if scales is None else scales[1], "g", axes=(g.ndim - 1,))
-    of_g = report_cast(token, g, qg, amax_g, call.of_g.cast, spread=True, counted=counted, emulated=recipe.emulated)
+    of_g = report_cast(
+        token, g, qg, amax_g, call.of_g.cast, spread=True, counted=counted, emulated=recipe.emulated
+    )
     qg = moved(qg, *call.of_g)
-    dx = _transposed_lhs(*_operands(recipe, qg, qw), dims, qx.data.ndim, out_dtype=call.x_dtype, name=f"{call.role}.dgrad",
-                         **_options(recipe, "dgrad"))
+    dx = _transposed_lhs(
+        *_operands(recipe, qg, qw),
+        dims,
+        qx.data.ndim,
+        out_dtype=call.x_dtype,
+        name=f"{call.role}.dgrad",
+        **_options(recipe, "dgrad"),
+    )
     if recipe.scaling == "blockwise":
         qx, qg, dims = _along_tokens(call, qx, g)
-    dw = _transposed_rhs(*_operands(recipe, qg, qx), dims, qw.data.ndim, out_dtype=call.w_dtype, name=f"{call.role}.wgrad",
-                         **_options(recipe, "wgrad"))
+    dw = _transposed_rhs(
+        *_operands(recipe, qg, qx),
+        dims,
+        qw.data.ndim,
+        out_dtype=call.w_dtype,
+        name=f"{call.role}.wgrad",
+        **_options(recipe, "wgrad"),
+    )
     d_token = None if of_x is None else jnp.stack([of_x, of_g])
     return pin(dx, call.of_x.cast), dw, None, None, d_token, None
 
@@ -210,10 +278,14 @@ def _operands(recipe: GemmRecipe, *quantised: Quantised) -> list[Quantised]:
     """As `gemm` takes them: blockwise scales go into the values, exact in bfloat16 if they are powers of two."""
     if recipe.scaling != "blockwise":
         return list(quantised)
-    return [blockwise.widen(q, jnp.bfloat16 if recipe.power_of_two else jnp.float32) for q in quantised]
+    return [
+        blockwise.widen(q, jnp.bfloat16 if recipe.power_of_two else jnp.float32) for q in quantised
+    ]
 
 
-def _along_tokens(call: _Call, qx: Quantised, g: jax.Array) -> tuple[Quantised, Quantised, DimensionNumbers]:
+def _along_tokens(
+    call: _Call, qx: Quantised, g: jax.Array
+) -> tuple[Quantised, Quantised, DimensionNumbers]:
     """X and g quantised anew as matrices, in runs along the tokens that wgrad contracts; and the layer's dimension numbers."""
     (x_contract, w_contract), none = call.dims
     features = qx.data.shape[x_contract[0]]
@@ -228,8 +300,17 @@ def _options(recipe: GemmRecipe, gemm_pass: str) -> dict[str, Any]:
     return {"emulated": recipe.emulated, "precise": recipe.fp8 and recipe.precise(gemm_pass)}
 
 
-def report_cast(token: jax.Array | None, x: jax.Array, q: Quantised, amax: jax.Array | None, spec: PartitionSpec | None = None, *,
-                spread: bool = False, counted: jax.Array | None = None, emulated: bool = False) -> jax.Array | None:
+def report_cast(
+    token: jax.Array | None,
+    x: jax.Array,
+    q: Quantised,
+    amax: jax.Array | None,
+    spec: PartitionSpec | None = None,
+    *,
+    spread: bool = False,
+    counted: jax.Array | None = None,
+    emulated: bool = False,
+) -> jax.Array | None:
     """What a token brings back of one operand: its amax, None if that is not taken; or, if the token has room, statistics.REPORT.
 
     spec: how x is split. spread: whether its distribution belongs to the report. counted: the tokens that it is of.
@@ -249,7 +330,9 @@ def named(q: Quantised) -> Quantised:
     with e4m3's field widths, which in IEEE arithmetic end at 240, and so turns values of e4m3fn up to 448 into NaN.
     """
     bits = checkpoint_name(lax.bitcast_convert_type(q.data, jnp.uint8), CHECKPOINT_NAME)
-    scale = checkpoint_name(q.scale, CHECKPOINT_NAME) if jnp.ndim(q.scale) else q.scale  # a scalar follows from the amax
+    scale = (
+        checkpoint_name(q.scale, CHECKPOINT_NAME) if jnp.ndim(q.scale) else q.scale
+    )  # a scalar follows from the amax
     return Quantised(lax.bitcast_convert_type(bits, q.data.dtype), scale)
 
 
@@ -259,12 +342,18 @@ def as_bytes(q: Quantised) -> Quantised:
     XLA's CPU compiler widens float8 arrays to float16 and back to update a slice of them, here all layers' for each layer:
     measured, a third of a small model's step.
     """
-    return q._replace(data=lax.bitcast_convert_type(q.data, jnp.uint8)) if q.data.dtype.itemsize == 1 else q
+    return (
+        q._replace(data=lax.bitcast_convert_type(q.data, jnp.uint8))
+        if q.data.dtype.itemsize == 1
+        else q
+    )
 
 
 def from_bytes(q: Quantised) -> Quantised:
     """The inverse of `as_bytes` for forward operands, which are e4m3."""
-    return q._replace(data=lax.bitcast_convert_type(q.data, E4M3)) if q.data.dtype == jnp.uint8 else q
+    return (
+        q._replace(data=lax.bitcast_convert_type(q.data, E4M3)) if q.data.dtype == jnp.uint8 else q
+    )
 
 
 def _remaining(ndim: int, *used: tuple[int, ...]) -> tuple[int, ...]:
@@ -272,10 +361,15 @@ def _remaining(ndim: int, *used: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(i for i in range(ndim) if i not in taken)
 
 
-def _transposed_lhs(g: Quantised, w: Quantised, dims: DimensionNumbers, x_ndim: int, **options) -> jax.Array:
+def _transposed_lhs(
+    g: Quantised, w: Quantised, dims: DimensionNumbers, x_ndim: int, **options
+) -> jax.Array:
     """Gradient of the left operand of a dot_general: g contracted with w over w's own free dimensions."""
     (x_contract, w_contract), (x_batch, w_batch) = dims
-    x_free, w_free = _remaining(x_ndim, x_contract, x_batch), _remaining(w.data.ndim, w_contract, w_batch)
+    x_free, w_free = (
+        _remaining(x_ndim, x_contract, x_batch),
+        _remaining(w.data.ndim, w_contract, w_batch),
+    )
     batch = tuple(range(len(x_batch)))
     g_free = tuple(range(len(batch) + len(x_free), g.data.ndim))
     out = gemm(g, w, ((g_free, w_free), (batch, w_batch)), **options)
@@ -284,14 +378,21 @@ def _transposed_lhs(g: Quantised, w: Quantised, dims: DimensionNumbers, x_ndim: 
     return _in_order(out, (*x_batch, *x_free, *by_w))
 
 
-def _transposed_rhs(g: Quantised, x: Quantised, dims: DimensionNumbers, w_ndim: int, **options) -> jax.Array:
+def _transposed_rhs(
+    g: Quantised, x: Quantised, dims: DimensionNumbers, w_ndim: int, **options
+) -> jax.Array:
     """Gradient of the right operand: x contracted with g over x's free dimensions."""
     (x_contract, w_contract), (x_batch, w_batch) = dims
-    x_free, w_free = _remaining(x.data.ndim, x_contract, x_batch), _remaining(w_ndim, w_contract, w_batch)
+    x_free, w_free = (
+        _remaining(x.data.ndim, x_contract, x_batch),
+        _remaining(w_ndim, w_contract, w_batch),
+    )
     batch = tuple(range(len(x_batch)))
     g_x_free = tuple(range(len(batch), len(batch) + len(x_free)))
     by_x = [w_contract[i] for i in sorted(range(len(x_contract)), key=x_contract.__getitem__)]
-    if w_free and by_x and w_free[0] < by_x[0]:  # w is [outputs, inputs]: this order needs no transpose
+    if (
+        w_free and by_x and w_free[0] < by_x[0]
+    ):  # w is [outputs, inputs]: this order needs no transpose
         out = gemm(g, x, ((g_x_free, x_free), (batch, x_batch)), **options)
         return _in_order(out, (*w_batch, *w_free, *by_x))
     out = gemm(x, g, ((x_free, g_x_free), (x_batch, batch)), **options)

@@ -67,7 +67,9 @@ def _amax_of_bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(top, x.dtype).astype(jnp.float32)
 
 
-def scale_of(largest: jax.Array, dtype: jnp.dtype, *, margin: int = 0, power_of_two: bool = True) -> jax.Array:
+def scale_of(
+    largest: jax.Array, dtype: jnp.dtype, *, margin: int = 0, power_of_two: bool = True
+) -> jax.Array:
     """Scale that brings a largest magnitude to the top of a format, 2**margin below it.
 
     Args:
@@ -128,16 +130,24 @@ def _cast_by_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # Normal numbers: add half a unit (less one bit for an even result), drop the tail, move the exponent's bias.
     rounded = (magnitude + ((1 << (dropped - 1)) - 1) + ((magnitude >> dropped) & 1)) >> dropped
     largest_code = int(np.asarray(info.max, dtype).view(np.uint8))
-    normal = jnp.minimum(rounded.astype(jnp.int32) - ((127 - _bias(dtype)) << info.nmant), largest_code).astype(jnp.uint32)
+    normal = jnp.minimum(
+        rounded.astype(jnp.int32) - ((127 - _bias(dtype)) << info.nmant), largest_code
+    ).astype(jnp.uint32)
 
     # Subnormal numbers: adding 2**23 quanta lets the float32 adder do the rounding; the code is what sits in the low bits.
     smallest_normal = 1 - _bias(dtype)
     quantum = smallest_normal - info.nmant
     shifted = lax.bitcast_convert_type(magnitude, jnp.float32) + jnp.float32(2.0 ** (23 + quantum))
-    subnormal = lax.bitcast_convert_type(shifted, jnp.uint32) - jnp.uint32((23 + quantum + 127) << 23)
+    subnormal = lax.bitcast_convert_type(shifted, jnp.uint32) - jnp.uint32(
+        (23 + quantum + 127) << 23
+    )
 
     code = jnp.where(magnitude < ((smallest_normal + 127) << 23), subnormal, normal)
-    code = jnp.where(magnitude >= 0x7F800000, jnp.uint32(int(np.asarray(np.nan, dtype).view(np.uint8)) & 0x7F), code)
+    code = jnp.where(
+        magnitude >= 0x7F800000,
+        jnp.uint32(int(np.asarray(np.nan, dtype).view(np.uint8)) & 0x7F),
+        code,
+    )
     return lax.bitcast_convert_type((code | sign).astype(jnp.uint8), dtype)
 
 
@@ -146,7 +156,9 @@ def _bias(dtype: jnp.dtype) -> int:
     return {E4M3: 7, E5M2: 15}[jnp.dtype(dtype)]
 
 
-def quantise(x: jax.Array, scale: jax.Array, dtype: jnp.dtype, *, emulated: bool = False) -> Quantised:
+def quantise(
+    x: jax.Array, scale: jax.Array, dtype: jnp.dtype, *, emulated: bool = False
+) -> Quantised:
     """FP8 array of x / scale (float32 arithmetic, never through bfloat16) beside its scale.
 
     A quotient beyond float32's range, of a scale 2**100 times too small or so, is infinite: NaN, not the maximum.

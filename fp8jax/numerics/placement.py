@@ -37,7 +37,12 @@ class Partition(NamedTuple):
         """Of an array with these dimensions, such as 'btkgh': outside, and where attention is computed."""
         outside = {"b": self.batch, "t": self.sequence, "s": self.sequence, "k": self.heads}
         inside = {"b": self.batch, "k": self.inner_heads}
-        return Placement(*(PartitionSpec(*(axes.get(letter) for letter in letters)) for axes in (outside, inside)))
+        return Placement(
+            *(
+                PartitionSpec(*(axes.get(letter) for letter in letters))
+                for axes in (outside, inside)
+            )
+        )
 
 
 def placements(partition: Partition | None, *letters: str) -> list[Placement]:
@@ -59,7 +64,9 @@ def moved(q: Quantised, *specs: PartitionSpec | None) -> Quantised:
     return q
 
 
-def amax_by_device(x: jax.Array, spec: PartitionSpec | None, like: jax.Array, *, emulated: bool = False) -> jax.Array:
+def amax_by_device(
+    x: jax.Array, spec: PartitionSpec | None, like: jax.Array, *, emulated: bool = False
+) -> jax.Array:
     """Each device's largest magnitude in its own part of an array: a reduction without communication.
 
     Args:
@@ -76,10 +83,23 @@ def amax_by_device(x: jax.Array, spec: PartitionSpec | None, like: jax.Array, *,
     def of_part(part: jax.Array) -> jax.Array:
         return formats.amax(part, emulated=emulated).reshape((1,) * like.ndim)
 
-    return jax.shard_map(of_part, mesh=mesh, in_specs=spec or PartitionSpec(), out_specs=PartitionSpec(*mesh.axis_names), check_vma=False)(x)
+    return jax.shard_map(
+        of_part,
+        mesh=mesh,
+        in_specs=spec or PartitionSpec(),
+        out_specs=PartitionSpec(*mesh.axis_names),
+        check_vma=False,
+    )(x)
 
 
-def report_amax(x: jax.Array, spec: PartitionSpec | None, largest: jax.Array, token: jax.Array, *, emulated: bool = False) -> jax.Array:
+def report_amax(
+    x: jax.Array,
+    spec: PartitionSpec | None,
+    largest: jax.Array,
+    token: jax.Array,
+    *,
+    emulated: bool = False,
+) -> jax.Array:
     """What one entry of a token brings back: the amax, or, if the entry has a dimension for each mesh axis, that of each device."""
     if token.ndim == 0:
         return largest

@@ -20,7 +20,13 @@ from fp8jax.numerics import blockwise, formats, roles
 from fp8jax.numerics.roles import FAST_ACCUMULATION, GRADIENTS, SCALINGS, WEIGHT_SCALINGS
 
 # What is in roles.py, which needs no JAX, is found here as well.
-RECIPES, OPERANDS, ROLES, LINEAR_ROLES, ATTENTION_ROLES = roles.RECIPES, roles.OPERANDS, roles.ROLES, roles.LINEAR_ROLES, roles.ATTENTION_ROLES
+RECIPES, OPERANDS, ROLES, LINEAR_ROLES, ATTENTION_ROLES = (
+    roles.RECIPES,
+    roles.OPERANDS,
+    roles.ROLES,
+    roles.LINEAR_ROLES,
+    roles.ATTENTION_ROLES,
+)
 Override, parse_overrides, in_bf16 = roles.Override, roles.parse_overrides, roles.in_bf16
 
 
@@ -47,10 +53,16 @@ class GemmRecipe:
     emulated: bool = True
 
     def __post_init__(self):
-        known = {"scaling": (*SCALINGS, "bf16"), "weight_scaling": WEIGHT_SCALINGS, "fast_accumulation": FAST_ACCUMULATION}
+        known = {
+            "scaling": (*SCALINGS, "bf16"),
+            "weight_scaling": WEIGHT_SCALINGS,
+            "fast_accumulation": FAST_ACCUMULATION,
+        }
         for field, choices in known.items():
             if getattr(self, field) not in choices:
-                raise ValueError(f"GemmRecipe.{field}: {getattr(self, field)!r} is not one of {', '.join(choices)}")
+                raise ValueError(
+                    f"GemmRecipe.{field}: {getattr(self, field)!r} is not one of {', '.join(choices)}"
+                )
         if self.scaling == "blockwise" and not self.emulated:
             raise ValueError("blockwise scaling has no FP8 kernel: it runs emulated only")
 
@@ -71,7 +83,9 @@ class GemmRecipe:
 
     def precise(self, gemm_pass: str) -> bool:
         """Whether a pass (`fprop`, `dgrad`, `wgrad`) does without Hopper's fast accumulation, which keeps 14 bits of a sum."""
-        return self.fast_accumulation == "none" or (self.fast_accumulation == "fprop" and gemm_pass != "fprop")
+        return self.fast_accumulation == "none" or (
+            self.fast_accumulation == "fprop" and gemm_pass != "fprop"
+        )
 
     def format(self, operand: str) -> jnp.dtype:
         """FP8 format of an operand: e4m3, or the gradient format for output gradients."""
@@ -91,8 +105,9 @@ class GemmRecipe:
             mantissa, exponent = 0.5, exponent + (mantissa > 0.5)
         return jnp.float32(math.ldexp(mantissa, exponent))
 
-    def quantise(self, x: jax.Array, scale: jax.Array | None, operand: str,
-                 axes: tuple[int, ...] = ()) -> tuple[formats.Quantised, jax.Array | None]:
+    def quantise(
+        self, x: jax.Array, scale: jax.Array | None, operand: str, axes: tuple[int, ...] = ()
+    ) -> tuple[formats.Quantised, jax.Array | None]:
         """Casts one operand.
 
         Args:
@@ -110,10 +125,16 @@ class GemmRecipe:
             return formats.Quantised(x, None), None
         dtype = self.format(operand)
         if self.scaling == "blockwise":
-            return blockwise.quantise(x, axes, lambda amax: self.scale(amax, dtype), dtype, emulated=self.emulated)
+            return blockwise.quantise(
+                x, axes, lambda amax: self.scale(amax, dtype), dtype, emulated=self.emulated
+            )
         if self.scaling == "static":
-            return formats.quantise(x, self.static_scale(operand), dtype, emulated=self.emulated), None
+            return formats.quantise(
+                x, self.static_scale(operand), dtype, emulated=self.emulated
+            ), None
         largest = formats.amax(x, emulated=self.emulated)
-        if self.scaling == "current" or (operand == "w" and (scale is None or not self.delayed_weight)):
+        if self.scaling == "current" or (
+            operand == "w" and (scale is None or not self.delayed_weight)
+        ):
             scale = self.scale(largest, dtype)
         return formats.quantise(x, scale, dtype, emulated=self.emulated), largest

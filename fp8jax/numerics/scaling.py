@@ -40,21 +40,35 @@ def operands(entry: str) -> tuple[str, ...]:
 def entries(recipes: Mapping[str, GemmRecipe]) -> list[str]:
     """Return what has state: roles with delayed scaling, and their weights where those are delayed, too."""
     roles = [role for role, recipe in recipes.items() if recipe.scaling == "delayed"]
-    return roles + [weight_entry(role) for role in roles if recipes[role].delayed_weight and role in LINEAR_ROLES]
+    return roles + [
+        weight_entry(role)
+        for role in roles
+        if recipes[role].delayed_weight and role in LINEAR_ROLES
+    ]
 
 
 def init(recipes: Mapping[str, GemmRecipe], layers: int) -> Scaling:
     """Empty histories (zeros) and scales of 1 for the roles with delayed scaling. Calibrate before the first step."""
-    return {entry: _empty(layers, len(operands(entry)), recipes[role_of(entry)].history_length) for entry in entries(recipes)}
+    return {
+        entry: _empty(layers, len(operands(entry)), recipes[role_of(entry)].history_length)
+        for entry in entries(recipes)
+    }
 
 
 def _empty(layers: int, count: int, history_length: int) -> dict[str, jax.Array]:
-    return {"history": jnp.zeros((layers, count, history_length), jnp.float32), "scale": jnp.ones((layers, count), jnp.float32)}
+    return {
+        "history": jnp.zeros((layers, count, history_length), jnp.float32),
+        "scale": jnp.ones((layers, count), jnp.float32),
+    }
 
 
 def zero_tokens(recipes: Mapping[str, GemmRecipe], layers: int) -> Tokens:
     """Zeros, one float32 [layers, operands] a role in FP8."""
-    return {role: jnp.zeros((layers, len(OPERANDS[role])), jnp.float32) for role, recipe in recipes.items() if recipe.fp8}
+    return {
+        role: jnp.zeros((layers, len(OPERANDS[role])), jnp.float32)
+        for role, recipe in recipes.items()
+        if recipe.fp8
+    }
 
 
 def update(scaling: Scaling, amaxes: Tokens, recipes: Mapping[str, GemmRecipe]) -> Scaling:
@@ -67,10 +81,15 @@ def update(scaling: Scaling, amaxes: Tokens, recipes: Mapping[str, GemmRecipe]) 
         amaxes: entry → float32 [layers, operands], finite.
         recipes: role → recipe, for history reduction, formats and rounding.
     """
-    return {entry: _update_entry(state, amaxes[entry], recipes[role_of(entry)], entry) for entry, state in scaling.items()}
+    return {
+        entry: _update_entry(state, amaxes[entry], recipes[role_of(entry)], entry)
+        for entry, state in scaling.items()
+    }
 
 
-def _update_entry(state: dict[str, jax.Array], amax: jax.Array, recipe: GemmRecipe, entry: str) -> dict[str, jax.Array]:
+def _update_entry(
+    state: dict[str, jax.Array], amax: jax.Array, recipe: GemmRecipe, entry: str
+) -> dict[str, jax.Array]:
     history = jnp.concatenate([amax[..., None], state["history"][..., :-1]], axis=-1)
     scale, largest = scales_of(history, recipe, entry)
     return {"history": history, "scale": jnp.where(largest > 0, scale, state["scale"])}
@@ -85,5 +104,7 @@ def scales_of(history: jax.Array, recipe: GemmRecipe, entry: str) -> tuple[jax.A
         entry: whose operands they are.
     """
     largest = jnp.max(history, axis=-1) if recipe.history_reduction == "max" else history[..., 0]
-    scales = [recipe.scale(largest[:, i], recipe.format(name)) for i, name in enumerate(operands(entry))]
+    scales = [
+        recipe.scale(largest[:, i], recipe.format(name)) for i, name in enumerate(operands(entry))
+    ]
     return jnp.stack(scales, axis=-1), largest

@@ -37,8 +37,14 @@ _MAGNITUDES = {"q": 3.0, "k": 0.05, "v": 20.0, "do": 1e-3}
 BOUNDS = {"o": 0.1, "dq": 0.2, "dk": 0.2, "dv": 0.13}
 
 
-def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int = 64, statistics: bool = False,
-               tolerance: float = TOLERANCE) -> dict[str, float]:
+def self_check(
+    backend: str,
+    recipes: Mapping[str, GemmRecipe],
+    *,
+    head_dim: int = 64,
+    statistics: bool = False,
+    tolerance: float = TOLERANCE,
+) -> dict[str, float]:
     """Compares a backend with `emulated` on the default device.
 
     Args:
@@ -59,7 +65,9 @@ def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int
             they like.
     """
     recipes = {role: recipes[role] for role in (SCORES, VALUES)}
-    emulated = {role: dataclasses.replace(recipe, emulated=True) for role, recipe in recipes.items()}
+    emulated = {
+        role: dataclasses.replace(recipe, emulated=True) for role, recipe in recipes.items()
+    }
     inputs = _inputs(head_dim)
     scales = _scales(emulated, inputs)
     run, program = _run_with_statistics if statistics else _run, _program(backend, recipes)
@@ -74,8 +82,14 @@ def self_check(backend: str, recipes: Mapping[str, GemmRecipe], *, head_dim: int
     return errors
 
 
-def true_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, softmax_scale: float,
-                   segment_ids: np.ndarray) -> dict[str, np.ndarray]:
+def true_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    do: np.ndarray,
+    softmax_scale: float,
+    segment_ids: np.ndarray,
+) -> dict[str, np.ndarray]:
     """Output and gradients of causal attention in float64, by name; shapes as `attention` takes them. Knows of no cast."""
     q, k, v, do = (np.asarray(x).astype(np.float64) for x in (q, k, v, do))
     position = np.arange(q.shape[1])
@@ -86,35 +100,63 @@ def true_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, 
     p /= p.sum(-1, keepdims=True)
     dp = np.einsum("btkgh,bskh->bkgts", do, v)
     ds = p * (dp - np.sum(p * dp, -1, keepdims=True)) * softmax_scale
-    return {"o": np.einsum("bkgts,bskh->btkgh", p, v), "dq": np.einsum("bkgts,bskh->btkgh", ds, k),
-            "dk": np.einsum("bkgts,btkgh->bskh", ds, q), "dv": np.einsum("bkgts,btkgh->bskh", p, do)}
+    return {
+        "o": np.einsum("bkgts,bskh->btkgh", p, v),
+        "dq": np.einsum("bkgts,bskh->btkgh", ds, k),
+        "dk": np.einsum("bkgts,btkgh->bskh", ds, q),
+        "dv": np.einsum("bkgts,btkgh->bskh", p, do),
+    }
 
 
-def _check_mathematics(backend: str, found: Mapping[str, np.ndarray], inputs: Mapping[str, jax.Array]) -> None:
-    q, k, v, do, segment_ids = (np.asarray(inputs[name]) for name in ("q", "k", "v", "do", "segment_ids"))
+def _check_mathematics(
+    backend: str, found: Mapping[str, np.ndarray], inputs: Mapping[str, jax.Array]
+) -> None:
+    q, k, v, do, segment_ids = (
+        np.asarray(inputs[name]) for name in ("q", "k", "v", "do", "segment_ids")
+    )
     expected = true_attention(q, k, v, do, _softmax_scale(q.shape[-1]), segment_ids)
     errors = {name: _relative(found[name], expected[name]) for name in BOUNDS}
     _refuse(backend, "is further from attention in float64 than FP8 explains", errors, BOUNDS)
 
 
-def _check_powers_of_two(program: Callable[..., Any], backend: str, recipes: Mapping[str, GemmRecipe],
-                         inputs: Mapping[str, jax.Array], scales: Mapping[str, jax.Array], found: Mapping[str, np.ndarray]) -> None:
+def _check_powers_of_two(
+    program: Callable[..., Any],
+    backend: str,
+    recipes: Mapping[str, GemmRecipe],
+    inputs: Mapping[str, jax.Array],
+    scales: Mapping[str, jax.Array],
+    found: Mapping[str, np.ndarray],
+) -> None:
     """dO, and delayed scales of dO and dS with it, 16 times larger: gradients have to be, too. Static scales stay as they are."""
     if any(recipe.scaling == "static" for recipe in recipes.values()):
         return
     larger = {role: some.at[-1].multiply(16) for role, some in scales.items()}
-    again = _run(program, backend, recipes, {**inputs, "do": inputs["do"] * jnp.bfloat16(16)}, larger)
-    errors = {name: _relative(again[name], 16 * np.asarray(found[name], np.float64)) for name in ("dq", "dk", "dv")}
-    _refuse(backend, "does not pass on powers of two of the output's gradient", errors, dict.fromkeys(errors, 1e-3))
+    again = _run(
+        program, backend, recipes, {**inputs, "do": inputs["do"] * jnp.bfloat16(16)}, larger
+    )
+    errors = {
+        name: _relative(again[name], 16 * np.asarray(found[name], np.float64))
+        for name in ("dq", "dk", "dv")
+    }
+    _refuse(
+        backend,
+        "does not pass on powers of two of the output's gradient",
+        errors,
+        dict.fromkeys(errors, 1e-3),
+    )
 
 
-def _refuse(backend: str, fault: str, errors: Mapping[str, float], bounds: Mapping[str, float]) -> None:
+def _refuse(
+    backend: str, fault: str, errors: Mapping[str, float], bounds: Mapping[str, float]
+) -> None:
     wrong = [name for name, error in errors.items() if not error <= bounds[name]]
     if wrong:
         found = ", ".join(f"{name} {errors[name]:.3g}" for name in wrong)
         allowed = ", ".join(f"{bound:g}" for bound in sorted({bounds[name] for name in wrong}))
-        raise ValueError(f"attention backend {backend!r} {fault} on {jax.devices()[0].device_kind}: "
-                         f"relative errors {found}; tolerance {allowed}; use 'emulated', or another backend")
+        raise ValueError(
+            f"attention backend {backend!r} {fault} on {jax.devices()[0].device_kind}: "
+            f"relative errors {found}; tolerance {allowed}; use 'emulated', or another backend"
+        )
 
 
 def _inputs(head_dim: int) -> dict[str, jax.Array]:
@@ -122,24 +164,33 @@ def _inputs(head_dim: int) -> dict[str, jax.Array]:
     random = np.random.default_rng(0)
     few, many = (1, LENGTH, 2, head_dim), (1, LENGTH, 2, 2, head_dim)
     shapes = {"q": many, "k": few, "v": few, "do": many}
-    arrays = {name: jnp.asarray(random.normal(scale=_MAGNITUDES[name], size=shape), jnp.bfloat16)
-              for name, shape in shapes.items()}
+    arrays = {
+        name: jnp.asarray(random.normal(scale=_MAGNITUDES[name], size=shape), jnp.bfloat16)
+        for name, shape in shapes.items()
+    }
     return arrays | {"segment_ids": jnp.asarray(np.arange(LENGTH)[None] >= LENGTH // 3, jnp.int32)}
 
 
-def _scales(recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _scales(
+    recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
     """Scales for delayed scaling: those that the definition finds with current scaling."""
     delayed = {role: recipe for role, recipe in recipes.items() if recipe.scaling == "delayed"}
     if not delayed:
         return {}
-    current = {role: dataclasses.replace(recipe, scaling="current") for role, recipe in delayed.items()}
+    current = {
+        role: dataclasses.replace(recipe, scaling="current") for role, recipe in delayed.items()
+    }
     mixed = {**recipes, **current}
     found = _run(_program("emulated", mixed), "emulated", mixed, inputs, {})
 
     def scale(recipe: GemmRecipe, name: str) -> jax.Array:
         return recipe.scale(jnp.float32(found[f"amax_{name}"]), recipe.format(name))
 
-    return {role: jnp.stack([scale(recipe, name) for name in OPERANDS[role]]) for role, recipe in delayed.items()}
+    return {
+        role: jnp.stack([scale(recipe, name) for name in OPERANDS[role]])
+        for role, recipe in delayed.items()
+    }
 
 
 def _softmax_scale(head_dim: int) -> float:
@@ -147,16 +198,32 @@ def _softmax_scale(head_dim: int) -> float:
     return 1 / (_MAGNITUDES["q"] * _MAGNITUDES["k"] * head_dim**0.5)
 
 
-def _run(program: Callable[..., Any], backend: str, recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array],
-         scales: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+def _run(
+    program: Callable[..., Any],
+    backend: str,
+    recipes: Mapping[str, GemmRecipe],
+    inputs: Mapping[str, jax.Array],
+    scales: Mapping[str, jax.Array],
+) -> dict[str, np.ndarray]:
     """Output, gradients and amaxes by name; the program is that of backend and recipes."""
-    tokens = {role: jnp.zeros(len(OPERANDS[role]), jnp.float32) for role, recipe in recipes.items() if recipe.measured}
+    tokens = {
+        role: jnp.zeros(len(OPERANDS[role]), jnp.float32)
+        for role, recipe in recipes.items()
+        if recipe.measured
+    }
     found, amaxes = _attend(program, inputs, scales, tokens)
-    return found | {f"amax_{name}": amaxes[role][i] for role in tokens for i, name in enumerate(OPERANDS[role])}
+    return found | {
+        f"amax_{name}": amaxes[role][i] for role in tokens for i, name in enumerate(OPERANDS[role])
+    }
 
 
-def _run_with_statistics(program: Callable[..., Any], backend: str, recipes: Mapping[str, GemmRecipe],
-                         inputs: Mapping[str, jax.Array], scales: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+def _run_with_statistics(
+    program: Callable[..., Any],
+    backend: str,
+    recipes: Mapping[str, GemmRecipe],
+    inputs: Mapping[str, jax.Array],
+    scales: Mapping[str, jax.Array],
+) -> dict[str, np.ndarray]:
     """Output, gradients, what the cast of dS does, and the spread of scores, by name."""
     tokens = {role: jnp.zeros((len(OPERANDS[role]), len(REPORT)), jnp.float32) for role in recipes}
     found, reports = _attend(program, inputs, scales, tokens)
@@ -164,20 +231,41 @@ def _run_with_statistics(program: Callable[..., Any], backend: str, recipes: Map
 
     @_compiled
     def spread(q, k):
-        return score_statistics(q, k, recipes[SCORES], softmax_scale=_softmax_scale(q.shape[-1]), scales=scales.get(SCORES),
-                                segment_ids=inputs["segment_ids"], backend=backend)
+        return score_statistics(
+            q,
+            k,
+            recipes[SCORES],
+            softmax_scale=_softmax_scale(q.shape[-1]),
+            scales=scales.get(SCORES),
+            segment_ids=inputs["segment_ids"],
+            backend=backend,
+        )
 
-    casts = {f"{name}_ds": ds[HEALTH.index(name)] for name in ("underflow", "signal", "noise") if recipes[SCORES].fp8}
+    casts = {
+        f"{name}_ds": ds[HEALTH.index(name)]
+        for name in ("underflow", "signal", "noise")
+        if recipes[SCORES].fp8
+    }
     return found | casts | jax.device_get(spread(inputs["q"], inputs["k"]))
 
 
 def _program(backend: str, recipes: Mapping[str, GemmRecipe]) -> Callable[..., Any]:
     """(q, k, v, do, segment_ids, scales, tokens) → output, gradients, and what the tokens bring back; compiled once."""
+
     @_compiled
     def both(q, k, v, do, segment_ids, scales, tokens):
         def forward(q, k, v, tokens):
-            return attention(q, k, v, recipes, softmax_scale=_softmax_scale(q.shape[-1]), segment_ids=segment_ids, scales=scales,
-                             tokens=tokens, backend=backend)
+            return attention(
+                q,
+                k,
+                v,
+                recipes,
+                softmax_scale=_softmax_scale(q.shape[-1]),
+                segment_ids=segment_ids,
+                scales=scales,
+                tokens=tokens,
+                backend=backend,
+            )
 
         o, backward = jax.vjp(forward, q, k, v, tokens)
         return o, *backward(do)
@@ -185,8 +273,12 @@ def _program(backend: str, recipes: Mapping[str, GemmRecipe]) -> Callable[..., A
     return both
 
 
-def _attend(program: Callable[..., Any], inputs: Mapping[str, jax.Array], scales: Mapping[str, jax.Array],
-            tokens: Mapping[str, jax.Array]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _attend(
+    program: Callable[..., Any],
+    inputs: Mapping[str, jax.Array],
+    scales: Mapping[str, jax.Array],
+    tokens: Mapping[str, jax.Array],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Output and gradients by name, and what the tokens bring back."""
     arrays = (inputs[name] for name in ("q", "k", "v", "do", "segment_ids"))
     o, dq, dk, dv, reports = jax.device_get(program(*arrays, scales, dict(tokens)))

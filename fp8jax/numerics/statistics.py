@@ -44,34 +44,65 @@ def distribution(x: jax.Array, counted: jax.Array | None = None) -> dict[str, ja
     largest, total = lax.optimization_barrier(_by_row(jnp.abs(x), x, maxima=1))
     square = (x * (1.0 / _not_zero(largest))[..., None]) ** 2
     second, fourth = (power / x.shape[-1] for power in _by_row(square, square**2))
-    largest, total, second, fourth = (_kept(part, counted) for part in (largest, total, second, fourth))
+    largest, total, second, fourth = (
+        _kept(part, counted) for part in (largest, total, second, fourth)
+    )
     within = tuple(range(1, largest.ndim))
     weight = (largest / _not_zero(jnp.max(largest, axis=within, keepdims=True))) ** 2
     in_each, in_all = _rows(largest.shape, counted)
-    pooled = jnp.sum(weight * second, axis=within) / in_each, jnp.sum(weight**2 * fourth, axis=within) / in_each
+    pooled = (
+        jnp.sum(weight * second, axis=within) / in_each,
+        jnp.sum(weight**2 * fourth, axis=within) / in_each,
+    )
     top = jnp.max(largest)
     rms = top * jnp.sqrt(jnp.sum((largest / _not_zero(top)) ** 2 * second) / in_all)
     mean = jnp.sum(total) / in_all / x.shape[-1]
-    (kurtosis, rows), (pooled_kurtosis, sequences) = _mean_ratio(second, fourth), _mean_ratio(*pooled)
-    return {"mean": mean, "rms": rms, "kurtosis": kurtosis, "pooled_kurtosis": pooled_kurtosis, "tokens": tokens(x.shape, counted),
-            "rows": rows, "sequences": sequences}
+    (kurtosis, rows), (pooled_kurtosis, sequences) = (
+        _mean_ratio(second, fourth),
+        _mean_ratio(*pooled),
+    )
+    return {
+        "mean": mean,
+        "rms": rms,
+        "kurtosis": kurtosis,
+        "pooled_kurtosis": pooled_kurtosis,
+        "tokens": tokens(x.shape, counted),
+        "rows": rows,
+        "sequences": sequences,
+    }
 
 
 def tokens(shape: tuple[int, ...], counted: jax.Array | None) -> jax.Array:
     """How many tokens of an array [batch, tokens, ...] count, float32."""
-    return jnp.float32(math.prod(shape[:2])) if counted is None else jnp.sum(counted.astype(jnp.int32)).astype(jnp.float32)
+    return (
+        jnp.float32(math.prod(shape[:2]))
+        if counted is None
+        else jnp.sum(counted.astype(jnp.int32)).astype(jnp.float32)
+    )
 
 
 def _kept(rows: jax.Array, counted: jax.Array | None) -> jax.Array:
     """[batch, tokens, ...], zero where a token does not count."""
-    return rows if counted is None else jnp.where(counted.reshape(*counted.shape, *(1,) * (rows.ndim - 2)), rows, jnp.zeros((), rows.dtype))
+    return (
+        rows
+        if counted is None
+        else jnp.where(
+            counted.reshape(*counted.shape, *(1,) * (rows.ndim - 2)),
+            rows,
+            jnp.zeros((), rows.dtype),
+        )
+    )
 
 
-def _rows(shape: tuple[int, ...], counted: jax.Array | None) -> tuple[jax.Array | float, jax.Array | float]:
+def _rows(
+    shape: tuple[int, ...], counted: jax.Array | None
+) -> tuple[jax.Array | float, jax.Array | float]:
     """How many rows [batch, tokens, ...] count, of each sequence and in all; at least 1, to divide by."""
     if counted is None:
         return float(math.prod(shape[1:])), float(math.prod(shape))
-    in_each = jnp.sum(counted.astype(jnp.int32), axis=1).astype(jnp.float32) * float(math.prod(shape[2:]))
+    in_each = jnp.sum(counted.astype(jnp.int32), axis=1).astype(jnp.float32) * float(
+        math.prod(shape[2:])
+    )
     return jnp.maximum(in_each, 1.0), jnp.maximum(jnp.sum(in_each), 1.0)
 
 
@@ -88,7 +119,9 @@ def _mean_ratio(second: jax.Array, fourth: jax.Array) -> tuple[jax.Array, jax.Ar
     """Mean of fourth / second^2 where second is not 0, and how many those are."""
     ratio = fourth / _not_zero(second) ** 2
     entered = second != 0
-    number = jnp.sum(entered.astype(jnp.int32)).astype(jnp.float32)  # float32 loses ones beyond 2**24
+    number = jnp.sum(entered.astype(jnp.int32)).astype(
+        jnp.float32
+    )  # float32 loses ones beyond 2**24
     return jnp.sum(jnp.where(entered, ratio, 0.0)) / jnp.maximum(number, 1.0), number
 
 
@@ -96,11 +129,19 @@ def choose(found: dict[str, jax.Array], *, pooled: bool) -> dict[str, jax.Array]
     """Leaves one kurtosis and what it was taken of, as `kurtosis` and `rows`: over one token's features, or pooled over a sequence."""
     if "pooled_kurtosis" not in found:
         return found
-    kept = {name: value for name, value in found.items() if name not in ("pooled_kurtosis", "sequences")}
-    return kept | {"kurtosis": found["pooled_kurtosis"], "rows": found["sequences"]} if pooled else kept
+    kept = {
+        name: value for name, value in found.items() if name not in ("pooled_kurtosis", "sequences")
+    }
+    return (
+        kept | {"kurtosis": found["pooled_kurtosis"], "rows": found["sequences"]}
+        if pooled
+        else kept
+    )
 
 
-def report(x: jax.Array, q: Quantised, *, spread: bool, counted: jax.Array | None = None) -> jax.Array:
+def report(
+    x: jax.Array, q: Quantised, *, spread: bool, counted: jax.Array | None = None
+) -> jax.Array:
     """What a token brings back of one operand of a GEMM: a float32 vector, one entry for each name in REPORT.
 
     Args:
@@ -110,15 +151,21 @@ def report(x: jax.Array, q: Quantised, *, spread: bool, counted: jax.Array | Non
         counted: bool [batch, tokens]: the tokens that are meant; None: all.
     """
     found = health(x, q, counted=counted)
-    return _with_rest(found, distribution(x, counted) if spread else {"tokens": tokens(x.shape, counted)})
+    return _with_rest(
+        found, distribution(x, counted) if spread else {"tokens": tokens(x.shape, counted)}
+    )
 
 
 def _with_rest(found: jax.Array, rest: dict[str, jax.Array]) -> jax.Array:
     """REPORT from HEALTH and what else is known."""
-    return jnp.concatenate([found, jnp.stack([jnp.float32(rest.get(name, 0.0)) for name in (*DISTRIBUTION, *WEIGHTS)])])
+    return jnp.concatenate(
+        [found, jnp.stack([jnp.float32(rest.get(name, 0.0)) for name in (*DISTRIBUTION, *WEIGHTS)])]
+    )
 
 
-def health(x: jax.Array, q: Quantised, *, elements: int | None = None, counted: jax.Array | None = None) -> jax.Array:
+def health(
+    x: jax.Array, q: Quantised, *, elements: int | None = None, counted: jax.Array | None = None
+) -> jax.Array:
     """What a cast did to a tensor: a float32 vector, one entry for each name in HEALTH.
 
     `amax`: largest magnitude; `scale`: the scale, the largest of them if there are several; fractions of the elements:
@@ -148,8 +195,14 @@ def health(x: jax.Array, q: Quantised, *, elements: int | None = None, counted: 
     clipped = jnp.abs(x * (1.0 / by_element)) > formats.max_value(q.data.dtype)
     negative_zero = (1 - nonzero) & (bits >> 31)
     largest = jnp.minimum(magnitude, 0x7F800000)  # NaN is as infinity
-    top, *counts = _by_row(largest, clipped.astype(jnp.int32), nonzero & vanished.astype(jnp.int32), 1 - nonzero - negative_zero, negative_zero,
-                           maxima=1)
+    top, *counts = _by_row(
+        largest,
+        clipped.astype(jnp.int32),
+        nonzero & vanished.astype(jnp.int32),
+        1 - nonzero - negative_zero,
+        negative_zero,
+        maxima=1,
+    )
     amax = lax.bitcast_convert_type(jnp.max(top, initial=0), jnp.float32)
     scaled = x * (1.0 / scale)
     error = scaled - q.data.astype(jnp.float32) * (by_element / scale)
@@ -159,7 +212,9 @@ def health(x: jax.Array, q: Quantised, *, elements: int | None = None, counted: 
     return found if counted is None else found.at[2:].multiply(_factor(counted))
 
 
-def of_gradient(found: jax.Array, shape: tuple[int, ...], counted: jax.Array | None, *, mean: Any = 0.0) -> jax.Array:
+def of_gradient(
+    found: jax.Array, shape: tuple[int, ...], counted: jax.Array | None, *, mean: Any = 0.0
+) -> jax.Array:
     """REPORT of a gradient that was there in parts only, so without its kurtosis; padding, of which gradients are zero, does not count.
 
     Args:
@@ -174,7 +229,11 @@ def of_gradient(found: jax.Array, shape: tuple[int, ...], counted: jax.Array | N
         of[name] = of[name] * factor
     if counted is not None:
         of["zero"] = jnp.where(factor > 0, jnp.maximum(of["zero"] + 1 - factor, 0.0), 0.0)
-    rest = {"mean": mean * factor, "rms": of["scale"] * jnp.sqrt(of["signal"]), "tokens": tokens(shape, counted)}
+    rest = {
+        "mean": mean * factor,
+        "rms": of["scale"] * jnp.sqrt(of["signal"]),
+        "tokens": tokens(shape, counted),
+    }
     return _with_rest(jnp.stack(list(of.values())), rest)
 
 
@@ -184,7 +243,13 @@ def _factor(counted: jax.Array) -> jax.Array:
     return jnp.where(number > 0, float(counted.size) / jnp.maximum(number, 1.0), 0.0)
 
 
-def from_rows(amax: jax.Array, scale: jax.Array, counts: Sequence[jax.Array], energies: Sequence[jax.Array], elements: int) -> jax.Array:
+def from_rows(
+    amax: jax.Array,
+    scale: jax.Array,
+    counts: Sequence[jax.Array],
+    energies: Sequence[jax.Array],
+    elements: int,
+) -> jax.Array:
     """HEALTH from sums over the rows of a tensor.
 
     Args:
@@ -197,7 +262,9 @@ def from_rows(amax: jax.Array, scale: jax.Array, counts: Sequence[jax.Array], en
     rows, whole = jnp.stack(energies), tuple(range(1, energies[0].ndim + 1))
     most = elements // max(energies[0].size, 1)  # of a row
     # Far beyond the scale everything is error, and its square must stay finite, 2**31 rows of it.
-    sums = jnp.concatenate([_count(jnp.stack(counts), most), jnp.sum(jnp.minimum(rows, 2.0**90), axis=whole)])
+    sums = jnp.concatenate(
+        [_count(jnp.stack(counts), most), jnp.sum(jnp.minimum(rows, 2.0**90), axis=whole)]
+    )
     return jnp.concatenate([jnp.stack([amax, scale]), sums / float(elements)])
 
 
@@ -207,8 +274,12 @@ def _by_row(*parts: jax.Array, maxima: int = 0) -> list[jax.Array]:
     In one reduction: XLA's CPU compiler makes vector instructions of that; of several reductions it writes what they share to memory and
     takes four to six times as long (measured).
     """
+
     def combine(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(jnp.maximum(a, b) if i < maxima else a + b for i, (a, b) in enumerate(zip(one, other, strict=True)))
+        return tuple(
+            jnp.maximum(a, b) if i < maxima else a + b
+            for i, (a, b) in enumerate(zip(one, other, strict=True))
+        )
 
     rows = [jnp.atleast_1d(part) for part in parts]
     return lax.reduce(rows, [row.dtype.type(0) for row in rows], combine, (rows[0].ndim - 1,))
@@ -265,9 +336,14 @@ def _combined(stats: dict[str, jax.Array], statistic: str) -> jax.Array:
     if statistic == "scale":
         return _largest_scale(stats, weights)
     if statistic in ("signal", "noise"):  # each in units of its own microbatch's scale
-        values = values * jnp.minimum(stats["scale"] / _not_zero(_largest_scale(stats, weights)), 1.0) ** 2
+        values = (
+            values
+            * jnp.minimum(stats["scale"] / _not_zero(_largest_scale(stats, weights)), 1.0) ** 2
+        )
     if statistic == "rms":
-        top = jnp.max(jnp.where(weights > 0, values, 0.0), axis=0)  # the squares themselves may overflow
+        top = jnp.max(
+            jnp.where(weights > 0, values, 0.0), axis=0
+        )  # the squares themselves may overflow
         return top * jnp.sqrt(_mean((values / _not_zero(top)) ** 2, weights))
     return _mean(values, weights)
 

@@ -26,7 +26,12 @@ from jax import lax
 
 from fp8jax.numerics import blockwise, formats
 
-FORMATS = {"float32": jnp.dtype(jnp.float32), "bfloat16": jnp.dtype(jnp.bfloat16), "float16": jnp.dtype(jnp.float16), "fp8": formats.E4M3}
+FORMATS = {
+    "float32": jnp.dtype(jnp.float32),
+    "bfloat16": jnp.dtype(jnp.bfloat16),
+    "float16": jnp.dtype(jnp.float16),
+    "fp8": formats.E4M3,
+}
 # Formats whose range is too small without a scale.
 SCALED = ("float16", "fp8")
 _REMAINDER_STEPS = 256  # of a remainder, in one unit in the last place
@@ -61,7 +66,9 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def round_stochastic(x: jax.Array, dtype: Any, bits: jax.Array, *, squares: bool = False) -> jax.Array:
+def round_stochastic(
+    x: jax.Array, dtype: Any, bits: jax.Array, *, squares: bool = False
+) -> jax.Array:
     """Rounds to one of the two neighbours in `dtype`, so that the mean is x; beyond the largest finite number, to that.
 
     Args:
@@ -76,7 +83,9 @@ def round_stochastic(x: jax.Array, dtype: Any, bits: jax.Array, *, squares: bool
         rounded = _up_by_squares(x * (1.0 / quantum), bits) * quantum
     else:
         # As many random bits as x has below the quantum: the sum is exact.
-        share = (bits >> (9 + info.nmant)).astype(jnp.float32) * jnp.float32(2.0 ** (info.nmant - 23))
+        share = (bits >> (9 + info.nmant)).astype(jnp.float32) * jnp.float32(
+            2.0 ** (info.nmant - 23)
+        )
         rounded = jnp.floor(x * (1.0 / quantum) + share) * quantum
     top = float(info.max)
     return jnp.where(jnp.isfinite(x), jnp.clip(rounded, -top, top), x).astype(dtype)
@@ -102,7 +111,9 @@ def _quantum(x: jax.Array, dtype: Any) -> jax.Array:
     return lax.bitcast_convert_type(((exponent + 127) << 23).astype(jnp.uint32), jnp.float32)
 
 
-def encode(x: jax.Array, name: str, bits: jax.Array, *, root: bool = False) -> tuple[jax.Array, jax.Array | None]:
+def encode(
+    x: jax.Array, name: str, bits: jax.Array, *, root: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
     """An array in a storage format.
 
     Args:
@@ -124,7 +135,9 @@ def encode(x: jax.Array, name: str, bits: jax.Array, *, root: bool = False) -> t
     scale = formats.scale_of(blockwise.amax(x, (axis,)), dtype)
     data = round_stochastic(x * (1.0 / blockwise.spread(scale, x.shape)), dtype, bits, squares=root)
     if root:
-        data = jnp.where((x > 0) & (data == 0), jnp.finfo(dtype).smallest_subnormal.astype(dtype), data)
+        data = jnp.where(
+            (x > 0) & (data == 0), jnp.finfo(dtype).smallest_subnormal.astype(dtype), data
+        )
     return data, scale
 
 

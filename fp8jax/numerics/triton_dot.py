@@ -23,7 +23,9 @@ _IMPRECISE = 2**30
 _dot_p = core.Primitive("fp8jax_triton_dot")
 
 
-def dot(a: jax.Array, b: jax.Array, total: jax.Array | None = None, *, interpret: bool) -> jax.Array:
+def dot(
+    a: jax.Array, b: jax.Array, total: jax.Array | None = None, *, interpret: bool
+) -> jax.Array:
     """float32 [m, n]: the product of float8 tiles [m, k] and [k, n], added to `total` if there is one.
 
     Args:
@@ -33,10 +35,16 @@ def dot(a: jax.Array, b: jax.Array, total: jax.Array | None = None, *, interpret
         interpret: in Pallas's interpreter: exact products, float32 sums.
     """
     if interpret:
-        product = lax.dot_general(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), (((1,), (0,)), ((), ())),
-                                  preferred_element_type=jnp.float32)
+        product = lax.dot_general(
+            a.astype(jnp.bfloat16),
+            b.astype(jnp.bfloat16),
+            (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
         return product if total is None else total + product
-    return _dot_p.bind(a, b, jnp.zeros((a.shape[0], b.shape[1]), jnp.float32) if total is None else total)
+    return _dot_p.bind(
+        a, b, jnp.zeros((a.shape[0], b.shape[1]), jnp.float32) if total is None else total
+    )
 
 
 def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
@@ -55,8 +63,13 @@ def fma(x: jax.Array, y: jax.Array, z: jax.Array, *, interpret: bool) -> jax.Arr
 
 def _inline(instruction: str, *args: jax.Array) -> jax.Array:
     constraints = ",".join(["=f", *["f"] * len(args)])
-    [out] = triton.elementwise_inline_asm(instruction, args=args, constraints=constraints, pack=1,
-                                          result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)])
+    [out] = triton.elementwise_inline_asm(
+        instruction,
+        args=args,
+        constraints=constraints,
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)],
+    )
     return out
 
 
@@ -75,4 +88,6 @@ def register() -> None:
     from jax._src.pallas.triton import lowering
 
     if _dot_p not in lowering.triton_lowering_rules:
-        lowering.register_lowering(_dot_p)(lambda _, a, b, total: dialect.dot(a, b, total, max_num_imprecise_acc=_IMPRECISE))
+        lowering.register_lowering(_dot_p)(
+            lambda _, a, b, total: dialect.dot(a, b, total, max_num_imprecise_acc=_IMPRECISE)
+        )

@@ -55,14 +55,24 @@ def start(launch: Launch | None, *, start_timeout: int, heartbeat_timeout: int) 
         yield
         return
     if launch.address is None:
-        jax.distributed.initialize(cluster_detection_method=launch.method, initialization_timeout=start_timeout,
-                                   heartbeat_timeout_seconds=heartbeat_timeout)
+        jax.distributed.initialize(
+            cluster_detection_method=launch.method,
+            initialization_timeout=start_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
         yield
         return
     with _Peers(launch, start_timeout):
         _delay_abort()
-        jax.distributed.initialize(launch.address, launch.count, launch.process, launch.devices, cluster_detection_method="deactivate",
-                                   initialization_timeout=start_timeout, heartbeat_timeout_seconds=heartbeat_timeout)
+        jax.distributed.initialize(
+            launch.address,
+            launch.count,
+            launch.process,
+            launch.devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=start_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+        )
         yield
 
 
@@ -73,7 +83,11 @@ def is_first() -> bool:
 
 def from_first(value: int) -> int:
     """The number that process 0 has; every process must ask."""
-    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return (
+        value
+        if jax.process_count() == 1
+        else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    )
 
 
 def from_any(text: str | None) -> str | None:
@@ -83,13 +97,20 @@ def from_any(text: str | None) -> str | None:
     mine = np.zeros(_TEXT, np.uint8)
     encoded = np.frombuffer((text or "").encode()[:_TEXT], np.uint8)
     mine[: len(encoded)] = encoded
-    texts = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(mine))
+    texts = (
+        bytes(row).rstrip(b"\0").decode(errors="replace")
+        for row in multihost_utils.process_allgather(mine)
+    )
     return next((text for text in texts if text), None)
 
 
 def least(value: int) -> int:
     """The smallest of all processes' numbers, each within an int32; every process must ask."""
-    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).min())
+    return (
+        value
+        if jax.process_count() == 1
+        else int(multihost_utils.process_allgather(np.int32(value)).min())
+    )
 
 
 class Agreement:
@@ -105,14 +126,22 @@ class Agreement:
         self._flags, self._asked = flags, []
         mesh = Mesh(np.asarray(jax.devices()), ("all",))
         self._sharding = NamedSharding(mesh, PartitionSpec("all"))
-        self._any = jax.jit(functools.partial(jnp.max, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._any = jax.jit(
+            functools.partial(jnp.max, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec())
+        )
 
     def __call__(self, flags: tuple[bool, ...]) -> tuple[bool, ...]:
         """The flags of all processes, each the `or` of theirs."""
         if jax.process_count() == 1:
             return flags
         mine = np.asarray([flags], np.int32)
-        self._asked.append(self._any(jax.make_array_from_callback((jax.device_count(), self._flags), self._sharding, lambda _: mine)))
+        self._asked.append(
+            self._any(
+                jax.make_array_from_callback(
+                    (jax.device_count(), self._flags), self._sharding, lambda _: mine
+                )
+            )
+        )
         if len(self._asked) < 3:
             return (False,) * self._flags
         return tuple(bool(flag) for flag in np.asarray(self._asked.pop(0)))
@@ -138,7 +167,12 @@ class _Peers:
         for number, connection in self._sockets.items():
             connection.settimeout(None)
             _keep_alive(connection)
-            threading.Thread(target=self._listen, args=(number, connection), name=f"process {number}", daemon=True).start()
+            threading.Thread(
+                target=self._listen,
+                args=(number, connection),
+                name=f"process {number}",
+                daemon=True,
+            ).start()
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         # An error here may be what the loss of another process looks like; whoever listens to that one knows better.
@@ -146,14 +180,23 @@ class _Peers:
             time.sleep(_PATIENCE)
         self._ended = True
         for connection in self._sockets.values():
-            _send(connection, {"left": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}" if error is not None else ""})
+            _send(
+                connection,
+                {
+                    "left": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    if error is not None
+                    else ""
+                },
+            )
 
     def _gather(self) -> None:
         try:
             server = socket.create_server(("", self._port))
         except OSError as error:
-            raise ConfigError(f"--coordinator_address={self._launch.address}: port {self._port}, the one after it, cannot be used: "
-                              f"{error.strerror}") from None
+            raise ConfigError(
+                f"--coordinator_address={self._launch.address}: port {self._port}, the one after it, cannot be used: "
+                f"{error.strerror}"
+            ) from None
         with server:
             while len(self._sockets) < self._launch.count - 1:
                 server.settimeout(max(self._deadline - time.monotonic(), 0.01))
@@ -165,7 +208,10 @@ class _Peers:
                     self._complain_of_missing()
                     continue
                 if hello and isinstance(hello.get("process"), int):
-                    self._sockets[hello["process"]], self._names[hello["process"]] = connection, str(hello.get("name"))
+                    self._sockets[hello["process"]], self._names[hello["process"]] = (
+                        connection,
+                        str(hello.get("name")),
+                    )
         for connection in self._sockets.values():
             _send(connection, {"name": _own_name()})
 
@@ -173,9 +219,13 @@ class _Peers:
         if time.monotonic() < self._deadline:
             return
         missing = [number for number in range(1, self._launch.count) if number not in self._sockets]
-        told = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        raise ConfigError(f"{len(missing)} of {self._launch.count} processes have not come within {self._timeout:.0f} s: {told}; look at their "
-                          f"logs, and check that they reach {self._launch.address} and the port after it")
+        told = ", ".join(map(str, missing[:8])) + (
+            f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        )
+        raise ConfigError(
+            f"{len(missing)} of {self._launch.count} processes have not come within {self._timeout:.0f} s: {told}; look at their "
+            f"logs, and check that they reach {self._launch.address} and the port after it"
+        )
 
     def _join(self) -> None:
         where = f"process 0 at {self._host}, port {self._port} (the one after the coordinator's)"
@@ -185,8 +235,10 @@ class _Peers:
                 break
             except OSError as error:
                 if time.monotonic() > self._deadline:
-                    raise ConfigError(f"process {self._launch.process} has not reached {where} within {self._timeout:.0f} s: {error}; is "
-                                      "process 0 running, and may the two connect?") from None
+                    raise ConfigError(
+                        f"process {self._launch.process} has not reached {where} within {self._timeout:.0f} s: {error}; is "
+                        "process 0 running, and may the two connect?"
+                    ) from None
                 time.sleep(0.2)
         _send(connection, {"process": self._launch.process, "name": _own_name()})
         connection.settimeout(max(self._deadline - time.monotonic(), 1.0))
@@ -194,8 +246,10 @@ class _Peers:
             if welcome := _receive(connection):
                 self._sockets[0], self._names[0] = connection, str(welcome.get("name"))
                 return
-        raise ConfigError(f"process {self._launch.process} was let go by {where} after {self._timeout:.0f} s: not all of the "
-                          f"{self._launch.count} processes came; its log names the missing ones")
+        raise ConfigError(
+            f"process {self._launch.process} was let go by {where} after {self._timeout:.0f} s: not all of the "
+            f"{self._launch.count} processes came; its log names the missing ones"
+        )
 
     def _listen(self, number: int, connection: socket.socket) -> None:
         """Ends this process when the one at the other end is gone, or says that another is."""
@@ -204,10 +258,14 @@ class _Peers:
                 self._end(message["lost"])
             elif message.get("left"):
                 time.sleep(_PATIENCE)
-                self._end(f"process {number} ({self._names[number]}) has ended with {message['left']}")
+                self._end(
+                    f"process {number} ({self._names[number]}) has ended with {message['left']}"
+                )
             elif "left" in message:
                 return
-        self._end(f"process {number} ({self._names[number]}) is lost: killed, or its machine or network failed")
+        self._end(
+            f"process {number} ({self._names[number]}) is lost: killed, or its machine or network failed"
+        )
 
     def _end(self, reason: str) -> None:
         if self._ended:
@@ -216,7 +274,11 @@ class _Peers:
         if self._launch.process == 0:
             for connection in self._sockets.values():
                 _send(connection, {"lost": reason})
-        print(f"error: {reason}; the other processes end. Start all again to continue from the newest checkpoint.", file=sys.stderr, flush=True)
+        print(
+            f"error: {reason}; the other processes end. Start all again to continue from the newest checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)
 
 
@@ -227,7 +289,10 @@ def _delay_abort() -> None:
     becomes the handler of SIGABRT and takes the signal's number, 6, for seconds; then the process ends as without it.
     """
     library = ctypes.CDLL(None)
-    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    library.signal.argtypes, library.signal.restype = (
+        [ctypes.c_int, ctypes.c_void_p],
+        ctypes.c_void_p,
+    )
     library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
 
 

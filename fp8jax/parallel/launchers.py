@@ -35,8 +35,13 @@ class Launch(NamedTuple):
     method: str = "deactivate"
 
 
-def find(environment: Mapping[str, str], *, coordinator_address: str | None = None, num_processes: int | None = None,
-         process_id: int | None = None) -> Launch | None:
+def find(
+    environment: Mapping[str, str],
+    *,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Launch | None:
     """The launch that this process belongs to; None where it is alone.
 
     Raises:
@@ -50,16 +55,22 @@ def find(environment: Mapping[str, str], *, coordinator_address: str | None = No
         if found is not None:
             return found if found.count != 1 else None
     if coordinator_address:
-        raise ConfigError(f"--coordinator_address={coordinator_address}: needs --num_processes and --process_id: no launcher was found")
+        raise ConfigError(
+            f"--coordinator_address={coordinator_address}: needs --num_processes and --process_id: no launcher was found"
+        )
     return None
 
 
 def _by_flags(address: str | None, count: int | None, process: int | None) -> Launch | None:
     if not address or count is None or process is None:
-        raise ConfigError("--num_processes, --process_id: need each other and --coordinator_address=HOST:PORT of process 0")
+        raise ConfigError(
+            "--num_processes, --process_id: need each other and --coordinator_address=HOST:PORT of process 0"
+        )
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdecimal() and 0 < int(port) < 65535):
-        raise ConfigError(f"--coordinator_address={address}: not HOST:PORT, for example 10.0.0.1:{_PORT}")
+        raise ConfigError(
+            f"--coordinator_address={address}: not HOST:PORT, for example 10.0.0.1:{_PORT}"
+        )
     if not 0 <= process < count:
         raise ConfigError(f"--process_id={process}: not one of {count} processes, 0 to {count - 1}")
     return Launch("flags", address, count, process) if count > 1 else None
@@ -68,7 +79,9 @@ def _by_flags(address: str | None, count: int | None, process: int | None) -> La
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
     if not text.isdecimal():
-        raise ConfigError(f"environment variable {name}: {text!r} is not a number; say --coordinator_address, --num_processes and --process_id")
+        raise ConfigError(
+            f"environment variable {name}: {text!r} is not a number; say --coordinator_address, --num_processes and --process_id"
+        )
     return int(text)
 
 
@@ -78,11 +91,23 @@ def _slurm(environment: Mapping[str, str], given: str | None) -> Launch | None:
     if not nodes or "SLURM_PROCID" not in environment:
         return None
     # The job's number makes the port, so that two jobs on a node do not meet.
-    address = given or f"{_first_node(nodes)}:{60000 + _number(environment, 'SLURM_JOB_ID') % 2500 * 2}"
+    address = (
+        given or f"{_first_node(nodes)}:{60000 + _number(environment, 'SLURM_JOB_ID') % 2500 * 2}"
+    )
     tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     local = environment.get("SLURM_LOCALID", "")
-    devices = [int(local)] if tasks and int(tasks.group()) > 1 and local.isdecimal() and not _bound(environment) else None
-    return Launch("Slurm", address, _number(environment, "SLURM_NTASKS"), _number(environment, "SLURM_PROCID"), devices)
+    devices = (
+        [int(local)]
+        if tasks and int(tasks.group()) > 1 and local.isdecimal() and not _bound(environment)
+        else None
+    )
+    return Launch(
+        "Slurm",
+        address,
+        _number(environment, "SLURM_NTASKS"),
+        _number(environment, "SLURM_PROCID"),
+        devices,
+    )
 
 
 def _first_node(nodes: str) -> str:
@@ -100,13 +125,20 @@ def _bound(environment: Mapping[str, str]) -> bool:
 def _open_mpi(environment: Mapping[str, str], given: str | None) -> Launch | None:
     if "OMPI_COMM_WORLD_SIZE" not in environment:
         return None
-    count, process = _number(environment, "OMPI_COMM_WORLD_SIZE"), _number(environment, "OMPI_COMM_WORLD_RANK")
-    several = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > 1 and not _bound(environment)
+    count, process = (
+        _number(environment, "OMPI_COMM_WORLD_SIZE"),
+        _number(environment, "OMPI_COMM_WORLD_RANK"),
+    )
+    several = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")) > 1 and not _bound(
+        environment
+    )
     devices = [_number(environment, "OMPI_COMM_WORLD_LOCAL_RANK")] if several else None
     # Open MPI 4 tells where mpirun runs, on the node of process 0; its successor does not.
     address = given or _mpirun_address(environment.get("OMPI_MCA_orte_hnp_uri", ""))
     if count > 1 and address is None:
-        raise ConfigError("Open MPI does not say where process 0 is: add --coordinator_address=HOST:PORT, HOST the first of mpirun's hosts")
+        raise ConfigError(
+            "Open MPI does not say where process 0 is: add --coordinator_address=HOST:PORT, HOST the first of mpirun's hosts"
+        )
     return Launch("Open MPI", address, count, process, devices)
 
 
@@ -125,18 +157,29 @@ def _kubernetes(environment: Mapping[str, str], given: str | None) -> Launch | N
         return None
     if "JAX_PROCESS_COUNT" not in environment:
         if not importlib.util.find_spec("kubernetes"):
-            raise ConfigError("environment variable JAX_PROCESS_COUNT: missing; in the pods of an Indexed Job set it to spec.completions "
-                              "(1: each pod runs for itself), as launch/kubernetes_jobset.yaml does")
-        return Launch("Kubernetes", None, 0, _number(environment, "JOB_COMPLETION_INDEX"), method="k8s")
+            raise ConfigError(
+                "environment variable JAX_PROCESS_COUNT: missing; in the pods of an Indexed Job set it to spec.completions "
+                "(1: each pod runs for itself), as launch/kubernetes_jobset.yaml does"
+            )
+        return Launch(
+            "Kubernetes", None, 0, _number(environment, "JOB_COMPLETION_INDEX"), method="k8s"
+        )
     process = _number(environment, "JOB_COMPLETION_INDEX")
-    return Launch("Kubernetes", given or _first_pod(socket.getfqdn()), _number(environment, "JAX_PROCESS_COUNT"), process)
+    return Launch(
+        "Kubernetes",
+        given or _first_pod(socket.getfqdn()),
+        _number(environment, "JAX_PROCESS_COUNT"),
+        process,
+    )
 
 
 def _first_pod(name: str) -> str:
     """Pod 0's address from a pod's full name: 'run-workers-0-3.run.ns.svc.cluster.local' → 'run-workers-0-0.run.ns...'."""
     pod, dot, domain = name.partition(".")
     if not dot or not re.search(r"-\d+$", pod):
-        raise ConfigError(f"Kubernetes: pod {name} has no name in a headless service; set spec.subdomain, or JAX_COORDINATOR_ADDRESS=HOST:PORT")
+        raise ConfigError(
+            f"Kubernetes: pod {name} has no name in a headless service; set spec.subdomain, or JAX_COORDINATOR_ADDRESS=HOST:PORT"
+        )
     return re.sub(r"-\d+$", "-0", pod) + f".{domain}:{_PORT}"
 
 
@@ -144,7 +187,11 @@ def _tpu(environment: Mapping[str, str], given: str | None) -> Launch | None:
     """A Cloud TPU machine: GKE says in the environment which others there are, else Google's metadata server does, and JAX asks it."""
     there = any(pathlib.Path("/dev", name).exists() for name in ("accel0", "vfio/0"))
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    if environment.get("JAX_PLATFORMS", "tpu") != "tpu" or not importlib.util.find_spec("libtpu") or not (there or workers):
+    if (
+        environment.get("JAX_PLATFORMS", "tpu") != "tpu"
+        or not importlib.util.find_spec("libtpu")
+        or not (there or workers)
+    ):
         return None
     slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
     if workers and slices * len(workers.split(",")) == 1:

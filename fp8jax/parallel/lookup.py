@@ -17,7 +17,11 @@ from jax import lax
 
 from fp8jax.parallel.sharding import partition_spec, shards
 
-_TABLE, _IDS, _ROWS = partition_spec(("vocab", "embed")), partition_spec(("batch", "sequence")), partition_spec(("batch", "residual", None))
+_TABLE, _IDS, _ROWS = (
+    partition_spec(("vocab", "embed")),
+    partition_spec(("batch", "sequence")),
+    partition_spec(("batch", "residual", None)),
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -31,7 +35,13 @@ def _forward(table, ids, scale, dtype):
     rows = functools.partial(_rows, scale=scale, dtype=dtype)
     if not _is_split(mesh, ids):
         return rows(table, ids, {}), (ids, table)
-    run = jax.shard_map(functools.partial(rows, sizes=dict(mesh.shape)), mesh=mesh, in_specs=(_TABLE, _IDS), out_specs=_ROWS, check_vma=False)
+    run = jax.shard_map(
+        functools.partial(rows, sizes=dict(mesh.shape)),
+        mesh=mesh,
+        in_specs=(_TABLE, _IDS),
+        out_specs=_ROWS,
+        check_vma=False,
+    )
     return run(table, ids), (ids, table)
 
 
@@ -42,8 +52,13 @@ def _backward(scale, _, saved, g):
     if not _is_split(mesh, ids):
         return scatter(ids, g, vocab=table.shape[0], sizes={}), None
     vocab = table.shape[0] // mesh.shape["tensor"]
-    run = jax.shard_map(functools.partial(scatter, vocab=vocab, sizes=dict(mesh.shape)), mesh=mesh, in_specs=(_IDS, _ROWS),
-                        out_specs=_TABLE, check_vma=False)
+    run = jax.shard_map(
+        functools.partial(scatter, vocab=vocab, sizes=dict(mesh.shape)),
+        mesh=mesh,
+        in_specs=(_IDS, _ROWS),
+        out_specs=_TABLE,
+        check_vma=False,
+    )
     return run(ids, g), None
 
 
@@ -57,7 +72,9 @@ def _is_split(mesh: Any, ids: jax.Array) -> bool:
     return ids.shape[0] % shards("batch") == 0 and ids.shape[1] % shards("residual") == 0
 
 
-def _rows(table: jax.Array, ids: jax.Array, sizes: dict[str, int], *, scale: float, dtype: Any) -> jax.Array:
+def _rows(
+    table: jax.Array, ids: jax.Array, sizes: dict[str, int], *, scale: float, dtype: Any
+) -> jax.Array:
     """One device's tokens, from the rows and columns that it and its neighbours hold."""
     fsdp, tensor = sizes.get("fsdp", 1), sizes.get("tensor", 1)
     ids, mine = _local(ids, table.shape[0], fsdp, tensor)
@@ -67,7 +84,9 @@ def _rows(table: jax.Array, ids: jax.Array, sizes: dict[str, int], *, scale: flo
     return lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=2, tiled=True) if fsdp > 1 else x
 
 
-def _scatter(ids: jax.Array, g: jax.Array, *, vocab: int, sizes: dict[str, int], scale: float, dtype: Any) -> jax.Array:
+def _scatter(
+    ids: jax.Array, g: jax.Array, *, vocab: int, sizes: dict[str, int], scale: float, dtype: Any
+) -> jax.Array:
     """One device's part of the table's gradient, summed over all tokens."""
     fsdp, tensor = sizes.get("fsdp", 1), sizes.get("tensor", 1)
     ids, mine = _local(ids, vocab, fsdp, tensor)

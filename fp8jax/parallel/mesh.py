@@ -38,7 +38,11 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
     sizes = _sizes(config, devices)
     _check_divides(config, sizes)
     _check_offloads(config, devices)
-    return Mesh(_arrange(devices, tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(
+        _arrange(devices, tuple(sizes.values())),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+    )
 
 
 def fitting_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -58,7 +62,9 @@ def fitting_mesh(config: Config, devices: Sequence[jax.Device] | None = None) ->
         asked = {axis: max(getattr(config.mesh, axis), 1) for axis in MESH_AXES}
         for count in [len(devices)] if jax.process_count() > 1 else range(len(devices), 0, -1):
             if best := _nearest_sizes(config, asked, count):
-                return make_mesh(dataclasses.replace(config, mesh=MeshConfig(**best)), devices[:count])
+                return make_mesh(
+                    dataclasses.replace(config, mesh=MeshConfig(**best)), devices[:count]
+                )
         raise
 
 
@@ -67,9 +73,13 @@ def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
     nodes = _nodes(devices)
     if devices[0].platform == "tpu" and len(nodes) > 1:
         if shape[0] % len(nodes):
-            raise ConfigError(f"config.mesh.data: {shape[0]} is not a multiple of the {len(nodes)} TPU slices; only data goes between slices")
+            raise ConfigError(
+                f"config.mesh.data: {shape[0]} is not a multiple of the {len(nodes)} TPU slices; only data goes between slices"
+            )
         inner, outer = (shape[0] // len(nodes), *shape[1:]), (len(nodes), 1, 1, 1)
-        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, outer, devices, allow_split_physical_axes=True
+        )
     if devices[0].platform == "tpu":
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # A launcher may deal processes out to nodes in turn, so that numbers alone do not say who is near.
@@ -81,8 +91,17 @@ def _nodes(devices: Sequence[jax.Device]) -> dict[int, list[jax.Device]]:
     slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
     by_slice = len(slices) > 1 or devices[0].platform == "tpu"
     found: dict[int, list[jax.Device]] = {}
-    for device in sorted(devices, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.process_index, device.id)):
-        found.setdefault((getattr(device, "slice_index", 0) or 0) if by_slice else device.process_index, []).append(device)
+    for device in sorted(
+        devices,
+        key=lambda device: (
+            getattr(device, "slice_index", 0) or 0,
+            device.process_index,
+            device.id,
+        ),
+    ):
+        found.setdefault(
+            (getattr(device, "slice_index", 0) or 0) if by_slice else device.process_index, []
+        ).append(device)
     return found
 
 
@@ -92,7 +111,11 @@ def describe(mesh: Mesh) -> str:
     nodes = _nodes(list(mesh.devices.flat))
     count = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
     if len(nodes) > 1:
-        crossing = ", ".join(axis for i, axis in enumerate(mesh.axis_names) if mesh.devices.shape[i] > 1 and _crosses(mesh.devices, i, nodes))
+        crossing = ", ".join(
+            axis
+            for i, axis in enumerate(mesh.axis_names)
+            if mesh.devices.shape[i] > 1 and _crosses(mesh.devices, i, nodes)
+        )
         count += f" on {len(nodes)} nodes; {crossing} goes between nodes"
     return f"{' x '.join(parts) or 'no sharding'} ({count})"
 
@@ -113,8 +136,10 @@ def _sizes(config: Config, devices: Sequence[jax.Device]) -> dict[str, int]:
             sizes[axis] = max(count // fixed, 1)
     if math.prod(sizes.values()) != count:
         wanted = " x ".join(f"{axis}={getattr(config.mesh, axis)}" for axis in MESH_AXES)
-        raise ConfigError(f"config.mesh: {wanted} does not make {count} device{'s' if count > 1 else ''}; {_nearest(config, sizes, count)}"
-                          + _more_on_a_cpu(config, devices))
+        raise ConfigError(
+            f"config.mesh: {wanted} does not make {count} device{'s' if count > 1 else ''}; {_nearest(config, sizes, count)}"
+            + _more_on_a_cpu(config, devices)
+        )
     return sizes
 
 
@@ -131,22 +156,34 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
         size = math.prod(sizes[axis] for axis in axes)
         if value % size:
             split = " * ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
-            raise ConfigError(f"config.{field}: {value} is not divisible by {split}; {_nearest(config, sizes, math.prod(sizes.values()))}")
+            raise ConfigError(
+                f"config.{field}: {value} is not divisible by {split}; {_nearest(config, sizes, math.prod(sizes.values()))}"
+            )
 
 
 def _divided(config: Config) -> list[tuple[str, int, tuple[str, ...]]]:
     """Fields, their values, and the mesh axes that must divide them."""
     model, training = config.model, config.training
-    microbatches = training.microbatches or 1  # left open: as many as the mesh allows will be chosen
+    microbatches = (
+        training.microbatches or 1
+    )  # left open: as many as the mesh allows will be chosen
     hidden = "ffn_width" if model.ffn_hidden is None else "ffn_hidden"
     found = [
-        ("training.batch_size / training.microbatches", training.batch_size // microbatches, ("data", "fsdp")),
+        (
+            "training.batch_size / training.microbatches",
+            training.batch_size // microbatches,
+            ("data", "fsdp"),
+        ),
         ("model.width", model.width, ("fsdp",)),
         ("model.kv_heads", model.kv_heads, ("tensor",)),
         (f"model.{hidden}", getattr(model, hidden), ("tensor",)),
         ("data.sequence_length", config.data.sequence_length, ("sequence", "tensor")),
     ]
-    return found if model.vocab_size is None else [*found, ("model.vocab_size", model.vocab_size, ("tensor",))]
+    return (
+        found
+        if model.vocab_size is None
+        else [*found, ("model.vocab_size", model.vocab_size, ("tensor",))]
+    )
 
 
 def _nearest(config: Config, asked: Mapping[str, int], count: int) -> str:
@@ -154,13 +191,19 @@ def _nearest(config: Config, asked: Mapping[str, int], count: int) -> str:
     best = _nearest_sizes(config, asked, count)
     if best is None:
         return f"no mesh of {count} devices divides this model and batch: change training.batch_size or the number of devices"
-    return "the nearest mesh that works is " + " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.items())
+    return "the nearest mesh that works is " + " ".join(
+        f"--config.mesh.{axis}={size}" for axis, size in best.items()
+    )
 
 
 def _nearest_sizes(config: Config, asked: Mapping[str, int], count: int) -> dict[str, int] | None:
     """The mesh of this many devices that the model and batch allow and whose sizes differ least from those asked for."""
+
     def works(sizes: dict[str, int]) -> bool:
-        return all(value % math.prod(sizes[axis] for axis in axes) == 0 for _, value, axes in _divided(config))
+        return all(
+            value % math.prod(sizes[axis] for axis in axes) == 0
+            for _, value, axes in _divided(config)
+        )
 
     def distance(sizes: dict[str, int]) -> float:
         return sum(abs(math.log2(sizes[axis] / asked[axis])) for axis in MESH_AXES)
@@ -176,11 +219,17 @@ def _factorisations(count: int) -> Iterator[dict[str, int]]:
 
 
 def _check_offloads(config: Config, devices: Sequence[jax.Device]) -> None:
-    device = next((device for device in devices if device.process_index == jax.process_index()), devices[0])
-    memories = {memory.kind for memory in device.addressable_memories()}  # none: a device to compile for, which does not tell
+    device = next(
+        (device for device in devices if device.process_index == jax.process_index()), devices[0]
+    )
+    memories = {
+        memory.kind for memory in device.addressable_memories()
+    }  # none: a device to compile for, which does not tell
     if config.training.remat == "offload_fp8" and memories and HOST_MEMORY not in memories:
-        raise ConfigError(f"config.training.remat: offload_fp8 needs {HOST_MEMORY} memory, which {device.device_kind} does not have; "
-                          "use save_fp8")
+        raise ConfigError(
+            f"config.training.remat: offload_fp8 needs {HOST_MEMORY} memory, which {device.device_kind} does not have; "
+            "use save_fp8"
+        )
 
 
 def emulates_fp8(config: Config, device: jax.Device) -> bool:
@@ -207,9 +256,16 @@ def has_cudnn_attention(config: Config, device: jax.Device) -> bool:
         ConfigError: it is asked for and cannot.
     """
     features = head_dim(config.model)
-    suits = features <= 128 and features % 8 == 0 and config.model.dtype == "bfloat16" and not config.data.document_masks
+    suits = (
+        features <= 128
+        and features % 8 == 0
+        and config.model.dtype == "bfloat16"
+        and not config.data.document_masks
+    )
     at_hand = device.platform == "gpu" and jax.default_backend() == "gpu"
     if config.fp8.attention_backend == "cudnn" and not (suits and at_hand):
-        raise ConfigError("config.fp8.attention_backend: cudnn needs a GPU at hand, model.dtype=bfloat16, heads of at most 128 features, a "
-                          "multiple of 8, and no data.document_masks; auto takes it where it can")
+        raise ConfigError(
+            "config.fp8.attention_backend: cudnn needs a GPU at hand, model.dtype=bfloat16, heads of at most 128 features, a "
+            "multiple of 8, and no data.document_masks; auto takes it where it can"
+        )
     return suits and at_hand

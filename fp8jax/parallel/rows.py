@@ -21,11 +21,16 @@ class Rows:
     def __init__(self, shape: tuple[int, ...], sharding: Sharding):
         self._shape, self._sharding = shape, sharding
         self._all = np.arange(math.prod(shape[:-1])).reshape(shape[:-1])
-        needed = [self._all[index[:-1]].ravel() for index in sharding.addressable_devices_indices_map(shape).values() if index is not None]
+        needed = [
+            self._all[index[:-1]].ravel()
+            for index in sharding.addressable_devices_indices_map(shape).values()
+            if index is not None
+        ]
         self.numbers: list[int] = np.unique(np.concatenate(needed)).tolist()
 
     def put(self, loaded: np.ndarray) -> jax.Array:
         """The global array, from the rows loaded here."""
+
         def part(index: tuple[slice, ...]) -> np.ndarray:
             return loaded[np.searchsorted(self.numbers, self._all[index[:-1]]), index[-1]]
 

@@ -58,7 +58,9 @@ def shards(axis: str) -> int:
 def activation_specs(features: str | None) -> tuple[PartitionSpec, PartitionSpec]:
     """Specs of [b, t, features] between GEMMs, and as a GEMM of the block takes it; `features`: their logical axis."""
     if features == "embed":
-        return partition_spec(("batch", "residual", None)), partition_spec(("batch", "sequence", None))
+        return partition_spec(("batch", "residual", None)), partition_spec(
+            ("batch", "sequence", None)
+        )
     return (partition_spec(("batch", "sequence", features)),) * 2
 
 

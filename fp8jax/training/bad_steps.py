@@ -18,7 +18,15 @@ from fp8jax.numerics.recipes import GRADIENTS, OPERANDS
 
 HEAD = "lm_head"
 # As a block computes them; backwards in the backward pass.
-_ORDER = ("qkv", "attention_scores", "attention_values", "attention_out", "mlp_gate", "mlp_up", "mlp_down")
+_ORDER = (
+    "qkv",
+    "attention_scores",
+    "attention_values",
+    "attention_out",
+    "mlp_gate",
+    "mlp_up",
+    "mlp_down",
+)
 WINDOW = 128
 # No loss or norm. Not NaN: whoever has JAX look for NaN would find it in a run that is well.
 NOTHING = -(2.0**100)
@@ -41,7 +49,11 @@ class Health:
     @staticmethod
     def initial() -> "Health":
         """Of a run that has not begun."""
-        return Health(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.full((2, WINDOW), NOTHING, jnp.float32))
+        return Health(
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.int32),
+            jnp.full((2, WINDOW), NOTHING, jnp.float32),
+        )
 
     def after(self, bad: jax.Array, values: jax.Array) -> "Health":
         """After a step: `bad` is bool, `values` float32 [2], its loss and gradient norm.
@@ -51,7 +63,9 @@ class Health:
         shifted = jnp.concatenate([self.recent[:, 1:], values[:, None]], axis=1)
         recent = jnp.where(jnp.isfinite(values).all(), shifted, self.recent)
         recent = jnp.where(jnp.isnan(recent), NOTHING, recent)  # of checkpoints that had NaN there
-        return Health(self.bad_steps + bad.astype(jnp.int32), jnp.where(bad, self.in_a_row + 1, 0), recent)
+        return Health(
+            self.bad_steps + bad.astype(jnp.int32), jnp.where(bad, self.in_a_row + 1, 0), recent
+        )
 
     def is_spike(self, values: jax.Array, threshold: float) -> jax.Array:
         """Whether loss or gradient norm lies `threshold` robust standard deviations above the median; bool.
@@ -63,7 +77,9 @@ class Health:
         return jnp.all(self.recent > NOTHING) & jnp.any(values > median + threshold * spread)
 
 
-def flags(loss: jax.Array, amaxes: dict[str, jax.Array], squares: list[jax.Array], spike: jax.Array) -> jax.Array:
+def flags(
+    loss: jax.Array, amaxes: dict[str, jax.Array], squares: list[jax.Array], spike: jax.Array
+) -> jax.Array:
     """Whether each tensor is bad: bool [tensors], in the order of `names`.
 
     Args:
@@ -74,28 +90,43 @@ def flags(loss: jax.Array, amaxes: dict[str, jax.Array], squares: list[jax.Array
     """
     finite = {role: jnp.isfinite(a) for role, a in amaxes.items()}
     gradients = [jnp.isfinite(square) for square in squares]
-    parts = [_columns(finite, backward=False), jnp.isfinite(loss)[None], _columns(finite, backward=True), *gradients, ~spike[None]]
+    parts = [
+        _columns(finite, backward=False),
+        jnp.isfinite(loss)[None],
+        _columns(finite, backward=True),
+        *gradients,
+        ~spike[None],
+    ]
     return ~jnp.concatenate(parts)
 
 
 def names(amaxes: dict[str, Any], params: Any) -> list[str]:
     """What each of the flags stands for; takes arrays or shapes of amaxes and parameters."""
+
     def of(backward: bool) -> list[str]:
         layers = range(max((a.shape[0] for role, a in amaxes.items() if role != HEAD), default=0))
-        inner = [f"amax of {role}.{OPERANDS[role][i]} in layer {layer}" for layer in (reversed(layers) if backward else layers)
-                 for role, i in _operands(amaxes, backward)]
+        inner = [
+            f"amax of {role}.{OPERANDS[role][i]} in layer {layer}"
+            for layer in (reversed(layers) if backward else layers)
+            for role, i in _operands(amaxes, backward)
+        ]
         head = [f"amax of {HEAD}.{'g' if backward else 'x'}"] if HEAD in amaxes else []
         return head + inner if backward else inner + head
 
     gradients: list[str] = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = f"gradient of {'.'.join(str(key.key) for key in path)}"
-        gradients += [f"{name} in layer {layer}" for layer in range(leaf.shape[0])] if path[0].key == STACKED else [name]
+        gradients += (
+            [f"{name} in layer {layer}" for layer in range(leaf.shape[0])]
+            if path[0].key == STACKED
+            else [name]
+        )
     return [*of(False), "loss", *of(True), *gradients, "spike of the loss or gradient norm"]
 
 
 def squares(grads: Any) -> list[jax.Array]:
     """Sum of squares of each gradient, float32 [1], or [layers] where parameters are stacked."""
+
     def one(path: Any, g: jax.Array) -> jax.Array:
         axes = tuple(range(1, g.ndim)) if path[0].key == STACKED else None
         return jnp.atleast_1d(jnp.sum(jnp.square(g), axis=axes))
@@ -105,8 +136,13 @@ def squares(grads: Any) -> list[jax.Array]:
 
 def _operands(amaxes: dict[str, Any], backward: bool) -> list[tuple[str, int]]:
     """Role and index of every operand of a block that one direction casts, in the order of computation."""
-    return [(role, i) for role in (reversed(_ORDER) if backward else _ORDER) if role in amaxes
-            for i, operand in enumerate(OPERANDS[role]) if (operand in GRADIENTS) == backward]
+    return [
+        (role, i)
+        for role in (reversed(_ORDER) if backward else _ORDER)
+        if role in amaxes
+        for i, operand in enumerate(OPERANDS[role])
+        if (operand in GRADIENTS) == backward
+    ]
 
 
 def _columns(finite: dict[str, jax.Array], *, backward: bool) -> jax.Array:

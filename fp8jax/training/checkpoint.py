@@ -44,7 +44,9 @@ Names = tuple[str, ...]
 # Orbax tells some 70 lines of its inner life a save at INFO, absl's level in any program under absl.app, and as many stacks at
 # ERROR where one save fails, of which an exception tells as well.
 _ORBAX = os.path.join("orbax", "checkpoint")
-absl_logging.get_absl_logger().addFilter(lambda line: line.levelno == logging.WARNING or _ORBAX not in line.pathname)
+absl_logging.get_absl_logger().addFilter(
+    lambda line: line.levelno == logging.WARNING or _ORBAX not in line.pathname
+)
 
 
 class Checkpoints:
@@ -58,11 +60,23 @@ class Checkpoints:
         facts: what the manifest of each checkpoint says about the run.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, keep: int = 1, keep_every: int = 0, keep_best: int = 0,
-                 facts: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        keep: int = 1,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        facts: dict[str, Any] | None = None,
+    ):
         # Orbax takes absolute paths only.
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
-        self._keep, self._keep_every, self._keep_best, self._facts = keep, keep_every, keep_best, facts or {}
+        self._keep, self._keep_every, self._keep_best, self._facts = (
+            keep,
+            keep_every,
+            keep_best,
+            facts or {},
+        )
         self._saving: threading.Thread | None = None
         self._failure: str | None = None
         self._cleaned = False
@@ -82,7 +96,9 @@ class Checkpoints:
             CheckpointError: there is none, or none of this step; it lists those that there are.
         """
         steps = self.steps()
-        found = from_first(max(steps, default=-1) if step is None else step if step in steps else -1)
+        found = from_first(
+            max(steps, default=-1) if step is None else step if step in steps else -1
+        )
         if found >= 0:
             return found
         raise manifest.missing(self.directory, step, steps)
@@ -105,7 +121,9 @@ class Checkpoints:
 
     def _problem(self, step: int) -> str | None:
         """Return what is wrong with a checkpoint's files; each process reads its share of them."""
-        return from_any(manifest.problem(self.directory / str(step), (jax.process_index(), jax.process_count())))
+        return from_any(
+            manifest.problem(self.directory / str(step), (jax.process_index(), jax.process_count()))
+        )
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Rename a damaged checkpoint, so that its step can be saved again; nothing is deleted."""
@@ -125,7 +143,14 @@ class Checkpoints:
                     shutil.rmtree(path, ignore_errors=True)
         self._cleaned = True
 
-    def save(self, step: int, state: State, data_state: dict[str, Any], *, held_out_loss: float | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: State,
+        data_state: dict[str, Any],
+        *,
+        held_out_loss: float | None = None,
+    ) -> None:
         """Start saving; files are written in the background and get their final name when complete.
 
         Returns when the arrays are copied, so the next step may take their memory (donation). An earlier save still
@@ -151,14 +176,20 @@ class Checkpoints:
             with jax.transfer_guard("allow"):
                 response = v1.save_checkpointables_async(
                     self.directory / f"{_SAVING}{step}",
-                    {item: tree for item, tree in items.items() if tree},  # Orbax refuses an empty item
+                    {
+                        item: tree for item, tree in items.items() if tree
+                    },  # Orbax refuses an empty item
                     overwrite=True,  # an earlier try that failed
                     custom_metadata={"data_state": data_state},
                 )
         except Exception as error:  # whatever Orbax's storage, threads and checks raise
             raise CheckpointError(self._why(error)) from error
-        facts = {"step": step, **self._facts} | ({} if held_out_loss is None else {"held_out_loss": held_out_loss})
-        self._saving = threading.Thread(target=self._finish, args=(step, response, facts), name="checkpoint")
+        facts = {"step": step, **self._facts} | (
+            {} if held_out_loss is None else {"held_out_loss": held_out_loss}
+        )
+        self._saving = threading.Thread(
+            target=self._finish, args=(step, response, facts), name="checkpoint"
+        )
         self._saving.start()
 
     def busy(self) -> bool:
@@ -185,7 +216,11 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = self.steps()
-        kept = {*steps[-self._keep :], *(step for step in steps if self._keep_every and step % self._keep_every == 0), *self._best(steps)}
+        kept = {
+            *steps[-self._keep :],
+            *(step for step in steps if self._keep_every and step % self._keep_every == 0),
+            *self._best(steps),
+        }
         for step in steps:
             if step not in kept:
                 # Under its own name it would, half deleted, look damaged.
@@ -195,13 +230,23 @@ class Checkpoints:
 
     def _best(self, steps: list[int]) -> list[int]:
         """The steps of the lowest held-out losses, as many as stay."""
-        losses = {step: manifest.fact(self.directory / str(step), "held_out_loss") for step in steps} if self._keep_best else {}
-        known = [(loss, step) for step, loss in losses.items() if isinstance(loss, float) and math.isfinite(loss)]
+        losses = (
+            {step: manifest.fact(self.directory / str(step), "held_out_loss") for step in steps}
+            if self._keep_best
+            else {}
+        )
+        known = [
+            (loss, step)
+            for step, loss in losses.items()
+            if isinstance(loss, float) and math.isfinite(loss)
+        ]
         return [step for _, step in sorted(known)[: self._keep_best]]
 
     def _why(self, error: Exception) -> str:
         reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason if len(reason) < 300 else f"{reason[:100]} … {reason[-150:]}"  # TensorStore ends with the system's own words
+        reason = (
+            reason if len(reason) < 300 else f"{reason[:100]} … {reason[-150:]}"
+        )  # TensorStore ends with the system's own words
         return f"{self.directory}: saving failed: {reason}; check free space and permissions"
 
     def dtypes(self, step: int) -> dict[str, str]:
@@ -216,9 +261,13 @@ class Checkpoints:
     def abstract_item(self, step: int, item: str, sharding: Any) -> Any:
         """Return an item as it was saved, nested dictionaries of jax.ShapeDtypeStruct; empty if the checkpoint lacks it."""
         saved = v1.checkpointables_metadata(self.directory / str(step)).metadata.get(item, {})
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved
+        )
 
-    def restore(self, step: int, abstract_state: State, *, partial: bool = False, verify: bool = True) -> tuple[State, dict[str, Any]]:
+    def restore(
+        self, step: int, abstract_state: State, *, partial: bool = False, verify: bool = True
+    ) -> tuple[State, dict[str, Any]]:
         """Read a checkpoint.
 
         Args:
@@ -237,11 +286,19 @@ class Checkpoints:
         path = self.directory / str(step)
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; complete checkpoints: {known}")
+            raise CheckpointError(
+                f"{self.directory}: no checkpoint of step {step}; complete checkpoints: {known}"
+            )
         if verify and (reason := self._problem(step)):
-            raise CheckpointError(f"{path}: {reason}; the checkpoint cannot be trusted, use another step")
+            raise CheckpointError(
+                f"{path}: {reason}; the checkpoint cannot be trusted, use another step"
+            )
         metadata = v1.checkpointables_metadata(path)
-        saved = {item: tree for item, tree in metadata.metadata.items() if item in abstract_state or not partial}
+        saved = {
+            item: tree
+            for item, tree in metadata.metadata.items()
+            if item in abstract_state or not partial
+        }
         _check_same(path, _specs(saved), _specs(abstract_state))
         wanted = {item: _nested(tree) for item, tree in abstract_state.items()}
         wanted = {item: tree for item, tree in wanted.items() if tree}
@@ -295,7 +352,9 @@ def load_config(workdir: str | os.PathLike) -> config_lib.Config:
         return run_tokenizer.read_config(workdir)
     except FileNotFoundError:
         path = pathlib.Path(workdir) / "config.json"
-        raise CheckpointError(f"{path}: no such file; --workdir must be the directory of a run started with train.py") from None
+        raise CheckpointError(
+            f"{path}: no such file; --workdir must be the directory of a run started with train.py"
+        ) from None
 
 
 def _by_name(tree: Any) -> dict[Names, Any]:
@@ -327,7 +386,11 @@ def _like(tree: Any, nested: dict[str, Any]) -> Any:
 
 def _specs(state: State) -> dict[str, str]:
     """Describe each array as it is on disk, such as '(4, 8) float32', by its full name."""
-    arrays = {(item, *names): leaf for item, tree in state.items() for names, leaf in _by_name(tree).items()}
+    arrays = {
+        (item, *names): leaf
+        for item, tree in state.items()
+        for names, leaf in _by_name(tree).items()
+    }
     return {"/".join(names): _spec(leaf) for names, leaf in arrays.items()}
 
 
@@ -339,7 +402,9 @@ def _spec(leaf: Any) -> str:
 
 def _check_same(path: pathlib.Path, saved: dict[str, str], expected: dict[str, str]) -> None:
     """Raise CheckpointError at the first array that differs, in the expected order, then in the saved one."""
-    name = next((name for name in (*expected, *saved) if expected.get(name) != saved.get(name)), None)
+    name = next(
+        (name for name in (*expected, *saved) if expected.get(name) != saved.get(name)), None
+    )
     if name is None:
         return
     close = difflib.get_close_matches(name, saved, n=1) if name not in saved else []

@@ -51,36 +51,52 @@ class Evaluator:
     def __init__(self, config: Config, definition: Definition, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.texts = pipeline.held_out_streams(config)
-        self.parts = _parts(config, {name: pipeline.held_out_sequences(config, text) for name, text in self.texts.items()})
+        self.parts = _parts(
+            config,
+            {name: pipeline.held_out_sequences(config, text) for name, text in self.texts.items()},
+        )
         self.all_sequences = sum(there for _, there in self.parts.values())
         self.sequences = sum(read for read, _ in self.parts.values())
         self.sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
         self.abstract_batch = self._abstract_batch()
         emulated = emulates_fp8(config, mesh.devices.flat[0])
-        recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=emulated, recipe="bf16")
+        recipes = gemms.model_recipes(
+            config, gated=definition.gated(), emulated=emulated, recipe="bf16"
+        )
 
         def total_loss(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 model = definition.bind(as_float32(params))
-                prepared, chunk = model.prepare(recipes, {}, {}), settled(config).training.loss_chunk
+                prepared, chunk = (
+                    model.prepare(recipes, {}, {}),
+                    settled(config).training.loss_chunk,
+                )
                 if chunk:
                     losses = model.chunked_losses(batch, recipes, prepared, chunk)[0]
                 else:
                     losses = token_losses(model(batch, recipes, prepared)[0], batch["targets"])
                 return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
 
-        self.total_loss = jax.jit(total_loss, out_shardings=NamedSharding(mesh, PartitionSpec()),
-                                  compiler_options=compiler_options(mesh.devices.flat[0].platform))
+        self.total_loss = jax.jit(
+            total_loss,
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+            compiler_options=compiler_options(mesh.devices.flat[0].platform),
+        )
 
     def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         training, data = self.config.training, self.config.data
         # A run that has not been fitted yet, as a converted model: one row on a device fits, whatever the model.
-        parts = training.microbatches or training.batch_size // (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        parts = training.microbatches or training.batch_size // (
+            self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        )
         shape = training.batch_size // parts, data.sequence_length
         dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
         if data.document_masks:
             dtypes |= {"segment_ids": jnp.int32, "positions": jnp.int32}
-        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding) for name, dtype in dtypes.items()}
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding)
+            for name, dtype in dtypes.items()
+        }
 
     def part(self) -> str:
         """Return what an evaluation reads, such as '192 of 1,820 sequences'."""
@@ -116,20 +132,34 @@ class Evaluator:
         count, done = sum(-(-read // size) for read, _ in self.parts.values()), 0
         sums = {}
         for name, (read, _) in self.parts.items():
-            sums[name] = self._sums(name, params, lambda number, before=done: progress(before + number, count))
+            sums[name] = self._sums(
+                name, params, lambda number, before=done: progress(before + number, count)
+            )
             done += -(-read // size)
         whole = _metrics(sum(sums.values(), np.zeros(3)))
         whole |= {"sequences": self.sequences, "all_sequences": self.all_sequences}
-        return whole | ({"texts": {name: _metrics(found) for name, found in sums.items()}} if len(sums) > 1 else {})
+        return whole | (
+            {"texts": {name: _metrics(found) for name, found in sums.items()}}
+            if len(sums) > 1
+            else {}
+        )
 
     def _sums(self, name: str, params: Params, progress: Callable[[int], object]) -> np.ndarray:
         """Return nats, tokens and bytes of a text's part, float64 [3]."""
         shape = self.abstract_batch["inputs"].shape
         rows, sums, waiting = Rows(shape, self.sharding), np.zeros(3), None
-        batches = pipeline.held_out_batches(self.config, shape[0], rows.numbers, sequences=self.parts[name][0], stream=self.texts[name])
+        batches = pipeline.held_out_batches(
+            self.config,
+            shape[0],
+            rows.numbers,
+            sequences=self.parts[name][0],
+            stream=self.texts[name],
+        )
         for number, (batch, read) in enumerate(batches):
             progress(number)
-            found = self.total_loss(params, {field: rows.put(batch[field]) for field in self.abstract_batch})
+            found = self.total_loss(
+                params, {field: rows.put(batch[field]) for field in self.abstract_batch}
+            )
             if waiting is not None:  # the devices have the next batch already
                 sums[:2] += np.asarray(jax.device_get(waiting), np.float64)
             sums[2], waiting = sums[2] + read, found
@@ -151,8 +181,13 @@ def _parts(config: Config, there: dict[str, int]) -> dict[str, tuple[int, int]]:
 def _metrics(sums: np.ndarray) -> dict[str, Any]:
     nats, tokens, text_bytes = sums.tolist()
     loss = nats / tokens if tokens else math.nan
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
-            "tokens": int(tokens), "bytes": int(text_bytes)}
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
+        "tokens": int(tokens),
+        "bytes": int(text_bytes),
+    }
 
 
 def batches_by_share(config: Config) -> int:
@@ -166,8 +201,12 @@ def _interval(config: Config) -> int:
 
 
 def evaluate_run(
-    workdir: pathlib.Path, step: int | None = None, progress: Callable[[int, int], object] = lambda done, of: None, *,
-    stage: Stages = Stages(False), held_out: str | None = None,
+    workdir: pathlib.Path,
+    step: int | None = None,
+    progress: Callable[[int, int], object] = lambda done, of: None,
+    *,
+    stage: Stages = Stages(False),
+    held_out: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run on the whole held-out text and writes WORKDIR/eval.json.
 
@@ -183,24 +222,36 @@ def evaluate_run(
         ConfigError: no held-out text, or none that can be read.
     """
     model, step = load_run(workdir, step, stage=stage)
-    config = dataclasses.replace(model.config, evaluation=dataclasses.replace(model.config.evaluation, batches=0))
+    config = dataclasses.replace(
+        model.config, evaluation=dataclasses.replace(model.config.evaluation, batches=0)
+    )
     if held_out is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=held_out))
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, held_out=held_out)
+        )
     with stage(f"evaluating step {step}") as note:
+
         def show(done: int, of: int) -> None:
             progress(done, of)
             note(f"batch {done + 1} of {of}")
 
         evaluator = Evaluator(config, model.definition, model.mesh)
         if not evaluator.sequences:
-            raise ConfigError(f"config.data.held_out: the run in {workdir} has no held-out text; give some with eval.py --held_out=DIR")
+            raise ConfigError(
+                f"config.data.held_out: the run in {workdir} has no held-out text; give some with eval.py --held_out=DIR"
+            )
         found = {"step": step, **evaluator(model.params, show)}
     write_json(workdir / "eval.json", found)
     return found
 
 
-def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequence[jax.Device] | None = None, *,
-             stage: Stages = Stages(False)) -> tuple[LoadedModel, int]:
+def load_run(
+    workdir: str | pathlib.Path,
+    step: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    stage: Stages = Stages(False),
+) -> tuple[LoadedModel, int]:
     """The model of a run as a checkpoint has it, and the checkpoint's step.
 
     Args:
@@ -220,11 +271,18 @@ def load_run(workdir: str | pathlib.Path, step: int | None = None, devices: Sequ
     config = _elsewhere(settled(run_config(workdir)))
     definition = define(config.model, tokenizer.vocab_size(config))
     mesh = fitting_mesh(definition.complete(config), devices)
-    with Checkpoints(workdir) as checkpoints, stage(f"restoring the checkpoint of step {(step := checkpoints.chosen(step))}"):
+    with (
+        Checkpoints(workdir) as checkpoints,
+        stage(f"restoring the checkpoint of step {(step := checkpoints.chosen(step))}"),
+    ):
         saved = precision.saved_as(config.optimizer, checkpoints.dtypes(step))
         program = TrainProgram(dataclasses.replace(config, optimizer=saved), definition, mesh)
-        state, _ = checkpoints.restore(step, {"params": program.abstract_state.params}, partial=True)
-    params = jax.jit(as_float32, donate_argnums=0, out_shardings=program.state_shardings.params)(state["params"])
+        state, _ = checkpoints.restore(
+            step, {"params": program.abstract_state.params}, partial=True
+        )
+    params = jax.jit(as_float32, donate_argnums=0, out_shardings=program.state_shardings.params)(
+        state["params"]
+    )
     return LoadedModel(config, definition, params, mesh), step
 
 
@@ -242,8 +300,12 @@ def run_config(workdir: pathlib.Path) -> Config:
 def _elsewhere(config: Config) -> Config:
     """A run's configuration for evaluation on devices that may be others: without what only those that trained may have."""
     attention = config.fp8.attention_backend
-    fp8 = dataclasses.replace(config.fp8, attention_backend="auto" if attention in ("pallas", "cudnn") else attention)
-    return dataclasses.replace(config, fp8=fp8, training=dataclasses.replace(config.training, remat="none"))
+    fp8 = dataclasses.replace(
+        config.fp8, attention_backend="auto" if attention in ("pallas", "cudnn") else attention
+    )
+    return dataclasses.replace(
+        config, fp8=fp8, training=dataclasses.replace(config.training, remat="none")
+    )
 
 
 def as_float32(params: Params) -> Params:

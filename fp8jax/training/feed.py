@@ -49,5 +49,7 @@ class Feed:
         if self._told or waited <= LIMIT * step_seconds:
             return None
         self._told = True
-        return (f"warning  data is the bottleneck: the devices wait for it {waited / step_seconds:.0%} of the time; raise "
-                "config.data.read_threads, or put the data on a faster disk")
+        return (
+            f"warning  data is the bottleneck: the devices wait for it {waited / step_seconds:.0%} of the time; raise "
+            "config.data.read_threads, or put the data on a faster disk"
+        )

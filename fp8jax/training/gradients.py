@@ -30,7 +30,9 @@ def gradient_view(params: Params, config: Config) -> Params:
     narrow = jnp.dtype(config.model.dtype if asked == "mixed" else asked)
 
     def one(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(narrow if _is_matrix(path) and path[0].key in (STACKED, "head") else jnp.float32)
+        return leaf.astype(
+            narrow if _is_matrix(path) and path[0].key in (STACKED, "head") else jnp.float32
+        )
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -44,6 +46,7 @@ class GradientSums:
 
     def narrow(self, grads: Params) -> Params:
         """One microbatch's gradients, in bfloat16 where the sum is."""
+
         def one(path: Any, g: jax.Array) -> jax.Array:
             return g.astype(jnp.bfloat16) if self._in_bfloat16(path) else g
 
@@ -51,6 +54,7 @@ class GradientSums:
 
     def zeros(self, params: Params) -> Params:
         """Sums of nothing."""
+
         def one(path: Any, p: jax.Array) -> jax.Array:
             return jnp.zeros(p.shape, jnp.bfloat16 if self._in_bfloat16(path) else jnp.float32)
 
@@ -59,8 +63,12 @@ class GradientSums:
     def add(self, total: Params, grads: Params, microbatch: jax.Array) -> Params:
         """The sums with the gradients of the microbatch of this number, int32."""
         leaves = jax.tree_util.tree_leaves_with_path(total)
-        added = [self._add(path, a, b, (1 << 20) + microbatch * len(leaves) + i)  # precision.py's numbers are below
-                 for i, ((path, a), b) in enumerate(zip(leaves, jax.tree.leaves(grads), strict=True))]
+        added = [
+            self._add(
+                path, a, b, (1 << 20) + microbatch * len(leaves) + i
+            )  # precision.py's numbers are below
+            for i, ((path, a), b) in enumerate(zip(leaves, jax.tree.leaves(grads), strict=True))
+        ]
         return jax.tree.structure(total).unflatten(added)
 
     def _add(self, path: Any, total: jax.Array, grad: jax.Array, number: jax.Array) -> jax.Array:

@@ -28,10 +28,14 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise ConfigError(f"{workdir}: {holder} is training here; stop it first, or choose another --workdir") from None
+                raise ConfigError(
+                    f"{workdir}: {holder} is training here; stop it first, or choose another --workdir"
+                ) from None
         try:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            file.write(
+                f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            )
             file.flush()
         except OSError as error:
             raise _unwritable(workdir, error) from None
@@ -47,4 +51,6 @@ def _opened(workdir: pathlib.Path) -> TextIO:
 
 
 def _unwritable(workdir: pathlib.Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{workdir}: cannot be written: {error.strerror}; mend that, or choose another --workdir")
+    return ConfigError(
+        f"{workdir}: cannot be written: {error.strerror}; mend that, or choose another --workdir"
+    )

@@ -38,10 +38,24 @@ from fp8jax.training.fit_advice import out_of_memory
 from fp8jax.training.lock import exclusive
 from fp8jax.training.profiling import ProfileWindow
 from fp8jax.training.reaction import Decision, Reaction
-from fp8jax.training.resume import Position, Resumed, check_continues, finished_step, restore, resume
+from fp8jax.training.resume import (
+    Position,
+    Resumed,
+    check_continues,
+    finished_step,
+    restore,
+    resume,
+)
 from fp8jax.training.saving import Saver
 from fp8jax.training.signals import stop_signals
-from fp8jax.training.start_up import check_fallbacks, describe_compiled, facts, introduce, process_seconds, seconds_at_peak
+from fp8jax.training.start_up import (
+    check_fallbacks,
+    describe_compiled,
+    facts,
+    introduce,
+    process_seconds,
+    seconds_at_peak,
+)
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
 from fp8jax.training.watchdog import Watchdog
@@ -50,8 +64,13 @@ FINISHED, BAD_NUMBERS, STOPPED = 0, 3, 4
 CALIBRATION_BATCHES = 1000  # looked at for one that has targets
 
 
-def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Device] | None = None, *,
-          allow_config_change: Sequence[str] = ()) -> int:
+def train(
+    config: Config,
+    workdir: str | pathlib.Path,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    allow_config_change: Sequence[str] = (),
+) -> int:
     """Trains to `config.training.steps`; returns the process's exit code.
 
     0: finished; 3: stopped by bad numbers or the early warning, after saving; 4: stopped by a signal, after saving.
@@ -70,11 +89,29 @@ def train(config: Config, workdir: str | pathlib.Path, devices: Sequence[jax.Dev
     definition = define(config.model, tokenizer.vocab_size(config))
     mesh = mesh_lib.make_mesh(definition.complete(config), devices)
     check_fallbacks(TrainProgram(config, definition, mesh))
-    origin = {"config": config_lib.digest(config), "tokenizer": tokenizer.of(config.data).fingerprint,
-              "data": fingerprints.of(config.data), "fp8jax": fp8jax.__version__, "jax": jax.__version__}
-    keep, alone = config.checkpoint, exclusive(workdir) if distributed.is_first() else contextlib.nullcontext()
-    with alone, stop_signals() as stop, _watchdog(config) as watchdog, \
-            Checkpoints(workdir, keep=keep.keep, keep_every=keep.keep_every, keep_best=keep.keep_best, facts=origin) as checkpoints:
+    origin = {
+        "config": config_lib.digest(config),
+        "tokenizer": tokenizer.of(config.data).fingerprint,
+        "data": fingerprints.of(config.data),
+        "fp8jax": fp8jax.__version__,
+        "jax": jax.__version__,
+    }
+    keep, alone = (
+        config.checkpoint,
+        exclusive(workdir) if distributed.is_first() else contextlib.nullcontext(),
+    )
+    with (
+        alone,
+        stop_signals() as stop,
+        _watchdog(config) as watchdog,
+        Checkpoints(
+            workdir,
+            keep=keep.keep,
+            keep_every=keep.keep_every,
+            keep_best=keep.keep_best,
+            facts=origin,
+        ) as checkpoints,
+    ):
         watchdog.begin("start", "start-up")
         if distributed.is_first():
             check_continues(config, workdir, allow_config_change, stage.message)
@@ -111,7 +148,9 @@ def _must_stop(stop: Sequence[int], stage: Stages) -> bool:
     """Whether a signal ends a run that has not begun yet; one of several processes must not leave the others waiting."""
     if not stop or jax.process_count() > 1:
         return False
-    stage.message(f"stopped on {signal.Signals(stop[0]).name} before the first step; there is nothing new to save. Run again to continue.")
+    stage.message(
+        f"stopped on {signal.Signals(stop[0]).name} before the first step; there is nothing new to save. Run again to continue."
+    )
     return True
 
 
@@ -127,7 +166,9 @@ def _one_line_without_memory(config: Config, done: Callable[[], tuple[int, str]]
 
 
 @contextlib.contextmanager
-def _writers(program: TrainProgram, workdir: pathlib.Path, step: int) -> Iterator[tuple[MetricsWriter | Silent, Progress | Silent]]:
+def _writers(
+    program: TrainProgram, workdir: pathlib.Path, step: int
+) -> Iterator[tuple[MetricsWriter | Silent, Progress | Silent]]:
     """What writes logs and shows progress: on process 0 alone."""
     if not distributed.is_first():
         yield Silent(), Silent()
@@ -135,24 +176,36 @@ def _writers(program: TrainProgram, workdir: pathlib.Path, step: int) -> Iterato
     config = program.config
     sink = open_sink(config.log, workdir, config_lib.to_dict(config))
     followers = [Refresher(workdir, config.log.report_minutes)] + ([sink] if sink else [])
-    with MetricsWriter(workdir, step, followers) as writer, \
-            Progress(config.training.steps, step, seconds_at_peak=seconds_at_peak(program)) as progress:
+    with (
+        MetricsWriter(workdir, step, followers) as writer,
+        Progress(config.training.steps, step, seconds_at_peak=seconds_at_peak(program)) as progress,
+    ):
         yield writer, progress
 
 
-def _roll_back(program: TrainProgram, checkpoints: Checkpoints, position: Position, failed_at: int) -> tuple[Resumed, list[str]]:
+def _roll_back(
+    program: TrainProgram, checkpoints: Checkpoints, position: Position, failed_at: int
+) -> tuple[Resumed, list[str]]:
     """The newest checkpoint, with the data behind the batches that could not be digested; and what to tell."""
     lines: list[str] = []
     resumed = resume(program, checkpoints, lines.append)
     skipped = failed_at + position.skipped_batches - resumed.step
-    lines.append(f"back to the checkpoint of step {resumed.step}; batches {resumed.step + 1} to {failed_at} are passed over")
+    lines.append(
+        f"back to the checkpoint of step {resumed.step}; batches {resumed.step + 1} to {failed_at} are passed over"
+    )
     # The checkpoint may be older than a fallback, which stays.
-    later = ",".join(part for part in position.fallback.split(",") if part not in resumed.position.fallback.split(","))
+    later = ",".join(
+        part
+        for part in position.fallback.split(",")
+        if part not in resumed.position.fallback.split(",")
+    )
     program = resumed.program.fallen_back(later)
     position = position._replace(skipped_batches=skipped, rollbacks=position.rollbacks + 1)
     state = program.carry(resumed.state)
     calibrate = tuple(role for role in resumed.calibrate if role in state.scaling)
-    return resumed._replace(program=program, state=state, position=position, calibrate=calibrate), lines
+    return resumed._replace(
+        program=program, state=state, position=position, calibrate=calibrate
+    ), lines
 
 
 class _Run:
@@ -162,15 +215,39 @@ class _Run:
     step: int
     position: Position
 
-    def __init__(self, config: Config, workdir: pathlib.Path, resumed: Resumed, checkpoints: Checkpoints,
-                 writer: MetricsWriter | Silent, progress: Progress | Silent, stop: list[int], watchdog: Watchdog):
-        self.config, self.workdir, self.program, self.checkpoints = config, workdir, resumed.program, checkpoints
+    def __init__(
+        self,
+        config: Config,
+        workdir: pathlib.Path,
+        resumed: Resumed,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter | Silent,
+        progress: Progress | Silent,
+        stop: list[int],
+        watchdog: Watchdog,
+    ):
+        self.config, self.workdir, self.program, self.checkpoints = (
+            config,
+            workdir,
+            resumed.program,
+            checkpoints,
+        )
         self.writer, self.progress, self.stop, self.watchdog = writer, progress, stop, watchdog
-        self.reaction = Reaction(config.warning, workdir, resumed.step, resumed.position.fallback, losses=resumed.position.losses,
-                                 gradient_format=config.fp8.gradient_format)
+        self.reaction = Reaction(
+            config.warning,
+            workdir,
+            resumed.step,
+            resumed.position.fallback,
+            losses=resumed.position.losses,
+            gradient_format=config.fp8.gradient_format,
+        )
         self.decision: Decision | None = None
         self.evaluator = Evaluator(config, self.program.definition, self.program.mesh)
-        self.profile = ProfileWindow(config.profile, workdir / "profile") if distributed.is_first() else Silent()
+        self.profile = (
+            ProfileWindow(config.profile, workdir / "profile")
+            if distributed.is_first()
+            else Silent()
+        )
         self.agreement, self.stopping, self.busy = distributed.Agreement(3), False, False
         self.clock, self.timed = time.perf_counter(), 0
         self.saver = Saver(config, self.program, checkpoints, writer, progress, watchdog)
@@ -190,7 +267,11 @@ class _Run:
         if resumed.calibrate:
             self._calibrate(resumed.calibrate, stage)
         with stage("reading data"):
-            ahead = pipeline.train_iterator(config, start_step=self.step + self.position.skipped_batches, rows=program.rows.numbers)
+            ahead = pipeline.train_iterator(
+                config,
+                start_step=self.step + self.position.skipped_batches,
+                rows=program.rows.numbers,
+            )
         self.feed = Feed(ahead)
         if not program.is_compiled():  # after a fall back
             with stage("compiling the training step"):
@@ -205,9 +286,15 @@ class _Run:
     def _steps(self, *, first: bool) -> int:
         """Step until the run is over or must stop; returns bad steps in a row."""
         training, bad, self.ended = self.config.training, 0, ""
-        self.stopping = bool(self.stop) and jax.process_count() == 1  # several agree on it after their first step
+        self.stopping = (
+            bool(self.stop) and jax.process_count() == 1
+        )  # several agree on it after their first step
         try:
-            while self.step < training.steps and not (self.stopping or self.ended) and bad < training.bad_steps:
+            while (
+                self.step < training.steps
+                and not (self.stopping or self.ended)
+                and bad < training.bad_steps
+            ):
                 bad = self._step(self.feed)
                 if first:
                     first = self._tell_first_step()
@@ -220,26 +307,37 @@ class _Run:
 
     def _calibrate(self, roles: tuple[str, ...], stage: Stages = Stages(False)) -> None:
         """Find the scales of these roles on the first batch to come that has targets: from another the gradients' stay unknown."""
-        batches, first = pipeline.train_batches(self.config, self.program.rows.numbers), self.step + self.position.skipped_batches
+        batches, first = (
+            pipeline.train_batches(self.config, self.program.rows.numbers),
+            self.step + self.position.skipped_batches,
+        )
         for number in range(first, first + CALIBRATION_BATCHES):
             batch = self.program.put(batches[number])
             if self.program.has_targets(batch):
                 break
         else:
-            raise DataError(f"config.data.source: the first {CALIBRATION_BATCHES} batches from step {self.step + 1} on have no token to "
-                            "predict; check the data's masks")
+            raise DataError(
+                f"config.data.source: the first {CALIBRATION_BATCHES} batches from step {self.step + 1} on have no token to "
+                "predict; check the data's masks"
+            )
         with stage("calibrating scales"):
             self.state = self.program.calibrate(self.state, batch, roles)
         self.writer.event("calibrated", self.step, roles=list(roles))
-        self.progress.message(f"fp8      scales calibrated on the batch of step {self.step + 1 + number - first}")
+        self.progress.message(
+            f"fp8      scales calibrated on the batch of step {self.step + 1 + number - first}"
+        )
 
     def _save_after_failure(self) -> str:
         """Save the state if it is still there; return what there is to continue from."""
         latest = self.checkpoints.latest_step()
-        before = "nothing is saved" if latest is None else f"the newest checkpoint is of step {latest}"
+        before = (
+            "nothing is saved" if latest is None else f"the newest checkpoint is of step {latest}"
+        )
         if not self.step or self.step == latest:
             return before
-        if jax.process_count() > 1 or any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+        if jax.process_count() > 1 or any(
+            leaf.is_deleted() for leaf in jax.tree.leaves(self.state)
+        ):
             return before
         try:
             if self.saver.unsound(self.step, self.state):
@@ -260,7 +358,9 @@ class _Run:
         with self._untimed(collect):
             batch = next(iterator)
             self._tell_faults(step, batch.get("faults", []))
-            self.state, metrics, taps = self.program.step(self.state, self.program.put(batch), collect=collect)
+            self.state, metrics, taps = self.program.step(
+                self.state, self.program.put(batch), collect=collect
+            )
             self.step = step
             self.feed.running = metrics["loss"]
             if collect:
@@ -270,14 +370,18 @@ class _Run:
         evaluate = bool(self.evaluator.sequences) and (_due(step, config.evaluation.every) or last)
         if _due(step, config.log.every) or collect or evaluate:
             bad = self._log(step, metrics, taps, self._evaluate() if evaluate else {})
-        self.stopping, late, self.busy = self.agreement((bool(self.stop), self.saver.is_late(step), self.checkpoints.busy()))
+        self.stopping, late, self.busy = self.agreement(
+            (bool(self.stop), self.saver.is_late(step), self.checkpoints.busy())
+        )
         self._react()
         # A rollback goes to a checkpoint from before the warning.
         if (late or self.saver.is_due(step)) and not last and self.ended != "rollback":
             self.agreement.forget()
             jax.block_until_ready(self.state.step)
             with self._untimed(skip=True):
-                if not self.saver.save(step, self.state, self._where(), self._loss_here(), busy=self.busy):
+                if not self.saver.save(
+                    step, self.state, self._where(), self._loss_here(), busy=self.busy
+                ):
                     bad = config.training.bad_steps
         return bad
 
@@ -286,7 +390,9 @@ class _Run:
         jax.block_until_ready(self.state.step)
         if self.program.is_compiled(collect=True):
             return
-        self.progress.message("compiling the step with statistics, once; not counted in tok/s and ETA")
+        self.progress.message(
+            "compiling the step with statistics, once; not counted in tok/s and ETA"
+        )
         with self._untimed(skip=True):
             began = time.perf_counter()
             self.program.compiled_step(collect=True)
@@ -309,7 +415,10 @@ class _Run:
         self.progress.message(f"from the next step on: {overrides}; compiling")
         self.watchdog.begin("step", f"compiling the step with {overrides}")
         together = ",".join(part for part in (self.position.fallback, overrides) if part)
-        self.position, self.program = self.position._replace(fallback=together), self.program.fallen_back(overrides)
+        self.position, self.program = (
+            self.position._replace(fallback=together),
+            self.program.fallen_back(overrides),
+        )
         self.program.compiled_step()
         self._restart_clock()
         self.state, self.saver.program = self.program.carry(self.state), self.program
@@ -343,20 +452,37 @@ class _Run:
         with contextlib.suppress(CheckpointError):  # then an older one is the newest
             self.checkpoints.wait()
         limit, latest = self.config.training.rollbacks, self.checkpoints.latest_step()
-        allowed = bool(distributed.from_first(self.position.rollbacks < limit and latest is not None))
-        self.writer.event("rollback" if allowed else "bad_numbers", self.step, bad_steps_in_a_row=bad, rollbacks=self.position.rollbacks)
+        allowed = bool(
+            distributed.from_first(self.position.rollbacks < limit and latest is not None)
+        )
+        self.writer.event(
+            "rollback" if allowed else "bad_numbers",
+            self.step,
+            bad_steps_in_a_row=bad,
+            rollbacks=self.position.rollbacks,
+        )
         if not allowed:
-            why = "there is no checkpoint to go back to" if latest is None else f"config.training.rollbacks={limit} are used up"
+            why = (
+                "there is no checkpoint to go back to"
+                if latest is None
+                else f"config.training.rollbacks={limit} are used up"
+            )
             reason = f"{bad} bad steps in a row" if bad else "the early warning asks to go back"
             self.progress.message(f"{reason} up to step {self.step}, and {why}: stopping")
         return allowed
 
     def _finish(self, bad_end: bool, saved: str) -> int:
         step = self.step
-        if step == self.config.training.steps and not bad_end:  # whatever signal came in the last step
+        if (
+            step == self.config.training.steps and not bad_end
+        ):  # whatever signal came in the last step
             self.writer.event("finished", step)
-            for line in what_next(self.workdir, step, report=self.config.log.report_minutes > 0,
-                                  held_out=bool(self.evaluator.sequences)):
+            for line in what_next(
+                self.workdir,
+                step,
+                report=self.config.log.report_minutes > 0,
+                held_out=bool(self.evaluator.sequences),
+            ):
                 self.progress.message(line)
             return FINISHED
         if not self.stopping:
@@ -366,18 +492,34 @@ class _Run:
             return BAD_NUMBERS
         name = signal.Signals(self.stop[0]).name if self.stop else "a signal to another process"
         self.writer.event("stopped", step, signal=name)
-        self.progress.message(f"stopped on {name} after step {step} of {self.config.training.steps}; {saved}. Run again to continue.")
+        self.progress.message(
+            f"stopped on {name} after step {step} of {self.config.training.steps}; {saved}. Run again to continue."
+        )
         return STOPPED
 
-    def _log(self, step: int, metrics: dict[str, jax.Array], taps: Any, held_out: dict[str, float]) -> int:
+    def _log(
+        self, step: int, metrics: dict[str, jax.Array], taps: Any, held_out: dict[str, float]
+    ) -> int:
         """Writes and shows a step; returns how many in a row were bad."""
         metrics = jax.device_get(metrics)
         tokens = self.config.training.batch_size * self.config.data.sequence_length
-        entry: dict[str, Any] = {name: value.item() for name, value in metrics.items()} | {"tokens": step * tokens}
-        first, in_a_row = self.program.bad_names[entry.pop("first_bad")], entry.pop("bad_steps_in_a_row")
+        entry: dict[str, Any] = {name: value.item() for name, value in metrics.items()} | {
+            "tokens": step * tokens
+        }
+        first, in_a_row = (
+            self.program.bad_names[entry.pop("first_bad")],
+            entry.pop("bad_steps_in_a_row"),
+        )
         if self.timed:
-            seconds, waited = (time.perf_counter() - self.clock) / self.timed, self.feed.waited / self.timed
-            entry |= {"tokens_per_second": tokens / seconds, "step_seconds": seconds, "data_wait_seconds": waited}
+            seconds, waited = (
+                (time.perf_counter() - self.clock) / self.timed,
+                self.feed.waited / self.timed,
+            )
+            entry |= {
+                "tokens_per_second": tokens / seconds,
+                "step_seconds": seconds,
+                "data_wait_seconds": waited,
+            }
             self._tell(self.feed.warning(seconds, waited))
         entry |= held_out | layered.rounded(outliers.flatten(taps))
         self.writer.write(step, entry)
@@ -385,10 +527,16 @@ class _Run:
         self.progress.update(step, entry)
         if (waiting := self.writer.waiting()) != self.waiting:
             self.waiting = waiting
-            self.progress.message(f"logs wait in memory: {waiting}; training goes on" if waiting else "logs are written again")
+            self.progress.message(
+                f"logs wait in memory: {waiting}; training goes on"
+                if waiting
+                else "logs are written again"
+            )
         if entry["bad_step"]:
             self.writer.event("bad_step", step, first=first, in_a_row=in_a_row)
-            self.progress.message(f"step {step} is bad, first in {first}; the update was skipped ({in_a_row} in a row)")
+            self.progress.message(
+                f"step {step} is bad, first in {first}; the update was skipped ({in_a_row} in a row)"
+            )
         self._restart_clock()
         return in_a_row
 
@@ -400,31 +548,49 @@ class _Run:
         self.watchdog.end("evaluation")
         self.watchdog.begin("step", f"what follows the evaluation of step {self.step}")
         self.held_out_loss = self.step, found["loss"]
-        self.progress.message(f"step {self.step}  held-out loss {found['loss']:.4f}  bits per byte {found['bits_per_byte']:.4f}"
-                              f"  ({self.evaluator.part()})")
+        self.progress.message(
+            f"step {self.step}  held-out loss {found['loss']:.4f}  bits per byte {found['bits_per_byte']:.4f}"
+            f"  ({self.evaluator.part()})"
+        )
         try:
             write_json(self.workdir / "eval.json", {"step": self.step, **found})
         except OSError as error:
-            self.progress.message(f"{self.workdir / 'eval.json'} is not written: {error.strerror}; training goes on")
-        texts = {"held_out": found} | {f"held_out/{name}": values for name, values in found.get("texts", {}).items()}
-        return {f"{text}/{name}": values[name] for text, values in texts.items() for name in ("loss", "perplexity", "bits_per_byte", "tokens")}
+            self.progress.message(
+                f"{self.workdir / 'eval.json'} is not written: {error.strerror}; training goes on"
+            )
+        texts = {"held_out": found} | {
+            f"held_out/{name}": values for name, values in found.get("texts", {}).items()
+        }
+        return {
+            f"{text}/{name}": values[name]
+            for text, values in texts.items()
+            for name in ("loss", "perplexity", "bits_per_byte", "tokens")
+        }
 
     def _evaluating(self, done: int, batches: int) -> None:
-        self.watchdog.begin("evaluation", f"evaluation of step {self.step}, batch {done + 1} of {batches}")
+        self.watchdog.begin(
+            "evaluation", f"evaluation of step {self.step}, batch {done + 1} of {batches}"
+        )
 
     def _tell_faults(self, step: int, faults: list[str]) -> None:
         if faults:
             count = self.position.unread_sequences + len(faults)
             self.position = self.position._replace(unread_sequences=count)
-            self.writer.event("data_fault", step, fault=faults[0], sequences=len(faults), in_all=count)
-            self.progress.message(f"step {step}: {len(faults)} of its sequences skipped ({count} in all): {faults[0]}")
+            self.writer.event(
+                "data_fault", step, fault=faults[0], sequences=len(faults), in_all=count
+            )
+            self.progress.message(
+                f"step {step}: {len(faults)} of its sequences skipped ({count} in all): {faults[0]}"
+            )
 
     def _tell_first_step(self) -> bool:
         """How long the process took to get through its first step; returns False, for there is only one."""
         jax.block_until_ready(self.state.step)
         seconds = process_seconds()
         self.writer.event("first_step", self.step, seconds=round(seconds, 2))
-        self.progress.message(f"start    the first step was done {seconds:.1f} s after the process began")
+        self.progress.message(
+            f"start    the first step was done {seconds:.1f} s after the process began"
+        )
         self._restart_clock()
         return False
 
@@ -449,8 +615,14 @@ class _Run:
 
 def _watchdog(config: Config) -> Watchdog:
     training = config.training
-    return Watchdog({"start": training.start_limit, "step": training.step_limit, "save": training.save_limit,
-                     "evaluation": training.evaluation_limit})
+    return Watchdog(
+        {
+            "start": training.start_limit,
+            "step": training.step_limit,
+            "save": training.save_limit,
+            "evaluation": training.evaluation_limit,
+        }
+    )
 
 
 def _due(step: int, every: int) -> bool:

@@ -54,7 +54,9 @@ def steps(directory: pathlib.Path) -> list[int]:
     """Return the steps of all complete checkpoints in a directory, ascending."""
     if not directory.is_dir():
         return []
-    found = (path for path in directory.iterdir() if path.name.isdecimal() and (path / NAME).exists())
+    found = (
+        path for path in directory.iterdir() if path.name.isdecimal() and (path / NAME).exists()
+    )
     return sorted(int(path.name) for path in found)
 
 
@@ -72,8 +74,15 @@ def chosen(directory: pathlib.Path, step: int | None) -> int:
 
 def missing(directory: pathlib.Path, step: int | None, there: list[int]) -> CheckpointError:
     """Return the error for a step, or any, that is not among those that there are."""
-    told = f"there are steps {', '.join(map(str, there))}" if there else "no complete checkpoint there yet"
-    return CheckpointError(f"{directory.parent}: " + (told if step is None else f"no checkpoint of step {step}; {told}"))
+    told = (
+        f"there are steps {', '.join(map(str, there))}"
+        if there
+        else "no complete checkpoint there yet"
+    )
+    return CheckpointError(
+        f"{directory.parent}: "
+        + (told if step is None else f"no checkpoint of step {step}; {told}")
+    )
 
 
 def sync(directory: pathlib.Path) -> None:
@@ -123,8 +132,11 @@ def problem(directory: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str | N
 
 
 def _files(directory: pathlib.Path) -> list[str]:
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*")
-                  if path.is_file() and path.name not in (NAME, f"{NAME}.tmp"))
+    return sorted(
+        str(path.relative_to(directory))
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in (NAME, f"{NAME}.tmp")
+    )
 
 
 def _digests(directory: pathlib.Path, paths: Iterable[str]) -> dict[str, str]:
@@ -137,18 +149,25 @@ def _digests(directory: pathlib.Path, paths: Iterable[str]) -> dict[str, str]:
             ]
             for path in paths
         }
-        chunks = {path: b"".join(future.result() for future in found) for path, found in futures.items()}
+        chunks = {
+            path: b"".join(future.result() for future in found) for path, found in futures.items()
+        }
     return {path: xxhash.xxh3_128_hexdigest(found) for path, found in chunks.items()}
 
 
 def _old_digests(directory: pathlib.Path, paths: Iterable[str]) -> dict[str, str]:
     """As `_digests`, in the way of earlier versions."""
+
     def digest(path: str) -> bytes:
-        return _hashed(hashlib.blake2b(digest_size=16), directory / path, 0, os.path.getsize(directory / path))
+        return _hashed(
+            hashlib.blake2b(digest_size=16), directory / path, 0, os.path.getsize(directory / path)
+        )
 
     paths = list(paths)
     with concurrent.futures.ThreadPoolExecutor(THREADS, "digest") as threads:
-        return {path: found.hex() for path, found in zip(paths, threads.map(digest, paths), strict=True)}
+        return {
+            path: found.hex() for path, found in zip(paths, threads.map(digest, paths), strict=True)
+        }
 
 
 def _hashed(digest: Any, path: pathlib.Path, start: int, count: int) -> bytes:

@@ -38,7 +38,9 @@ def make_transform(config: OptimizerConfig) -> optax.GradientTransformation:
     """The update before it is multiplied by the learning rate. float32 gradients in, float32 update out."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     make = {"adamw": _adam, "ademamix": _ademamix, "muon": _muon}[config.name]
-    return optax.chain(clip, make(config), optax.add_decayed_weights(config.weight_decay, mask=decayed))
+    return optax.chain(
+        clip, make(config), optax.add_decayed_weights(config.weight_decay, mask=decayed)
+    )
 
 
 def decayed(params: Any) -> Any:
@@ -51,20 +53,33 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _ademamix(config: OptimizerConfig) -> optax.GradientTransformation:
-    return contrib.scale_by_ademamix(b1=config.b1, b2=config.b2, b3=config.b3, alpha=config.alpha, eps=config.eps)
+    return contrib.scale_by_ademamix(
+        b1=config.b1, b2=config.b2, b3=config.b3, alpha=config.alpha, eps=config.eps
+    )
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     """Muon for the blocks' matrices, Adam for the rest."""
+
     def axes(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: _muon_axes(path), params)
 
     def kinds(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if _muon_axes(path) else "adam", params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "muon" if _muon_axes(path) else "adam", params
+        )
 
     # Of all parameters, contrib.muon would give the rest to an Adam with Nesterov's momentum.
-    muon = contrib.muon(1.0, weight_decay=0.0, eps=config.eps, consistent_rms=_MUON_RMS, muon_weight_dimension_numbers=axes)
-    subtracted = optax.chain(muon, optax.scale(-1.0))  # its update is to be added, ours to be subtracted
+    muon = contrib.muon(
+        1.0,
+        weight_decay=0.0,
+        eps=config.eps,
+        consistent_rms=_MUON_RMS,
+        muon_weight_dimension_numbers=axes,
+    )
+    subtracted = optax.chain(
+        muon, optax.scale(-1.0)
+    )  # its update is to be added, ours to be subtracted
     return optax.partition({"muon": subtracted, "adam": _adam(config)}, kinds)
 
 

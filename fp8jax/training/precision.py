@@ -36,7 +36,9 @@ class OptState(NamedTuple):
     remainder: Any
 
 
-def pack(config: OptimizerConfig, params: Any, moments: Any, step: jax.Array) -> tuple[Any, OptState]:
+def pack(
+    config: OptimizerConfig, params: Any, moments: Any, step: jax.Array
+) -> tuple[Any, OptState]:
     """float32 parameters and moments in the formats of a config; `step` seeds the rounding."""
     kept = _map(lambda path, x, bits: _pack_moment(config, path, x, bits), moments, step, 0)
     masters = _map(lambda path, x, bits: _pack_master(config, path, x, bits), params, step, 1 << 16)
@@ -46,6 +48,7 @@ def pack(config: OptimizerConfig, params: Any, moments: Any, step: jax.Array) ->
 
 def unpack(params: Any, opt_state: OptState) -> tuple[Any, Any]:
     """float32 parameters and moments."""
+
     def master(x: jax.Array, low: jax.Array | None) -> jax.Array:
         return x.astype(jnp.float32) if low is None else storage.join(x, low)
 
@@ -69,12 +72,16 @@ def saved_as(config: OptimizerConfig, dtypes: dict[str, str]) -> OptimizerConfig
         parts = path.split("/")
         if parts[0] == "opt_state":
             marks = {"m1": "ademamix", "inner_states": "muon"}
-            found["name"] = next((marks[part] for part in parts if part in marks), found.get("name", "adamw"))
+            found["name"] = next(
+                (marks[part] for part in parts if part in marks), found.get("name", "adamw")
+            )
         if parts[-1] != MATRIX or dtype not in names:
             continue
         if parts[0] == "params":
             found["master_dtype"] = names[dtype]
-        elif parts[:2] == ["opt_state", "moments"] and (kind := next((p for p in parts if p in _FIRST + _SECOND), None)):
+        elif parts[:2] == ["opt_state", "moments"] and (
+            kind := next((p for p in parts if p in _FIRST + _SECOND), None)
+        ):
             found["first_moment" if kind in _FIRST else "second_moment"] = names[dtype]
     compensated = any(path.startswith("opt_state/remainder/") for path in dtypes)
     if found.get("master_dtype", "float32") != "float32":
@@ -88,13 +95,25 @@ def describe(config: OptimizerConfig) -> str:
     return f"weights {config.master_dtype}{rounding}, moments {config.first_moment} and {config.second_moment}"
 
 
-def _pack_moment(config: OptimizerConfig, path: Any, x: jax.Array, bits: Any) -> tuple[jax.Array, jax.Array | None]:
+def _pack_moment(
+    config: OptimizerConfig, path: Any, x: jax.Array, bits: Any
+) -> tuple[jax.Array, jax.Array | None]:
     kind = _moment(path)
-    name = "float32" if kind is None else config.second_moment if kind in _SECOND else config.first_moment
-    return (x, None) if name == "float32" else storage.encode(x, name, bits(x), root=kind in _SECOND)
+    name = (
+        "float32"
+        if kind is None
+        else config.second_moment
+        if kind in _SECOND
+        else config.first_moment
+    )
+    return (
+        (x, None) if name == "float32" else storage.encode(x, name, bits(x), root=kind in _SECOND)
+    )
 
 
-def _pack_master(config: OptimizerConfig, path: Any, x: jax.Array, bits: Any) -> tuple[jax.Array, jax.Array | None]:
+def _pack_master(
+    config: OptimizerConfig, path: Any, x: jax.Array, bits: Any
+) -> tuple[jax.Array, jax.Array | None]:
     if config.master_dtype == "float32" or path[-1].key != MATRIX:
         return x, None
     if config.master_rounding == "compensated":
@@ -113,7 +132,15 @@ def _map(function: Any, tree: Any, step: jax.Array, first: int) -> list[Any]:
     """function(path, leaf, its source of random bits) of every leaf; `first` tells trees apart."""
     out = []
     for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree), first):
-        out.append(function(path, leaf, lambda x, number=number: storage.random_bits(x.shape, storage.seed_of(step, number))))
+        out.append(
+            function(
+                path,
+                leaf,
+                lambda x, number=number: storage.random_bits(
+                    x.shape, storage.seed_of(step, number)
+                ),
+            )
+        )
     return out
 
 

@@ -57,20 +57,33 @@ def programs(config: Config, definition: Definition, mesh: Mesh) -> dict[str, Pr
     run = TrainProgram(config, definition, mesh)
     found = {"init": Program(lambda: (run.jitted_init(), (None,)))}
     if run.abstract_state.scaling:
-        found["calibration"] = Program(lambda: (run.jitted_calibration(), (run.abstract_state, run.abstract_batch)))
+        found["calibration"] = Program(
+            lambda: (run.jitted_calibration(), (run.abstract_state, run.abstract_batch))
+        )
     found |= _steps(config, "step", "statistics", lambda: run)
     for overrides in fallbacks(config.warning, run.recipes):
         name = f"fallback {overrides}"
-        found |= _steps(config, name, f"{name}, statistics", lambda overrides=overrides: run.fallen_back(overrides))
+        found |= _steps(
+            config,
+            name,
+            f"{name}, statistics",
+            lambda overrides=overrides: run.fallen_back(overrides),
+        )
     found["evaluation"] = Program(lambda: _evaluation(run))
     return found | _sampling(run)
 
 
-def _steps(config: Config, plain: str, with_statistics: str, run: Callable[[], TrainProgram]) -> dict[str, Program]:
+def _steps(
+    config: Config, plain: str, with_statistics: str, run: Callable[[], TrainProgram]
+) -> dict[str, Program]:
     """Return the step, and the one with statistics if they are ever taken."""
+
     def build(collect: bool) -> Call:
         program = run()
-        return program.jitted_step(collect=collect), (program.abstract_state, program.abstract_batch)
+        return program.jitted_step(collect=collect), (
+            program.abstract_state,
+            program.abstract_batch,
+        )
 
     found = {plain: Program(lambda: build(False))}
     if config.monitor.every:
@@ -85,8 +98,14 @@ def _evaluation(run: TrainProgram) -> Call:
 
 def _sampling(run: TrainProgram) -> dict[str, Program]:
     def model() -> Inference:
-        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), run.abstract_state.params)
+        params = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding),
+            run.abstract_state.params,
+        )
         return Inference(LoadedModel(run.config, run.definition, params, run.mesh))
 
     names = {"sampling weights": "weights", "sampling prompt": "prompt", "sampling": "decode"}
-    return {name: Program(lambda kind=kind: generation.abstract_calls(model())[kind]) for name, kind in names.items()}
+    return {
+        name: Program(lambda kind=kind: generation.abstract_calls(model())[kind])
+        for name, kind in names.items()
+    }

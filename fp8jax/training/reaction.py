@@ -54,15 +54,30 @@ class Reaction:
         losses: what `losses` returned at `start_step`; without them, whether the loss still falls is not known before long.
     """
 
-    def __init__(self, config: WarningConfig, workdir: pathlib.Path, start_step: int, fallen_back: str, *, gradient_format: str = "e5m2",
-                 losses: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        config: WarningConfig,
+        workdir: pathlib.Path,
+        start_step: int,
+        fallen_back: str,
+        *,
+        gradient_format: str = "e5m2",
+        losses: Mapping[str, Any] | None = None,
+    ):
         self._config, self._done = config, fallen_back.split(",")
-        self._watch, log = EarlyWarning(gradient_format=gradient_format, losses=losses), workdir / "metrics.jsonl"
+        self._watch, log = (
+            EarlyWarning(gradient_format=gradient_format, losses=losses),
+            workdir / "metrics.jsonl",
+        )
         if start_step and log.exists():
-            for entry in tail(log, entries=2 * REMEMBERED, statistics=2 * WINDOW, last_step=start_step):
+            for entry in tail(
+                log, entries=2 * REMEMBERED, statistics=2 * WINDOW, last_step=start_step
+            ):
                 self._watch.observe(entry)
 
-    def __call__(self, entry: dict[str, Any], writer: MetricsWriter, progress: Progress) -> Decision | None:
+    def __call__(
+        self, entry: dict[str, Any], writer: MetricsWriter, progress: Progress
+    ) -> Decision | None:
         """Says what a logged step, with `step`, gives reason to warn of; and what is to be done."""
         decision = None
         for alarm in self._watch.observe(entry):
@@ -81,7 +96,9 @@ class Reaction:
 
     def _decide(self, alarm: Alarm) -> Decision | None:
         action = self._config.action
-        if action == "log" or WARNING_LEVELS.index(alarm.level) < WARNING_LEVELS.index(self._config.level):
+        if action == "log" or WARNING_LEVELS.index(alarm.level) < WARNING_LEVELS.index(
+            self._config.level
+        ):
             return None
         wanted = in_bf16(self._config.fallback or alarm.fallback) if action == "fallback" else ""
         new = ",".join(part for part in wanted.split(",") if part and part not in self._done)

@@ -56,8 +56,13 @@ def finished_step(config: Config, checkpoints: Checkpoints, stage: Stages) -> in
 
 def restore(program: TrainProgram, checkpoints: Checkpoints, stage: Stages) -> Resumed:
     """As `resume`, with words on what is done and where the run goes on."""
-    latest, lines = distributed.from_first(-1 if (step := checkpoints.latest_step()) is None else step), []
-    with stage("initialising the weights" if latest < 0 else f"restoring the checkpoint of step {latest}"):
+    latest, lines = (
+        distributed.from_first(-1 if (step := checkpoints.latest_step()) is None else step),
+        [],
+    )
+    with stage(
+        "initialising the weights" if latest < 0 else f"restoring the checkpoint of step {latest}"
+    ):
         resumed = resume(program, checkpoints, lines.append)
     if latest >= 0:
         lines.append(f"continuing from step {resumed.step} of {program.config.training.steps}")
@@ -79,16 +84,30 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     """
     step = _choose(checkpoints, tell)
     if step < 0:
-        return Resumed(program, program.init(), 0, Position(), tuple(program.abstract_state.scaling))
+        return Resumed(
+            program, program.init(), 0, Position(), tuple(program.abstract_state.scaling)
+        )
     data = checkpoints.data_state(step)
-    position = Position(*(data.get(name, default) for name, default in Position._field_defaults.items()))
+    position = Position(
+        *(data.get(name, default) for name, default in Position._field_defaults.items())
+    )
     program = program.fallen_back(position.fallback)
     optimizer = program.config.optimizer
     saved = precision.saved_as(optimizer, checkpoints.dtypes(step))
     items = program.abstract_state_kept_as(saved).items()
-    if step == 0:  # Nothing has been trained: weights are all that counts, and all that a converted model has.
-        found, _ = checkpoints.restore(step, {"params": items["params"]}, partial=True, verify=False)
-        return Resumed(program, program.init(found["params"]), step, position, tuple(program.abstract_state.scaling))
+    if (
+        step == 0
+    ):  # Nothing has been trained: weights are all that counts, and all that a converted model has.
+        found, _ = checkpoints.restore(
+            step, {"params": items["params"]}, partial=True, verify=False
+        )
+        return Resumed(
+            program,
+            program.init(found["params"]),
+            step,
+            position,
+            tuple(program.abstract_state.scaling),
+        )
     items["scaling"] = checkpoints.abstract_item(step, "scaling", program.replicated)
     if saved.name != optimizer.name:
         del items["opt_state"]
@@ -98,13 +117,17 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
         tell(scaling_state.tell(kept, why))
     found["scaling"] = program.fresh_scaling() | kept if why else kept
     if saved.name != optimizer.name:
-        tell(f"optimizer {saved.name} in the checkpoint, {optimizer.name} from here on: its moments start anew")
+        tell(
+            f"optimizer {saved.name} in the checkpoint, {optimizer.name} from here on: its moments start anew"
+        )
         fresh = program.init(found["params"])
         found |= {"params": fresh.params, "opt_state": fresh.opt_state}
         return Resumed(program, TrainState.from_items(found), step, position, tuple(why))
     state = TrainState.from_items(found)
     if saved != optimizer:
-        tell(f"optimizer state kept as {precision.describe(saved)} in the checkpoint, as {precision.describe(optimizer)} from here on")
+        tell(
+            f"optimizer state kept as {precision.describe(saved)} in the checkpoint, as {precision.describe(optimizer)} from here on"
+        )
         state = program.keep_as_configured(state)
     return Resumed(program, state, step, position, tuple(why))
 
@@ -114,14 +137,22 @@ def _choose(checkpoints: Checkpoints, tell: Callable[[str], None]) -> int:
     step, passed = checkpoints.newest()
     if step is None and any(not reason.startswith(manifest.NAME) for reason in passed.values()):
         reasons = "; ".join(f"step {number}: {reason}" for number, reason in passed.items())
-        raise CheckpointError(f"{checkpoints.directory}: no checkpoint is undamaged ({reasons}); to train anew choose another --workdir")
+        raise CheckpointError(
+            f"{checkpoints.directory}: no checkpoint is undamaged ({reasons}); to train anew choose another --workdir"
+        )
     for number, reason in passed.items() if distributed.is_first() else ():
-        tell(f"checkpoint of step {number} passed over: {reason}; now in {checkpoints.set_aside(number)}")
+        tell(
+            f"checkpoint of step {number} passed over: {reason}; now in {checkpoints.set_aside(number)}"
+        )
     return -1 if step is None else step
 
 
-def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str] = (),
-                    tell: Callable[[str], None] = lambda line: None) -> None:
+def check_continues(
+    config: Config,
+    workdir: pathlib.Path,
+    allowed: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
     """Refuse a configuration that would make the run in a directory another one.
 
     Args:
@@ -136,16 +167,31 @@ def check_continues(config: Config, workdir: pathlib.Path, allowed: Sequence[str
     now = _flat(config)
     for path in allowed:
         if path not in now:
-            raise ConfigError(f"--allow_config_change={path}: no such field{config_lib.did_you_mean(path, now) or '; as in data.source'}")
+            raise ConfigError(
+                f"--allow_config_change={path}: no such field{config_lib.did_you_mean(path, now) or '; as in data.source'}"
+            )
     if not (workdir / "config.json").exists():
         return
     old, saved = load_config(workdir), _Saved(workdir)
-    changed = {path: (before, now[path]) for path, before in _flat(old).items() if before != now[path] and not _is_fitted(path, now[path])}
+    changed = {
+        path: (before, now[path])
+        for path, before in _flat(old).items()
+        if before != now[path] and not _is_fitted(path, now[path])
+    }
     same = _same_content(config, saved, changed, allowed, tell)
-    refused = [path for path in changed if is_fixed(*path.split(".")) and path not in allowed and path not in same]
+    refused = [
+        path
+        for path in changed
+        if is_fixed(*path.split(".")) and path not in allowed and path not in same
+    ]
     if refused:
-        listed = ", ".join(f"config.{path}: {changed[path][1]!r}, but the run in {workdir} has {changed[path][0]!r}" for path in refused)
-        raise ConfigError(f"{listed}; keep it, choose another --workdir, or say --allow_config_change={','.join(refused)}")
+        listed = ", ".join(
+            f"config.{path}: {changed[path][1]!r}, but the run in {workdir} has {changed[path][0]!r}"
+            for path in refused
+        )
+        raise ConfigError(
+            f"{listed}; keep it, choose another --workdir, or say --allow_config_change={','.join(refused)}"
+        )
     for path, (before, after) in changed.items():
         what = ", the same by content" if path in same else ""
         tell(f"config.{path} is {after!r}, was {before!r}{what}")
@@ -162,7 +208,13 @@ class _Saved:
         self.data: dict[str, Any] = data if isinstance(data, dict) else {}
 
 
-def _same_content(config: Config, saved: _Saved, changed: Collection[str], allowed: Sequence[str], tell: Callable[[str], None]) -> set[str]:
+def _same_content(
+    config: Config,
+    saved: _Saved,
+    changed: Collection[str],
+    allowed: Sequence[str],
+    tell: Callable[[str], None],
+) -> set[str]:
     """Return which of the tokenizer and the sources are, by content, those of the run: their names may change then.
 
     Args:
@@ -179,8 +231,10 @@ def _same_content(config: Config, saved: _Saved, changed: Collection[str], allow
     if saved.tokenizer is not None and "data.tokenizer" not in allowed:
         found = tokenizer.of(config.data).fingerprint
         if saved.tokenizer != found:
-            raise ConfigError(f"config.data.tokenizer: is {found}, but the run in {saved.workdir} was trained with {saved.tokenizer}; "
-                              "restore that file, choose another --workdir, or say --allow_config_change=data.tokenizer")
+            raise ConfigError(
+                f"config.data.tokenizer: is {found}, but the run in {saved.workdir} was trained with {saved.tokenizer}; "
+                "restore that file, choose another --workdir, or say --allow_config_change=data.tokenizer"
+            )
         same.add("data.tokenizer")
     if not saved.data or "data.source" in allowed:
         return same
@@ -188,16 +242,27 @@ def _same_content(config: Config, saved: _Saved, changed: Collection[str], allow
     if fingerprints.same(found["train"], saved.data.get("train")):
         same.add("data.source")
     elif "data.source" not in changed:
-        names = ", ".join(fingerprints.changed(found["train"], saved.data.get("train"))) or config.data.source
-        raise ConfigError(f"config.data.source: {names} holds other data than the run in {saved.workdir} was trained with; "
-                          "restore it, choose another --workdir, or say --allow_config_change=data.source")
+        names = (
+            ", ".join(fingerprints.changed(found["train"], saved.data.get("train")))
+            or config.data.source
+        )
+        raise ConfigError(
+            f"config.data.source: {names} holds other data than the run in {saved.workdir} was trained with; "
+            "restore it, choose another --workdir, or say --allow_config_change=data.source"
+        )
     if other := fingerprints.changed(found["held_out"], saved.data.get("held_out")):
-        tell(f"held-out text of {', '.join(other)} is another than before: held-out losses do not compare")
+        tell(
+            f"held-out text of {', '.join(other)} is another than before: held-out losses do not compare"
+        )
     return same
 
 
 def _flat(config: Config) -> dict[str, object]:
-    return {f"{section}.{name}": value for section, values in config_lib.to_dict(config).items() for name, value in values.items()}
+    return {
+        f"{section}.{name}": value
+        for section, values in config_lib.to_dict(config).items()
+        for name, value in values.items()
+    }
 
 
 def _is_fitted(path: str, value: object) -> bool:

@@ -31,8 +31,15 @@ RETRY_SECONDS, LAST_TRIES = 60.0, 10
 class Saver:
     """Saves the states of a run, and tells what became of it."""
 
-    def __init__(self, config: Config, program: TrainProgram, checkpoints: Checkpoints, writer: MetricsWriter | Silent,
-                 progress: Progress | Silent, watchdog: Watchdog):
+    def __init__(
+        self,
+        config: Config,
+        program: TrainProgram,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter | Silent,
+        progress: Progress | Silent,
+        watchdog: Watchdog,
+    ):
         self.config, self.program, self.checkpoints = config.checkpoint, program, checkpoints
         self.writer, self.progress, self.watchdog = writer, progress, watchdog
         self._saved_at, self._again_at, self._postponed = time.monotonic(), math.inf, False
@@ -51,7 +58,15 @@ class Saver:
         now, minutes = time.monotonic(), self.config.minutes
         return now > self._again_at or (minutes > 0 and now - self._saved_at > 60 * minutes)
 
-    def save(self, step: int, state: TrainState, position: Position, held_out_loss: float | None, *, busy: bool) -> bool:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: Position,
+        held_out_loss: float | None,
+        *,
+        busy: bool,
+    ) -> bool:
         """Begins to save, or leaves it for a later step; False if the state must not be saved at all.
 
         busy: whether an earlier save is still under way, on any process.
@@ -59,7 +74,9 @@ class Saver:
         if busy:
             if not self._postponed:
                 self.writer.event("save_postponed", step)
-                self.progress.message(f"step {step}: the save before is still under way; this one is postponed, training goes on")
+                self.progress.message(
+                    f"step {step}: the save before is still under way; this one is postponed, training goes on"
+                )
             self._postponed = True
             return True
         if self.unsound(step, state):
@@ -72,7 +89,9 @@ class Saver:
                 self._failed(step, str(error))
         return True
 
-    def save_last(self, step: int, state: TrainState, position: Position, held_out_loss: float | None) -> None:
+    def save_last(
+        self, step: int, state: TrainState, position: Position, held_out_loss: float | None
+    ) -> None:
         """Saves and waits for the end of it.
 
         Raises:
@@ -96,13 +115,21 @@ class Saver:
             self.progress.message(f"step {step}: {name} is not finite; this state is not saved")
         return name is not None
 
-    def _begin(self, step: int, state: TrainState, position: Position, held_out_loss: float | None) -> None:
+    def _begin(
+        self, step: int, state: TrainState, position: Position, held_out_loss: float | None
+    ) -> None:
         self._saved_at, self._again_at = time.monotonic(), math.inf
         self.watchdog.begin("save", f"saving step {step}")
-        data_state = {"step": step, **position._asdict(), "scaling": scaling_state.record(self.program.recipes)}
+        data_state = {
+            "step": step,
+            **position._asdict(),
+            "scaling": scaling_state.record(self.program.recipes),
+        }
         self.checkpoints.save(step, state.items(), data_state, held_out_loss=held_out_loss)
 
     def _failed(self, step: int, reason: str) -> None:
         self._again_at = time.monotonic() + RETRY_SECONDS
         self.writer.event("save_failed", step, reason=reason)
-        self.progress.message(f"step {step}: {reason}; training goes on, the next try is in {RETRY_SECONDS:.0f} s")
+        self.progress.message(
+            f"step {step}: {reason}; training goes on, the next try is in {RETRY_SECONDS:.0f} s"
+        )

@@ -40,7 +40,9 @@ def _record(entry: str, recipe: GemmRecipe, recipes: ModelRecipes) -> Record:
     }
 
 
-def choose(recipes: ModelRecipes, saved: Scaling, saved_with: Mapping[str, Record] | None) -> tuple[Scaling, dict[str, str]]:
+def choose(
+    recipes: ModelRecipes, saved: Scaling, saved_with: Mapping[str, Record] | None
+) -> tuple[Scaling, dict[str, str]]:
     """Return the state of the roles that a checkpoint's state fits, and why it does not for the others.
 
     Args:
@@ -84,14 +86,18 @@ def _difference(before: Any, now: Any) -> str:
     return f"of {changed} was {before.get(changed)}, is {now[changed]}"
 
 
-def _made_with(state: Mapping[str, jax.Array], recipe: GemmRecipe, role: str, scalings: list[str]) -> bool:
+def _made_with(
+    state: Mapping[str, jax.Array], recipe: GemmRecipe, role: str, scalings: list[str]
+) -> bool:
     """Return whether scales are what this recipe makes of the history, which all layers that need it have."""
     found = jax.device_get(state)
     if found["history"].shape[-1] != recipe.history_length:
         return False
     expected, largest = jax.device_get(scales_of(jnp.asarray(found["history"]), recipe, role))
     needed = np.asarray(scalings) == "delayed"
-    return bool(np.all(largest[needed] > 0) and np.all((largest == 0) | (expected == found["scale"])))
+    return bool(
+        np.all(largest[needed] > 0) and np.all((largest == 0) | (expected == found["scale"]))
+    )
 
 
 def tell(kept: Scaling, why: Mapping[str, str]) -> str:
@@ -100,4 +106,6 @@ def tell(kept: Scaling, why: Mapping[str, str]) -> str:
     for role, reason in why.items():
         reasons.setdefault(reason, []).append(role)
     anew = "; ".join(f"{', '.join(roles)} ({reason})" for reason, roles in reasons.items())
-    return f"fp8 scales are calibrated anew: {anew}" + (f"; kept: {', '.join(kept)}" if kept else "")
+    return f"fp8 scales are calibrated anew: {anew}" + (
+        f"; kept: {', '.join(kept)}" if kept else ""
+    )

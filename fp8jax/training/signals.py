@@ -43,7 +43,10 @@ def _acknowledged(numbers: Sequence[int]) -> Iterator[None]:
     def say() -> None:
         while number := os.read(reader, 1):
             if number[0] in numbers:
-                print(f"{signal.Signals(number[0]).name}: stopping when what is under way is done and saved", flush=True)
+                print(
+                    f"{signal.Signals(number[0]).name}: stopping when what is under way is done and saved",
+                    flush=True,
+                )
 
     thread = threading.Thread(target=say, name="signals", daemon=True)
     thread.start()

@@ -42,7 +42,11 @@ def describe(program: TrainProgram) -> list[str]:
     config, device = program.config, program.mesh.devices.flat[0]
     tokens = config.training.batch_size * config.data.sequence_length
     share = audit.fp8_share(_traced(program), BLOCK_ROLES)
-    how = f"emulated: {device.device_kind} has no FP8 units" if program.emulated else f"native on {device.device_kind}"
+    how = (
+        f"emulated: {device.device_kind} has no FP8 units"
+        if program.emulated
+        else f"native on {device.device_kind}"
+    )
     model = program.definition.config
     lines = [
         f"model    {model.architecture}, {program.definition.parameter_count():,} parameters, {model.layers} layers of width {model.width}",
@@ -51,9 +55,13 @@ def describe(program: TrainProgram) -> list[str]:
         f"batch    {tokens:,} tokens per step, {config.training.steps} steps",
     ]
     if not model.scan_layers and model.layers > UNROLLED:
-        lines.append(f"warning  config.model.scan_layers=False compiles each of the {model.layers} layers by itself, which takes the longer "
-                     "the more there are; True compiles one")
-    own = "; set config.data.source to train on your own" if config.data.source == "embedded" else ""
+        lines.append(
+            f"warning  config.model.scan_layers=False compiles each of the {model.layers} layers by itself, which takes the longer "
+            "the more there are; True compiles one"
+        )
+    own = (
+        "; set config.data.source to train on your own" if config.data.source == "embedded" else ""
+    )
     return lines + [f"data     {line}{own}" for line in pipeline.describe(config)]
 
 
@@ -68,10 +76,15 @@ def check_attention(program: TrainProgram) -> list[str]:
     """
     by_backend: dict[str, list[Any]] = {}
     for layer, recipes in enumerate(program.recipes.blocks):
-        pair, pairs = {role: recipes[role] for role in (SCORES, VALUES)}, by_backend.setdefault(program.recipes.backend_of(layer), [])
+        pair, pairs = (
+            {role: recipes[role] for role in (SCORES, VALUES)},
+            by_backend.setdefault(program.recipes.backend_of(layer), []),
+        )
         if pair not in pairs and any(recipe.fp8 for recipe in pair.values()):
             pairs.append(pair)
-    return [_check_backend(program, backend, pairs) for backend, pairs in by_backend.items() if pairs]
+    return [
+        _check_backend(program, backend, pairs) for backend, pairs in by_backend.items() if pairs
+    ]
 
 
 def _check_backend(program: TrainProgram, backend: str, pairs: list[Any]) -> str:
@@ -83,8 +96,11 @@ def _check_backend(program: TrainProgram, backend: str, pairs: list[Any]) -> str
     kinds = (False, True) if backend == "pallas" and program.config.monitor.every else (False,)
     head_dim = config_lib.head_dim(program.config.model)
     try:
-        errors = [max(self_check(backend, pair, head_dim=head_dim, statistics=statistics).values())
-                  for pair in pairs for statistics in kinds]
+        errors = [
+            max(self_check(backend, pair, head_dim=head_dim, statistics=statistics).values())
+            for pair in pairs
+            for statistics in kinds
+        ]
     except ValueError as error:
         raise ConfigError(f"config.fp8.attention_backend: {error}") from None
     return f"{line}, within {max(errors):.1g} of the definition on this device"
@@ -130,11 +146,19 @@ def facts(program: TrainProgram) -> dict[str, Any]:
     device, plan = program.mesh.devices.flat[0], program.compiled_step().memory_analysis()
     model = program.definition.config
     return {
-        "model": f"{model.architecture}, {model.layers} layers of width {model.width}", "parameters": program.definition.parameter_count(),
-        "fp8_share": audit.fp8_share(_traced(program), BLOCK_ROLES), "gemms": "emulated" if program.emulated else "native",
-        "mesh": mesh_lib.describe(program.mesh), "devices": program.mesh.size, "device": device.device_kind,
-        "memory_bytes": plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes,
-        "model_flops": _model_flops(program), "seconds_at_peak": seconds_at_peak(program),
+        "model": f"{model.architecture}, {model.layers} layers of width {model.width}",
+        "parameters": program.definition.parameter_count(),
+        "fp8_share": audit.fp8_share(_traced(program), BLOCK_ROLES),
+        "gemms": "emulated" if program.emulated else "native",
+        "mesh": mesh_lib.describe(program.mesh),
+        "devices": program.mesh.size,
+        "device": device.device_kind,
+        "memory_bytes": plan.argument_size_in_bytes
+        + plan.temp_size_in_bytes
+        + plan.output_size_in_bytes
+        - plan.alias_size_in_bytes,
+        "model_flops": _model_flops(program),
+        "seconds_at_peak": seconds_at_peak(program),
         "versions": f"fp8jax {fp8jax.__version__}, jax {jax.__version__}",
     }
 
@@ -147,14 +171,20 @@ def seconds_at_peak(program: TrainProgram) -> float | None:
 
 def _model_flops(program: TrainProgram) -> int:
     definition, config = program.definition, program.config
-    return model_flops(definition.config, definition.vocab_size, sequences=config.training.batch_size,
-                       sequence_length=config.data.sequence_length).total
+    return model_flops(
+        definition.config,
+        definition.vocab_size,
+        sequences=config.training.batch_size,
+        sequence_length=config.data.sequence_length,
+    ).total
 
 
 @functools.lru_cache(maxsize=2)
 def _traced(program: TrainProgram) -> list[audit.Gemm]:
     with jax.set_mesh(program.mesh):
-        return audit.traced_gemms(program.jitted_step().trace(program.abstract_state, program.abstract_batch).jaxpr)
+        return audit.traced_gemms(
+            program.jitted_step().trace(program.abstract_state, program.abstract_batch).jaxpr
+        )
 
 
 def _mib(size: int) -> str:

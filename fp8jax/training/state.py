@@ -35,13 +35,22 @@ class TrainState:
 
     def items(self) -> dict[str, Any]:
         """As a checkpoint stores it: entries that can be restored one without another."""
-        return {"params": self.params, "scaling": self.scaling, "opt_state": self.opt_state,
-                "counters": {"step": self.step, "health": self.health}}
+        return {
+            "params": self.params,
+            "scaling": self.scaling,
+            "opt_state": self.opt_state,
+            "counters": {"step": self.step, "health": self.health},
+        }
 
     @staticmethod
     def from_items(items: dict[str, Any]) -> "TrainState":
         """The inverse of `items`."""
-        return TrainState(params=items["params"], scaling=items["scaling"], opt_state=items["opt_state"], **items["counters"])
+        return TrainState(
+            params=items["params"],
+            scaling=items["scaling"],
+            opt_state=items["opt_state"],
+            **items["counters"],
+        )
 
 
 def initial_state(definition: Definition, recipes: ModelRecipes, config: Any) -> TrainState:
@@ -54,18 +63,25 @@ def state_of(params: Any, recipes: ModelRecipes, config: Any) -> TrainState:
     step = jnp.zeros((), jnp.int32)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes freely
         # The barrier keeps compilers from rounding zeros by themselves, which takes them minutes.
-        fresh = jax.lax.optimization_barrier((params, make_transform(config.optimizer).init(params), step))
+        fresh = jax.lax.optimization_barrier(
+            (params, make_transform(config.optimizer).init(params), step)
+        )
         params, opt_state = precision.pack(config.optimizer, *fresh)
     return TrainState(step, params, gemms.init_scaling(recipes), opt_state, Health.initial())
 
 
-def abstract_state(definition: Definition, recipes: ModelRecipes, config: Any, mesh: Mesh) -> TrainState:
+def abstract_state(
+    definition: Definition, recipes: ModelRecipes, config: Any, mesh: Mesh
+) -> TrainState:
     """Shapes, dtypes and shardings of the state; allocates nothing.
 
     Parameters and moments are sharded by their logical axes, everything else is replicated.
     """
     shapes = jax.eval_shape(lambda: initial_state(definition, recipes, config))
-    by_path = {_names(path): axes for path, axes in jax.tree_util.tree_leaves_with_path(definition.axes, is_leaf=_is_axes)}
+    by_path = {
+        _names(path): axes
+        for path, axes in jax.tree_util.tree_leaves_with_path(definition.axes, is_leaf=_is_axes)
+    }
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def sharded(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -80,8 +96,17 @@ def abstract_state(definition: Definition, recipes: ModelRecipes, config: Any, m
 
 def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding without what does not divide a dimension: one of scales, of which there are few."""
-    sizes = [math.prod(sharding.mesh.shape[axis] for axis in ((names,) if isinstance(names, str) else names or ())) for names in sharding.spec]
-    spec = (names if size % count == 0 else None for names, size, count in zip(sharding.spec, shape, sizes, strict=True))
+    sizes = [
+        math.prod(
+            sharding.mesh.shape[axis]
+            for axis in ((names,) if isinstance(names, str) else names or ())
+        )
+        for names in sharding.spec
+    ]
+    spec = (
+        names if size % count == 0 else None
+        for names, size, count in zip(sharding.spec, shape, sizes, strict=True)
+    )
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
@@ -90,4 +115,6 @@ def _is_axes(value: Any) -> bool:
 
 
 def _names(path: Any) -> tuple[str, ...]:
-    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))) for key in path)
+    return tuple(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))) for key in path
+    )

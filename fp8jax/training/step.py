@@ -53,7 +53,9 @@ def token_losses(logits_btv: jax.Array, targets_bt: jax.Array) -> jax.Array:
     return _token_losses(logits_btv, targets_bt)[0]
 
 
-def _token_losses(logits_btv: jax.Array, targets_bt: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _token_losses(
+    logits_btv: jax.Array, targets_bt: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     chosen = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
     lse = jax.nn.logsumexp(logits_btv, axis=-1)
     return lse - chosen, (logits_btv, targets_bt, lse)
@@ -84,26 +86,46 @@ class TrainProgram:
         self.emulated = emulates_fp8(config, mesh.devices.flat[0])
         self.recipes = self._recipes(config)
         self.abstract_state = abstract_state(definition, self.recipes, config, mesh)
-        self.batch_sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"]))
+        self.batch_sharding = NamedSharding(
+            mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"])
+        )
         self.abstract_batch = self._abstract_batch()
         self.state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.bad_names = bad_steps.names(jax.eval_shape(lambda: gemms.zero_tokens(self.recipes)), definition.shapes)
+        self.bad_names = bad_steps.names(
+            jax.eval_shape(lambda: gemms.zero_tokens(self.recipes)), definition.shapes
+        )
         self._options = compiler_options(mesh.devices.flat[0].platform)
         self._compiled: dict[bool, Any] = {}
         self._is_finite: Any = None
 
     def _recipes(self, config: Config) -> ModelRecipes:
         device = self.mesh.devices.flat[0]
-        fused, cudnn = not self.emulated and runs_kernels(device), has_cudnn_attention(config, device)
-        return gemms.model_recipes(config, gated=self.definition.gated(), emulated=self.emulated, fused=fused, cudnn=cudnn)
+        fused, cudnn = (
+            not self.emulated and runs_kernels(device),
+            has_cudnn_attention(config, device),
+        )
+        return gemms.model_recipes(
+            config, gated=self.definition.gated(), emulated=self.emulated, fused=fused, cudnn=cudnn
+        )
 
     def _abstract_batch(self) -> Batch:
         training, data = self.config.training, self.config.data
-        shape = training.microbatches, training.batch_size // training.microbatches, data.sequence_length
-        names = ["inputs", "targets", "mask"] + (["segment_ids", "positions"] if data.document_masks else [])
+        shape = (
+            training.microbatches,
+            training.batch_size // training.microbatches,
+            data.sequence_length,
+        )
+        names = ["inputs", "targets", "mask"] + (
+            ["segment_ids", "positions"] if data.document_masks else []
+        )
         dtypes = {"mask": jnp.float32}
-        return {name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=self.batch_sharding) for name in names}
+        return {
+            name: jax.ShapeDtypeStruct(
+                shape, dtypes.get(name, jnp.int32), sharding=self.batch_sharding
+            )
+            for name in names
+        }
 
     def init(self, params: Params | None = None) -> TrainState:
         """Fresh, sharded state; around these parameters, if there are any, whatever their dtypes."""
@@ -111,17 +133,24 @@ class TrainProgram:
 
     def jitted_init(self) -> Any:
         """The jitted `init`, for tracing."""
+
         def make(params: Params | None) -> TrainState:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 if params is None:
                     return initial_state(self.definition, self.recipes, self.config)
-                return state_of(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), self.recipes, self.config)
+                return state_of(
+                    jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params),
+                    self.recipes,
+                    self.config,
+                )
 
         return jax.jit(make, out_shardings=self.state_shardings)
 
     def fresh_scaling(self) -> dict[str, Any]:
         """Scaling state that is not calibrated yet."""
-        return jax.jit(lambda: gemms.init_scaling(self.recipes), out_shardings=self.state_shardings.scaling)()
+        return jax.jit(
+            lambda: gemms.init_scaling(self.recipes), out_shardings=self.state_shardings.scaling
+        )()
 
     def abstract_state_kept_as(self, optimizer: OptimizerConfig) -> TrainState:
         """The abstract state with parameters and moments in the formats of another config."""
@@ -130,11 +159,14 @@ class TrainProgram:
 
     def keep_as_configured(self, state: TrainState) -> TrainState:
         """A state whose parameters and moments are in other formats, in those of this program's config."""
+
         def convert(params: Params, opt_state: Any, step: jax.Array) -> tuple[Params, Any]:
             return precision.pack(self.config.optimizer, *precision.unpack(params, opt_state), step)
 
         shardings = self.state_shardings.params, self.state_shardings.opt_state
-        params, opt_state = jax.jit(convert, out_shardings=shardings)(state.params, state.opt_state, state.step)
+        params, opt_state = jax.jit(convert, out_shardings=shardings)(
+            state.params, state.opt_state, state.step
+        )
         return dataclasses.replace(state, params=params, opt_state=opt_state)
 
     def fallen_back(self, overrides: str) -> "TrainProgram":
@@ -147,11 +179,15 @@ class TrainProgram:
 
     def _with(self, overrides: str) -> Config:
         together = ",".join(part for part in (self.config.fp8.overrides, overrides) if part)
-        return dataclasses.replace(self.config, fp8=dataclasses.replace(self.config.fp8, overrides=together))
+        return dataclasses.replace(
+            self.config, fp8=dataclasses.replace(self.config.fp8, overrides=together)
+        )
 
     def carry(self, state: TrainState) -> TrainState:
         """A state of the program that this one has fallen back from: without the scaling state of roles that left FP8."""
-        return dataclasses.replace(state, scaling={role: state.scaling[role] for role in self.abstract_state.scaling})
+        return dataclasses.replace(
+            state, scaling={role: state.scaling[role] for role in self.abstract_state.scaling}
+        )
 
     def put(self, batch: dict[str, Any]) -> Batch:
         """Moves a host batch, this process's `rows` of [batch, t], to the devices, split into microbatches."""
@@ -168,13 +204,23 @@ class TrainProgram:
 
     def jitted_step(self, *, collect: bool = False) -> Any:
         """The jitted step, for tracing."""
-        def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array], Packed | None]:
+
+        def step(
+            state: TrainState, batch: Batch
+        ) -> tuple[TrainState, dict[str, jax.Array], Packed | None]:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                new, metrics, taps = train_step(state, batch, self.config, self.definition, self.recipes, collect=collect)
+                new, metrics, taps = train_step(
+                    state, batch, self.config, self.definition, self.recipes, collect=collect
+                )
                 return new, metrics, pack(taps) if collect else None
 
         whole = self.replicated  # every process logs, or knows, all metrics
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.state_shardings, whole, whole), compiler_options=self._options)
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(self.state_shardings, whole, whole),
+            compiler_options=self._options,
+        )
 
     def compiled_step(self, *, collect: bool = False) -> Any:
         """The step's executable, compiled at the first request: one without statistics, one with."""
@@ -186,7 +232,9 @@ class TrainProgram:
         """Whether `compiled_step` has its executable already."""
         return collect in self._compiled
 
-    def step(self, state: TrainState, batch: Batch, *, collect: bool = False) -> tuple[TrainState, dict[str, jax.Array], Taps]:
+    def step(
+        self, state: TrainState, batch: Batch, *, collect: bool = False
+    ) -> tuple[TrainState, dict[str, jax.Array], Taps]:
         """One update. Donates `state`. With `collect`, waits until it is done.
 
         Returns:
@@ -199,15 +247,31 @@ class TrainProgram:
 
     def unsound(self, state: TrainState) -> str | None:
         """The first array of a state, of those that every step builds on, that is not finite; None where all are."""
-        items = {"parameter": state.params, "scaling": state.scaling, "optimizer state": state.opt_state}
-        leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(items) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        items = {
+            "parameter": state.params,
+            "scaling": state.scaling,
+            "optimizer state": state.opt_state,
+        }
+        leaves = [
+            (path, leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(items)
+            if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        ]
         if self._is_finite is None:
-            self._is_finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), out_shardings=self.replicated)
+            self._is_finite = jax.jit(
+                lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]),
+                out_shardings=self.replicated,
+            )
         finite = jax.device_get(self._is_finite([leaf for _, leaf in leaves]))
-        names = (f"{path[0].key} {jax.tree_util.keystr(path[1:], simple=True, separator='.')}" for path, _ in leaves)
+        names = (
+            f"{path[0].key} {jax.tree_util.keystr(path[1:], simple=True, separator='.')}"
+            for path, _ in leaves
+        )
         return next((name for name, fine in zip(names, finite, strict=True) if not fine), None)
 
-    def calibrate(self, state: TrainState, batch: Batch, roles: Sequence[str] | None = None) -> TrainState:
+    def calibrate(
+        self, state: TrainState, batch: Batch, roles: Sequence[str] | None = None
+    ) -> TrainState:
         """Fill empty amax histories from one forward and backward pass with `current` scaling; update nothing else.
 
         Args:
@@ -224,9 +288,14 @@ class TrainProgram:
         found = self.jitted_calibration()(state, batch)
         bad = [role for role, amax in jax.device_get(found).items() if not np.isfinite(amax).all()]
         if bad:
-            raise FloatingPointError(f"calibration: amax of {', '.join(bad)} is not finite on the first batch; check the initial "
-                                     "weights or the checkpoint for NaN")
-        update = jax.jit(lambda scaling, found: gemms.update_scaling(scaling, found, self.recipes), out_shardings=self.replicated)
+            raise FloatingPointError(
+                f"calibration: amax of {', '.join(bad)} is not finite on the first batch; check the initial "
+                "weights or the checkpoint for NaN"
+            )
+        update = jax.jit(
+            lambda scaling, found: gemms.update_scaling(scaling, found, self.recipes),
+            out_shardings=self.replicated,
+        )
         filled = update({role: state.scaling[role] for role in chosen}, found)
         return dataclasses.replace(state, scaling=state.scaling | filled)
 
@@ -249,8 +318,15 @@ class TrainProgram:
         return jax.jit(amaxes, out_shardings=self.replicated, compiler_options=self._options)
 
 
-def gradients(state: TrainState, batch: Batch, config: Config, definition: Definition, recipes: ModelRecipes, *,
-              collect: bool = False) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
+def gradients(
+    state: TrainState,
+    batch: Batch,
+    config: Config,
+    definition: Definition,
+    recipes: ModelRecipes,
+    *,
+    collect: bool = False,
+) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
     """Loss, gradients, raw amaxes and statistics of a batch, over all its microbatches.
 
     Returns:
@@ -265,33 +341,73 @@ def gradients(state: TrainState, batch: Batch, config: Config, definition: Defin
     total = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
     options = ForwardOptions(config.training.remat, collect, config.monitor.kurtosis == "pooled")
 
-    def loss_of(params: Params, tokens: dict[str, jax.Array], part: Batch) -> tuple[jax.Array, tuple[jax.Array, Taps]]:
-        nll, lse, taps = _losses(definition.bind(params), part, recipes, prepared._replace(tokens=tokens), options, config)
+    def loss_of(
+        params: Params, tokens: dict[str, jax.Array], part: Batch
+    ) -> tuple[jax.Array, tuple[jax.Array, Taps]]:
+        nll, lse, taps = _losses(
+            definition.bind(params),
+            part,
+            recipes,
+            prepared._replace(tokens=tokens),
+            options,
+            config,
+        )
         with jax.named_scope("loss"):
             loss = jnp.sum(nll * part["mask"]) / total
             if not config.optimizer.z_loss:
                 return loss, (loss, taps)
-            return loss + config.optimizer.z_loss * jnp.sum(lse**2 * part["mask"]) / total, (loss, taps)
+            return loss + config.optimizer.z_loss * jnp.sum(lse**2 * part["mask"]) / total, (
+                loss,
+                taps,
+            )
 
     def one(part: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
-        tokens = gemms.zero_reports(recipes) if collect else gemms.zero_tokens(recipes, by_device=True)
-        (_, (loss, taps)), (grads, found) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(view, tokens, part)
-        amaxes, health = gemms.read_reports(found, recipes, pooled=options.pooled_kurtosis) if collect else (found, {})
+        tokens = (
+            gemms.zero_reports(recipes) if collect else gemms.zero_tokens(recipes, by_device=True)
+        )
+        (_, (loss, taps)), (grads, found) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
+            view, tokens, part
+        )
+        amaxes, health = (
+            gemms.read_reports(found, recipes, pooled=options.pooled_kurtosis)
+            if collect
+            else (found, {})
+        )
         return loss, sums.narrow(grads), amaxes, taps | health
 
     sums = GradientSums(config.optimizer, state.step)
     of_weights = model.weight_health(recipes, prepared) if collect else {}
     if config.training.microbatches == 1:
         loss, grads, amaxes, taps = one(jax.tree.map(lambda a: a[0], batch))
-        return loss, grads, gemms.over_devices(amaxes) | model.weight_amaxes(recipes), taps | of_weights
+        return (
+            loss,
+            grads,
+            gemms.over_devices(amaxes) | model.weight_amaxes(recipes),
+            taps | of_weights,
+        )
 
     def accumulate(carry: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Taps]:
         loss, grads, amaxes, taps = one(numbered[1])
-        return (carry[0] + loss, sums.add(carry[1], grads, numbered[0]), jax.tree.map(jnp.maximum, carry[2], amaxes)), taps
+        return (
+            carry[0] + loss,
+            sums.add(carry[1], grads, numbered[0]),
+            jax.tree.map(jnp.maximum, carry[2], amaxes),
+        ), taps
 
-    zeros = jnp.zeros((), jnp.float32), sums.zeros(view), gemms.zero_tokens(recipes, by_device=not collect)
-    (loss, grads, amaxes), taps = jax.lax.scan(accumulate, zeros, (jnp.arange(config.training.microbatches), batch))
-    return loss, grads, gemms.over_devices(amaxes) | model.weight_amaxes(recipes), statistics.combine(taps) | of_weights
+    zeros = (
+        jnp.zeros((), jnp.float32),
+        sums.zeros(view),
+        gemms.zero_tokens(recipes, by_device=not collect),
+    )
+    (loss, grads, amaxes), taps = jax.lax.scan(
+        accumulate, zeros, (jnp.arange(config.training.microbatches), batch)
+    )
+    return (
+        loss,
+        grads,
+        gemms.over_devices(amaxes) | model.weight_amaxes(recipes),
+        statistics.combine(taps) | of_weights,
+    )
 
 
 def _after(grads: Params, params: Params, opt_state: Any) -> tuple[Params, Any]:
@@ -301,8 +417,14 @@ def _after(grads: Params, params: Params, opt_state: Any) -> tuple[Params, Any]:
     return jax.lax.optimization_barrier((params, opt_state, grads))[:2]
 
 
-def _losses(model: Transformer, part: Batch, recipes: ModelRecipes, prepared: PreparedGemms, options: ForwardOptions,
-            config: Config) -> tuple[jax.Array, jax.Array, Taps]:
+def _losses(
+    model: Transformer,
+    part: Batch,
+    recipes: ModelRecipes,
+    prepared: PreparedGemms,
+    options: ForwardOptions,
+    config: Config,
+) -> tuple[jax.Array, jax.Array, Taps]:
     """Negative log-likelihoods and log-partitions, float32 [b, t], and taps."""
     if config.training.loss_chunk:
         return model.chunked_losses(part, recipes, prepared, config.training.loss_chunk, options)
@@ -311,11 +433,23 @@ def _losses(model: Transformer, part: Batch, recipes: ModelRecipes, prepared: Pr
         return token_losses(logits, part["targets"]), jax.nn.logsumexp(logits, axis=-1), taps
 
 
-def train_step(state: TrainState, batch: Batch, config: Config, definition: Definition, recipes: ModelRecipes, *,
-               collect: bool = False) -> tuple[TrainState, dict[str, jax.Array], Taps]:
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    config: Config,
+    definition: Definition,
+    recipes: ModelRecipes,
+    *,
+    collect: bool = False,
+) -> tuple[TrainState, dict[str, jax.Array], Taps]:
     """The whole step; see TrainProgram.step."""
-    loss, grads, amaxes, taps = gradients(state, batch, config, definition, recipes, collect=collect)
-    with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes freely
+    loss, grads, amaxes, taps = gradients(
+        state, batch, config, definition, recipes, collect=collect
+    )
+    with (
+        jax.named_scope("optimizer"),
+        jax.numpy_dtype_promotion("standard"),
+    ):  # optax mixes dtypes freely
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         squares = bad_steps.squares(grads)
         grad_norm = jnp.sqrt(sum(jnp.sum(square) for square in squares))
@@ -332,8 +466,14 @@ def train_step(state: TrainState, batch: Batch, config: Config, definition: Defi
     new = TrainState(state.step, params, scaling, opt_state, state.health)
     kept = jax.tree.map(lambda a, b: jnp.where(bad, b, a), new, state)
     kept = dataclasses.replace(kept, step=state.step + 1, health=state.health.after(bad, values))
-    metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "bad_step": bad.astype(jnp.int32),
-               "bad_steps_in_a_row": kept.health.in_a_row, "first_bad": jnp.argmax(flags).astype(jnp.int32)}
+    metrics = {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "bad_step": bad.astype(jnp.int32),
+        "bad_steps_in_a_row": kept.health.in_a_row,
+        "first_bad": jnp.argmax(flags).astype(jnp.int32),
+    }
     if collect and config.monitor.parameters:
         taps = taps | state_statistics(kept)
     return kept, metrics, taps

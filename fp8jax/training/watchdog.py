@@ -46,7 +46,9 @@ class Watchdog:
         faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
         faulthandler.enable(file=sys.__stderr__, all_threads=True)
         if limited := [limit for limit in self.limits.values() if limit]:
-            threading.Thread(target=self._watch, args=(min(*limited, 20.0) / 4,), name="watchdog", daemon=True).start()
+            threading.Thread(
+                target=self._watch, args=(min(*limited, 20.0) / 4,), name="watchdog", daemon=True
+            ).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -58,8 +60,11 @@ class Watchdog:
             for kind, (what, since) in list(self._under_way.items()):
                 waited, limit = time.monotonic() - since, self.limits[kind]
                 if limit and waited > limit:
-                    print(f"error: {what} has taken {waited:.0f} s, more than config.training.{kind}_limit={limit:g}; {self._last}; stacks "
-                          "of all threads follow, then the process ends. Run again to continue from the newest checkpoint.",
-                          file=sys.stderr, flush=True)
+                    print(
+                        f"error: {what} has taken {waited:.0f} s, more than config.training.{kind}_limit={limit:g}; {self._last}; stacks "
+                        "of all threads follow, then the process ends. Run again to continue from the newest checkpoint.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
                     os._exit(1)

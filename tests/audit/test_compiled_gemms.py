@@ -18,19 +18,38 @@ def operands(lhs, rhs):
 
 
 def cublas(target, contract, *, batch=""):
-    numbers = f'"lhs_contracting_dimensions":["{contract[0]}"],"rhs_contracting_dimensions":["{contract[1]}"],' \
-              f'"lhs_batch_dimensions":[{batch}],"rhs_batch_dimensions":[{batch}]'
+    numbers = (
+        f'"lhs_contracting_dimensions":["{contract[0]}"],"rhs_contracting_dimensions":["{contract[1]}"],'
+        f'"lhs_batch_dimensions":[{batch}],"rhs_batch_dimensions":[{batch}]'
+    )
     name = 'metadata={op_name="jit(step)/jvp()/fp8jax.gemm[mlp_up.fprop]/dot_general"}'
-    return f'custom-call(%a, %b), custom_call_target="{target}", {name}, ' \
-           f'backend_config={{"gemm_backend_config":{{"beta":0,"dot_dimension_numbers":{{{numbers}}}}}}}'
+    return (
+        f'custom-call(%a, %b), custom_call_target="{target}", {name}, '
+        f'backend_config={{"gemm_backend_config":{{"beta":0,"dot_dimension_numbers":{{{numbers}}}}}}}'
+    )
 
 
-@pytest.mark.parametrize(("target", "lhs", "rhs", "kernel", "fp8"), [
-    ("__cublas$lt$matmul$f8", "f8e5m2[32,64]{1,0}", "f8e4m3fn[64,16]{1,0}", "cuBLASLt FP8", True),
-    ("__cublas$lt$matmul", "bf16[32,64]{1,0}", "bf16[64,16]{1,0}", "cuBLASLt BF16", False),
-    ("__cublas$gemm", "f32[32,64]{1,0}", "f32[64,16]{1,0}", "cuBLAS F32", False)])
+@pytest.mark.parametrize(
+    ("target", "lhs", "rhs", "kernel", "fp8"),
+    [
+        (
+            "__cublas$lt$matmul$f8",
+            "f8e5m2[32,64]{1,0}",
+            "f8e4m3fn[64,16]{1,0}",
+            "cuBLASLt FP8",
+            True,
+        ),
+        ("__cublas$lt$matmul", "bf16[32,64]{1,0}", "bf16[64,16]{1,0}", "cuBLASLt BF16", False),
+        ("__cublas$gemm", "f32[32,64]{1,0}", "f32[64,16]{1,0}", "cuBLAS F32", False),
+    ],
+)
 def test_library_calls(target, lhs, rhs, kernel, fp8):
-    [gemm] = compiled_gemms(entry(*operands(lhs, rhs), f"ROOT %c = (bf16[32,16]{{1,0}}, s8[99]{{0}}) {cublas(target, (1, 0))}"))
+    [gemm] = compiled_gemms(
+        entry(
+            *operands(lhs, rhs),
+            f"ROOT %c = (bf16[32,16]{{1,0}}, s8[99]{{0}}) {cublas(target, (1, 0))}",
+        )
+    )
     assert (gemm.role, gemm.pass_name, gemm.repeated) == ("mlp_up", "fprop", False)
     assert gemm.shape == (1, 32, 16, 64) and gemm.flops == 2 * 32 * 16 * 64
     assert gemm.kernel == kernel and gemm.fp8 == fp8 and gemm.out_dtype == "bfloat16"
@@ -43,11 +62,32 @@ def test_a_batched_library_call():
     assert gemm.shape == (5, 32, 16, 64)
 
 
-@pytest.mark.parametrize(("lhs", "rhs", "out", "attributes", "shape"), [
-    ("f8e4m3fn[2,256,512]", "f8e4m3fn[512,384,1]", "bf16[2,256,384]", "window={size=1}, dim_labels=0bf_io0->0bf", (1, 512, 384, 512)),
-    ("bf16[4,256,2,128]", "bf16[4,64,1,128]", "f32[4,256,2,64]", "window={size=4x1 stride=3x1 lhs_dilate=4x1}, dim_labels=0b1f_0oi1->0b1f",
-     (4, 512, 64, 128)),
-    ("bf16[2,256,512]", "bf16[2,256,384]", "bf16[512,384,1]", "window={size=2}, dim_labels=0fb_0io->bf0", (1, 512, 384, 512))])
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "out", "attributes", "shape"),
+    [
+        (
+            "f8e4m3fn[2,256,512]",
+            "f8e4m3fn[512,384,1]",
+            "bf16[2,256,384]",
+            "window={size=1}, dim_labels=0bf_io0->0bf",
+            (1, 512, 384, 512),
+        ),
+        (
+            "bf16[4,256,2,128]",
+            "bf16[4,64,1,128]",
+            "f32[4,256,2,64]",
+            "window={size=4x1 stride=3x1 lhs_dilate=4x1}, dim_labels=0b1f_0oi1->0b1f",
+            (4, 512, 64, 128),
+        ),
+        (
+            "bf16[2,256,512]",
+            "bf16[2,256,384]",
+            "bf16[512,384,1]",
+            "window={size=2}, dim_labels=0fb_0io->bf0",
+            (1, 512, 384, 512),
+        ),
+    ],
+)
 def test_a_tpu_writes_gemms_as_convolutions(lhs, rhs, out, attributes, shape):
     """The second has four batches as a dilated window; the third contracts a window of size 2, which is no batch."""
     lines = operands(lhs, rhs)
@@ -69,7 +109,10 @@ def test_loops_and_fusions_of_a_compiled_program():
         with jax.named_scope("fp8jax.gemm[qkv.fprop]"):
             return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
-    shapes = jax.ShapeDtypeStruct((64, 128), jnp.float32), jax.ShapeDtypeStruct((6, 128, 128), jnp.float32)
+    shapes = (
+        jax.ShapeDtypeStruct((64, 128), jnp.float32),
+        jax.ShapeDtypeStruct((6, 128, 128), jnp.float32),
+    )
     gemms = compiled_gemms(hlo.parse(jax.jit(layers).lower(*shapes).compile().as_text()))
     assert {gemm.role for gemm in gemms} == {"qkv"} and all(gemm.count_known for gemm in gemms)
     assert sum(gemm.total_flops for gemm in gemms) == 6 * 2 * 64 * 128 * 128

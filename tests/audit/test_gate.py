@@ -14,11 +14,17 @@ from fp8jax.training.step import TrainProgram
 
 pytestmark = pytest.mark.audit
 needs_gpus, needs_tpus = (
-    pytest.mark.skipif(importlib.util.find_spec(plugin) is None, reason=f"no {plugin}: pip install -r requirements-audit.txt")
-    for plugin in ("jax_cuda13_plugin", "libtpu"))
+    pytest.mark.skipif(
+        importlib.util.find_spec(plugin) is None,
+        reason=f"no {plugin}: pip install -r requirements-audit.txt",
+    )
+    for plugin in ("jax_cuda13_plugin", "libtpu")
+)
 
 # Two layers and 512 tokens: as exact for a share as 32 layers and 4096, and compiled in seconds.
-FEW = dict(model__layers=2, data__sequence_length=512, training__batch_size=8, training__remat="save_fp8")
+FEW = dict(
+    model__layers=2, data__sequence_length=512, training__batch_size=8, training__remat="save_fp8"
+)
 ROLES = ("qkv", "attention_scores", "attention_values", "attention_out", "mlp_up", "mlp_down")
 
 
@@ -28,18 +34,34 @@ def h100s():
 
 
 def flops_by_role(found):
-    return {role: sum(row["flops"] for row in found["gemms"] if row["role"] == role and not row["repeated"]) for role in ROLES}
+    return {
+        role: sum(
+            row["flops"] for row in found["gemms"] if row["role"] == role and not row["repeated"]
+        )
+        for role in ROLES
+    }
 
 
 @needs_gpus
-@pytest.mark.parametrize(("size", "attention"), [("390m", "composed"), ("1p5b", "pallas"), ("8b", "composed"), ("8b", "auto")])
+@pytest.mark.parametrize(
+    ("size", "attention"),
+    [("390m", "composed"), ("1p5b", "pallas"), ("8b", "composed"), ("8b", "auto")],
+)
 def test_every_block_gemm_is_fp8_on_h100s(make_config, h100s, size, attention):
     config = make_config(size, **FEW, fp8__attention_backend=attention)
     found = audit(config, h100s)
-    assert found["fp8_share"] == 1.0 and found["target"]["fallbacks"] == [] and found["target"]["float64"] == []
+    assert (
+        found["fp8_share"] == 1.0
+        and found["target"]["fallbacks"] == []
+        and found["target"]["float64"] == []
+    )
     block = [row for row in found["gemms"] if row["role"] in ROLES]
-    assert {(row["role"], row["pass"]) for row in block} == {(role, name) for role in ROLES for name in ("fprop", "dgrad", "wgrad")}
-    assert {row["kernel"] for row in block} == {"cuBLASLt FP8"} | ({"Pallas FP8"} if attention != "composed" else set())
+    assert {(row["role"], row["pass"]) for row in block} == {
+        (role, name) for role in ROLES for name in ("fprop", "dgrad", "wgrad")
+    }
+    assert {row["kernel"] for row in block} == {"cuBLASLt FP8"} | (
+        {"Pallas FP8"} if attention != "composed" else set()
+    )
     assert all(row["executions_known"] for row in found["gemms"])
     assert {row["role"] for row in found["gemms"]} == {*ROLES, "lm_head"}
     wide = [row for row in found["gemms"] if "float32" in (row["lhs_dtype"], row["rhs_dtype"])]
@@ -63,8 +85,15 @@ def test_the_papers_own_settings_are_fp8_on_h100s(h100s):
         section, _, field = name.partition("__")
         values[section][field] = value
     found = audit(config_lib.from_dict(values), h100s)
-    assert found["fp8_share"] == 1.0 and found["target"]["fallbacks"] == [] and found["target"]["float64"] == []
-    assert {row["kernel"] for row in found["gemms"] if row["role"] in ROLES} == {"cuBLASLt FP8", "Pallas FP8"}
+    assert (
+        found["fp8_share"] == 1.0
+        and found["target"]["fallbacks"] == []
+        and found["target"]["float64"] == []
+    )
+    assert {row["kernel"] for row in found["gemms"] if row["role"] in ROLES} == {
+        "cuBLASLt FP8",
+        "Pallas FP8",
+    }
 
 
 def check_gathers(rows, config):
@@ -76,55 +105,89 @@ def check_gathers(rows, config):
     layer = d * (heads + 2 * kv) + heads * d + 2 * d * model.ffn_width * 3 // 2
     assert model.layers * layer <= gathered.pop("float8_e4m3fn") <= 2 * model.layers * layer
     head = model.vocab_size * d
-    assert gathered.pop("bfloat16", 0) <= 2 * head * 2  # the head, which is not in FP8, at most once a pass
+    assert (
+        gathered.pop("bfloat16", 0) <= 2 * head * 2
+    )  # the head, which is not in FP8, at most once a pass
     assert sum(gathered.values()) < layer / 10  # token ids and gains
 
 
 @needs_gpus
-@pytest.mark.parametrize("role", ["mlp_down", pytest.param("attention_scores", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "role", ["mlp_down", pytest.param("attention_scores", marks=pytest.mark.slow)]
+)
 def test_the_share_falls_by_exactly_the_role_that_is_not_fp8(make_config, h100s, role):
-    found = audit(make_config("390m", **FEW, fp8__overrides=f"{role}=bf16", fp8__attention_backend="composed"), h100s)
+    found = audit(
+        make_config(
+            "390m", **FEW, fp8__overrides=f"{role}=bf16", fp8__attention_backend="composed"
+        ),
+        h100s,
+    )
     assert {row["role"] for row in found["gemms"] if not row["fp8"]} == {role, "lm_head"}
     block = [row for row in found["gemms"] if row["role"] in ROLES]
-    lost = sum(row["flops"] for row in block if row["role"] == role) / sum(row["flops"] for row in block)
+    lost = sum(row["flops"] for row in block if row["role"] == role) / sum(
+        row["flops"] for row in block
+    )
     assert found["fp8_share"] == pytest.approx(1 - lost, abs=1e-12) and lost > 0
     # Which is not the program's own word only: what each role computes follows from shapes.
     d, f, pairs = 1024, 6144, 512 * 512
     linear = {"qkv": d * 2 * d, "attention_out": d * d, "mlp_up": d * f, "mlp_down": d * f}
     expected = {name: 6 * 2 * 512 * weights for name, weights in linear.items()} | dict.fromkeys(
-        ("attention_scores", "attention_values"), 6 * 2 * d * pairs)
+        ("attention_scores", "attention_values"), 6 * 2 * d * pairs
+    )
     assert flops_by_role(found) == expected
 
 
-NODES = {"data 2 x fsdp 4": dict(mesh__data=2, mesh__fsdp=4), "sequence 2 x fsdp 4": dict(mesh__sequence=2, mesh__fsdp=4),
-         "data 2 x fsdp 2 x tensor 2": dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
-         "data 2 x tensor 4": dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=4)}
+NODES = {
+    "data 2 x fsdp 4": dict(mesh__data=2, mesh__fsdp=4),
+    "sequence 2 x fsdp 4": dict(mesh__sequence=2, mesh__fsdp=4),
+    "data 2 x fsdp 2 x tensor 2": dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2),
+    "data 2 x tensor 4": dict(mesh__data=2, mesh__fsdp=1, mesh__tensor=4),
+}
 
 
 @needs_gpus
-@pytest.mark.parametrize("mesh", [pytest.param(mesh, marks=[] if name == "data 2 x fsdp 2 x tensor 2" else pytest.mark.slow)
-                                  for name, mesh in NODES.items()], ids=NODES)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, marks=[] if name == "data 2 x fsdp 2 x tensor 2" else pytest.mark.slow)
+        for name, mesh in NODES.items()
+    ],
+    ids=NODES,
+)
 def test_what_two_nodes_of_h100s_send_each_other(make_config, mesh):
     """Weights and activations of the blocks move as FP8; amaxes are compared once a step, not in the loop over layers."""
     config = make_config("390m", **FEW, **mesh)
     target = targets.resolve("h100:2x4")
     vocab_size = config.model.vocab_size
     step = TrainProgram(config, define(config.model, vocab_size), make_mesh(config, target.devices))
-    compiled, _ = targets.compile_step(step.jitted_step().trace(step.abstract_state, step.abstract_batch), target)
+    compiled, _ = targets.compile_step(
+        step.jitted_step().trace(step.abstract_state, step.abstract_batch), target
+    )
     found = program.read(compiled, step.mesh).collectives
-    model, rows = config.model, config.training.batch_size // (step.mesh.shape["data"] * step.mesh.shape["fsdp"])
-    activation = rows * config.data.sequence_length * model.width // step.mesh.shape["sequence"]  # elements, as a GEMM takes it
-    weight = model.width**2 // step.mesh.shape["tensor"]  # the smallest matrix of a block, as a GEMM takes it
+    model, rows = (
+        config.model,
+        config.training.batch_size // (step.mesh.shape["data"] * step.mesh.shape["fsdp"]),
+    )
+    activation = (
+        rows * config.data.sequence_length * model.width // step.mesh.shape["sequence"]
+    )  # elements, as a GEMM takes it
+    weight = (
+        model.width**2 // step.mesh.shape["tensor"]
+    )  # the smallest matrix of a block, as a GEMM takes it
 
     in_layers = [c for c in found if c.count % model.layers == 0]
     gathers = [c for c in in_layers if c.kind == "all-gather"]
     wide = [c for c in gathers if not c.dtype.startswith("float8")]
     assert sum(c.bytes for c in wide) < weight / 8, wide  # gains of norms
     assert {c.reduction for c in in_layers if c.reduction} == {"add"}
-    assert all(c.bytes < activation for c in found if c.kind == "all-gather" and c.dtype == "float32"), found
+    assert all(
+        c.bytes < activation for c in found if c.kind == "all-gather" and c.dtype == "float32"
+    ), found
     largest = [c for c in found if c.reduction == "maximum"]
     assert 1 <= len(largest) <= 4 and all(c.count == 1 for c in largest)
-    if step.mesh.shape["tensor"] > 1:  # what column-parallel layers take, and the gradients that row-parallel layers are given
+    if (
+        step.mesh.shape["tensor"] > 1
+    ):  # what column-parallel layers take, and the gradients that row-parallel layers are given
         kinds = {c.dtype for c in gathers if c.axes == ("tensor",) and c.bytes >= activation}
         assert kinds == {"float8_e4m3fn", "float8_e5m2"}
     if step.mesh.shape["fsdp"] > 1:
@@ -134,25 +197,45 @@ def test_what_two_nodes_of_h100s_send_each_other(make_config, mesh):
 @pytest.mark.slow
 @needs_gpus
 def test_emulation_on_an_h100_is_seen(make_config, h100s):
-    found = audit(make_config("390m", **FEW | dict(model__layers=1), fp8__backend="emulated"), h100s)
+    found = audit(
+        make_config("390m", **FEW | dict(model__layers=1), fp8__backend="emulated"), h100s
+    )
     assert found["fp8_share"] == 0.0
 
 
 @pytest.mark.slow
 @needs_gpus
 def test_hundreds_of_gpus_over_nodes(make_config):
-    config = make_config("390m", **FEW | dict(training__batch_size=512), mesh__data=64, mesh__fsdp=8)
+    config = make_config(
+        "390m", **FEW | dict(training__batch_size=512), mesh__data=64, mesh__fsdp=8
+    )
     found = audit(config, targets.resolve("h100:64x8"))
-    assert found["target"]["devices"] == 512 and found["fp8_share"] == 1.0 and found["estimate"]["model_flops"]["other"] == 0
-    gathers = {tuple(row["axes"]) for row in found["collectives"] if row["dtype"] == "float8_e4m3fn"}
+    assert (
+        found["target"]["devices"] == 512
+        and found["fp8_share"] == 1.0
+        and found["estimate"]["model_flops"]["other"] == 0
+    )
+    gathers = {
+        tuple(row["axes"]) for row in found["collectives"] if row["dtype"] == "float8_e4m3fn"
+    }
     assert gathers == {("fsdp",)}
     assert {axis for row in found["collectives"] for axis in row["axes"]} == {"data", "fsdp"}
 
 
 @needs_tpus
-@pytest.mark.parametrize(("target", "share"), [("tpu7x:4", 1.0), pytest.param("tpu-v5p:4", 0.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("target", "share"), [("tpu7x:4", 1.0), pytest.param("tpu-v5p:4", 0.0, marks=pytest.mark.slow)]
+)
 def test_tpus_keep_fp8_where_they_have_units(make_config, target, share):
     found = audit(make_config("tiny", model__layers=2), targets.resolve(target))
-    assert found["fp8_share"] == share and found["target"]["fp8_units"] == bool(share) and found["target"]["fallbacks"] == []
-    assert found["target"]["fp8_share_asked"] == 1.0 and found["estimate"]["model_flops"]["other"] == 0
-    assert {row["kernel"] for row in found["gemms"] if row["role"] in ROLES} == {"MXU FP8" if share else "MXU BF16"}
+    assert (
+        found["fp8_share"] == share
+        and found["target"]["fp8_units"] == bool(share)
+        and found["target"]["fallbacks"] == []
+    )
+    assert (
+        found["target"]["fp8_share_asked"] == 1.0 and found["estimate"]["model_flops"]["other"] == 0
+    )
+    assert {row["kernel"] for row in found["gemms"] if row["role"] in ROLES} == {
+        "MXU FP8" if share else "MXU BF16"
+    }

@@ -43,22 +43,32 @@ def runs(text):
     return {run.instruction.name: run for run in hlo.executed(hlo.parse(text))}
 
 
-@pytest.mark.parametrize(("note", "count"), [
-    ("", 12), (', backend_config={"known_trip_count":{"n":"7"}}', 7)])
+@pytest.mark.parametrize(
+    ("note", "count"), [("", 12), (', backend_config={"known_trip_count":{"n":"7"}}', 7)]
+)
 def test_loops_are_multiplied_out(note, count):
     found = runs(TEXT.replace("%bodyKNOWN", "%body" + note))
     assert found["fusion.1"].count == count and found["fusion.1"].known
     assert found["copy.1"].count == 1
 
 
-@pytest.mark.parametrize(("first", "step", "count"), [("", 1, 12), ("%zero", 1, 12), ("%three", 1, 9), ("%three", 2, 5), ("%zero", 2, 6)])
+@pytest.mark.parametrize(
+    ("first", "step", "count"),
+    [("", 1, 12), ("%zero", 1, 12), ("%three", 1, 9), ("%three", 2, 5), ("%zero", 2, 6)],
+)
 def test_a_counter_may_begin_and_step_as_it_likes(first, step, count):
     """Regression: libtpu's loops of partial GEMMs, two turns in one body, were counted twice."""
-    text = TEXT.replace("KNOWN", "").replace("tuple(%j, %x)", "tuple(%next, %x)").replace(
-        "  %j = ", f"  %step = s32[] constant({step})\n  %next = s32[] add(%j, %step)\n  %j = ")
+    text = (
+        TEXT.replace("KNOWN", "")
+        .replace("tuple(%j, %x)", "tuple(%next, %x)")
+        .replace(
+            "  %j = ", f"  %step = s32[] constant({step})\n  %next = s32[] add(%j, %step)\n  %j = "
+        )
+    )
     if first:
-        text = text.replace('custom-call(), custom_call_target="make"', f"tuple({first}, %made)").replace(
-            "  %start", "  %zero = s32[] constant(0)\n  %three = s32[] constant(3)\n  %start")
+        text = text.replace(
+            'custom-call(), custom_call_target="make"', f"tuple({first}, %made)"
+        ).replace("  %start", "  %zero = s32[] constant(0)\n  %three = s32[] constant(3)\n  %start")
     assert runs(text)["fusion.1"].count == count
 
 
@@ -78,7 +88,10 @@ def test_elements_of_tuples_written_in_place():
     found = runs(ELEMENTS)
     assert [found[name].operands()[0].bytes for name in ("q", "both", "copy.1")] == [8, 36, 32]
     (element,) = found["q"].operands()
-    assert element.shapes == (hlo.Array("float8_e4m3fn", (4, 2), (1, 0)),) and element.opcode == "get-tuple-element"
+    assert (
+        element.shapes == (hlo.Array("float8_e4m3fn", (4, 2), (1, 0)),)
+        and element.opcode == "get-tuple-element"
+    )
     assert hlo.number(element.attributes, "index") == 1 and element.operands == ("arg",)
 
 
@@ -93,12 +106,29 @@ def test_shapes_scopes_and_operands():
     assert fusion.instruction.shapes == (hlo.Array("float8_e4m3fn", (8, 4), (1, 0)),)
     assert fusion.instruction.scope == "jit(step)/attention/mul" and fusion.instruction.bytes == 32
     assert [operand.name for operand in fusion.operands()] == ["x", "scale"]
-    assert [inner.instruction.opcode for inner in hlo.nested(module, fusion)] == ["parameter", "parameter", "transpose"]
-    assert [shape.dtype for shape in module.computations["body"]["p.1"].shapes] == ["int32", "float8_e4m3fn"]
+    assert [inner.instruction.opcode for inner in hlo.nested(module, fusion)] == [
+        "parameter",
+        "parameter",
+        "transpose",
+    ]
+    assert [shape.dtype for shape in module.computations["body"]["p.1"].shapes] == [
+        "int32",
+        "float8_e4m3fn",
+    ]
 
 
-@pytest.mark.parametrize(("dtype", "size"), [
-    (jnp.float8_e5m2, 1), (jnp.bfloat16, 2), (jnp.bool_, 1), (jnp.int32, 4), (jnp.uint8, 1), (jnp.float32, 4), (jnp.complex64, 8)])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (jnp.float8_e5m2, 1),
+        (jnp.bfloat16, 2),
+        (jnp.bool_, 1),
+        (jnp.int32, 4),
+        (jnp.uint8, 1),
+        (jnp.float32, 4),
+        (jnp.complex64, 8),
+    ],
+)
 def test_dtypes_and_bytes_of_a_compiled_program(dtype, size):
     text = jax.jit(lambda x: x[::-1]).lower(jax.ShapeDtypeStruct((6, 7), dtype)).compile().as_text()
     root = hlo.root(hlo.parse(text).computations[hlo.parse(text).entry])

@@ -59,17 +59,43 @@ def fusion(shape, arguments, body, scope="jit(step)/attention/mul"):
     return f'%f = {shape} fusion({arguments}), kind=kLoop, calls=%{body}, metadata={{op_name="{scope}"}}'
 
 
-@pytest.mark.parametrize(("line", "expected"), [
-    (fusion("bf16[100]{0}", "%layers, %one", "slice_of_layers"), [Traffic("fusion", "attention", 404, 200, 1)]),
-    (fusion("f32[8,100]{1,0}", "%layers, %v, %one", "update_in_place"), [Traffic("fusion", "attention", 204, 400, 1)]),
-    (fusion("(f8e4m3fn[40,50], f8e4m3fn[50,40])", "%x", "cast_and_transpose", "jit(step)/quantise_weight.qkv/mul"),
-     [Traffic("fusion", "quantise_weight", 4000, 2000, 1), Traffic(TRANSPOSED_FP8, "quantise_weight", 0, 2000, 1)]),
-    (fusion("f8e4m3fn[50,40]{1,0}", "%u", "only_transpose"), [Traffic(TRANSPOSED_FP8, "attention", 2000, 2000, 1)]),
-    ("%c = f8e4m3fn[40,50]{0,1} copy(%q)", [Traffic(TRANSPOSED_FP8, "", 2000, 2000, 1)]),
-    ("%c = f8e4m3fn[40,50]{1,0} copy(%q)", [Traffic("copy", "", 2000, 2000, 1)]),
-    ("%t = bf16[50,40]{1,0} transpose(%x), dimensions={1,0}", [Traffic("transpose", "", 4000, 4000, 1)]),
-    ("%g = bf16[40,50]{1,0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add", []),
-    ("%b = bf16[2000]{0} bitcast(%x)", [])])
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            fusion("bf16[100]{0}", "%layers, %one", "slice_of_layers"),
+            [Traffic("fusion", "attention", 404, 200, 1)],
+        ),
+        (
+            fusion("f32[8,100]{1,0}", "%layers, %v, %one", "update_in_place"),
+            [Traffic("fusion", "attention", 204, 400, 1)],
+        ),
+        (
+            fusion(
+                "(f8e4m3fn[40,50], f8e4m3fn[50,40])",
+                "%x",
+                "cast_and_transpose",
+                "jit(step)/quantise_weight.qkv/mul",
+            ),
+            [
+                Traffic("fusion", "quantise_weight", 4000, 2000, 1),
+                Traffic(TRANSPOSED_FP8, "quantise_weight", 0, 2000, 1),
+            ],
+        ),
+        (
+            fusion("f8e4m3fn[50,40]{1,0}", "%u", "only_transpose"),
+            [Traffic(TRANSPOSED_FP8, "attention", 2000, 2000, 1)],
+        ),
+        ("%c = f8e4m3fn[40,50]{0,1} copy(%q)", [Traffic(TRANSPOSED_FP8, "", 2000, 2000, 1)]),
+        ("%c = f8e4m3fn[40,50]{1,0} copy(%q)", [Traffic("copy", "", 2000, 2000, 1)]),
+        (
+            "%t = bf16[50,40]{1,0} transpose(%x), dimensions={1,0}",
+            [Traffic("transpose", "", 4000, 4000, 1)],
+        ),
+        ("%g = bf16[40,50]{1,0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add", []),
+        ("%b = bf16[2000]{0} bitcast(%x)", []),
+    ],
+)
 def test_bytes_by_kind_and_place(line, expected):
     found = [row for row in rows(line) if row.read + row.written]
     assert sorted(found, key=str) == sorted(expected, key=str)
@@ -77,8 +103,10 @@ def test_bytes_by_kind_and_place(line, expected):
 
 def test_a_fusion_that_goes_on_beside_others_counts_once():
     """As jax 0.11.2 compiles loops for an H100: the result of the start names operands, result and a context."""
-    start = ("%s = ((f32[8,100]{1,0}, bf16[100]{0}, s32[]), f32[8,100]{1,0}, u32[]) fusion-start(%layers, %v, %one), kind=kLoop, "
-             'calls=%update_in_place, metadata={op_name="jit(step)/attention/mul"}')
+    start = (
+        "%s = ((f32[8,100]{1,0}, bf16[100]{0}, s32[]), f32[8,100]{1,0}, u32[]) fusion-start(%layers, %v, %one), kind=kLoop, "
+        'calls=%update_in_place, metadata={op_name="jit(step)/attention/mul"}'
+    )
     text = FUSIONS.replace("LINE", f"  {start}\n  ROOT %f = f32[8,100]{{1,0}} fusion-done(%s)")
     assert traffic(hlo.parse(text)) == [Traffic("fusion", "attention", 204, 400, 1)]
 
@@ -134,18 +162,43 @@ LINES
 """
 
 
-@pytest.mark.parametrize(("lines", "expected"), [
-    (["ROOT %f = f8e4m3fn[100]{0} fusion(%state#0, %state#1), kind=kLoop, calls=%layer"], ["fusion", 100 + 4, 100, 1]),
-    (["ROOT %f = u8[8,100]{1,0} fusion(%state#0), kind=kLoop, calls=%whole"], ["fusion", 800, 800, 1]),
-    (["%s = (f32[1000]{0:S(1)}, f32[1000]{0}, u32[]{:S(2)}) copy-start(%state#2)", "ROOT %d = f32[1000]{0:S(1)} copy-done(%s)"],
-     ["copy", 4000, 4000, 1]),
-    (["%s = ((s8[800]{0}), s8[200]{0:S(1)}, s32[]{:S(2)}) async-start(%bytes), calls=%a_slice",
-      "%d = s8[200]{0:S(1)} async-done(%s)", 'ROOT %c = s8[400]{0:S(1)} custom-call(%d, %d), custom_call_target="ConcatBitcast"'],
-     ["other", 200, 200, 1]),
-    (['%s = ((), (), (s32[1]{0})) async-start(), async_execution_thread="sparsecore", calls=%further_aside',
-      "%u = ((f8e4m3fn[40,50]{1,0}), f8e4m3fn[40,50]{0,1}) async-update(%s, %q)", "ROOT %d = f8e4m3fn[40,50]{0,1} async-done(%u)"],
-     [TRANSPOSED_FP8, 2000, 2000, 1])],
-    ids=["layer", "whole", "prefetch", "slice", "sparsecore"])
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            ["ROOT %f = f8e4m3fn[100]{0} fusion(%state#0, %state#1), kind=kLoop, calls=%layer"],
+            ["fusion", 100 + 4, 100, 1],
+        ),
+        (
+            ["ROOT %f = u8[8,100]{1,0} fusion(%state#0), kind=kLoop, calls=%whole"],
+            ["fusion", 800, 800, 1],
+        ),
+        (
+            [
+                "%s = (f32[1000]{0:S(1)}, f32[1000]{0}, u32[]{:S(2)}) copy-start(%state#2)",
+                "ROOT %d = f32[1000]{0:S(1)} copy-done(%s)",
+            ],
+            ["copy", 4000, 4000, 1],
+        ),
+        (
+            [
+                "%s = ((s8[800]{0}), s8[200]{0:S(1)}, s32[]{:S(2)}) async-start(%bytes), calls=%a_slice",
+                "%d = s8[200]{0:S(1)} async-done(%s)",
+                'ROOT %c = s8[400]{0:S(1)} custom-call(%d, %d), custom_call_target="ConcatBitcast"',
+            ],
+            ["other", 200, 200, 1],
+        ),
+        (
+            [
+                '%s = ((), (), (s32[1]{0})) async-start(), async_execution_thread="sparsecore", calls=%further_aside',
+                "%u = ((f8e4m3fn[40,50]{1,0}), f8e4m3fn[40,50]{0,1}) async-update(%s, %q)",
+                "ROOT %d = f8e4m3fn[40,50]{0,1} async-done(%u)",
+            ],
+            [TRANSPOSED_FP8, 2000, 2000, 1],
+        ),
+    ],
+    ids=["layer", "whole", "prefetch", "slice", "sparsecore"],
+)
 def test_as_libtpu_writes_programs(lines, expected):
     """Lines of what libtpu 0.0.50 made of a step for TPU7x, made small. Elements of tuples had counted as the tuples, layers as all layers."""
     kind, *numbers = expected

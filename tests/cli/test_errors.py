@@ -8,7 +8,9 @@ import pytest
 from fp8jax.cli import errors
 
 
-@pytest.mark.parametrize("text", ["gs://b/x", "s3:/x", "gs:", "runs/gs:/x", "C:\\runs\\x", "C:/runs/x"])
+@pytest.mark.parametrize(
+    "text", ["gs://b/x", "s3:/x", "gs:", "runs/gs:/x", "C:\\runs\\x", "C:/runs/x"]
+)
 def test_what_is_no_path_here_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is no file system|is a path of Windows"):
         errors.local_path(text)

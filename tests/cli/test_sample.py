@@ -11,9 +11,22 @@ from fp8jax.training import loop
 from fp8jax.training.evaluation import load_run
 
 CONFIG = {
-    "model": {"layers": 1, "width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "architecture": "llama3"},
-    "fp8": {"recipe": "bf16"}, "data": {"sequence_length": 64}, "optimizer": {"warmup_steps": 1}, "mesh": {"fsdp": 1},
-    "training": {"steps": 1, "batch_size": 2}, "evaluation": {"batches": 1}, "monitor": {"every": 0},
+    "model": {
+        "layers": 1,
+        "width": 32,
+        "ffn_width": 32,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 16,
+        "architecture": "llama3",
+    },
+    "fp8": {"recipe": "bf16"},
+    "data": {"sequence_length": 64},
+    "optimizer": {"warmup_steps": 1},
+    "mesh": {"fsdp": 1},
+    "training": {"steps": 1, "batch_size": 2},
+    "evaluation": {"batches": 1},
+    "monitor": {"every": 0},
     "log": {"report_minutes": 0},
 }
 
@@ -36,11 +49,14 @@ def test_prints_the_prompt_and_its_continuation(workdir, capsys):
     assert capsys.readouterr().out == f"Anne{text}\n"
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--prompt=Anne", "--top_p=2"], ["top_p", "2.0"]),
-    (["--prompt=" + "x" * 64], ["prompt", "65", "64"]),
-    (["--prompt=Anne", "--step=7"], ["checkpoint", "7"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt=Anne", "--top_p=2"], ["top_p", "2.0"]),
+        (["--prompt=" + "x" * 64], ["prompt", "65", "64"]),
+        (["--prompt=Anne", "--step=7"], ["checkpoint", "7"]),
+    ],
+)
 def test_mistakes_are_one_line(workdir, capsys, arguments, words):
     assert sample(workdir, *arguments) == 2
     captured = capsys.readouterr()

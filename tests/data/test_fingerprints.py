@@ -35,21 +35,29 @@ def test_a_directory_is_known_by_its_content(tmp_path):
 def test_splits_and_weights_and_order_count(tmp_path):
     a, b = prepared(tmp_path / "a", ["emma"]), prepared(tmp_path / "b", ["anne"])
     one, other = (fingerprints.of(DataConfig(source=f"{a}={weight},{b}=1")) for weight in (1, 2))
-    assert not fingerprints.same(one["train"], other["train"]) and not fingerprints.changed(one["train"], other["train"])
+    assert not fingerprints.same(one["train"], other["train"]) and not fingerprints.changed(
+        one["train"], other["train"]
+    )
     swapped = train_of(f"{b}=1,{a}=1")
     assert not fingerprints.same(one["train"], swapped)
     shutil.rmtree(a)
     prepared(a, ["emma"], ["sanditon"])
     now = fingerprints.of(DataConfig(source=f"{a}=1,{b}=1"))
-    assert fingerprints.same(now["train"], one["train"]) and fingerprints.changed(now["held_out"], one["held_out"]) == [str(a)]
+    assert fingerprints.same(now["train"], one["train"]) and fingerprints.changed(
+        now["held_out"], one["held_out"]
+    ) == [str(a)]
 
 
 def test_megatron_by_index_size_and_pieces(tmp_path):
     documents = [[[n % 256] * 20 + [256]] for n in range(300)]
     source = write_megatron(tmp_path / "a", documents)
     before = train_of(source, tokenizer="byte")
-    assert fingerprints.same(before, train_of(write_megatron(tmp_path / "b", documents), tokenizer="byte"))
-    assert not fingerprints.same(before, train_of(write_megatron(tmp_path / "c", documents[:-1]), tokenizer="byte"))
+    assert fingerprints.same(
+        before, train_of(write_megatron(tmp_path / "b", documents), tokenizer="byte")
+    )
+    assert not fingerprints.same(
+        before, train_of(write_megatron(tmp_path / "c", documents[:-1]), tokenizer="byte")
+    )
     tokens = np.memmap(f"{source}.bin", "<u2", "r+")
     tokens[:] = (tokens + 1) % 256
     tokens.flush()

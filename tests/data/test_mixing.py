@@ -12,25 +12,35 @@ BYTE = tokenizer.load("byte")
 
 
 @settings(deadline=None, max_examples=30)
-@given(weights=st.lists(st.floats(1e-3, 1.0), min_size=2, max_size=12), start=st.integers(0, 10**12))
+@given(
+    weights=st.lists(st.floats(1e-3, 1.0), min_size=2, max_size=12), start=st.integers(0, 10**12)
+)
 def test_shares_are_exact_to_a_thousandth_over_any_window(weights, start):
     weights = np.array(weights) / sum(weights)
     schedule = mixing.Schedule(weights)
-    found = np.array([schedule.count(k, start + 10_000) - schedule.count(k, start) for k in range(len(weights))])
+    found = np.array(
+        [schedule.count(k, start + 10_000) - schedule.count(k, start) for k in range(len(weights))]
+    )
     assert np.abs(found / 10_000 - weights).max() <= 1e-3 and found.sum() == 10_000
 
 
 def test_what_rounding_leaves_goes_to_whom_it_took_most_from():
     assert mixing.Schedule((0.3000001, 0.6999999)).counts.tolist() == [30_000, 70_000]
-    assert mixing.Schedule((0.2500024, 0.2500012, 0.4999964)).counts.tolist() == [25_000, 25_000, 50_000]
-
+    assert mixing.Schedule((0.2500024, 0.2500012, 0.4999964)).counts.tolist() == [
+        25_000,
+        25_000,
+        50_000,
+    ]
 
 
 @given(st.integers(0, 3 * mixing.PERIOD))
 def test_place_is_the_count_of_what_came_before(sequence):
     schedule = mixing.Schedule((0.6, 0.1, 0.3))
     source, number = schedule.place(sequence)
-    assert number == schedule.count(source, sequence) and schedule.count(source, sequence + 1) == number + 1
+    assert (
+        number == schedule.count(source, sequence)
+        and schedule.count(source, sequence + 1) == number + 1
+    )
 
 
 def test_sliding_windows_of_a_hard_mixture():
@@ -62,7 +72,12 @@ def directories(tmp_path_factory):
 
 
 def make_config(source, batch=8, seed=0, **data):
-    return configs.from_dict({"data": {"source": source, "sequence_length": 10} | data, "training": {"batch_size": batch, "seed": seed}})
+    return configs.from_dict(
+        {
+            "data": {"source": source, "sequence_length": 10} | data,
+            "training": {"batch_size": batch, "seed": seed},
+        }
+    )
 
 
 def test_batches_follow_the_schedule_and_epochs(directories):
@@ -76,7 +91,9 @@ def test_batches_follow_the_schedule_and_epochs(directories):
     places = [place for step in range(50) for place in pipeline.train_places(config, step)]
     seen = [place.window for place in places if place.source == b and place.epoch == 3]
     assert sorted(seen) == list(range(5))  # 41 tokens in windows of 10
-    assert [("a", "b", "c")[directories.index(place.source)] for place in places[:8]] == [chr(letter) for letter in letters[:8]]
+    assert [("a", "b", "c")[directories.index(place.source)] for place in places[:8]] == [
+        chr(letter) for letter in letters[:8]
+    ]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
@@ -84,7 +101,10 @@ def test_processes_and_resuming_do_not_change_a_mixture(directories, processes):
     config = make_config(f"{directories[0]}=0.7,{directories[1]}=0.3")
     whole = pipeline.train_iterator(config, 10**7)
     count = config.training.batch_size // processes
-    parts = [pipeline.train_iterator(config, 10**7, range(index * count, (index + 1) * count)) for index in range(processes)]
+    parts = [
+        pipeline.train_iterator(config, 10**7, range(index * count, (index + 1) * count))
+        for index in range(processes)
+    ]
     for _ in range(3):
         expected, local = next(whole), [next(part) for part in parts]
         for key, array in expected.items():
@@ -94,7 +114,9 @@ def test_processes_and_resuming_do_not_change_a_mixture(directories, processes):
 def test_sources_have_their_own_order(directories):
     config = make_config(f"{directories[0]}=0.5,embedded=0.5", batch=64)
     for name in (directories[0], "embedded"):
-        windows = [place.window for place in pipeline.train_places(config, 0) if place.source == name]
+        windows = [
+            place.window for place in pipeline.train_places(config, 0) if place.source == name
+        ]
         assert len(windows) == 32 and windows != sorted(windows)
 
 
@@ -107,15 +129,38 @@ def test_held_out_splits_follow_one_another(directories):
 
 
 def test_repetition_is_told(directories):
-    config = configs.from_dict({"data": {"source": f"{directories[0]}=0.7,{directories[1]}=0.3", "sequence_length": 10},
-                                "training": {"batch_size": 10, "steps": 100}})
+    config = configs.from_dict(
+        {
+            "data": {"source": f"{directories[0]}=0.7,{directories[1]}=0.3", "sequence_length": 10},
+            "training": {"batch_size": 10, "steps": 100},
+        }
+    )
     first, second = pipeline.describe(config)
-    assert "401 tokens, 70.0% of the sequences, 17.07 epochs" in first and "30.0% of the sequences, 60.00 epochs" in second
+    assert (
+        "401 tokens, 70.0% of the sequences, 17.07 epochs" in first
+        and "30.0% of the sequences, 60.00 epochs" in second
+    )
 
 
-@pytest.mark.parametrize("source", ["a=0.5,b", "a=0.5,=0.5", "a=0.5,a=0.5", "a=0,b=1", "a=-1,b=2", "a=nan,b=1", "a=x", "a=0.5,", "a,b"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a=0.5,b",
+        "a=0.5,=0.5",
+        "a=0.5,a=0.5",
+        "a=0,b=1",
+        "a=-1,b=2",
+        "a=nan,b=1",
+        "a=x",
+        "a=0.5,",
+        "a,b",
+    ],
+)
 def test_mixtures_that_make_no_sense_are_refused(source):
-    with pytest.raises(configs.ConfigError, match="config.data.source: .* is not a new source with a weight above 0"):
+    with pytest.raises(
+        configs.ConfigError,
+        match="config.data.source: .* is not a new source with a weight above 0",
+    ):
         make_config(source)
 
 
@@ -127,5 +172,7 @@ def test_weights_are_made_to_add_up():
 def test_all_sources_need_one_tokenizer(directories, tmp_path):
     index = shards.read_index(directories[1]) | {"tokenizer": "sha256:0"}
     shards.write_index(tmp_path, index)
-    with pytest.raises(configs.ConfigError, match=r"tokenizer is 'sha256:0', not 'byte'; set config.data.tokenizer"):
+    with pytest.raises(
+        configs.ConfigError, match=r"tokenizer is 'sha256:0', not 'byte'; set config.data.tokenizer"
+    ):
         pipeline.train_batches(make_config(f"{directories[0]}=0.5,{tmp_path}=0.5"))

@@ -27,13 +27,20 @@ def test_bits_per_byte_equal_a_count_by_hand(baseline, order):
             events[text[place - order : place + 1]] += 1
             contexts[text[place - order : place]] += 1
     bits = [
-        -math.log2((events[text[place - order : place + 1]] + 0.01) / (contexts[text[place - order : place]] + 2.56))
+        -math.log2(
+            (events[text[place - order : place + 1]] + 0.01)
+            / (contexts[text[place - order : place]] + 2.56)
+        )
         for text in (bytes(order) + text for text in held_out)
         for place in range(order, len(text))
     ]
-    assert baseline.bits_per_byte(train, held_out, order) == pytest.approx(sum(bits) / 10, rel=1e-12)
+    assert baseline.bits_per_byte(train, held_out, order) == pytest.approx(
+        sum(bits) / 10, rel=1e-12
+    )
 
 
 def test_embedded_corpus_at_order_two(baseline):
     documents = baseline.sources.embedded_documents
-    assert baseline.bits_per_byte(documents("train"), documents("held_out"), 2) == pytest.approx(2.856, abs=5e-4)
+    assert baseline.bits_per_byte(documents("train"), documents("held_out"), 2) == pytest.approx(
+        2.856, abs=5e-4
+    )

@@ -21,7 +21,10 @@ KEYS = {"inputs", "targets", "mask", "segment_ids", "positions"}
 
 def make_config(length=64, batch=4, seed=0, **data):
     return configs.from_dict(
-        {"data": {"sequence_length": length, **data}, "training": {"batch_size": batch, "seed": seed}}
+        {
+            "data": {"sequence_length": length, **data},
+            "training": {"batch_size": batch, "seed": seed},
+        }
     )
 
 
@@ -29,14 +32,21 @@ def make_config(length=64, batch=4, seed=0, **data):
 def small(tmp_path_factory):
     """A directory of 103 training tokens, all windows different, and 41 held-out tokens."""
     directory = tmp_path_factory.mktemp("small")
-    documents = [np.arange(start, start + size, dtype=np.uint16) for start, size in [(0, 40), (40, 1), (41, 59)]]
+    documents = [
+        np.arange(start, start + size, dtype=np.uint16)
+        for start, size in [(0, 40), (40, 1), (41, 59)]
+    ]
     held_out = [np.arange(100, 130, dtype=np.uint16), np.arange(130, 139, dtype=np.uint16)]
-    shards.write_shards(directory, BYTE, {"train": documents, "held_out": held_out}, shard_tokens=41)
+    shards.write_shards(
+        directory, BYTE, {"train": documents, "held_out": held_out}, shard_tokens=41
+    )
     return str(directory)
 
 
 def equal(left, right):
-    return left.keys() == right.keys() == KEYS and all(np.array_equal(left[key], right[key]) for key in KEYS)
+    return left.keys() == right.keys() == KEYS and all(
+        np.array_equal(left[key], right[key]) for key in KEYS
+    )
 
 
 def concatenate(batches):
@@ -61,7 +71,9 @@ def test_packing_makes_every_token_a_target_once(documents, length, document_mas
     assert packed["inputs"][real].tolist() == [256, *stream_tokens[:-1]]
     assert len(windows) == int(np.ceil(len(stream_tokens) / length))
     assert all(packed[key].shape == (len(windows), length) for key in KEYS)
-    assert {key: packed[key].dtype.name for key in KEYS} == dict.fromkeys(KEYS, "int32") | {"mask": "float32"}
+    assert {key: packed[key].dtype.name for key in KEYS} == dict.fromkeys(KEYS, "int32") | {
+        "mask": "float32"
+    }
 
 
 def test_document_masks_restart_at_every_document(small):
@@ -72,13 +84,17 @@ def test_document_masks_restart_at_every_document(small):
     assert window["inputs"].tolist() == [*range(25, 40), 256, 40, 256, *range(41, 49)]
     assert window["segment_ids"].tolist() == [0] * 15 + [1] * 2 + [2] * 9
     assert window["positions"].tolist() == [*range(15), 0, 1, *range(9)]
-    assert windows[0]["segment_ids"].tolist() == [0] * 26 and windows[0]["positions"].tolist() == [*range(26)]
+    assert windows[0]["segment_ids"].tolist() == [0] * 26 and windows[0]["positions"].tolist() == [
+        *range(26)
+    ]
 
 
 def test_without_document_masks_a_window_is_one_segment(small):
     config = make_config(length=26, source=small)
     window = packing.ConcatWindows(sources.load(config.data, "train"), config.data)[1]
-    assert window["segment_ids"].tolist() == [0] * 26 and window["positions"].tolist() == [*range(26)]
+    assert window["segment_ids"].tolist() == [0] * 26 and window["positions"].tolist() == [
+        *range(26)
+    ]
 
 
 def epochs(config, count, windows):
@@ -103,7 +119,11 @@ def test_every_epoch_has_every_window_once_in_another_order(small):
 def test_order_is_that_of_grain(small, seed):
     order = pipeline._Order(make_config(length=8, seed=seed, source=small))
     length = len(order.windows[0])
-    expected = grain.MapDataset.range(length).shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0])).repeat()
+    expected = (
+        grain.MapDataset.range(length)
+        .shuffle(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        .repeat()
+    )
     for sequence in [*range(2 * length), 10**9, 10**12 + 1]:
         assert order[sequence] == (0, sequence // length, int(expected[sequence]))
 
@@ -144,7 +164,9 @@ def test_state_is_small_json_and_continues_there():
 
 @pytest.mark.parametrize("data", [{}, {"document_masks": True, "sequence_length": 1024}])
 def test_a_step_far_in_is_there_at_once(data):
-    config = configs.from_dict({"data": {"sequence_length": 64} | data, "training": {"batch_size": 512}})
+    config = configs.from_dict(
+        {"data": {"sequence_length": 64} | data, "training": {"batch_size": 512}}
+    )
     pipeline.train_batches(config)[0]
     began = time.process_time()
     batch = next(pipeline.train_iterator(config, start_step=10**7))
@@ -157,7 +179,10 @@ def test_slices_of_processes_concatenate_to_the_batch(processes):
     config = make_config(batch=8)
     whole = pipeline.train_iterator(config, start_step=5)
     share = 8 // processes
-    parts = [pipeline.train_iterator(config, 5, range(index * share, (index + 1) * share)) for index in range(processes)]
+    parts = [
+        pipeline.train_iterator(config, 5, range(index * share, (index + 1) * share))
+        for index in range(processes)
+    ]
     for _ in range(3):
         local = [next(part) for part in parts]
         assert local[0]["inputs"].shape == (8 // processes, 64)
@@ -198,6 +223,9 @@ def test_process_with_reading_threads_exits_cleanly_without_flags():
         "iterator = pipeline.train_iterator(config.from_dict({'data': {'read_threads': 2}}))\n"
         "print(next(iterator)['inputs'].shape)\n"
     )
-    command, environment = [sys.executable, "-c", program], os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command, environment = (
+        [sys.executable, "-c", program],
+        os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "(16, 256)\n", "")

@@ -15,7 +15,12 @@ pa = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 zstandard = pytest.importorskip("zstandard")
 
-TEXTS = [f"Chapter {n}: naïve £{n} — {'Anne Elliot ' * (n % 7)}\r\n\0" for n in range(300)] + ["", " ", "\ufeff", "𝄞"]
+TEXTS = [f"Chapter {n}: naïve £{n} — {'Anne Elliot ' * (n % 7)}\r\n\0" for n in range(300)] + [
+    "",
+    " ",
+    "\ufeff",
+    "𝄞",
+]
 JSONL = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
@@ -23,7 +28,9 @@ def read(path, field="text", skip=None):
     """All documents of a file."""
     found = []
     for piece in documents.pieces(str(path), 1 << 14):
-        found += ["".join(blocks) for blocks in documents.read(piece, field, lambda more: None, skip)]
+        found += [
+            "".join(blocks) for blocks in documents.read(piece, field, lambda more: None, skip)
+        ]
     return found
 
 
@@ -48,7 +55,9 @@ def test_compressed_lines(tmp_path, kind, name):
     compress = COMPRESSORS[kind]
     path = tmp_path / f"{name}.{kind.strip()}"
     half = len(JSONL) // 2
-    path.write_bytes(compress(JSONL[:half]) + compress(JSONL[half:]))  # streams one after another are one
+    path.write_bytes(
+        compress(JSONL[:half]) + compress(JSONL[half:])
+    )  # streams one after another are one
     assert read(path) == TEXTS
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(configs.ConfigError, match="is damaged or cut off near byte"):
@@ -80,7 +89,9 @@ def test_integers_of_thousands_of_digits_are_json(tmp_path):
 
 def test_text_within_objects_and_lists(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"a": {"b": "inner"}}\n{"a.b": "whole name"}\n{"a": {"b": ["two", "lines"]}}\n')
+    path.write_text(
+        '{"a": {"b": "inner"}}\n{"a.b": "whole name"}\n{"a": {"b": ["two", "lines"]}}\n'
+    )
     assert read(path, "a.b") == ["inner", "whole name", "two\nlines"]
 
 
@@ -106,7 +117,9 @@ def test_columns_that_hold_text(tmp_path, kind):
         assert read(path, name) == TEXTS, name
     assert read(path, "list") == [text.replace(" ", "\n") for text in TEXTS]
     for name in ("struct", "nothing", "struct.nothing", "struct.n"):
-        with pytest.raises(configs.ConfigError, match="has no column .* of text; --text_field is one of text "):
+        with pytest.raises(
+            configs.ConfigError, match="has no column .* of text; --text_field is one of text "
+        ):
             read(path, name)
 
 
@@ -135,17 +148,32 @@ def test_a_dictionary_is_not_expanded(tmp_path):
 
 def test_bad_rows_are_errors_or_counted(tmp_path):
     path = tmp_path / "a.jsonl"
-    lines = ['{"text": "one"}', "{", '{"text": 3}', '{"text": "two"}', '{"other": "x"}', '{"text": "three"}']
+    lines = [
+        '{"text": "one"}',
+        "{",
+        '{"text": 3}',
+        '{"text": "two"}',
+        '{"other": "x"}',
+        '{"text": "three"}',
+    ]
     path.write_text("\n".join(lines) + "\n")
     table = pa.table({"text": ["four", None, "five"]})
     parquet.write_table(table, tmp_path / "b.parquet")
     with pytest.raises(configs.ConfigError, match="a.jsonl: line 2 is not JSON"):
         prepare.prepare([tmp_path], tmp_path / "out", validation_fraction=0)
     said = []
-    prepare.prepare([tmp_path], tmp_path / "skipped", validation_fraction=0, skip_bad_rows=True, note=said.append)
+    prepare.prepare(
+        [tmp_path],
+        tmp_path / "skipped",
+        validation_fraction=0,
+        skip_bad_rows=True,
+        note=said.append,
+    )
     index = shards.read_index(tmp_path / "skipped")
     assert index["skipped_rows"] == 4 and index["splits"]["train"]["documents"] == 5
-    assert "4 rows that hold no text, first " in said[-1] and "a.jsonl: line 2 is not JSON" in said[-1]
+    assert (
+        "4 rows that hold no text, first " in said[-1] and "a.jsonl: line 2 is not JSON" in said[-1]
+    )
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
@@ -161,14 +189,22 @@ def test_tables_of_token_ids(tmp_path, suffix):
     loaded = inspection.tokenizer_of(tmp_path / "out")
     (array,), _ = shards.open_shards(tmp_path / "out", loaded, "train")
     assert array[:].tolist() == [65, 66, 256, 67, 256, 256, 68, 256, 69, 256]
-    with pytest.raises(configs.ConfigError, match="row 1 has ids from 700 to 700|record 1 has ids from 700 to 700"):
+    with pytest.raises(
+        configs.ConfigError, match="row 1 has ids from 700 to 700|record 1 has ids from 700 to 700"
+    ):
         parquet.write_table(pa.table({"input_ids": [[700]]}), tmp_path / "b.parquet")
-        prepare.prepare([tmp_path / "b.parquet"], tmp_path / "b", text_field="input_ids", validation_fraction=0)
+        prepare.prepare(
+            [tmp_path / "b.parquet"], tmp_path / "b", text_field="input_ids", validation_fraction=0
+        )
 
 
 def test_an_npy_record_of_impossible_size_is_refused(tmp_path):
     module = pytest.importorskip("array_record.python.array_record_module")
-    header = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(117) + b"\n"
+    header = (
+        b"\x93NUMPY\x01\x00\x76\x00"
+        + b"{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(117)
+        + b"\n"
+    )
     writer = module.ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
     writer.write(header)
     writer.close()
@@ -177,12 +213,16 @@ def test_an_npy_record_of_impossible_size_is_refused(tmp_path):
 
 
 def test_a_damaged_table_is_one_line(tmp_path):
-    parquet.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet", use_dictionary=False, compression="none")
+    parquet.write_table(
+        pa.table({"text": TEXTS}), tmp_path / "a.parquet", use_dictionary=False, compression="none"
+    )
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     for at in np.random.default_rng(0).integers(4, len(content) // 2, 200):
         content[at] ^= 0xFF
     (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(configs.ConfigError, match="a.parquet: (row|cannot be read after row|is not a parquet)") as caught:
+    with pytest.raises(
+        configs.ConfigError, match="a.parquet: (row|cannot be read after row|is not a parquet)"
+    ) as caught:
         read(tmp_path / "a.parquet")
     assert "\n" not in str(caught.value)
 
@@ -194,6 +234,10 @@ def test_offsets_that_lead_out_of_a_table_are_refused(tmp_path):
         writer.write_table(pa.table({"text": ["Anne", "Elliot", "Kellynch"]}))
     offsets = np.array([0, 4, 10, 18], "<i4").tobytes()
     assert path.read_bytes().count(offsets) == 1
-    path.write_bytes(path.read_bytes().replace(offsets, np.array([0, 4, 10, 1 << 30], "<i4").tobytes()))
-    with pytest.raises(configs.ConfigError, match=r"a\.arrow: cannot be read after row 0: .*offset"):
+    path.write_bytes(
+        path.read_bytes().replace(offsets, np.array([0, 4, 10, 1 << 30], "<i4").tobytes())
+    )
+    with pytest.raises(
+        configs.ConfigError, match=r"a\.arrow: cannot be read after row 0: .*offset"
+    ):
         read(path)

@@ -40,7 +40,9 @@ def test_everything_but_training_takes_the_copy(bpe, workdir):
     moved = workdir.rename(workdir.parent / "moved")
     tokenizer.load.cache_clear()
     assert tokenizer.of(run_config(moved).data).fingerprint == loaded.fingerprint
-    with pytest.raises(configs.ConfigError, match=r"'\S+bpe.json' no such file; it is the path of a tokenizer.json"):
+    with pytest.raises(
+        configs.ConfigError, match=r"'\S+bpe.json' no such file; it is the path of a tokenizer.json"
+    ):
         tokenizer.of(load_config(moved).data)
 
 
@@ -72,10 +74,15 @@ def test_a_changed_tokenizer_replaces_the_copy(bpe, workdir):
 def test_a_path_inside_the_run_moves_with_it(workdir):
     name = workdir / "hf" / "tokenizer.json"
     save_config(workdir, config_with(name))
-    assert json.loads((workdir / "config.json").read_text())["data"]["tokenizer"] == "{workdir}/hf/tokenizer.json"
+    assert (
+        json.loads((workdir / "config.json").read_text())["data"]["tokenizer"]
+        == "{workdir}/hf/tokenizer.json"
+    )
     moved = shutil.move(workdir, workdir.parent / "moved")
     config = load_config(moved)
-    assert config == dataclasses.replace(config, data=config_with(moved / "hf" / "tokenizer.json").data)
+    assert config == dataclasses.replace(
+        config, data=config_with(moved / "hf" / "tokenizer.json").data
+    )
 
 
 def test_no_run_is_an_error(tmp_path):

@@ -92,7 +92,9 @@ def test_truncation_in_the_file_does_not_cut_documents(tmp_path):
 
 
 def test_fingerprint_tells_tokenizers_apart(bpe, tmp_path):
-    other = tokenizer.load(train_bpe(tmp_path / "tokenizer.json", special=("<|endoftext|>", "<pad>")))
+    other = tokenizer.load(
+        train_bpe(tmp_path / "tokenizer.json", special=("<|endoftext|>", "<pad>"))
+    )
     assert len({bpe.fingerprint, other.fingerprint, tokenizer.load("byte").fingerprint}) == 3
 
 
@@ -101,9 +103,17 @@ def tekken(tmp_path_factory):
     """A tekken.json of 10 special tokens, all bytes, and a few merges, the last of which is beyond the vocabulary's size."""
     pytest.importorskip("tiktoken")
     texts = [bytes([byte]) for byte in range(256)] + [b"an", b"er", b"ann", b" w", b"beyond"]
-    vocab = [{"rank": rank, "token_bytes": base64.b64encode(text).decode(), "token_str": None} for rank, text in enumerate(texts)]
-    config = {"pattern": r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+", "num_vocab_tokens": len(vocab), "default_vocab_size": 270,
-              "default_num_special_tokens": 10, "version": "v3"}
+    vocab = [
+        {"rank": rank, "token_bytes": base64.b64encode(text).decode(), "token_str": None}
+        for rank, text in enumerate(texts)
+    ]
+    config = {
+        "pattern": r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+",
+        "num_vocab_tokens": len(vocab),
+        "default_vocab_size": 270,
+        "default_num_special_tokens": 10,
+        "version": "v3",
+    }
     path = tmp_path_factory.mktemp("tekken") / "tekken.json"
     path.write_text(json.dumps({"config": config, "vocab": vocab}))
     return tokenizer.load(str(path))
@@ -119,8 +129,17 @@ def test_tekken_round_trip_and_byte_count(tekken, text):
 
 
 def test_tekken_ids_follow_its_special_tokens(tekken):
-    assert tekken.encode("anner w</s>").tolist() == [10 + 258, 10 + 257, 10 + 259, *(10 + byte for byte in b"</s>")]
-    assert tekken.vocab_size == 270 and tekken.end_of_document == 2 and tekken.decode([2, 10 + 65, 1]) == "A"
+    assert tekken.encode("anner w</s>").tolist() == [
+        10 + 258,
+        10 + 257,
+        10 + 259,
+        *(10 + byte for byte in b"</s>"),
+    ]
+    assert (
+        tekken.vocab_size == 270
+        and tekken.end_of_document == 2
+        and tekken.decode([2, 10 + 65, 1]) == "A"
+    )
     assert tekken.encode("x").dtype == np.uint16 and tekken.token_bytes[:10].sum() == 0
 
 
@@ -132,7 +151,11 @@ def test_tekken_by_name_is_that_of_mistral_common():
         return
     loaded = tokenizer.load("tekken")
     text = sources.embedded_documents("held_out")[0][:20_000].decode()
-    assert loaded.vocab_size == 131_072 and loaded.decode(loaded.encode(text)) == text and loaded.encode(text).dtype == np.uint32
+    assert (
+        loaded.vocab_size == 131_072
+        and loaded.decode(loaded.encode(text)) == text
+        and loaded.encode(text).dtype == np.uint32
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [257, 300])
@@ -142,7 +165,10 @@ def test_trained_tokenizer_is_a_usable_file(tmp_path, vocab_size):
     content = tokenizer.train(texts, vocab_size)
     (tmp_path / "tokenizer.json").write_text(content)
     loaded = tokenizer.load(str(tmp_path / "tokenizer.json"))
-    assert loaded.vocab_size == vocab_size and loaded.decode(loaded.encode("\0 naïve 𝄞\r\n")) == "\0 naïve 𝄞\r\n"
+    assert (
+        loaded.vocab_size == vocab_size
+        and loaded.decode(loaded.encode("\0 naïve 𝄞\r\n")) == "\0 naïve 𝄞\r\n"
+    )
     assert tokenizer.train(texts, vocab_size) == content
     with pytest.raises(configs.ConfigError, match="--train_tokenizer: 256 is below 257"):
         tokenizer.train(texts, 256)
@@ -151,9 +177,15 @@ def test_trained_tokenizer_is_a_usable_file(tmp_path, vocab_size):
 def test_auto_is_the_tokenizer_of_the_first_source(tmp_path, bpe):
     (tmp_path / "tokenizer.json").write_bytes(bpe.file.read_bytes())
     assert tokenizer.of(configs.DataConfig()).fingerprint == "byte"
-    assert tokenizer.of(configs.DataConfig(source=f"{tmp_path}=1,embedded=1")).fingerprint == bpe.fingerprint
+    assert (
+        tokenizer.of(configs.DataConfig(source=f"{tmp_path}=1,embedded=1")).fingerprint
+        == bpe.fingerprint
+    )
     assert tokenizer.of(configs.DataConfig(source=f"embedded=1,{tmp_path}=1")).fingerprint == "byte"
-    assert tokenizer.of(configs.DataConfig(source=str(tmp_path), tokenizer="byte")).fingerprint == "byte"
+    assert (
+        tokenizer.of(configs.DataConfig(source=str(tmp_path), tokenizer="byte")).fingerprint
+        == "byte"
+    )
     with pytest.raises(configs.ConfigError, match="index.json: no such file"):
         tokenizer.of(configs.DataConfig(source=str(tmp_path / "gone")))
 
@@ -175,27 +207,55 @@ def test_unusable_files_are_refused_in_one_line(tmp_path):
 
 def _lossy(change):
     """What a change of one part of a byte-level tokenizer.json makes of it."""
-    prefix = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    splits = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, prefix | {"add_prefix_space": False}]}
+    prefix = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    splits = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Whitespace"}, prefix | {"add_prefix_space": False}],
+    }
     return {
         "prefix space": {"pre_tokenizer": prefix},
         "whitespace": {"pre_tokenizer": splits},
         "lowercase": {"normalizer": {"type": "Lowercase"}},
-        "accents": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}]}},
+        "accents": {
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [{"type": "NFD"}, {"type": "StripAccents"}],
+            }
+        },
         "strip": {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
-        "added": {"added_tokens": [_added(400, "<tool>", lstrip=True), _added(0, "<|endoftext|>", special=True)]},
+        "added": {
+            "added_tokens": [
+                _added(400, "<tool>", lstrip=True),
+                _added(0, "<|endoftext|>", special=True),
+            ]
+        },
     }[change]
 
 
 def _added(index, content, **flags):
-    defaults = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    defaults = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": False,
+    }
     return {"id": index, "content": content} | defaults | flags
 
 
-@pytest.mark.parametrize("change", ["prefix space", "whitespace", "lowercase", "accents", "strip", "added"])
+@pytest.mark.parametrize(
+    "change", ["prefix space", "whitespace", "lowercase", "accents", "strip", "added"]
+)
 def test_tokenizers_that_lose_text_are_refused(tmp_path, change):
     path = train_bpe(tmp_path / "tokenizer.json", **_lossy(change))
-    with pytest.raises(configs.ConfigError, match="loses text: .*comes back as.*bits per byte would be wrong") as caught:
+    with pytest.raises(
+        configs.ConfigError, match="loses text: .*comes back as.*bits per byte would be wrong"
+    ) as caught:
         tokenizer.load(path, allow_normalisation=True)
     assert "\n" not in str(caught.value)
 
@@ -203,8 +263,13 @@ def test_tokenizers_that_lose_text_are_refused(tmp_path, change):
 def test_an_alphabet_that_lacks_bytes_is_refused(tmp_path):
     hf = pytest.importorskip("tokenizers")
     bpe = hf.Tokenizer(hf.models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = hf.pre_tokenizers.ByteLevel(add_prefix_space=False), hf.decoders.ByteLevel()
-    trainer = hf.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.pre_tokenizer, bpe.decoder = (
+        hf.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        hf.decoders.ByteLevel(),
+    )
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False
+    )
     bpe.train_from_iterator(["plain ASCII text and no more"], trainer)
     bpe.save(str(tmp_path / "tokenizer.json"))
     assert bpe.encode("é").ids == []  # so that its two bytes would not be counted
@@ -215,8 +280,13 @@ def test_an_alphabet_that_lacks_bytes_is_refused(tmp_path):
 def test_an_id_for_what_is_unknown_is_refused(tmp_path):
     hf = pytest.importorskip("tokenizers")
     bpe = hf.Tokenizer(hf.models.BPE(unk_token="<unk>"))
-    bpe.pre_tokenizer, bpe.decoder = hf.pre_tokenizers.ByteLevel(add_prefix_space=False), hf.decoders.ByteLevel()
-    trainer = hf.trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<|endoftext|>"], show_progress=False)
+    bpe.pre_tokenizer, bpe.decoder = (
+        hf.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        hf.decoders.ByteLevel(),
+    )
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<|endoftext|>"], show_progress=False
+    )
     bpe.train_from_iterator(["plain ASCII text and no more"], trainer)
     bpe.save(str(tmp_path / "tokenizer.json"))
     assert bpe.encode("é").tokens == ["<unk>", "<unk>"]  # ten bytes would be counted, of two
@@ -240,7 +310,10 @@ def test_dropout_is_switched_off_and_said(tmp_path):
     content = json.loads(open(train_bpe(tmp_path / "plain.json")).read())
     content["model"]["dropout"] = 0.5
     (tmp_path / "dropout.json").write_text(json.dumps(content))
-    loaded, plain = tokenizer.load(str(tmp_path / "dropout.json")), tokenizer.load(str(tmp_path / "plain.json"))
+    loaded, plain = (
+        tokenizer.load(str(tmp_path / "dropout.json")),
+        tokenizer.load(str(tmp_path / "plain.json")),
+    )
     text = "Captain Wentworth must be out of sight " * 20
     assert loaded.encode(text).tolist() == plain.encode(text).tolist()
     assert "dropout of 0.5 is switched off" in loaded.notes[0] and not plain.notes
@@ -252,7 +325,9 @@ def test_missing_package_is_said_in_one_line(monkeypatch, tmp_path):
         tokenizer.load(str(tmp_path / "tokenizer.json"))
 
 
-@pytest.mark.parametrize(("size", "expected"), [(257, "<u2"), (65536, "<u2"), (65537, "<u4"), (131072, "<u4")])
+@pytest.mark.parametrize(
+    ("size", "expected"), [(257, "<u2"), (65536, "<u2"), (65537, "<u4"), (131072, "<u4")]
+)
 def test_dtype_holds_every_id(size, expected):
     assert tokenizer.dtype(size) == np.dtype(expected) and np.iinfo(expected).max >= size - 1
 
@@ -262,5 +337,7 @@ def test_vocab_size_is_rounded_up_or_checked():
         return tokenizer.vocab_size(configs.from_dict({"model": {"vocab_size": value}}))
 
     assert resolved(None) == 384 and resolved(257) == 257 and resolved(1000) == 1000
-    with pytest.raises(configs.ConfigError, match="config.model.vocab_size: 256 is below the 257 ids"):
+    with pytest.raises(
+        configs.ConfigError, match="config.model.vocab_size: 256 is below the 257 ids"
+    ):
         resolved(256)

@@ -21,8 +21,18 @@ def written(directory, values, **changes):
 
 
 def split(pattern):
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    words = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    words = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     return {"type": "Sequence", "pretokenizers": [words, byte_level]}
 
 
@@ -32,17 +42,34 @@ def test_one_that_works_is_read(values, tmp_path):
     assert tokenizer.load(path).decode(tokenizer.load(path).encode("Anne")) == "Anne"
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wEAAAA="}}, "ends its process with SIGABRT"),
-    ({"normalizer": {"type": "Replace", "pattern": {"Regex": "a*"}, "content": "aa" * 1_000_000}}, "ends its process with SIGABRT"),
-    ({"pre_tokenizer": split("((((")}, "end pattern with unmatched parenthesis"),
-    ({"pre_tokenizer": split(r"(a+)+(a+)+(a+)+(a+)+$b")}, "retry-limit-in-match over"),
-    ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "PanicException"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wEAAAA="}},
+            "ends its process with SIGABRT",
+        ),
+        (
+            {
+                "normalizer": {
+                    "type": "Replace",
+                    "pattern": {"Regex": "a*"},
+                    "content": "aa" * 1_000_000,
+                }
+            },
+            "ends its process with SIGABRT",
+        ),
+        ({"pre_tokenizer": split("((((")}, "end pattern with unmatched parenthesis"),
+        ({"pre_tokenizer": split(r"(a+)+(a+)+(a+)+(a+)+$b")}, "retry-limit-in-match over"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "PanicException"),
+    ],
+)
 def test_what_breaks_the_library_is_one_line(values, tmp_path, changes, words):
     with pytest.raises(ConfigError, match=words) as caught:
         tokenizer.load(written(tmp_path, values, **changes))
-    assert "\n" not in str(caught.value) and "tokenizer.json' is not a tokenizer.json: " in str(caught.value)
+    assert "\n" not in str(caught.value) and "tokenizer.json' is not a tokenizer.json: " in str(
+        caught.value
+    )
 
 
 def test_what_never_ends_is_ended(values, tmp_path, monkeypatch):
@@ -64,7 +91,9 @@ def test_files_that_are_too_large_or_too_deep_are_not_read(tmp_path, monkeypatch
         file.truncate(3 << 30)
     with pytest.raises(ConfigError, match="is not a tokenizer.json: has more than 268435456 bytes"):
         tokenizer.load(str(path))
-    path.write_text('{"normalizer": ' + '{"type": "Sequence", "normalizers": [' * 20000 + "]}" * 20000 + "}")
+    path.write_text(
+        '{"normalizer": ' + '{"type": "Sequence", "normalizers": [' * 20000 + "]}" * 20000 + "}"
+    )
     with pytest.raises(ConfigError, match="is nested too deeply"):
         tokenizer.load(str(path))
     path.write_text("[1]")

@@ -17,7 +17,12 @@ def figures(request):
     rows = []
     yield rows
     for row in rows:
-        print("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else str(value) for key, value in row.items()))
+        print(
+            "  ".join(
+                f"{key} {value:.3g}" if isinstance(value, float) else str(value)
+                for key, value in row.items()
+            )
+        )
     path = request.config.getoption("--figures")
     if path:
         record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": rows}

@@ -28,12 +28,16 @@ ONE, EIGHT = {"fsdp": 1}, {"data": 2, "fsdp": 4}
 def micro(**changes) -> config_lib.Config:
     """The micro config, with fields of sections changed."""
     sections = {"mesh": ONE} | MICRO
-    return config_lib.from_dict({name: sections.get(name, {}) | changes.get(name, {}) for name in sections | changes})
+    return config_lib.from_dict(
+        {name: sections.get(name, {}) | changes.get(name, {}) for name in sections | changes}
+    )
 
 
 def on_mesh(mesh, **changes) -> config_lib.Config:
     """The same with eight heads, so that every mesh of eight devices divides it."""
-    return micro(model={"width": 64, "ffn_width": 64, "heads": 8, "kv_heads": 8}, mesh=mesh, **changes)
+    return micro(
+        model={"width": 64, "ffn_width": 64, "heads": 8, "kv_heads": 8}, mesh=mesh, **changes
+    )
 
 
 def devices_of(config):
@@ -49,20 +53,32 @@ def train(config, workdir):
 
 def program_of(config) -> TrainProgram:
     """The program of a config on those devices."""
-    return TrainProgram(config, define(config.model, tokenizer.vocab_size(config)), make_mesh(config, devices_of(config)))
+    return TrainProgram(
+        config,
+        define(config.model, tokenizer.vocab_size(config)),
+        make_mesh(config, devices_of(config)),
+    )
 
 
 def saved(config, workdir):
     """All arrays of the newest checkpoint, by path, and the data's state."""
     with Checkpoints(workdir, keep=1) as checkpoints:
-        items, data = checkpoints.restore(checkpoints.latest_step(), program_of(config).abstract_state.items())
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(items)}, data
+        items, data = checkpoints.restore(
+            checkpoints.latest_step(), program_of(config).abstract_state.items()
+        )
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(items)
+    }, data
 
 
 def logged(workdir):
     """The log without what depends on the clock."""
     timed = ("tokens_per_second", "step_seconds", "data_wait_seconds")
-    return [{key: value for key, value in entry.items() if key not in timed} for entry in read_metrics(workdir / "metrics.jsonl")]
+    return [
+        {key: value for key, value in entry.items() if key not in timed}
+        for entry in read_metrics(workdir / "metrics.jsonl")
+    ]
 
 
 def save_untrained(config, workdir):

@@ -65,7 +65,9 @@ def test_text_ends_with_the_document_and_has_no_ids_beyond_the_tokenizer():
     end, tokens = inference.tokenizer.end_of_document, 60
     found = last(generate_ids(inference, [[end]] * 32, tokens, Sampling(temperature=1.0)))
     assert all(0 <= token < end for ids in found for token in ids)
-    assert all(ids[:16] != ids[16:32] for ids in found if len(ids) >= 32)  # every chunk has random numbers of its own
+    assert all(
+        ids[:16] != ids[16:32] for ids in found if len(ids) >= 32
+    )  # every chunk has random numbers of its own
     ended = [len(ids) for ids in found if len(ids) < tokens]
     # A row goes on with probability (256/257)^60 = 0.79: 6.7 of 32 should end, with standard deviation 2.3.
     assert 1 <= len(ended) <= 16 and len(set(ended)) > 1
@@ -75,7 +77,9 @@ def test_text_ends_with_the_document_and_has_no_ids_beyond_the_tokenizer():
 def test_stop_ends_a_row_after_its_chunk(inference):
     rows = [document(inference, prompt) for prompt in PROMPTS]
     whole = last(generate_ids(inference, rows, 48, GREEDY))
-    found = last(generate_ids(inference, rows, 48, GREEDY, stop=lambda ids: ids[:3] == whole[0][:3]))
+    found = last(
+        generate_ids(inference, rows, 48, GREEDY, stop=lambda ids: ids[:3] == whole[0][:3])
+    )
     assert found[0] == whole[0][:16] and found[1:] == whole[1:]
 
 
@@ -88,21 +92,26 @@ def test_eight_devices_agree_with_one_and_compile_one_decoding_loop(inference):
 PROBABILITIES = np.array([0.05, 0.4, 0.0, 0.3, 0.2, 0.05])
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "wanted"), [
-    (1.0, 1.0, PROBABILITIES),
-    (0.5, 1.0, PROBABILITIES**2 / np.sum(PROBABILITIES**2)),
-    (1.0, 0.69, [0, 4 / 7, 0, 3 / 7, 0, 0]),
-    (1.0, 0.71, [0, 4 / 9, 0, 3 / 9, 2 / 9, 0]),
-    (1.0, 0.91, PROBABILITIES),  # one of two equals is needed: both stay
-    (1.0, 1e-6, [0, 1, 0, 0, 0, 0]),
-    (0.0, 1.0, [0, 1, 0, 0, 0, 0]),
-])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "wanted"),
+    [
+        (1.0, 1.0, PROBABILITIES),
+        (0.5, 1.0, PROBABILITIES**2 / np.sum(PROBABILITIES**2)),
+        (1.0, 0.69, [0, 4 / 7, 0, 3 / 7, 0, 0]),
+        (1.0, 0.71, [0, 4 / 9, 0, 3 / 9, 2 / 9, 0]),
+        (1.0, 0.91, PROBABILITIES),  # one of two equals is needed: both stay
+        (1.0, 1e-6, [0, 1, 0, 0, 0, 0]),
+        (0.0, 1.0, [0, 1, 0, 0, 0, 0]),
+    ],
+)
 def test_what_is_drawn(temperature, top_p, wanted):
     draws = 20000
     with np.errstate(divide="ignore"):
         logits = jnp.asarray(np.broadcast_to(np.log(PROBABILITIES) + 3, (draws, 6)), jnp.float32)
     keys = jax.random.split(jax.random.key(0), draws)
-    counts = np.bincount(jax.jit(next_token)(logits, keys, jnp.float32(temperature), jnp.float32(top_p)), minlength=6)
+    counts = np.bincount(
+        jax.jit(next_token)(logits, keys, jnp.float32(temperature), jnp.float32(top_p)), minlength=6
+    )
     wanted = np.asarray(wanted)
     assert counts[wanted == 0].sum() == 0
     expected = draws * wanted[wanted > 0]
@@ -113,25 +122,32 @@ def test_what_is_drawn(temperature, top_p, wanted):
 def test_pieces_of_a_stream_never_split_a_character(inference, monkeypatch):
     text = "naïve — 😀 \U0001f469‍🚀 end"
     ids = list(text.encode()) + [0xFF, 0x41, 0xF0, 0x9F]
-    monkeypatch.setattr(generation, "generate_ids", lambda *_: ([ids[: n + 1]] for n in range(len(ids))))
+    monkeypatch.setattr(
+        generation, "generate_ids", lambda *_: ([ids[: n + 1]] for n in range(len(ids)))
+    )
     pieces = list(stream(inference, "x", tokens=1))
     assert "".join(pieces) == text + "\ufffdA\ufffd"
     assert all("\ufffd" not in piece for piece in pieces[: len(text.encode())])
 
 
 def test_a_stream_is_the_generated_text(inference):
-    assert "".join(stream(inference, "Anne", tokens=50)) == generate(inference, ["Anne"], tokens=50)[0]
+    assert (
+        "".join(stream(inference, "Anne", tokens=50)) == generate(inference, ["Anne"], tokens=50)[0]
+    )
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ({"tokens": 0}, ["tokens", "0"]),
-    ({"temperature": -1.0}, ["temperature", "-1.0"]),
-    ({"temperature": float("nan")}, ["temperature", "nan"]),
-    ({"top_p": 0.0}, ["top_p", "0.0"]),
-    ({"top_p": 1.5}, ["top_p", "1.5"]),
-    ({"prompts": ["x" * 64]}, ["prompt", "65", "64"]),
-    ({"prompts": []}, ["prompts"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"tokens": 0}, ["tokens", "0"]),
+        ({"temperature": -1.0}, ["temperature", "-1.0"]),
+        ({"temperature": float("nan")}, ["temperature", "nan"]),
+        ({"top_p": 0.0}, ["top_p", "0.0"]),
+        ({"top_p": 1.5}, ["top_p", "1.5"]),
+        ({"prompts": ["x" * 64]}, ["prompt", "65", "64"]),
+        ({"prompts": []}, ["prompts"]),
+    ],
+)
 def test_mistakes(inference, arguments, words):
     with pytest.raises(ValueError) as error:
         generate(inference, **{"prompts": ["x"], "tokens": 4} | arguments)

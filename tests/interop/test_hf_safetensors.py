@@ -10,7 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fp8jax.interop.hf_safetensors import INDEX, SINGLE, HuggingFaceError, TensorFiles, read_json, write_files
+from fp8jax.interop.hf_safetensors import (
+    INDEX,
+    SINGLE,
+    HuggingFaceError,
+    TensorFiles,
+    read_json,
+    write_files,
+)
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -29,21 +36,29 @@ def test_a_written_file_read_by_hand(tmp_path):
     write_files(tmp_path, tensors, np.dtype(np.float32), 10**6)
     raw = (tmp_path / SINGLE).read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8:8 + length])
+    header = json.loads(raw[8 : 8 + length])
     assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
     assert header == {"a": entry(), "b": entry(24, 28, ())}
-    assert raw[8 + length:] == A.tobytes() + struct.pack("<f", 7)
+    assert raw[8 + length :] == A.tobytes() + struct.pack("<f", 7)
 
 
-@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)])
+@pytest.mark.parametrize(
+    "dtype", [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
+)
 def test_round_trip_in_shards_no_larger_than_asked(tmp_path, dtype):
     rng = np.random.default_rng(0)
-    arrays = {f"t{i}": rng.normal(size=(i + 1, 5)).astype(dtype) for i in range(8)} | {"empty": np.zeros((0, 4), dtype)}
+    arrays = {f"t{i}": rng.normal(size=(i + 1, 5)).astype(dtype) for i in range(8)} | {
+        "empty": np.zeros((0, 4), dtype)
+    }
     limit = 40 * dtype.itemsize
     write_files(tmp_path, {n: (a.shape, lambda a=a: a) for n, a in arrays.items()}, dtype, limit)
     files = TensorFiles(tmp_path)
-    assert {n: files.read(n).tobytes() for n in arrays} == {n: a.tobytes() for n, a in arrays.items()}
-    assert all(files.read(n).shape == a.shape and files.read(n).dtype == dtype for n, a in arrays.items())
+    assert {n: files.read(n).tobytes() for n in arrays} == {
+        n: a.tobytes() for n, a in arrays.items()
+    }
+    assert all(
+        files.read(n).shape == a.shape and files.read(n).dtype == dtype for n, a in arrays.items()
+    )
     index = json.loads((tmp_path / INDEX).read_text())
     shards = set(index["weight_map"].values())
     assert len(shards) > 2 and shards == {p.name for p in tmp_path.glob("*.safetensors")}
@@ -53,23 +68,26 @@ def test_round_trip_in_shards_no_larger_than_asked(tmp_path, dtype):
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in arrays.values())
 
 
-@pytest.mark.parametrize(("header", "data", "length", "words"), [
-    ({"a": entry()}, A.tobytes(), 10**12, "header has 1000000000000 bytes"),
-    ({"a": entry()}, A.tobytes()[:-1], None, "truncated"),
-    ({"a": entry()}, A.tobytes() + b"x", None, "25 bytes of data"),
-    ({"a": entry(stop=20)}, A.tobytes(), None, "gives a shape"),
-    ({"a": entry(shape=(2, -3))}, A.tobytes(), None, "gives a shape"),
-    ({"a": entry(4, 28)}, A.tobytes(), None, "a starts at byte 4"),
-    ({"a": entry(-8, 16)}, A.tobytes(), None, "gives a shape"),
-    ({"a": entry(), "b": entry()}, A.tobytes(), None, "b starts at byte 0"),
-    ({"a": entry(dtype="F3")}, A.tobytes(), None, "entry of a"),
-    ({"a": {"dtype": "F32"}}, A.tobytes(), None, "entry of a"),
-    ({"a": 3}, A.tobytes(), None, "entry of a"),
-    (b'{"a":1,"a":2}', b"", None, "a stands twice"),
-    (b"[" * 10**5, b"", None, "is not JSON"),
-    (b"\xff\xfe", b"", None, "is not JSON"),
-    (b"[]", b"", None, "not a JSON object"),
-])
+@pytest.mark.parametrize(
+    ("header", "data", "length", "words"),
+    [
+        ({"a": entry()}, A.tobytes(), 10**12, "header has 1000000000000 bytes"),
+        ({"a": entry()}, A.tobytes()[:-1], None, "truncated"),
+        ({"a": entry()}, A.tobytes() + b"x", None, "25 bytes of data"),
+        ({"a": entry(stop=20)}, A.tobytes(), None, "gives a shape"),
+        ({"a": entry(shape=(2, -3))}, A.tobytes(), None, "gives a shape"),
+        ({"a": entry(4, 28)}, A.tobytes(), None, "a starts at byte 4"),
+        ({"a": entry(-8, 16)}, A.tobytes(), None, "gives a shape"),
+        ({"a": entry(), "b": entry()}, A.tobytes(), None, "b starts at byte 0"),
+        ({"a": entry(dtype="F3")}, A.tobytes(), None, "entry of a"),
+        ({"a": {"dtype": "F32"}}, A.tobytes(), None, "entry of a"),
+        ({"a": 3}, A.tobytes(), None, "entry of a"),
+        (b'{"a":1,"a":2}', b"", None, "a stands twice"),
+        (b"[" * 10**5, b"", None, "is not JSON"),
+        (b"\xff\xfe", b"", None, "is not JSON"),
+        (b"[]", b"", None, "not a JSON object"),
+    ],
+)
 def test_a_header_that_lies_is_refused(tmp_path, header, data, length, words):
     file(tmp_path / SINGLE, header, data, length)
     with pytest.raises(HuggingFaceError, match=words) as caught:
@@ -90,7 +108,17 @@ def test_other_dtypes_are_known_but_not_read(tmp_path):
         TensorFiles(tmp_path).read("a")
 
 
-@pytest.mark.parametrize("name", ["../stolen.safetensors", "/etc/passwd", "sub/model.safetensors", "..\\m.safetensors", "model.bin", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../stolen.safetensors",
+        "/etc/passwd",
+        "sub/model.safetensors",
+        "..\\m.safetensors",
+        "model.bin",
+        "",
+    ],
+)
 def test_an_index_names_only_safetensors_files_beside_it(tmp_path, name):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     file(tmp_path.parent / "stolen.safetensors", {"a": entry()}, A.tobytes())
@@ -98,16 +126,23 @@ def test_an_index_names_only_safetensors_files_beside_it(tmp_path, name):
         TensorFiles(tmp_path)
 
 
-@pytest.mark.parametrize(("weight_map", "words"), [
-    ({"a": "x.safetensors", "b": "x.safetensors"}, "lacks b"),
-    ({"a": "missing.safetensors"}, "missing.safetensors: cannot be read"),
-    ({"a": "x.safetensors", "c": "y.safetensors"}, "holds a, which .* places in x.safetensors"),
-    ({"c": "y.safetensors"}, "holds a, which .* places in no file"),
-    ({}, "weight_map"), ([1], "weight_map"), ({"a": 1}, "weight_map"),
-])
+@pytest.mark.parametrize(
+    ("weight_map", "words"),
+    [
+        ({"a": "x.safetensors", "b": "x.safetensors"}, "lacks b"),
+        ({"a": "missing.safetensors"}, "missing.safetensors: cannot be read"),
+        ({"a": "x.safetensors", "c": "y.safetensors"}, "holds a, which .* places in x.safetensors"),
+        ({"c": "y.safetensors"}, "holds a, which .* places in no file"),
+        ({}, "weight_map"),
+        ([1], "weight_map"),
+        ({"a": 1}, "weight_map"),
+    ],
+)
 def test_an_index_and_its_files_must_agree(tmp_path, weight_map, words):
     file(tmp_path / "x.safetensors", {"a": entry()}, A.tobytes())
-    file(tmp_path / "y.safetensors", {"a": entry(), "c": entry(24, 28, (1,))}, A.tobytes() + bytes(4))
+    file(
+        tmp_path / "y.safetensors", {"a": entry(), "c": entry(24, 28, (1,))}, A.tobytes() + bytes(4)
+    )
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(HuggingFaceError, match=words):
         TensorFiles(tmp_path)

@@ -60,9 +60,13 @@ def test_xielu(positive, negative):
         module.alpha_n[...] = jnp.float32(np.log(np.expm1(negative - 0.5)))
     values, (gradient,) = values_and_gradient(module, X)
     below = negative * (np.expm1(np.minimum(X, -1e-6)) - X)
-    np.testing.assert_allclose(values, np.where(X > 0, positive * X**2, below) + 0.5 * X, rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        values, np.where(X > 0, positive * X**2, below) + 0.5 * X, rtol=2e-6, atol=1e-7
+    )
     slope = np.where(X > 0, 2 * positive * X, negative * np.expm1(X)) + 0.5
-    slope[(X > -1e-6) & (X <= 0)] = 0.5 - negative  # as the formula has it, e^min(x, -1e-6) is constant there
+    slope[(X > -1e-6) & (X <= 0)] = (
+        0.5 - negative
+    )  # as the formula has it, e^min(x, -1e-6) is constant there
     np.testing.assert_allclose(gradient, slope, rtol=2e-5, atol=2e-6)
 
 
@@ -80,13 +84,19 @@ def test_smooth_swiglu_has_no_gradient_through_its_scale():
     up[1, 2] = 0.0
     largest = np.abs(up).max(-1, keepdims=True)
     s = np.where(largest > 0, largest, 1.0)
-    bounded, found = activations.smooth_swiglu(jnp.asarray(gate, jnp.float32), jnp.asarray(up, jnp.float32))
+    bounded, found = activations.smooth_swiglu(
+        jnp.asarray(gate, jnp.float32), jnp.asarray(up, jnp.float32)
+    )
     np.testing.assert_allclose(found, s, rtol=1e-6)
     np.testing.assert_allclose(bounded, silu(gate) * up / s, rtol=1e-5, atol=1e-6)
-    _, (d_gate, d_up) = values_and_gradient(lambda gate, up: activations.smooth_swiglu(gate, up)[0], gate, up)
+    _, (d_gate, d_up) = values_and_gradient(
+        lambda gate, up: activations.smooth_swiglu(gate, up)[0], gate, up
+    )
     np.testing.assert_allclose(d_gate, d_silu(gate) * up / s, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(d_up, silu(gate) / s, rtol=1e-5, atol=1e-6)
-    _, (none,) = values_and_gradient(lambda up: activations.smooth_swiglu(jnp.asarray(gate, jnp.float32), up)[1], up)
+    _, (none,) = values_and_gradient(
+        lambda up: activations.smooth_swiglu(jnp.asarray(gate, jnp.float32), up)[1], up
+    )
     np.testing.assert_array_equal(none, 0)
 
 

@@ -13,8 +13,17 @@ from fp8jax.models import gemms
 from fp8jax.models.definition import define
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, LENGTH = 2, 24, 6, 2, 10, 20, 96, 9
-MODEL = {"layers": LAYERS, "width": WIDTH, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "ffn_width": FFN,
-         "tied_embeddings": False, "init_std": 0.02, "dtype": "float32"}
+MODEL = {
+    "layers": LAYERS,
+    "width": WIDTH,
+    "heads": HEADS,
+    "kv_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "ffn_width": FFN,
+    "tied_embeddings": False,
+    "init_std": 0.02,
+    "dtype": "float32",
+}
 DEFAULT_SCALE = 1 / math.sqrt(HEAD_DIM)
 # The paper's table (appendix B), a row each: pre-norm, QK regulariser, activation, branch output, its gain at the start,
 # factor on the embedding, softmax scale, final norm.
@@ -36,7 +45,9 @@ architectures = pytest.mark.parametrize("architecture", config_lib.ARCHITECTURES
 
 @functools.cache
 def definition_of(architecture):
-    config = config_lib.from_dict({"model": MODEL | {"architecture": architecture}, "fp8": {"recipe": "bf16"}})
+    config = config_lib.from_dict(
+        {"model": MODEL | {"architecture": architecture}, "fp8": {"recipe": "bf16"}}
+    )
     return config, define(config.model, VOCAB)
 
 
@@ -44,7 +55,10 @@ def definition_of(architecture):
 def started(architecture, seed=0):
     """Initial parameters by name."""
     params = jax.jit(lambda: definition_of(architecture)[1].init(seed), compiler_options=QUICK)()
-    return {".".join(key.key for key in path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return {
+        ".".join(key.key for key in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
 
 @architectures
@@ -53,9 +67,14 @@ def test_where_it_starts(architecture):
     pre, qk, activation, branch, gain, _, _, final = PAPER[architecture]
     gated, g, b = activation in ("swiglu", "smooth"), HEADS // KV_HEADS, "blocks."
     hidden = FFN if gated else FFN * 3 // 2
-    matrices = {"embedding.w": (VOCAB, WIDTH), "head.w": (VOCAB, WIDTH), b + "attention.qkv.w": (LAYERS, WIDTH, KV_HEADS, g + 2, HEAD_DIM),
-                b + "attention.out.w": (LAYERS, KV_HEADS, g, HEAD_DIM, WIDTH), b + "feed_forward.up.w": (LAYERS, WIDTH, hidden),
-                b + "feed_forward.down.w": (LAYERS, hidden, WIDTH)}
+    matrices = {
+        "embedding.w": (VOCAB, WIDTH),
+        "head.w": (VOCAB, WIDTH),
+        b + "attention.qkv.w": (LAYERS, WIDTH, KV_HEADS, g + 2, HEAD_DIM),
+        b + "attention.out.w": (LAYERS, KV_HEADS, g, HEAD_DIM, WIDTH),
+        b + "feed_forward.up.w": (LAYERS, WIDTH, hidden),
+        b + "feed_forward.down.w": (LAYERS, hidden, WIDTH),
+    }
     if gated:
         matrices[b + "feed_forward.gate.w"] = LAYERS, WIDTH, hidden
     constants = {}
@@ -65,15 +84,23 @@ def test_where_it_starts(architecture):
         constants[f"{b}{name}.gain"] = (LAYERS, WIDTH), 1.0
     for name in ("post_attention", "post_ffn") if branch != "none" else ():
         constants[f"{b}{name}.gain"] = (LAYERS, WIDTH), gain
-    for name, whole in (("q_norm", (LAYERS, KV_HEADS, g, HEAD_DIM)), ("k_norm", (LAYERS, KV_HEADS, HEAD_DIM))):
+    for name, whole in (
+        ("q_norm", (LAYERS, KV_HEADS, g, HEAD_DIM)),
+        ("k_norm", (LAYERS, KV_HEADS, HEAD_DIM)),
+    ):
         shapes = {"trained": (LAYERS, HEAD_DIM), "whole": whole, "tanh": (LAYERS,)}
         if qk in shapes:
-            constants[f"{b}attention.{name}.{'alpha' if qk == 'tanh' else 'gain'}"] = shapes[qk], 0.5 if qk == "tanh" else 1.0
+            constants[f"{b}attention.{name}.{'alpha' if qk == 'tanh' else 'gain'}"] = (
+                shapes[qk],
+                0.5 if qk == "tanh" else 1.0,
+            )
     if activation == "xielu":
         constants[b + "feed_forward.xielu.alpha_p"] = (LAYERS,), math.log(math.expm1(0.8))
         constants[b + "feed_forward.xielu.alpha_n"] = (LAYERS,), math.log(math.expm1(0.3))
     found = started(architecture)
-    assert {name: leaf.shape for name, leaf in found.items()} == matrices | {name: shape for name, (shape, _) in constants.items()}
+    assert {name: leaf.shape for name, leaf in found.items()} == matrices | {
+        name: shape for name, (shape, _) in constants.items()
+    }
     for name, (_, value) in constants.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
     every = np.concatenate([found[name].ravel() for name in matrices]).astype(np.float64) / 0.02
@@ -132,7 +159,10 @@ def feed_forward(p, x, activation):
     if activation == "xielu":
         positive = jnp.log1p(jnp.exp(p["xielu"]["alpha_p"]))
         negative = 0.5 + jnp.log1p(jnp.exp(p["xielu"]["alpha_n"]))
-        return (jnp.where(up > 0, positive * up**2, negative * (jnp.expm1(jnp.minimum(up, -1e-6)) - up)) + 0.5 * up) @ p["down"]["w"]
+        return (
+            jnp.where(up > 0, positive * up**2, negative * (jnp.expm1(jnp.minimum(up, -1e-6)) - up))
+            + 0.5 * up
+        ) @ p["down"]["w"]
     gate = x @ p["gate"]["w"]
     # Smooth-SwiGLU divides by a scale and multiplies by it again: without rounding it is SwiGLU, and so are its gradients
     # as long as none goes through one of the two alone.
@@ -147,15 +177,25 @@ def reference_loss(params, tokens, mask, architecture):
         return rms(x) * p[name]["gain"] if pre else x
 
     def out_of(y, p, name):
-        return {"none": lambda: y, "norm": lambda: rms(y) * p[name]["gain"], "scale": lambda: y * p[name]["gain"]}[branch]()
+        return {
+            "none": lambda: y,
+            "norm": lambda: rms(y) * p[name]["gain"],
+            "scale": lambda: y * p[name]["gain"],
+        }[branch]()
 
     x = upscale * params["embedding"]["w"][tokens[:, :-1]]
     for layer in range(LAYERS):
         p = jax.tree.map(lambda a, layer=layer: a[layer], params["blocks"])
-        x = x + out_of(attention(p["attention"], into(x, p, "pre_attention"), qk, scale), p, "post_attention")
-        x = x + out_of(feed_forward(p["feed_forward"], into(x, p, "pre_ffn"), activation), p, "post_ffn")
+        x = x + out_of(
+            attention(p["attention"], into(x, p, "pre_attention"), qk, scale), p, "post_attention"
+        )
+        x = x + out_of(
+            feed_forward(p["feed_forward"], into(x, p, "pre_ffn"), activation), p, "post_ffn"
+        )
     logits = (rms(x) * params["final_norm"]["gain"] if final else x) @ params["head"]["w"].T
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, 1:, None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, 1:, None], axis=-1)[
+        ..., 0
+    ]
     return -jnp.sum(chosen * mask) / jnp.sum(mask)
 
 
@@ -167,11 +207,17 @@ def sample(architecture):
 
     def one(path, leaf):
         name = ".".join(key.key for key in path)
-        size = 8.0 if name.endswith(".w") and name != "embedding.w" else 1.0  # at 0.02 a branch is next to nothing
+        size = (
+            8.0 if name.endswith(".w") and name != "embedding.w" else 1.0
+        )  # at 0.02 a branch is next to nothing
         return (size * start[name] * rng.uniform(0.5, 1.5, leaf.shape)).astype(np.float32)
 
     params = jax.tree_util.tree_map_with_path(one, shapes)
-    return params, rng.integers(0, VOCAB, (2, LENGTH + 1)), (rng.random((2, LENGTH)) < 0.7).astype(np.float32)
+    return (
+        params,
+        rng.integers(0, VOCAB, (2, LENGTH + 1)),
+        (rng.random((2, LENGTH)) < 0.7).astype(np.float32),
+    )
 
 
 @architectures
@@ -182,16 +228,29 @@ def test_loss_and_gradients_are_those_of_the_mathematics(architecture):
 
     def loss(params):
         model = definition.bind(params)
-        logits, _ = model({"inputs": jnp.asarray(tokens[:, :-1], jnp.int32)}, recipes, model.prepare(recipes, {}, {}))
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), jnp.asarray(tokens[:, 1:, None]), axis=-1)[..., 0]
+        logits, _ = model(
+            {"inputs": jnp.asarray(tokens[:, :-1], jnp.int32)},
+            recipes,
+            model.prepare(recipes, {}, {}),
+        )
+        chosen = jnp.take_along_axis(
+            jax.nn.log_softmax(logits, axis=-1), jnp.asarray(tokens[:, 1:, None]), axis=-1
+        )[..., 0]
         return -jnp.sum(chosen * mask) / jnp.sum(mask)
 
     found, grads = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
-        exact = jax.jit(jax.value_and_grad(functools.partial(reference_loss, architecture=architecture)), compiler_options=QUICK)
-        wanted, wanted_grads = jax.device_get(exact(wide, jnp.asarray(tokens), jnp.asarray(mask, jnp.float64)))
+        exact = jax.jit(
+            jax.value_and_grad(functools.partial(reference_loss, architecture=architecture)),
+            compiler_options=QUICK,
+        )
+        wanted, wanted_grads = jax.device_get(
+            exact(wide, jnp.asarray(tokens), jnp.asarray(mask, jnp.float64))
+        )
     assert wanted_grads["embedding"]["w"].dtype == np.float64
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(wanted_grads), jax.tree.leaves(grads), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(wanted_grads), jax.tree.leaves(grads), strict=True
+    ):
         assert np.linalg.norm(a) > 0 and np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(a), path

@@ -22,8 +22,16 @@ def closed_formula(size: str, architecture: str) -> int:
     h = d // s["heads"]
     attention = d * d + 2 * d * s["kv_heads"] * h + d * d
     ffn = 3 * d * f  # gated: three matrices of f; two-layer: two of 1.5 f
-    norms = {"fog_max": 2 * d + 2, "fog_opt": 2 * d, "fog_flash": 2 * d + 2, "op": 2 * d + 2 * h, "op_frozen_qk": 2 * d,
-             "llama3": 2 * d, "llama3_smooth": 2 * d, "olmo2": 2 * d + d + s["kv_heads"] * h}[architecture]
+    norms = {
+        "fog_max": 2 * d + 2,
+        "fog_opt": 2 * d,
+        "fog_flash": 2 * d + 2,
+        "op": 2 * d + 2 * h,
+        "op_frozen_qk": 2 * d,
+        "llama3": 2 * d,
+        "llama3_smooth": 2 * d,
+        "olmo2": 2 * d + d + s["kv_heads"] * h,
+    }[architecture]
     final = d if architecture in ("llama3", "llama3_smooth", "olmo2") else 0
     embeddings = v * d * (1 if s.get("tied_embeddings", True) else 2)
     return layers * (attention + ffn + norms) + final + embeddings
@@ -34,14 +42,18 @@ def closed_formula(size: str, architecture: str) -> int:
 def test_parameter_counts(size, architecture):
     values = common.make(size, architecture=architecture, recipe="fp8_dpa")
     config = config_lib.from_dict(values)
-    assert define(config.model, config.model.vocab_size).parameter_count() == closed_formula(size, architecture)
+    assert define(config.model, config.model.vocab_size).parameter_count() == closed_formula(
+        size, architecture
+    )
 
 
 @pytest.mark.parametrize("architecture", config_lib.ARCHITECTURES)
 def test_every_architecture_has_gradients_everywhere(architecture):
     config = config_lib.from_dict({"model": TINY | {"architecture": architecture}})
     definition = define(config.model, 128)
-    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True).scaled_by("current")
+    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True).scaled_by(
+        "current"
+    )
     params = definition.init(0)
     batch = {"inputs": jnp.asarray(np.random.default_rng(0).integers(0, 128, (2, 32)), jnp.int32)}
     weights = definition.bind(params).prepare(recipes, {}, {})
@@ -58,9 +70,13 @@ def test_every_architecture_has_gradients_everywhere(architecture):
 
 
 def run_tiny(overrides: str = "", recipe: str = "fp8_dpa", **model):
-    config = config_lib.from_dict({"model": TINY | model, "fp8": {"recipe": recipe, "overrides": overrides}})
+    config = config_lib.from_dict(
+        {"model": TINY | model, "fp8": {"recipe": recipe, "overrides": overrides}}
+    )
     definition = define(config.model, 128)
-    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True).scaled_by("current")
+    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True).scaled_by(
+        "current"
+    )
     params = definition.init(0)
     batch = {"inputs": jnp.asarray(np.random.default_rng(0).integers(0, 128, (2, 32)), jnp.int32)}
 
@@ -70,8 +86,12 @@ def run_tiny(overrides: str = "", recipe: str = "fp8_dpa", **model):
         logits, taps = model(batch, recipes, prepared, ForwardOptions(remat=remat, collect=True))
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[..., 3]), taps
 
-    options = compiler_options(jax.default_backend())  # with excess precision, jax 0.12 rounds unrolled layers elsewhere
-    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2, compiler_options=options)
+    options = compiler_options(
+        jax.default_backend()
+    )  # with excess precision, jax 0.12 rounds unrolled layers elsewhere
+    step = jax.jit(
+        jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2, compiler_options=options
+    )
     return lambda remat="none": step(params, gemms.zero_tokens(recipes), remat)
 
 
@@ -82,7 +102,9 @@ def test_remat_changes_nothing(remat):
     (plain, _), (grads, amaxes) = run()
     (again, _), (grads_again, amaxes_again) = run(remat)
     np.testing.assert_allclose(plain, again, rtol=1e-6)
-    for a, b in zip(jax.tree.leaves((grads, amaxes)), jax.tree.leaves((grads_again, amaxes_again)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves((grads, amaxes)), jax.tree.leaves((grads_again, amaxes_again)), strict=True
+    ):
         assert np.linalg.norm(a - b) <= 2e-2 * np.linalg.norm(a)
 
 
@@ -96,7 +118,9 @@ def test_unrolled_layers_equal_scanned_ones():
 
 def test_layer_override_takes_one_role_of_one_layer_out_of_fp8():
     _, (_, amaxes) = run_tiny("mlp_down@1=bf16")()
-    assert np.asarray(amaxes["mlp_down"])[0].min() > 0 and np.asarray(amaxes["mlp_down"])[1].max() == 0
+    assert (
+        np.asarray(amaxes["mlp_down"])[0].min() > 0 and np.asarray(amaxes["mlp_down"])[1].max() == 0
+    )
 
 
 def test_float32_bf16_recipe_equals_plain_jax():
@@ -112,7 +136,9 @@ def test_float32_bf16_recipe_equals_plain_jax():
 
     def rope(x):  # [b, t, n, h]
         half = x.shape[-1] // 2
-        angle = jnp.arange(32)[:, None].astype(jnp.float32) * 500000.0 ** (-jnp.arange(half).astype(jnp.float32) / half)
+        angle = jnp.arange(32)[:, None].astype(jnp.float32) * 500000.0 ** (
+            -jnp.arange(half).astype(jnp.float32) / half
+        )
         cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
         a, b = x[..., :half], x[..., half:]
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
@@ -123,11 +149,17 @@ def test_float32_bf16_recipe_equals_plain_jax():
             p = jax.tree.map(lambda a, i=i: a[i], blocks)
             y = norm(x, p["pre_attention"]["gain"])
             qkv = jnp.einsum("btd,dkgh->btkgh", y, p["attention"]["qkv"]["w"])
-            q, k, v = rope(qkv[..., :2, :].reshape(2, 32, 4, 16)), rope(qkv[..., 2, :]), qkv[..., 3, :]
+            q, k, v = (
+                rope(qkv[..., :2, :].reshape(2, 32, 4, 16)),
+                rope(qkv[..., 2, :]),
+                qkv[..., 3, :],
+            )
             s = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, 2, axis=2)) / 4.0
             s = jnp.where(jnp.tril(jnp.ones((32, 32), bool)), s, -jnp.inf)
             o = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(s, -1), jnp.repeat(v, 2, axis=2))
-            x = x + jnp.einsum("btkgh,kghd->btd", o.reshape(2, 32, 2, 2, 16), p["attention"]["out"]["w"])
+            x = x + jnp.einsum(
+                "btkgh,kghd->btd", o.reshape(2, 32, 2, 2, 16), p["attention"]["out"]["w"]
+            )
             y = norm(x, p["pre_ffn"]["gain"])
             ffn = p["feed_forward"]
             x = x + (jax.nn.silu(y @ ffn["gate"]["w"]) * (y @ ffn["up"]["w"])) @ ffn["down"]["w"]
@@ -136,5 +168,7 @@ def test_float32_bf16_recipe_equals_plain_jax():
 
     wanted, wanted_grads = jax.value_and_grad(plain)(params)
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(wanted_grads), jax.tree.leaves(grads), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(wanted_grads), jax.tree.leaves(grads), strict=True
+    ):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a), path

@@ -11,8 +11,19 @@ from fp8jax.models.flops import model_flops
 def test_every_product_is_counted_three_times(architecture):
     """Each of m x k by k x n as 2 m n k, forward and twice backward; of attention the half that a causal mask leaves."""
     layers, d, n, k, h, f, v, b, t = 3, 24, 6, 2, 10, 20, 40, 4, 9
-    model = config_lib.from_dict({"model": {"architecture": architecture, "layers": layers, "width": d, "heads": n, "kv_heads": k,
-                                            "head_dim": h, "ffn_width": f}}).model
+    model = config_lib.from_dict(
+        {
+            "model": {
+                "architecture": architecture,
+                "layers": layers,
+                "width": d,
+                "heads": n,
+                "kv_heads": k,
+                "head_dim": h,
+                "ffn_width": f,
+            }
+        }
+    ).model
     found = model_flops(architectures.resolve(model), v, sequences=b, sequence_length=t)
     projections = d * n * h + d * k * h + d * k * h + n * h * d
     ffn = 3 * d * f if architecture == "llama3" else 2 * d * 30

@@ -18,7 +18,9 @@ def decoded(dtype: str, architecture: str, recipe: str = "bf16"):
     """Logits of every position past the prompt: (uncached, cached), float32 [b, t, v], NaN before it."""
     config = config_lib.from_dict({"model": MICRO | {"architecture": architecture, "dtype": dtype}})
     definition = define(config.model, 64)
-    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True, recipe=recipe).scaled_by("current")
+    recipes = gemms.model_recipes(
+        config, gated=definition.gated(), emulated=True, recipe=recipe
+    ).scaled_by("current")
     # Large weights: with those of an untrained model attention is nearly uniform, and a wrong mask hardly shows.
     params = jax.tree.map(lambda p: p * 8 if p.ndim > 2 else p, definition.init(0))
     ids = np.random.default_rng(0).integers(0, 64, (3, LENGTH)).astype(np.int32)
@@ -30,7 +32,9 @@ def decoded(dtype: str, architecture: str, recipe: str = "bf16"):
         whole, _ = model({"inputs": ids}, recipes, prepared)
         cache = kv_cache.empty(model.config, 3, CAPACITY)
         # Right-padded prompts: what stands in the padding's slots must never be seen.
-        _, cache = model.extend(jnp.where(jnp.arange(LENGTH) < PROMPTS[:, None], ids, 63), cache, recipes, prepared)
+        _, cache = model.extend(
+            jnp.where(jnp.arange(LENGTH) < PROMPTS[:, None], ids, 63), cache, recipes, prepared
+        )
         cache = cache._replace(filled=jnp.asarray(PROMPTS, jnp.int32))
 
         def one(cache, _):

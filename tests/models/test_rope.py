@@ -39,35 +39,57 @@ def test_llama_3_scaling_slows_long_wavelengths_only():
 
 
 def test_linear_scaling_slows_every_pair():
-    np.testing.assert_allclose(frequencies(rope_scaling="linear", rope_scaling_factor=4.0), frequencies() / 4, rtol=1e-15)
+    np.testing.assert_allclose(
+        frequencies(rope_scaling="linear", rope_scaling_factor=4.0), frequencies() / 4, rtol=1e-15
+    )
 
 
 def test_yarn_keeps_what_turns_often_and_slows_what_does_not():
     """Peng et al. 2023, section 3.2, pair by pair, with the bounds rounded to whole pairs as in their code."""
     factor, context, fast, slow, theta = 16.0, 4096, 32.0, 1.0, 10000.0
-    pair = [128 * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in (fast, slow)]
+    pair = [
+        128 * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (fast, slow)
+    ]
     first, last = math.floor(pair[0]), math.ceil(pair[1])
     expected = []
     for i in range(64):
         frequency, slowed = theta ** (-i / 64), min(max((i - first) / (last - first), 0.0), 1.0)
         expected.append(frequency * (1 - slowed) + frequency / factor * slowed)
-    found = frequencies(rope_scaling="yarn", rope_scaling_factor=factor, rope_original_context=context, rope_theta=theta)
+    found = frequencies(
+        rope_scaling="yarn",
+        rope_scaling_factor=factor,
+        rope_original_context=context,
+        rope_theta=theta,
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-12)
-    assert 0 < first < last < 64 and found[0] == 1 and found[-1] == pytest.approx(theta ** (-63 / 64) / 16)
+    assert (
+        0 < first < last < 64
+        and found[0] == 1
+        and found[-1] == pytest.approx(theta ** (-63 / 64) / 16)
+    )
 
 
 def test_dynamic_scaling_begins_where_the_original_context_ends():
     model = {"rope_scaling": "dynamic", "rope_scaling_factor": 2.0, "rope_original_context": 100}
-    config = architectures.resolve(config_lib.from_dict({"model": {"width": 128, "heads": 1, "kv_heads": 1} | model}).model)
+    config = architectures.resolve(
+        config_lib.from_dict({"model": {"width": 128, "heads": 1, "kv_heads": 1} | model}).model
+    )
     for length in (1, 99, 100):
         np.testing.assert_array_equal(layers.rope_frequencies(config, length), frequencies())
     base = 500000.0 * (2.0 * 250 / 100 - 1) ** (128 / 126)
-    np.testing.assert_allclose(layers.rope_frequencies(config, 250), [base ** (-i / 64) for i in range(64)], rtol=1e-12)
+    np.testing.assert_allclose(
+        layers.rope_frequencies(config, 250), [base ** (-i / 64) for i in range(64)], rtol=1e-12
+    )
 
 
 def test_a_factor_on_queries_and_keys_is_one_on_cos_and_sin():
     positions = jnp.arange(5)[None]
-    for one, other in zip(layers.rope_table(positions, frequencies()), layers.rope_table(positions, frequencies(), 1.25), strict=True):
+    for one, other in zip(
+        layers.rope_table(positions, frequencies()),
+        layers.rope_table(positions, frequencies(), 1.25),
+        strict=True,
+    ):
         np.testing.assert_array_equal(np.asarray(one) * np.float32(1.25), other)
 
 
@@ -89,7 +111,12 @@ def test_scaled_angles_are_exact_as_well():
     model = frequencies(rope_scaling_factor=8.0)
     positions = np.array([[131072, 10**6 + 1]])
     cos, sin = layers.rope_table(jnp.asarray(positions), model)
-    np.testing.assert_allclose(np.asarray(cos) + 1j * np.asarray(sin), np.exp(1j * positions[..., None] * model), rtol=0, atol=1.5e-6)
+    np.testing.assert_allclose(
+        np.asarray(cos) + 1j * np.asarray(sin),
+        np.exp(1j * positions[..., None] * model),
+        rtol=0,
+        atol=1.5e-6,
+    )
 
 
 def test_bounds_in_the_wrong_order_are_refused():

@@ -26,17 +26,39 @@ def log(seed=0, steps=END, layers=LAYERS, **series):
     noise = lambda: math.exp(0.02 * rng.normal())
     out = []
     for step in range(1, steps + 1):
-        norm, loss = (series.get(name, default)(step) for name, default in
-                      (("grad_norm", lambda s: 0.8), ("loss", lambda s: 4 * s**-0.15)))
-        entry = {"step": step, "tokens": step * TOKENS, "loss": loss * noise(), "grad_norm": norm * math.exp(0.2 * rng.normal())}
+        norm, loss = (
+            series.get(name, default)(step)
+            for name, default in (("grad_norm", lambda s: 0.8), ("loss", lambda s: 4 * s**-0.15))
+        )
+        entry = {
+            "step": step,
+            "tokens": step * TOKENS,
+            "loss": loss * noise(),
+            "grad_norm": norm * math.exp(0.2 * rng.normal()),
+        }
         for layer in range(layers) if step % EVERY == 0 else []:
             at = f"_layer{layer:03d}"
-            q, snr, kurtosis = (series.get(name, default)(step, layer) for name, default in
-                                (("q", lambda s, n: 1.0), ("snr", lambda s, n: 31.5), ("kurtosis", lambda s, n: 3 + math.log(s))))
-            entry |= {f"rms/q{at}": q * noise(), f"rms/k{at}": noise(), f"kurtosis/qkv{at}": kurtosis * noise(),
-                      f"rms/activation{at}": (1 + 0.1 * math.log(step)) * noise(), f"amax/mlp_down.w{at}": (0.1 + step / 4000) * noise(),
-                      f"snr/mlp_down.x{at}": snr * noise() ** 0.1, f"max_logit/attention_scores{at}": 4.0}
-            entry |= {f"snr/{o}{at}": 31.5 for o in ("attention_scores.q", "attention_scores.k", "qkv.x", "qkv.w")}
+            q, snr, kurtosis = (
+                series.get(name, default)(step, layer)
+                for name, default in (
+                    ("q", lambda s, n: 1.0),
+                    ("snr", lambda s, n: 31.5),
+                    ("kurtosis", lambda s, n: 3 + math.log(s)),
+                )
+            )
+            entry |= {
+                f"rms/q{at}": q * noise(),
+                f"rms/k{at}": noise(),
+                f"kurtosis/qkv{at}": kurtosis * noise(),
+                f"rms/activation{at}": (1 + 0.1 * math.log(step)) * noise(),
+                f"amax/mlp_down.w{at}": (0.1 + step / 4000) * noise(),
+                f"snr/mlp_down.x{at}": snr * noise() ** 0.1,
+                f"max_logit/attention_scores{at}": 4.0,
+            }
+            entry |= {
+                f"snr/{o}{at}": 31.5
+                for o in ("attention_scores.q", "attention_scores.k", "qkv.x", "qkv.w")
+            }
         out.append(entry)
     return out
 
@@ -60,7 +82,9 @@ def test_growing_logits_are_forecast_with_layer_and_tokens():
     """1 nat is where rms(q) is 15.3: with this growth, at step 273."""
     found = [a for a in alarms(log(q=growing(3), **STANDS)) if a.tensor == "attention_logits"]
     assert [a.level for a in found] == ["watch", "warn", "act"]
-    assert {a.layer for a in found} == {3} and {a.fallback for a in found} == {"qkv,attention_scores,attention_values"}
+    assert {a.layer for a in found} == {3} and {a.fallback for a in found} == {
+        "qkv,attention_scores,attention_values"
+    }
     for alarm in found[1:]:
         assert alarm.step + alarm.steps == pytest.approx(273, abs=12)
         assert alarm.tokens == alarm.steps * TOKENS
@@ -75,7 +99,9 @@ def test_linear_growth_far_from_the_limit_is_none_of_its_business():
 
 def test_the_first_layer_must_be_closer_than_the_last():
     def warned(here):
-        return next(a.step for a in alarms(log(q=growing(here, here + 1), **STANDS)) if a.level == "warn")
+        return next(
+            a.step for a in alarms(log(q=growing(here, here + 1), **STANDS)) if a.level == "warn"
+        )
 
     assert warned(LAYERS - 2) < warned(0)
 
@@ -87,7 +113,11 @@ def test_a_range_that_is_left_while_the_loss_falls_is_only_watched(seed):
 
 def test_of_many_layers_one_is_watched_and_a_fourth_is_warned_of():
     def levels(*grown, **series):
-        return {a.level for a in alarms(log(layers=12, q=growing(*grown), **series)) if a.tensor == "attention_logits"}
+        return {
+            a.level
+            for a in alarms(log(layers=12, q=growing(*grown), **series))
+            if a.tensor == "attention_logits"
+        }
 
     assert levels(11, **STANDS) == {"watch"}
     assert levels(11, loss=bent(300)) == {"watch", "warn"}  # it has left, and the loss shows it
@@ -113,18 +143,26 @@ def test_gradients_that_stay_high_are_warned_of_where_the_loss_shows_it():
     high = lambda step: 0.8 if step < 250 else 1.6
     assert {a.level for a in alarms(log(grad_norm=high))} <= {"watch"}
     found = alarms(log(grad_norm=high, loss=bent(250)))
-    assert ("warn", "gradient") in {(a.level, a.tensor) for a in found} and 250 < found[0].step <= 260
+    assert ("warn", "gradient") in {(a.level, a.tensor) for a in found} and 250 < found[
+        0
+    ].step <= 260
 
 
 def test_a_cast_that_has_lost_a_bit_asks_for_action():
-    found = alarms(log(snr=lambda step, layer: 31.5 if step < 200 or layer != 2 else 20.0, **STANDS))
-    assert [(a.level, a.tensor, a.layer, a.steps) for a in found if a.level == "act"] == [("act", "mlp_down.x", 2, 0)]
+    found = alarms(
+        log(snr=lambda step, layer: 31.5 if step < 200 or layer != 2 else 20.0, **STANDS)
+    )
+    assert [(a.level, a.tensor, a.layer, a.steps) for a in found if a.level == "act"] == [
+        ("act", "mlp_down.x", 2, 0)
+    ]
     assert found[0].fallback == "mlp_down" and 200 <= found[0].step <= 210
 
 
 def test_exponential_kurtosis_of_a_late_layer_is_watched():
     found = alarms(log(kurtosis=lambda step, layer: 3 * math.exp(step / 100 * (layer == 3))))
-    assert found and {(a.level, a.tensor, a.layer) for a in found} == {("watch", "kurtosis of qkv", 3)}
+    assert found and {(a.level, a.tensor, a.layer) for a in found} == {
+        ("watch", "kurtosis of qkv", 3)
+    }
 
 
 def test_a_gradient_and_all_weights_that_jump_ask_for_action():
@@ -134,7 +172,11 @@ def test_a_gradient_and_all_weights_that_jump_ask_for_action():
             if entry["step"] > 200 and name.startswith(("amax/mlp_down.w", "rms/activation")):
                 entry[name] *= 2
     found = alarms(entries)[:3]
-    assert [(a.level, a.tensor, a.step) for a in found] == [("watch", "gradient", 203), ("warn", "gradient", 205), ("act", "tensors", 205)]
+    assert [(a.level, a.tensor, a.step) for a in found] == [
+        ("watch", "gradient", 203),
+        ("warn", "gradient", 205),
+        ("act", "tensors", 205),
+    ]
 
 
 def test_a_learning_rate_that_jumps_is_warned_of_and_a_schedule_is_not():
@@ -144,7 +186,9 @@ def test_a_learning_rate_that_jumps_is_warned_of_and_a_schedule_is_not():
         entry["learning_rate"] = 1e-3 * min(step / 150, 1.0, (END - step) / 100 + 1e-3)
     assert alarms(entries) == []
     entries[209]["learning_rate"] = 1e-2
-    assert [(a.level, a.tensor, a.step) for a in alarms(entries)] == [("warn", "learning rate", 210)]
+    assert [(a.level, a.tensor, a.step) for a in alarms(entries)] == [
+        ("warn", "learning rate", 210)
+    ]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -157,7 +201,11 @@ def test_statistics_that_are_not_finite_do_no_harm():
     entries = log(q=growing(3), **STANDS)
     for entry in entries:
         if "rms/q_layer000" in entry:
-            entry |= {"rms/q_layer000": math.inf, "kurtosis/qkv_layer001": math.nan, "snr/mlp_down.x_layer000": math.inf}
+            entry |= {
+                "rms/q_layer000": math.inf,
+                "kurtosis/qkv_layer001": math.nan,
+                "snr/mlp_down.x_layer000": math.inf,
+            }
     assert [a.level for a in alarms(entries) if a.layer == 3] == ["watch", "warn", "act"]
 
 
@@ -165,9 +213,20 @@ def long_run(every, loss, steps, start=0, seed=0):
     """Entries as of 390m: statistics in each, every tensor's load at 1.1 in all layers."""
     rng = np.random.default_rng(seed)
     for step in range(start + every, steps + 1, every):
-        entry = {"step": step, "tokens": step * 524_288, "loss": loss(step) + 0.03 * rng.normal(), "grad_norm": math.exp(0.2 * rng.normal())}
-        yield entry | {f"snr/mlp_down.x_layer{n:03d}": 31.5 - 6.02 - 0.41 + 0.05 * rng.normal() for n in range(4)} | {
-            f"rms/mlp_out_layer{n:03d}": 1 + 0.01 * rng.normal() for n in range(4)}
+        entry = {
+            "step": step,
+            "tokens": step * 524_288,
+            "loss": loss(step) + 0.03 * rng.normal(),
+            "grad_norm": math.exp(0.2 * rng.normal()),
+        }
+        yield (
+            entry
+            | {
+                f"snr/mlp_down.x_layer{n:03d}": 31.5 - 6.02 - 0.41 + 0.05 * rng.normal()
+                for n in range(4)
+            }
+            | {f"rms/mlp_out_layer{n:03d}": 1 + 0.01 * rng.normal() for n in range(4)}
+        )
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, 3_000), (100, 100_000)])
@@ -176,7 +235,9 @@ def test_a_healthy_long_run_is_not_asked_to_act(every, steps):
     falling = lambda step: 1.9 + 9.0 * step**-0.25
     settled = steps // 10  # the first steps of a power law with a floor are no power law
     for seed in range(3):
-        assert {alarm.level for alarm in alarms(long_run(every, falling, steps, settled, seed))} == {"watch"}
+        assert {
+            alarm.level for alarm in alarms(long_run(every, falling, steps, settled, seed))
+        } == {"watch"}
     stalled = lambda step: falling(min(step, steps // 2))
     assert "act" in {alarm.level for alarm in alarms(long_run(every, stalled, steps, settled))}
 
@@ -202,10 +263,20 @@ def test_a_warning_that_was_saved_sees_what_it_would_have_seen():
 
 def test_gradients_in_e4m3_are_judged_by_their_own_format():
     """At 24 dB e5m2 has lost a quarter of what costs a bit, e4m3 more than a bit."""
-    entries = [entry | {f"snr/mlp_down.g_layer{n:03d}": 24.0 for n in range(LAYERS) if entry["step"] % EVERY == 0} for entry in log(**STANDS)]
+    entries = [
+        entry
+        | {
+            f"snr/mlp_down.g_layer{n:03d}": 24.0
+            for n in range(LAYERS)
+            if entry["step"] % EVERY == 0
+        }
+        for entry in log(**STANDS)
+    ]
+
     def tensors(gradient_format):
         watch = EarlyWarning(gradient_format=gradient_format)
         return {alarm.tensor for entry in entries for alarm in watch.observe(entry)}
+
     assert "mlp_down.g" in tensors("e4m3") - tensors("e5m2")
 
 
@@ -216,11 +287,16 @@ def test_replaying_a_log_leads_to_the_same_warnings():
     for entry in entries[:250]:
         again.observe(entry)
     assert any(before)
-    assert [watch.observe(entry) for entry in entries[250:]] == [again.observe(entry) for entry in entries[250:]]
+    assert [watch.observe(entry) for entry in entries[250:]] == [
+        again.observe(entry) for entry in entries[250:]
+    ]
 
 
 def catalogue(name):
-    return [json.loads(line) for line in lzma.decompress((CATALOGUE / f"{name}.jsonl.xz").read_bytes()).splitlines()]
+    return [
+        json.loads(line)
+        for line in lzma.decompress((CATALOGUE / f"{name}.jsonl.xz").read_bytes()).splitlines()
+    ]
 
 
 @pytest.mark.parametrize(("name", "departs"), [("llama3_hot", 247), ("llama3_smooth_hot", 269)])
@@ -243,7 +319,11 @@ def test_offline_on_a_file_or_a_directory(tmp_path):
     path = write(tmp_path / "metrics.jsonl", log(q=lambda step, layer: math.exp(step / 100)))
     lines = list(early_warnings.lines(path))
     assert lines == list(early_warnings.lines(tmp_path))
-    assert lines[0].startswith("step ") and "attention_logits in layer" in lines[0] and "tokens" in lines[0]
+    assert (
+        lines[0].startswith("step ")
+        and "attention_logits in layer" in lines[0]
+        and "tokens" in lines[0]
+    )
     assert lines[-1].startswith("400 steps: ")
 
 
@@ -258,7 +338,9 @@ def test_the_command_prints_them_and_asks_for_one_thing(tmp_path, capsys):
     path = write(tmp_path / "metrics.jsonl", log(q=lambda step, layer: math.exp(step / 100)))
     assert report.main(["--warnings", str(path)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed == list(early_warnings.lines(path)) and any("attention_logits" in line for line in printed)
+    assert printed == list(early_warnings.lines(path)) and any(
+        "attention_logits" in line for line in printed
+    )
     assert report.main(["--warnings", str(tmp_path / "none.jsonl")]) == 2
     for arguments in ([], [str(tmp_path), "--warnings", str(path)]):
         with pytest.raises(SystemExit, match="2"):
@@ -271,6 +353,10 @@ def test_a_loss_that_explodes_departs_where_it_leaves_not_where_its_spread_has_g
     from early_warning_runs import departure  # a module of benchmarks/, which is no package
 
     entries = catalogue("large_op_hot")
-    found = departure([entry["step"] for entry in entries], [float(entry["loss"]) for entry in entries])
+    found = departure(
+        [entry["step"] for entry in entries], [float(entry["loss"]) for entry in entries]
+    )
     assert any(alarm.level == "warn" for alarm in alarms(entries))
-    assert (found.step, found.calm) == (85, 51) and max(entry["loss"] for entry in entries[20:51]) < 3 < entries[58]["loss"]
+    assert (found.step, found.calm) == (85, 51) and max(
+        entry["loss"] for entry in entries[20:51]
+    ) < 3 < entries[58]["loss"]

@@ -40,8 +40,16 @@ def test_of_laws_that_predict_alike_the_slower_is_taken():
     """Noise of a constant lets a growing law win by chance: a forecast from that would be an alarm about nothing."""
     found = growth.fit(TOKENS, noisy(np.full((400, 40), 5.0), scale=0.05))
     assert np.mean(found.law == 0) > 0.8
-    errors = np.stack([growth._error(law, TOKENS / TOKENS[-1], noisy(np.full((400, 40), 5.0), scale=0.05), 27) for law in growth.LAWS])
-    assert np.mean(errors.argmin(axis=0) == 0) < 0.7 and (errors[found.law, np.arange(400)] <= growth.SIMPLER * errors.min(axis=0)).all()
+    errors = np.stack(
+        [
+            growth._error(law, TOKENS / TOKENS[-1], noisy(np.full((400, 40), 5.0), scale=0.05), 27)
+            for law in growth.LAWS
+        ]
+    )
+    assert (
+        np.mean(errors.argmin(axis=0) == 0) < 0.7
+        and (errors[found.law, np.arange(400)] <= growth.SIMPLER * errors.min(axis=0)).all()
+    )
 
 
 def test_what_does_not_grow_reaches_nothing():

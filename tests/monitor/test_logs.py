@@ -17,25 +17,61 @@ from fp8jax.monitor.writers import MetricsWriter, Silent
 from fp8jax.training.reaction import Reaction
 from tests.monitor.test_early_warning import STANDS, bent, growing, log
 
-TENSORS = [f"{statistic}/{tensor}" for statistic in ("kurtosis", "rms", "amax", "snr", "overflow", "entropy")
-           for tensor in ("qkv", "q", "k", "mlp_down.x", "mlp_down.w", "attention_out.g")]
+TENSORS = [
+    f"{statistic}/{tensor}"
+    for statistic in ("kurtosis", "rms", "amax", "snr", "overflow", "entropy")
+    for tensor in ("qkv", "q", "k", "mlp_down.x", "mlp_down.w", "attention_out.g")
+]
 
 
-@pytest.mark.parametrize("values", [
-    {"step": 3, "loss": 2.5, "kurtosis/qkv_avg": 3.2, "kurtosis/qkv_layer000": 3.1, "kurtosis/qkv_layer001": 3.3, "tokens": 7},
-    {"step": 3, "a_layer001": 1.0, "a_layer003": math.inf, "b_layer000": 0.0},  # layers that have no value have no name either
-    {"step": 3, "a_layer000": 1.0, "a_layers": [1.0], "a_layer1": 2.0, "a_layer0001": 3.0, "_layer000": 4.0},
-    {"step": 3, **{f"a_layer{layer:03d}": float(layer) for layer in range(1200)}},
-])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {
+            "step": 3,
+            "loss": 2.5,
+            "kurtosis/qkv_avg": 3.2,
+            "kurtosis/qkv_layer000": 3.1,
+            "kurtosis/qkv_layer001": 3.3,
+            "tokens": 7,
+        },
+        {
+            "step": 3,
+            "a_layer001": 1.0,
+            "a_layer003": math.inf,
+            "b_layer000": 0.0,
+        },  # layers that have no value have no name either
+        {
+            "step": 3,
+            "a_layer000": 1.0,
+            "a_layers": [1.0],
+            "a_layer1": 2.0,
+            "a_layer0001": 3.0,
+            "_layer000": 4.0,
+        },
+        {"step": 3, **{f"a_layer{layer:03d}": float(layer) for layer in range(1200)}},
+    ],
+)
 def test_names_come_back_from_arrays(values):
     packed = layered.pack(values)
     assert sum(name.endswith(("_layer001", "_layer003")) for name in packed) == 0
-    assert dict(layered.unpack(packed)).items() >= {k: v for k, v in values.items() if k != "a_layers"}.items()
-    assert list(layered.pack(layered.unpack(packed)).items()) == list(packed.items()) or "a_layers" in values
+    assert (
+        dict(layered.unpack(packed)).items()
+        >= {k: v for k, v in values.items() if k != "a_layers"}.items()
+    )
+    assert (
+        list(layered.pack(layered.unpack(packed)).items()) == list(packed.items())
+        or "a_layers" in values
+    )
 
 
 def test_statistics_are_logged_in_six_digits_and_scales_exactly():
-    values = {"kurtosis/qkv_layer000": math.pi, "scale/qkv.x_layer000": 2.0**-13, "snr/qkv.x_avg": math.inf, "rms/q_avg": math.nan}
+    values = {
+        "kurtosis/qkv_layer000": math.pi,
+        "scale/qkv.x_layer000": 2.0**-13,
+        "snr/qkv.x_avg": math.inf,
+        "rms/q_avg": math.nan,
+    }
     found = layered.rounded(values)
     assert found["kurtosis/qkv_layer000"] == 3.14159 and found["scale/qkv.x_layer000"] == 2.0**-13
     assert found["snr/qkv.x_avg"] == math.inf and math.isnan(found["rms/q_avg"])
@@ -56,7 +92,10 @@ def test_a_line_has_a_fifth_of_what_it_had(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, values | {"amax/qkv_layer005": math.nan, "amax/q_layer007": -math.inf})
     line = (tmp_path / "metrics.jsonl").read_text()
-    old = {name: value if name.startswith("tokens") else value * (1 + 1e-9) for name, value in values.items()}  # all their digits
+    old = {
+        name: value if name.startswith("tokens") else value * (1 + 1e-9)
+        for name, value in values.items()
+    }  # all their digits
     assert len(line) < len(json.dumps(old)) / 4
     assert json.loads(line, parse_constant=pytest.fail)["amax/qkv_layers"][5] == "nan"
     (read,) = read_metrics(tmp_path / "metrics.jsonl")
@@ -68,7 +107,14 @@ def write(path, steps, layers, packed, every=1):
     """A log as this version and as earlier ones wrote it."""
     with path.open("a") as file:
         for step in steps:
-            values = {"step": step, **(entry(step, layers, seed=step % 7) if step % every == 0 else {"loss": 2.0 + 1 / step})}
+            values = {
+                "step": step,
+                **(
+                    entry(step, layers, seed=step % 7)
+                    if step % every == 0
+                    else {"loss": 2.0 + 1 / step}
+                ),
+            }
             file.write(json.dumps(layered.pack(values) if packed else values) + "\n")
 
 
@@ -78,10 +124,14 @@ def test_a_tail_is_the_end_of_the_log(tmp_path, monkeypatch, packed):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 61), 3, packed, every=5)
     whole = read_metrics(path)
-    assert [record["step"] for record in whole] == list(range(1, 61)) and whole == list(records(path))
+    assert [record["step"] for record in whole] == list(range(1, 61)) and whole == list(
+        records(path)
+    )
     assert list(tail(path, entries=7)) == whole[-7:]
     assert list(tail(path, entries=7, last_step=50)) == whole[43:50]
-    assert list(tail(path, entries=7, statistics=3, last_step=50)) == whole[39:50]  # steps 40, 45, 50
+    assert (
+        list(tail(path, entries=7, statistics=3, last_step=50)) == whole[39:50]
+    )  # steps 40, 45, 50
     assert list(tail(path, entries=1000)) == whole == list(tail(path, entries=1, statistics=13))
     assert list(tail(path, entries=3, last_step=0)) == []
     with path.open("a") as file:
@@ -93,7 +143,10 @@ def test_a_tail_is_the_end_of_the_log(tmp_path, monkeypatch, packed):
         list(tail(path, entries=2))
 
 
-@pytest.mark.parametrize("line", ['{"step": ' + "9" * 5000 + "}", "{" * 100_000, '{"step": 1.5}', '{"step": -1', "\0" * 50])
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": ' + "9" * 5000 + "}", "{" * 100_000, '{"step": 1.5}', '{"step": -1', "\0" * 50],
+)
 def test_what_is_no_line_is_named_from_the_end_too(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
@@ -167,13 +220,18 @@ def test_a_report_of_a_long_log_takes_memory_that_does_not_grow_with_it(long_log
     step = json.loads(text[-1])["step"]
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for again in range(2):
-            file.writelines(f'{{"step": {again * step + 10 * number},{line.partition(",")[2]}' for number, line in enumerate(text, 1))
+            file.writelines(
+                f'{{"step": {again * step + 10 * number},{line.partition(",")[2]}'
+                for number, line in enumerate(text, 1)
+            )
     del text
     long, memory = peak(lambda: report_data.read_run(tmp_path, cells=10**6))
     assert memory < 1.2 * memory_of_short + 1
     assert long["series"]["loss"]["to"][-1] == 2 * short["series"]["loss"]["to"][-1]
     assert long["seconds"] == pytest.approx(2 * short["seconds"])
-    assert set(long["maps"]["kurtosis"]) == {name.partition("/")[2] for name in TENSORS if name.startswith("kurtosis")}
+    assert set(long["maps"]["kurtosis"]) == {
+        name.partition("/")[2] for name in TENSORS if name.startswith("kurtosis")
+    }
 
 
 def test_a_report_that_is_kept_up_to_date_reads_what_is_new(tmp_path, monkeypatch):
@@ -200,14 +258,21 @@ def test_a_report_that_is_kept_up_to_date_reads_what_is_new(tmp_path, monkeypatc
     assert report_data.read_run(tmp_path, cells=10**6, remember=True) == kept
     with path.open("a") as file:
         file.write("\n")
-    assert report_data.read_run(tmp_path, cells=10**6, remember=True)["series"]["loss"]["to"][-1] == 111
+    assert (
+        report_data.read_run(tmp_path, cells=10**6, remember=True)["series"]["loss"]["to"][-1]
+        == 111
+    )
     cut(path, 90)
     write(path, range(91, 100), 2, True)
     read.clear()
-    assert report_data.read_run(tmp_path, cells=10**6, remember=True) == report_data.read_run(tmp_path, cells=10**6)
+    assert report_data.read_run(tmp_path, cells=10**6, remember=True) == report_data.read_run(
+        tmp_path, cells=10**6
+    )
     assert read == 2 * list(range(1, 100))
     (tmp_path / "report.npz").write_bytes(b"PK damaged")
-    assert report_data.read_run(tmp_path, cells=10**6, remember=True)["series"]["loss"]["to"][-1] == 99
+    assert (
+        report_data.read_run(tmp_path, cells=10**6, remember=True)["series"]["loss"]["to"][-1] == 99
+    )
 
 
 def test_buckets_of_a_long_series_hold_what_the_steps_between_held():
@@ -221,32 +286,56 @@ def test_buckets_of_a_long_series_hold_what_the_steps_between_held():
         line.add(step, row[1])
         table.add(step, np.arange(layers), row)
     found = line.reduced(600)
-    assert 500 <= len(found["to"]) <= 600 and found["from"][0] == 1 and found["to"][-1] == count and sum(found["bad"]) == 2
+    assert (
+        500 <= len(found["to"]) <= 600
+        and found["from"][0] == 1
+        and found["to"][-1] == count
+        and sum(found["bad"]) == 2
+    )
     assert found["from"][1:] == [step + 1 for step in found["to"][:-1]]
-    for first, last, low, high, end in zip(*(found[name] for name in ("from", "to", "min", "max", "last")), strict=True):
+    for first, last, low, high, end in zip(
+        *(found[name] for name in ("from", "to", "min", "max", "last")), strict=True
+    ):
         some = values[first - 1 : last, 1]
         known = some[np.isfinite(some)]
-        assert (low, high, end) == pytest.approx((known.min(), known.max(), known[-1]), rel=1e-5, abs=1e-5)
+        assert (low, high, end) == pytest.approx(
+            (known.min(), known.max(), known[-1]), rel=1e-5, abs=1e-5
+        )
     whole = table.reduced(240, smallest=False)
     assert 200 <= len(whole["to"]) <= 240 and whole["to"][-1] == count
     assert whole["from"][1:] == [step + 1 for step in whole["to"][:-1]]
-    assert (whole["low"], whole["high"]) == pytest.approx((max(whole["low"], np.nanmin(values)), np.nanmax(values)))
+    assert (whole["low"], whole["high"]) == pytest.approx(
+        (max(whole["low"], np.nanmin(values)), np.nanmax(values))
+    )
 
 
-@pytest.mark.parametrize("series", [{"q": growing(3)} | STANDS, {"loss": bent(450)} | {"q": growing(1, 2, 3)},
-                                    {"grad_norm": lambda step: 9.0 if step % 250 == 7 else 0.8},
-                                    {"snr": lambda step, layer: max(31.5 - step / 60, 2.0)} | STANDS])
+@pytest.mark.parametrize(
+    "series",
+    [
+        {"q": growing(3)} | STANDS,
+        {"loss": bent(450)} | {"q": growing(1, 2, 3)},
+        {"grad_norm": lambda step: 9.0 if step % 250 == 7 else 0.8},
+        {"snr": lambda step, layer: max(31.5 - step / 60, 2.0)} | STANDS,
+    ],
+)
 def test_a_continued_run_warns_as_one_that_was_never_stopped(tmp_path, series):
     """Replaying the end of a log is enough, wherever the run was stopped."""
     with MetricsWriter(tmp_path) as writer:
         for values in log(steps=600, **series):
             writer.write(values.pop("step"), layered.rounded(values))
-    entries, never = read_metrics(tmp_path / "metrics.jsonl"), Reaction(WarningConfig(), tmp_path, 0, "")
-    said = {entry["step"]: [alarm.text() for alarm in never._watch.observe(entry)] for entry in entries}
+    entries, never = (
+        read_metrics(tmp_path / "metrics.jsonl"),
+        Reaction(WarningConfig(), tmp_path, 0, ""),
+    )
+    said = {
+        entry["step"]: [alarm.text() for alarm in never._watch.observe(entry)] for entry in entries
+    }
     for stop in (501, 555, 590):
         continued = Reaction(WarningConfig(), tmp_path, stop, "")
-        assert {entry["step"]: [alarm.text() for alarm in continued._watch.observe(entry)] for entry in entries[stop:]} == \
-            {step: lines for step, lines in said.items() if step > stop}
+        assert {
+            entry["step"]: [alarm.text() for alarm in continued._watch.observe(entry)]
+            for entry in entries[stop:]
+        } == {step: lines for step, lines in said.items() if step > stop}
 
 
 @pytest.mark.slow
@@ -261,7 +350,12 @@ def test_a_gigabyte(tmp_path, packed):
             step += 10
             file.write(f'{{"step": {step},{lines[step // 10 % 7]}\n')
     began = time.monotonic()
-    _, memory = peak(lambda: (MetricsWriter(tmp_path, step - 1000).close(), Reaction(WarningConfig(), tmp_path, step - 1000, "")))
+    _, memory = peak(
+        lambda: (
+            MetricsWriter(tmp_path, step - 1000).close(),
+            Reaction(WarningConfig(), tmp_path, step - 1000, ""),
+        )
+    )
     assert memory < 100 and time.monotonic() - began < 60
     run, memory = peak(lambda: report_data.read_run(tmp_path, cells=10**6))
     assert memory < 100 and run["series"]["loss"]["to"][-1] == step - 1000

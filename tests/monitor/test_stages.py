@@ -28,7 +28,10 @@ def test_a_terminal_counts_the_seconds():
         note("batch 3 of 12")
         time.sleep(1.2)
     parts = out.getvalue().split("\r")[1:]
-    assert parts[0] == "start    compiling ... 0 s\x1b[K" and parts[1] == "start    compiling, batch 3 of 12 ... 1 s\x1b[K"
+    assert (
+        parts[0] == "start    compiling ... 0 s\x1b[K"
+        and parts[1] == "start    compiling, batch 3 of 12 ... 1 s\x1b[K"
+    )
     assert parts[-1].startswith("start    compiling: 1.") and parts[-1].endswith(" s\x1b[K\n")
 
 
@@ -39,7 +42,11 @@ def test_a_long_part_shows_signs_of_life(monkeypatch):
         note("batch 3 of 12")
         time.sleep(0.35)
     lines = out.getvalue().splitlines()
-    assert lines[0] == "start    evaluating" and set(lines[1:]) == {"start    evaluating, batch 3 of 12 ... 0 s"} and len(lines) in (3, 4)
+    assert (
+        lines[0] == "start    evaluating"
+        and set(lines[1:]) == {"start    evaluating, batch 3 of 12 ... 0 s"}
+        and len(lines) in (3, 4)
+    )
 
 
 def test_other_processes_and_errors_leave_nothing_behind():

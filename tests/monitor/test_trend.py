@@ -8,7 +8,11 @@ import pytest
 from fp8jax.monitor import trend
 
 STEPS = np.arange(1, 301)
-LAWS = {"power": 4 * STEPS**-0.1, "constant": np.full(300, 2.0), "logarithm": 4 - 0.3 * np.log(STEPS)}
+LAWS = {
+    "power": 4 * STEPS**-0.1,
+    "constant": np.full(300, 2.0),
+    "logarithm": 4 - 0.3 * np.log(STEPS),
+}
 
 
 def noisy(law, seed, at=300, factor=1.0):
@@ -27,18 +31,39 @@ def test_on_its_trend_the_excess_is_about_a_standard_normal(law):
 def test_who_looks_often_must_see_more():
     """Of healthy runs of 3,000 entries about one in a hundred is found above its trend, where a fixed 4 finds one in four of them."""
     steps = np.arange(300, 3300)
-    runs = [9 * steps**-0.25 + 0.03 * np.random.default_rng(seed).normal(size=len(steps)) for seed in range(40)]
+    runs = [
+        9 * steps**-0.25 + 0.03 * np.random.default_rng(seed).normal(size=len(steps))
+        for seed in range(40)
+    ]
     window = trend.PAST + trend.RECENT
-    worst = [max(trend.excess(steps[:end], run[:end]) for end in range(window, len(steps), 3)) for run in runs]
-    assert np.mean(np.array(worst) > trend.above(3000)) <= 1 / 40 and np.mean(np.array(worst) > trend.ABOVE) > 0.1
-    assert [round(trend.above(entries), 1) for entries in (1, 300, 3_000, 100_000)] == [4.0, 4.3, 5.2, 6.5]
+    worst = [
+        max(trend.excess(steps[:end], run[:end]) for end in range(window, len(steps), 3))
+        for run in runs
+    ]
+    assert (
+        np.mean(np.array(worst) > trend.above(3000)) <= 1 / 40
+        and np.mean(np.array(worst) > trend.ABOVE) > 0.1
+    )
+    assert [round(trend.above(entries), 1) for entries in (1, 300, 3_000, 100_000)] == [
+        4.0,
+        4.3,
+        5.2,
+        6.5,
+    ]
 
 
 def test_a_bend_of_two_percent_is_seen_within_the_recent_entries():
     """12 entries of noise 2% about a law that 64 fix: a standard error of about 0.7%."""
-    found = np.array([trend.excess(STEPS, noisy(LAWS["power"], seed, at=289, factor=1.04)) for seed in range(100)])
+    found = np.array(
+        [
+            trend.excess(STEPS, noisy(LAWS["power"], seed, at=289, factor=1.04))
+            for seed in range(100)
+        ]
+    )
     assert np.mean(found >= trend.ABOVE) > 0.8
-    assert np.median(found) == pytest.approx(0.04 / (0.02 * np.sqrt(1 / 12 + 1 / 64 + 38**2 * 12 / (64**3))), rel=0.2)
+    assert np.median(found) == pytest.approx(
+        0.04 / (0.02 * np.sqrt(1 / 12 + 1 / 64 + 38**2 * 12 / (64**3))), rel=0.2
+    )
 
 
 def test_a_loss_that_falls_faster_is_not_above():
@@ -63,8 +88,13 @@ def test_what_is_not_finite(bad):
 
 def test_too_few_entries_say_nothing():
     losses = noisy(LAWS["constant"], 0, at=1, factor=3.0)
-    assert trend.excess(STEPS[:trend.RECENT + trend.LEAST - 1], losses[:trend.RECENT + trend.LEAST - 1]) == 0
-    assert not still(losses[:trend.PAST - 1])
+    assert (
+        trend.excess(
+            STEPS[: trend.RECENT + trend.LEAST - 1], losses[: trend.RECENT + trend.LEAST - 1]
+        )
+        == 0
+    )
+    assert not still(losses[: trend.PAST - 1])
 
 
 def test_standing_still():
@@ -74,7 +104,10 @@ def test_standing_still():
 
 
 # Losses against steps, the noise of one, steps: 0.1 and 4 million tokens a step, constants of Hoffmann et al. 2022 for the second.
-RUNS = {"390m": (lambda step: 1.9 + 9.0 * step**-0.25, 0.03, 50_000), "70b": (lambda step: 1.69 + 5.8 * step**-0.28, 0.012, 120_000)}
+RUNS = {
+    "390m": (lambda step: 1.9 + 9.0 * step**-0.25, 0.03, 50_000),
+    "70b": (lambda step: 1.69 + 5.8 * step**-0.28, 0.012, 120_000),
+}
 
 
 def course(law, noise, every, steps, related=0.0, seed=0, look=25):
@@ -102,7 +135,10 @@ def test_a_healthy_long_run_never_stands_still(size, every, related):
 def test_a_long_run_that_stops_falling_or_rises_is_found(size, at):
     """Before it has taken as many steps again; and stays found."""
     law, noise, _ = RUNS[size]
-    for after in (lambda step: law(min(step, at)), lambda step: law(min(step, at)) + 0.1 * max(step / at - 1, 0)):
+    for after in (
+        lambda step: law(min(step, at)),
+        lambda step: law(min(step, at)) + 0.1 * max(step / at - 1, 0),
+    ):
         found = course(after, noise, 10, 3 * at)
         late = [step for step in found if step > 2 * at]
         assert at < found[0] < 1.7 * at and len(late) > at / 250 / 2, found[:3]

@@ -29,7 +29,13 @@ def test_offline_runs_are_written_and_continued(tmp_path):
     """In the run's directory, with the id that it had before."""
     pytest.importorskip("wandb", reason="pip install -r requirements-wandb.txt")
     for _ in range(2):
-        result = subprocess.run([sys.executable, "-c", WRITE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(
+            [sys.executable, "-c", WRITE, str(tmp_path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert result.returncode == 0, result.stderr
     name = (tmp_path / "wandb_id").read_text()
     files = list((tmp_path / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
@@ -43,7 +49,10 @@ def test_nothing_is_opened_unless_asked_for(tmp_path):
 
 def test_a_missing_package_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"config.log.wandb: 'mine' needs the package wandb: pip install -r requirements-wandb.txt$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config.log.wandb: 'mine' needs the package wandb: pip install -r requirements-wandb.txt$",
+    ):
         open_sink(LogConfig(wandb="mine"), tmp_path, {})
 
 
@@ -59,5 +68,9 @@ def test_steps_are_the_axis():
     sink = WandbSink(run)
     sink.write(7, {"loss": 2.0})
     sink.close()
-    assert run.calls == [("define_metric", ("step",), {}), ("define_metric", ("*",), {"step_metric": "step"}),
-                         ("log", ({"step": 7, "loss": 2.0},), {}), ("finish", (), {})]
+    assert run.calls == [
+        ("define_metric", ("step",), {}),
+        ("define_metric", ("*",), {"step_metric": "step"}),
+        ("log", ({"step": 7, "loss": 2.0},), {}),
+        ("finish", (), {}),
+    ]

@@ -24,7 +24,14 @@ def scalars(workdir, name):
 
 
 def test_lines_are_strict_json_with_step_first_and_on_disk_at_once(tmp_path):
-    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 3, "e": jnp.float32(0.5), "f": np.int32(7)}
+    values = {
+        "a": math.nan,
+        "b": math.inf,
+        "c": -math.inf,
+        "d": 3,
+        "e": jnp.float32(0.5),
+        "f": np.int32(7),
+    }
     with writers.MetricsWriter(tmp_path) as writer:
         writer.write(10, values)
         text = (tmp_path / "metrics.jsonl").read_text()
@@ -38,14 +45,18 @@ def test_floats_come_back_bit_equal(tmp_path):
     value = float(np.float32(1) / 3)
     with writers.MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": value, "tiny": 5e-324})
-    assert writers.read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": value, "tiny": 5e-324}]
+    assert writers.read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": value, "tiny": 5e-324}
+    ]
 
 
 def test_continued_log_equals_uninterrupted_one(tmp_path):
     log(tmp_path / "whole", [10, 20, 30, 40])
     log(tmp_path / "parts", [10, 20, 30])  # killed after 30, its last checkpoint at 20
     log(tmp_path / "parts", [30, 40], start_step=20)
-    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (
+        tmp_path / "whole/metrics.jsonl"
+    ).read_bytes()
     assert [step for step, _ in scalars(tmp_path / "parts", "loss")] == [10, 20, 30, 40]
     assert sorted(path.name for path in (tmp_path / "parts").glob("*.tmp")) == []
 
@@ -100,7 +111,12 @@ def test_events_stay_when_a_run_continues(tmp_path):
         writer.event("restart", 20)
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert lines[0] == {
-        "step": 30, "kind": "early_warning", "tensor": "qkv", "layer": 3, "kurtosis": "inf", "layers": [1, 2],
+        "step": 30,
+        "kind": "early_warning",
+        "tensor": "qkv",
+        "layer": 3,
+        "kurtosis": "inf",
+        "layers": [1, 2],
     }
     assert lines[1:] == [{"step": 20, "kind": "restart"}]
     assert writers.read_metrics(tmp_path / "events.jsonl")[0]["kurtosis"] == math.inf

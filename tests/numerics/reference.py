@@ -9,14 +9,25 @@ import numpy as np
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
 BF16 = np.dtype(ml_dtypes.bfloat16)
 TOP = {E4M3: 448.0, E5M2: 57344.0}
-EPS32, EPS16 = 2.0**-24, 2.0**-8  # half a unit in the last place of float32; a whole one of bfloat16
+EPS32, EPS16 = (
+    2.0**-24,
+    2.0**-8,
+)  # half a unit in the last place of float32; a whole one of bfloat16
 TINY = 2.0**-126  # below this XLA's CPU code flushes to zero
 
 
 def examples(count):
     """The same hypothesis examples in every run, however slow the machine."""
-    return hypothesis.settings(max_examples=count, deadline=None, derandomize=True, database=None,
-                               suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much])
+    return hypothesis.settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[
+            hypothesis.HealthCheck.too_slow,
+            hypothesis.HealthCheck.filter_too_much,
+        ],
+    )
 
 
 def cast(x, dtype):
@@ -46,7 +57,9 @@ def scale_of(largest, dtype, margin=0, power_of_two=True):
 def quantise(x, dtype, scale):
     """The float64 values (without the scale) of an array's cast, in float32 arithmetic as the docstring says."""
     with np.errstate(over="ignore"):
-        return cast(np.asarray(x).astype(np.float32) * (np.float32(1) / np.float32(scale)), dtype).astype(np.float64)
+        return cast(
+            np.asarray(x).astype(np.float32) * (np.float32(1) / np.float32(scale)), dtype
+        ).astype(np.float64)
 
 
 def letters(dims, x_ndim, w_ndim):
@@ -83,14 +96,21 @@ class Linear:
     by `scale_for(amax, dtype)`.
     """
 
-    def __init__(self, x, w, g, dims, scale_for, gradient_format=E5M2, scales=None, weight_scale=None):
+    def __init__(
+        self, x, w, g, dims, scale_for, gradient_format=E5M2, scales=None, weight_scale=None
+    ):
         x_s, w_s, y_s = letters(dims, x.ndim, w.ndim)
         self.tokens = np.float32([amax(x), amax(g)])
-        self.scales = {"x": scales[0] if scales else scale_for(amax(x), E4M3),
-                       "w": scale_for(amax(w), E4M3) if weight_scale is None else weight_scale,
-                       "g": scales[1] if scales else scale_for(amax(g), gradient_format)}
-        q = {"x": quantise(x, E4M3, self.scales["x"]), "w": quantise(w, E4M3, self.scales["w"]),
-             "g": quantise(g, gradient_format, self.scales["g"])}
+        self.scales = {
+            "x": scales[0] if scales else scale_for(amax(x), E4M3),
+            "w": scale_for(amax(w), E4M3) if weight_scale is None else weight_scale,
+            "g": scales[1] if scales else scale_for(amax(g), gradient_format),
+        }
+        q = {
+            "x": quantise(x, E4M3, self.scales["x"]),
+            "w": quantise(w, E4M3, self.scales["w"]),
+            "g": quantise(g, gradient_format, self.scales["g"]),
+        }
         self.quantised = q
         self.y = self._gemm("x", "w", f"{x_s},{w_s}->{y_s}")
         self.dx = self._gemm("g", "w", f"{y_s},{w_s}->{x_s}")
@@ -110,7 +130,9 @@ class Linear:
 def agrees(found, expected, bound, what=""):
     """Asserts |found - expected| <= bound, plus one rounding where `found` is bfloat16, plus float32's smallest normal number."""
     found = np.asarray(found)
-    assert found.shape == np.shape(expected), f"{what}: shape {found.shape}, not {np.shape(expected)}"
+    assert found.shape == np.shape(expected), (
+        f"{what}: shape {found.shape}, not {np.shape(expected)}"
+    )
     rounding = EPS16 if found.dtype == BF16 else EPS32
     with np.errstate(over="ignore", invalid="ignore"):
         bound = bound + rounding * (np.abs(expected) + bound) + TINY
@@ -119,7 +141,9 @@ def agrees(found, expected, bound, what=""):
         error = np.abs(found.astype(np.float64) - expected)
     wrong = ~(error <= bound) & ~(overflows & (np.abs(found.astype(np.float64)) >= 1e38))
     worst = error[wrong].max() if wrong.any() else 0.0
-    assert not wrong.any(), f"{what}: {wrong.sum()} of {found.size} beyond the bound, by up to {worst:.3g}"
+    assert not wrong.any(), (
+        f"{what}: {wrong.sum()} of {found.size} beyond the bound, by up to {worst:.3g}"
+    )
 
 
 def quantise_blocks(x, axes, dtype, scale_for):
@@ -158,12 +182,18 @@ class BlockwiseLinear:
         again = quantise_blocks(qx.reshape(tokens, qx.shape[-1]), (0,), E4M3, scale_for)
         turned = quantise_blocks(g.reshape(tokens, g.shape[-1]), (0,), gradient_format, scale_for)
         self.y = self._gemm(qx, qw, "...k,kn->...n")
-        self.dx = tuple(np.moveaxis(a, -1, x_contract) for a in self._gemm(qg, qw.T, "...n,nk->...k"))
-        self.dw = tuple(a if w_contract == 0 else a.T for a in self._gemm(again.T, turned, "kt,tn->kn"))
+        self.dx = tuple(
+            np.moveaxis(a, -1, x_contract) for a in self._gemm(qg, qw.T, "...n,nk->...k")
+        )
+        self.dw = tuple(
+            a if w_contract == 0 else a.T for a in self._gemm(again.T, turned, "kt,tn->kn")
+        )
 
     def _gemm(self, a, b, subscripts):
         terms = b.shape[0]
-        return np.einsum(subscripts, a, b), (terms + 4) * (EPS32 * np.einsum(subscripts, np.abs(a), np.abs(b)) + TINY)
+        return np.einsum(subscripts, a, b), (terms + 4) * (
+            EPS32 * np.einsum(subscripts, np.abs(a), np.abs(b)) + TINY
+        )
 
 
 def kurtosis(x, pooled=False):
@@ -171,7 +201,11 @@ def kurtosis(x, pooled=False):
     x = np.asarray(x).astype(np.float64)
     samples = x.reshape(x.shape[0], -1) if pooled else x.reshape(-1, x.shape[-1])
     samples = samples[np.any(samples != 0, axis=1)]
-    return np.mean(np.mean(samples**4, axis=1) / np.mean(samples**2, axis=1) ** 2) if len(samples) else 0.0
+    return (
+        np.mean(np.mean(samples**4, axis=1) / np.mean(samples**2, axis=1) ** 2)
+        if len(samples)
+        else 0.0
+    )
 
 
 def spread_of(x):

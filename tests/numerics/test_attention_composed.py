@@ -31,8 +31,10 @@ def recipes_of(scores: str, values: str, **options) -> dict[str, GemmRecipe]:
 def inputs(length: int, *, batch=2, kv_heads=2, groups=2, width=16, dtype=jnp.bfloat16):
     random = np.random.default_rng(length)
     few, many = (batch, length, kv_heads, width), (batch, length, kv_heads, groups, width)
-    q, k, v, do = (jnp.asarray(random.normal(size=shape) * scale, dtype)
-                   for shape, scale in ((many, 3), (few, 0.1), (few, 20), (many, 1e-3)))
+    q, k, v, do = (
+        jnp.asarray(random.normal(size=shape) * scale, dtype)
+        for shape, scale in ((many, 3), (few, 0.1), (few, 20), (many, 1e-3))
+    )
     return (q, k, v, do), jnp.asarray(np.sort(random.integers(0, 3, (batch, length))), jnp.int32)
 
 
@@ -42,11 +44,21 @@ def zero_tokens(recipes):
 
 def run(backend, recipes, arrays, segment_ids=None):
     """O, dq, dk, dv and the amaxes by role."""
+
     @jax.jit
     def both(q, k, v, do, tokens):
         def forward(q, k, v, tokens):
-            return attention(q, k, v, recipes, softmax_scale=0.8, segment_ids=segment_ids, scales=SCALES, tokens=tokens,
-                             backend=backend)
+            return attention(
+                q,
+                k,
+                v,
+                recipes,
+                softmax_scale=0.8,
+                segment_ids=segment_ids,
+                scales=SCALES,
+                tokens=tokens,
+                backend=backend,
+            )
 
         o, backward = jax.vjp(forward, q, k, v, tokens)
         return o, *backward(do)
@@ -60,17 +72,20 @@ def distance(found, expected) -> float:
     return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-300)
 
 
-@pytest.mark.parametrize(("length", "scores", "values", "groups", "segments"), [
-    (1, "current", "current", 2, False),
-    (100, "delayed", "delayed", 1, False),
-    (128, "current", "delayed", 3, True),
-    (384, "current", "current", 2, True),
-    (1000, "current", "current", 2, False),
-    (1000, "delayed", "delayed", 1, True),
-    (600, "bf16", "current", 2, True),
-    (600, "current", "bf16", 2, False),
-    (600, "bf16", "bf16", 2, False),
-])
+@pytest.mark.parametrize(
+    ("length", "scores", "values", "groups", "segments"),
+    [
+        (1, "current", "current", 2, False),
+        (100, "delayed", "delayed", 1, False),
+        (128, "current", "delayed", 3, True),
+        (384, "current", "current", 2, True),
+        (1000, "current", "current", 2, False),
+        (1000, "delayed", "delayed", 1, True),
+        (600, "bf16", "current", 2, True),
+        (600, "current", "bf16", 2, False),
+        (600, "bf16", "bf16", 2, False),
+    ],
+)
 def test_equals_emulated(length, scores, values, groups, segments):
     recipes = recipes_of(scores, values)
     arrays, segment_ids = inputs(length, groups=groups)
@@ -103,7 +118,9 @@ def test_without_fp8_it_is_softmax_attention():
 
     def plain(q, k, v):
         scores = jnp.einsum("btkgh,bskh->bktgs", q, k, precision="highest") * 0.8
-        visible = jnp.tril(jnp.ones((600, 600), bool)) & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        visible = jnp.tril(jnp.ones((600, 600), bool)) & (
+            segment_ids[:, :, None] == segment_ids[:, None, :]
+        )
         p = jax.nn.softmax(jnp.where(visible[:, None, :, None], scores, -jnp.inf))
         return jnp.einsum("bktgs,bskh->btkgh", p, v, precision="highest")
 
@@ -114,7 +131,9 @@ def test_without_fp8_it_is_softmax_attention():
 
 def test_a_nan_in_the_output_gradient_shows_in_the_amaxes():
     (q, k, v, do), _ = inputs(600)
-    amaxes = run("composed", recipes_of("delayed", "delayed"), (q, k, v, do.at[1, 3, 1, 0, 5].set(jnp.nan)))[-1]
+    amaxes = run(
+        "composed", recipes_of("delayed", "delayed"), (q, k, v, do.at[1, 3, 1, 0, 5].set(jnp.nan))
+    )[-1]
     assert np.isinf(amaxes[VALUES][1]) and np.isinf(amaxes[SCORES][2])
 
 
@@ -125,9 +144,13 @@ def test_in_a_scan_with_remat():
     tokens = {role: jnp.zeros((2, len(OPERANDS[role]))) for role in recipes}
 
     def gradient(backend):
-        @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME))
+        @functools.partial(
+            jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
+        )
         def layer(q, tokens):
-            o = attention(q, k, v, recipes, softmax_scale=0.8, scales=SCALES, tokens=tokens, backend=backend)
+            o = attention(
+                q, k, v, recipes, softmax_scale=0.8, scales=SCALES, tokens=tokens, backend=backend
+            )
             return (o * jnp.bfloat16(0.2)).astype(q.dtype), None
 
         def loss(q, tokens):
@@ -153,12 +176,27 @@ def test_memory_is_linear_in_the_sequence_length():
 
         def both(q, k, v, do, tokens):
             def forward(q, k, v, tokens):
-                return attention(q, k, v, recipes, softmax_scale=0.8, scales=SCALES, tokens=tokens, backend="composed")
+                return attention(
+                    q,
+                    k,
+                    v,
+                    recipes,
+                    softmax_scale=0.8,
+                    scales=SCALES,
+                    tokens=tokens,
+                    backend="composed",
+                )
 
             o, backward = jax.vjp(forward, q, k, v, tokens)
             return o, *backward(do)
 
-        return jax.jit(both).lower(q, k, k, q, zero_tokens(recipes)).compile().memory_analysis().temp_size_in_bytes
+        return (
+            jax.jit(both)
+            .lower(q, k, k, q, zero_tokens(recipes))
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
     sizes = [temporaries(length) for length in (1024, 4096, 16384)]
     assert 3.5 < sizes[1] / sizes[0] < 4.5 and 3.5 < sizes[2] / sizes[1] < 4.5
@@ -178,7 +216,17 @@ def test_every_query_is_in_one_chunk_and_the_program_does_not_grow():
 @pytest.mark.parametrize("scaling", ["delayed", "current"])
 def test_self_check_passes(scaling):
     errors = self_check("composed", recipes_of(scaling, scaling))
-    assert errors.keys() == {"o", "dq", "dk", "dv", "amax_q", "amax_k", "amax_ds", "amax_v", "amax_do"}
+    assert errors.keys() == {
+        "o",
+        "dq",
+        "dk",
+        "dv",
+        "amax_q",
+        "amax_k",
+        "amax_ds",
+        "amax_v",
+        "amax_do",
+    }
     assert max(errors.values()) < 1e-3
 
 
@@ -189,13 +237,20 @@ def test_self_check_refuses_a_wrong_scale(monkeypatch):
         return right(call, x._replace(v=Quantised(x.v.data, x.v.scale * 2)))
 
     monkeypatch.setitem(attention_lib._FORWARD, "composed", wrong)
-    with pytest.raises(ValueError, match=r"'composed' disagrees with 'emulated' on .*cpu.*: relative errors o 1, dq"):
+    with pytest.raises(
+        ValueError,
+        match=r"'composed' disagrees with 'emulated' on .*cpu.*: relative errors o 1, dq",
+    ):
         self_check("composed", recipes_of("current", "current"))
 
 
 def test_self_check_refuses_nan(monkeypatch):
     right = attention_composed.forward
-    monkeypatch.setitem(attention_lib._FORWARD, "composed", lambda call, x: (right(call, x)[0] * jnp.nan, right(call, x)[1]))
+    monkeypatch.setitem(
+        attention_lib._FORWARD,
+        "composed",
+        lambda call, x: (right(call, x)[0] * jnp.nan, right(call, x)[1]),
+    )
     with pytest.raises(ValueError, match="relative errors o nan, dq nan"):
         self_check("composed", recipes_of("current", "current"))
 
@@ -204,7 +259,12 @@ def test_what_it_cannot_do_is_an_error():
     (q, k, v, _), _ = inputs(1)
     with pytest.raises(ValueError, match="'compsed' is not one of emulated, composed"):
         attention(q, k, v, recipes_of("current", "current"), softmax_scale=1.0, backend="compsed")
-    with pytest.raises(ValueError, match="attention_values: attention has no blockwise scaling, only delayed, current, static, bf16"):
-        attention(q, k, v, recipes_of("current", "blockwise"), softmax_scale=1.0, backend="composed")
+    with pytest.raises(
+        ValueError,
+        match="attention_values: attention has no blockwise scaling, only delayed, current, static, bf16",
+    ):
+        attention(
+            q, k, v, recipes_of("current", "blockwise"), softmax_scale=1.0, backend="composed"
+        )
     with pytest.raises(ValueError, match=r"delayed scaling of attention_scores needs scales"):
         attention(q, k, v, recipes_of("delayed", "current"), softmax_scale=1.0, backend="composed")

@@ -36,7 +36,12 @@ def trained(workdir, steps=34):
 
 def gradient_of_qkv(model, batch, recipe, overrides=""):
     """float64 [layers, features, KV heads, query heads and k and v, h]."""
-    config = dataclasses.replace(model.config, fp8=dataclasses.replace(model.config.fp8, recipe=recipe, scaling="current", overrides=overrides))
+    config = dataclasses.replace(
+        model.config,
+        fp8=dataclasses.replace(
+            model.config.fp8, recipe=recipe, scaling="current", overrides=overrides
+        ),
+    )
     recipes = gemms.model_recipes(config, gated=model.definition.gated(), emulated=True)
 
     def loss(params):
@@ -52,8 +57,14 @@ def gradient_of_qkv(model, batch, recipe, overrides=""):
 def test_gradients_of_query_and_key_weights_of_every_layer(tmp_path):
     """With delta from dO before its cast: 0.57 for queries and 1.05 for keys in the last layer."""
     model, batch = trained(tmp_path / "run")
-    expected, found = gradient_of_qkv(model, batch, "bf16"), gradient_of_qkv(model, batch, "fp8_dpa", LINEAR)
+    expected, found = (
+        gradient_of_qkv(model, batch, "bf16"),
+        gradient_of_qkv(model, batch, "fp8_dpa", LINEAR),
+    )
     groups = expected.shape[3] - 2
     for part in (np.s_[:groups], np.s_[groups : groups + 1]):
-        difference, whole = (np.linalg.norm(x[:, :, :, part].reshape(len(x), -1), axis=1) for x in (found - expected, expected))
+        difference, whole = (
+            np.linalg.norm(x[:, :, :, part].reshape(len(x), -1), axis=1)
+            for x in (found - expected, expected)
+        )
         assert (difference / whole).max() <= 0.15, difference / whole

@@ -41,26 +41,46 @@ CASES = {
 def operands(x_shape, w_shape, dims, dtype=jnp.bfloat16, seed=0, sizes=(1.0, 0.02, 1e-3)):
     """x, w and output gradient as arrays of their dtypes; w is a float32 master weight."""
     rng = np.random.default_rng(seed)
-    y_shape = jax.eval_shape(lambda a, b: lax.dot_general(a, b, dims), jax.ShapeDtypeStruct(x_shape, jnp.float32),
-                             jax.ShapeDtypeStruct(w_shape, jnp.float32)).shape
-    x, w, g = (jnp.asarray(rng.normal(size=shape) * size, jnp.float32)
-               for shape, size in zip((x_shape, w_shape, y_shape), sizes, strict=True))
+    y_shape = jax.eval_shape(
+        lambda a, b: lax.dot_general(a, b, dims),
+        jax.ShapeDtypeStruct(x_shape, jnp.float32),
+        jax.ShapeDtypeStruct(w_shape, jnp.float32),
+    ).shape
+    x, w, g = (
+        jnp.asarray(rng.normal(size=shape) * size, jnp.float32)
+        for shape, size in zip((x_shape, w_shape, y_shape), sizes, strict=True)
+    )
     return x.astype(dtype), w, g.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("dims", "recipe"))
 def run(x, w, g, scales, dims, recipe):
     """y, dx, dw and the token's cotangent."""
-    y, vjp = jax.vjp(lambda x, w, token: dot_general(x, w, dims, recipe, scales=scales, token=token), x, w, jnp.zeros(2))
+    y, vjp = jax.vjp(
+        lambda x, w, token: dot_general(x, w, dims, recipe, scales=scales, token=token),
+        x,
+        w,
+        jnp.zeros(2),
+    )
     return y, *vjp(g)
 
 
 def check(x, w, g, dims, recipe, scales=None):
     """Runs a layer and compares all it returns with the reference; returns the reference."""
-    y, dx, dw, token = run(x, w, g, None if scales is None else jnp.asarray(scales, jnp.float32), dims, recipe)
+    y, dx, dw, token = run(
+        x, w, g, None if scales is None else jnp.asarray(scales, jnp.float32), dims, recipe
+    )
     assert (y.dtype, dx.dtype, dw.dtype) == (x.dtype, x.dtype, w.dtype)
-    scale_for = functools.partial(reference.scale_of, margin=recipe.margin, power_of_two=recipe.power_of_two)
-    expected = reference.Linear(*map(np.asarray, (x, w, g)), dims, scale_for, {"e4m3": E4M3, "e5m2": E5M2}[recipe.gradient_format], scales)
+    scale_for = functools.partial(
+        reference.scale_of, margin=recipe.margin, power_of_two=recipe.power_of_two
+    )
+    expected = reference.Linear(
+        *map(np.asarray, (x, w, g)),
+        dims,
+        scale_for,
+        {"e4m3": E4M3, "e5m2": E5M2}[recipe.gradient_format],
+        scales,
+    )
     np.testing.assert_array_equal(token, expected.tokens)
     for found, name in ((y, "y"), (dx, "dx"), (dw, "dw")):
         reference.agrees(found, *getattr(expected, name), what=name)
@@ -74,18 +94,29 @@ def test_current_scaling_equals_the_reference(case, dtype):
     check(*operands(x_shape, w_shape, dims, dtype), dims, GemmRecipe("current"))
 
 
-@pytest.mark.parametrize("case", ["matrix", "heads_in", "out_in_weight_of_tokens", "experts_inside"])
+@pytest.mark.parametrize(
+    "case", ["matrix", "heads_in", "out_in_weight_of_tokens", "experts_inside"]
+)
 def test_delayed_scaling_uses_the_scales_it_is_given(case):
     """Unequal ones, neither fitting: x saturates, g loses its smallest values."""
     x_shape, w_shape, dims = CASES[case]
-    expected = check(*operands(x_shape, w_shape, dims), dims, GemmRecipe("delayed"), scales=(2.0**-9, 2.0**-4))
+    expected = check(
+        *operands(x_shape, w_shape, dims), dims, GemmRecipe("delayed"), scales=(2.0**-9, 2.0**-4)
+    )
     assert np.max(np.abs(expected.quantised["x"])) == 448  # saturated, as meant
 
 
-@pytest.mark.parametrize("recipe", [
-    GemmRecipe("current", power_of_two=False), GemmRecipe("current", power_of_two=False, margin=2), GemmRecipe("current", margin=3),
-    GemmRecipe("current", gradient_format="e4m3"), GemmRecipe("delayed", power_of_two=False, margin=1, gradient_format="e4m3")],
-    ids=["unrounded", "unrounded_margin", "margin", "e4m3_gradients", "delayed_unrounded"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        GemmRecipe("current", power_of_two=False),
+        GemmRecipe("current", power_of_two=False, margin=2),
+        GemmRecipe("current", margin=3),
+        GemmRecipe("current", gradient_format="e4m3"),
+        GemmRecipe("delayed", power_of_two=False, margin=1, gradient_format="e4m3"),
+    ],
+    ids=["unrounded", "unrounded_margin", "margin", "e4m3_gradients", "delayed_unrounded"],
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_margins_formats_and_unrounded_scales(recipe, dtype):
     """Unrounded scales and small sums: a cast that falls on a tie may go the other way, so the seed is one without ties."""
@@ -123,21 +154,41 @@ def problems(draw):
     sizes = st.sampled_from([0, 1, 1, 2, 3, 5, 8])
     contract, batch = draw(st.lists(sizes, max_size=2)), draw(st.lists(sizes, max_size=1))
     x_free, w_free = draw(st.lists(sizes, max_size=2)), draw(st.lists(sizes, max_size=1))
-    common = [("b", i, n) for i, n in enumerate(batch)] + [("c", i, n) for i, n in enumerate(contract)]
+    common = [("b", i, n) for i, n in enumerate(batch)] + [
+        ("c", i, n) for i, n in enumerate(contract)
+    ]
     x_names = draw(st.permutations(common + [("x", i, n) for i, n in enumerate(x_free)]))
     w_names = draw(st.permutations(common + [("w", i, n) for i, n in enumerate(w_free)]))
     order = draw(st.permutations([name for name in common if name[0] == "c"]))
-    dims = ((tuple(x_names.index(n) for n in order), tuple(w_names.index(n) for n in order)),
-            tuple(tuple(names.index(n) for n in common if n[0] == "b") for names in (x_names, w_names)))
-    magnitudes = draw(st.tuples(*[st.sampled_from([1e-30, 1e-12, 1e-7, 1e-3, 1.0, 1e4, 1e10, 1e20, 1e30])] * 3))
-    kinds = draw(st.tuples(*[st.sampled_from(["normal", "normal", "sparse", "zero", "spread"])] * 3))
+    dims = (
+        (tuple(x_names.index(n) for n in order), tuple(w_names.index(n) for n in order)),
+        tuple(tuple(names.index(n) for n in common if n[0] == "b") for names in (x_names, w_names)),
+    )
+    magnitudes = draw(
+        st.tuples(*[st.sampled_from([1e-30, 1e-12, 1e-7, 1e-3, 1.0, 1e4, 1e10, 1e20, 1e30])] * 3)
+    )
+    kinds = draw(
+        st.tuples(*[st.sampled_from(["normal", "normal", "sparse", "zero", "spread"])] * 3)
+    )
     shapes = tuple(n for *_, n in x_names), tuple(n for *_, n in w_names)
-    return shapes, dims, magnitudes, kinds, draw(st.sampled_from([jnp.bfloat16, jnp.float32])), draw(st.integers(0, 9))
+    return (
+        shapes,
+        dims,
+        magnitudes,
+        kinds,
+        draw(st.sampled_from([jnp.bfloat16, jnp.float32])),
+        draw(st.integers(0, 9)),
+    )
 
 
 def fill(x, kind, rng):
     """Zeros in place of some or all values; or eighty binades of magnitudes, which end in subnormals for tiny tensors."""
-    factor = {"normal": 1.0, "zero": 0.0, "sparse": rng.random(x.shape) < 0.3, "spread": 2.0 ** -rng.integers(0, 80, x.shape)}[kind]
+    factor = {
+        "normal": 1.0,
+        "zero": 0.0,
+        "sparse": rng.random(x.shape) < 0.3,
+        "spread": 2.0 ** -rng.integers(0, 80, x.shape),
+    }[kind]
     return jnp.asarray(np.asarray(x).astype(np.float64) * factor, x.dtype)
 
 
@@ -146,7 +197,10 @@ def fill(x, kind, rng):
 def test_any_shape_and_magnitude(problem):
     shapes, dims, magnitudes, kinds, dtype, seed = problem
     rng = np.random.default_rng(seed)
-    x, w, g = (fill(a, kind, rng) for a, kind in zip(operands(*shapes, dims, dtype, seed, magnitudes), kinds, strict=True))
+    x, w, g = (
+        fill(a, kind, rng)
+        for a, kind in zip(operands(*shapes, dims, dtype, seed, magnitudes), kinds, strict=True)
+    )
     x_, w_, g_ = (np.asarray(a) for a in (x, w, g))
     products = reference.Linear(x_, w_, g_, dims, reference.scale_of).scale_products()
     # Outside of float32's range the product of two scales is zero or infinite: see the test below.
@@ -168,9 +222,13 @@ def test_bf16_recipe_is_plain_jax(case):
     x_shape, w_shape, dims = CASES[case]
     x, w, g = operands(x_shape, w_shape, dims, jnp.float32)
     y, dx, dw, token = run(x, w, g, None, dims, GemmRecipe("bf16"))
-    expected, vjp = jax.vjp(lambda x, w: lax.dot_general(x, w, dims, precision=lax.Precision.HIGHEST), x, w)
+    expected, vjp = jax.vjp(
+        lambda x, w: lax.dot_general(x, w, dims, precision=lax.Precision.HIGHEST), x, w
+    )
     for found, plain in zip((y, dx, dw), (expected, *vjp(g)), strict=True):
-        np.testing.assert_allclose(found, plain, rtol=1e-6, atol=1e-6 * float(jnp.max(jnp.abs(plain))))
+        np.testing.assert_allclose(
+            found, plain, rtol=1e-6, atol=1e-6 * float(jnp.max(jnp.abs(plain)))
+        )
     np.testing.assert_array_equal(token, np.zeros(2))
 
 
@@ -184,8 +242,11 @@ def test_bf16_recipe_in_bfloat16(case, emulated):
     assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     x_s, w_s, y_s = reference.letters(dims, x.ndim, w.ndim)
     x_, w_, g_ = (np.asarray(a.astype(jnp.bfloat16)).astype(np.float64) for a in (x, w, g))
-    for found, a, b, subscripts in ((y, x_, w_, f"{x_s},{w_s}->{y_s}"), (dx, g_, w_, f"{y_s},{w_s}->{x_s}"),
-                                    (dw, x_, g_, f"{x_s},{y_s}->{w_s}")):
+    for found, a, b, subscripts in (
+        (y, x_, w_, f"{x_s},{w_s}->{y_s}"),
+        (dx, g_, w_, f"{y_s},{w_s}->{x_s}"),
+        (dw, x_, g_, f"{x_s},{y_s}->{w_s}"),
+    ):
         value, magnitude, terms = reference.products(a, b, subscripts)
         reference.agrees(found, value, (terms + 4) * reference.EPS32 * magnitude)
 
@@ -197,7 +258,9 @@ def test_token_cotangents_are_raw_amaxes(scaling):
     scales = jnp.asarray([2.0, 0.5], jnp.float32)
     dims = CASES["heads_in"][2]
     token = run(x, w, g, scales, dims, GemmRecipe(scaling))[3]
-    np.testing.assert_array_equal(token, np.float32([np.abs(np.asarray(a).astype(np.float32)).max() for a in (x, g)]))
+    np.testing.assert_array_equal(
+        token, np.float32([np.abs(np.asarray(a).astype(np.float32)).max() for a in (x, g)])
+    )
     dx = jax.vjp(lambda x: dot_general(x, w, dims, GemmRecipe(scaling), scales=scales), x)[1](g)[0]
     assert dx.shape == x.shape
 
@@ -251,7 +314,12 @@ def test_residuals_are_one_byte_an_element(quantised_before):
     x, w, _ = operands((16, 32), (32, 24), PLAIN)
     recipe = GemmRecipe("current")
     qw = quantise_weight(w, recipe, x.dtype) if quantised_before else None
-    _, vjp = jax.vjp(lambda x, w, token: dot_general(x, w, PLAIN, recipe, quantised_w=qw, token=token), x, w, jnp.zeros(2))
+    _, vjp = jax.vjp(
+        lambda x, w, token: dot_general(x, w, PLAIN, recipe, quantised_w=qw, token=token),
+        x,
+        w,
+        jnp.zeros(2),
+    )
     saved = [leaf for leaf in jax.tree.leaves(vjp) if leaf.size > 2]
     assert sorted(leaf.shape for leaf in saved) == [(16, 32), (32, 24)]
     assert {leaf.dtype.itemsize for leaf in saved} == {1}
@@ -265,7 +333,9 @@ def test_a_weight_quantised_before_gives_the_same():
     @jax.jit
     def outside(x, w, g):
         def layer(x, w, token):
-            return dot_general(x, w, PLAIN, recipe, quantised_w=quantise_weight(w, recipe, x.dtype), token=token)
+            return dot_general(
+                x, w, PLAIN, recipe, quantised_w=quantise_weight(w, recipe, x.dtype), token=token
+            )
 
         y, vjp = jax.vjp(layer, x, w, jnp.zeros(2))
         return y, *vjp(g)
@@ -278,7 +348,9 @@ def test_quantised_weight_is_what_is_read():
     """w itself only receives the gradient."""
     x, w, _ = operands(*CASES["matrix"])
     recipe = GemmRecipe("current")
-    y = dot_general(x, jnp.full_like(w, np.nan), PLAIN, recipe, quantised_w=quantise_weight(w, recipe, x.dtype))
+    y = dot_general(
+        x, jnp.full_like(w, np.nan), PLAIN, recipe, quantised_w=quantise_weight(w, recipe, x.dtype)
+    )
     np.testing.assert_array_equal(y, dot_general(x, w, PLAIN, recipe))
 
 
@@ -303,6 +375,7 @@ def two_layers(x, w, tokens):
 
 def result_and_gradients(f, x, w):
     """The cotangent is an argument: a loss inside of the program could be fused with, and so round otherwise."""
+
     def run(x, w, tokens, g):
         y, vjp = jax.vjp(f, x, w, tokens)
         return y, *vjp(g)
@@ -311,18 +384,24 @@ def result_and_gradients(f, x, w):
 
 
 def stacked(dtype):
-    return (operands((6, 16), (16, 16), PLAIN, dtype)[0],
-            jnp.stack([operands((6, 16), (16, 16), PLAIN, seed=seed)[1] for seed in (1, 2)]))
+    return (
+        operands((6, 16), (16, 16), PLAIN, dtype)[0],
+        jnp.stack([operands((6, 16), (16, 16), PLAIN, seed=seed)[1] for seed in (1, 2)]),
+    )
 
 
 @pytest.mark.parametrize("policy", ["save_fp8", "nothing"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_rematerialisation_changes_nothing(policy, dtype):
     """Regression: the saved residuals went through reduce_precision, where e4m3 ends at 240; values up to 448 became NaN."""
-    policies = {"save_fp8": jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME),
-                "nothing": jax.checkpoint_policies.nothing_saveable}
+    policies = {
+        "save_fp8": jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME),
+        "nothing": jax.checkpoint_policies.nothing_saveable,
+    }
     x, w = stacked(dtype)
-    quantised = np.asarray(quantise_weight(w[0], GemmRecipe("current"), dtype).data).astype(np.float32)
+    quantised = np.asarray(quantise_weight(w[0], GemmRecipe("current"), dtype).data).astype(
+        np.float32
+    )
     assert np.max(np.abs(quantised)) > 240  # else this would show nothing
     plain = result_and_gradients(two_layers, x, w)
     remat = result_and_gradients(jax.checkpoint(two_layers, policy=policies[policy]), x, w)
@@ -336,8 +415,11 @@ def test_scan_changes_nothing(remat):
 
     In float32: of unrolled bfloat16 layers XLA may leave out the rounding between two (xla_allow_excess_precision).
     """
+
     def layer(h, inputs):
-        return jnp.tanh(dot_general(h, inputs[0], PLAIN, GemmRecipe("current"), token=inputs[1])), None
+        return jnp.tanh(
+            dot_general(h, inputs[0], PLAIN, GemmRecipe("current"), token=inputs[1])
+        ), None
 
     def unrolled(x, w, tokens):
         for i in range(2):
@@ -345,7 +427,11 @@ def test_scan_changes_nothing(remat):
         return x
 
     x, w = stacked(jnp.float32)
-    body = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)) if remat else layer
+    body = (
+        jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME))
+        if remat
+        else layer
+    )
     scanned = result_and_gradients(lambda x, w, tokens: lax.scan(body, x, (w, tokens))[0], x, w)
     for found, expected in zip(scanned, result_and_gradients(unrolled, x, w), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -378,9 +464,13 @@ def test_stacked_calls_have_tokens_of_their_own():
     x, w, _ = operands(*CASES["matrix"])
 
     def loss(tokens):
-        one = lambda x, token: jnp.sum(dot_general(x, w, PLAIN, GemmRecipe("current"), token=token).astype(jnp.float32))
+        one = lambda x, token: jnp.sum(
+            dot_general(x, w, PLAIN, GemmRecipe("current"), token=token).astype(jnp.float32)
+        )
         return one(x, tokens[0]) + one(3 * x, tokens[1])
 
     found = jax.grad(loss)(jnp.zeros((2, 2)))
     largest = float(np.abs(np.asarray(x).astype(np.float32)).max())
-    np.testing.assert_array_equal(found, np.asarray([[largest, 1], [float(ml_dtypes.bfloat16(3 * largest)), 1]], np.float32))
+    np.testing.assert_array_equal(
+        found, np.asarray([[largest, 1], [float(ml_dtypes.bfloat16(3 * largest)), 1]], np.float32)
+    )

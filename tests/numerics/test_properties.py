@@ -17,8 +17,14 @@ KINDS = st.sampled_from(["normal", "normal", "sparse", "zero", "spread"])
 def arrays(shapes, dims, magnitudes, kinds, dtype, seed):
     """x, w, g; and the same as the reference takes them, for numbers below float32's normal range are zeros here."""
     rng = np.random.default_rng(seed)
-    filled = [fill(a, kind, rng) for a, kind in zip(operands(*shapes, dims, dtype, seed, magnitudes), kinds, strict=True)]
-    return filled, [reference.flush(np.asarray(a).astype(np.float64)).astype(np.asarray(a).dtype) for a in filled]
+    filled = [
+        fill(a, kind, rng)
+        for a, kind in zip(operands(*shapes, dims, dtype, seed, magnitudes), kinds, strict=True)
+    ]
+    return filled, [
+        reference.flush(np.asarray(a).astype(np.float64)).astype(np.asarray(a).dtype)
+        for a in filled
+    ]
 
 
 def agree(found, expected):
@@ -27,7 +33,12 @@ def agree(found, expected):
         # Quotients beyond float32 are infinite, and so NaN after the cast: seen, not clipped into a plausible number.
         seen = np.isnan(value)
         assert np.all(np.isnan(np.asarray(array).astype(np.float64))[seen]), name
-        reference.agrees(np.where(seen, np.zeros((), array.dtype), array), np.where(seen, 0, value), np.where(seen, 0, bound), what=name)
+        reference.agrees(
+            np.where(seen, np.zeros((), array.dtype), array),
+            np.where(seen, 0, value),
+            np.where(seen, 0, bound),
+            what=name,
+        )
 
 
 def in_range(expected):
@@ -35,7 +46,11 @@ def in_range(expected):
     return all(2.0**-126 <= p < 2.0**127 for p in expected.scale_products())
 
 
-@hypothesis.given(problem=problems(), exponents=st.tuples(*[st.integers(-110, 110)] * 3), scaling=st.sampled_from(["delayed", "static"]))
+@hypothesis.given(
+    problem=problems(),
+    exponents=st.tuples(*[st.integers(-110, 110)] * 3),
+    scaling=st.sampled_from(["delayed", "static"]),
+)
 @reference.examples(25)
 def test_given_scales_however_unfit(problem, exponents, scaling):
     """Everything saturates, everything vanishes, or something between: as the definition says, never anything else."""
@@ -52,20 +67,32 @@ def test_given_scales_however_unfit(problem, exponents, scaling):
     *found, token = run(*given, jnp.asarray([of_x, of_g], jnp.float32), dims, recipe)
     agree(found, expected)
     # The largest magnitude may be a subnormal number, which the CPU takes for zero.
-    np.testing.assert_allclose(token, expected.tokens * (scaling == "delayed"), rtol=0, atol=reference.TINY)
+    np.testing.assert_allclose(
+        token, expected.tokens * (scaling == "delayed"), rtol=0, atol=reference.TINY
+    )
 
 
 @st.composite
 def layers(draw):
     """x[..., k, ...] times a matrix, [k, n] or [n, k], with dimensions below, at and beyond the size of a block."""
-    k, n = draw(st.sampled_from([0, 1, 5, 128, 131, 260])), draw(st.sampled_from([0, 1, 3, 128, 130]))
+    k, n = (
+        draw(st.sampled_from([0, 1, 5, 128, 131, 260])),
+        draw(st.sampled_from([0, 1, 3, 128, 130])),
+    )
     free = draw(st.lists(st.sampled_from([0, 1, 2, 129]), max_size=2))
     place = draw(st.integers(0, len(free)))
     transposed = draw(st.booleans())
     shapes = (*free[:place], k, *free[place:]), (n, k) if transposed else (k, n)
     dims = (((place,), (int(transposed),)), ((), ()))
     magnitudes, kinds = draw(st.tuples(*[MAGNITUDES] * 3)), draw(st.tuples(*[KINDS] * 3))
-    return shapes, dims, magnitudes, kinds, draw(st.sampled_from([jnp.bfloat16, jnp.float32])), draw(st.integers(0, 9))
+    return (
+        shapes,
+        dims,
+        magnitudes,
+        kinds,
+        draw(st.sampled_from([jnp.bfloat16, jnp.float32])),
+        draw(st.integers(0, 9)),
+    )
 
 
 @hypothesis.given(layer=layers(), margin=st.integers(0, 2))
@@ -73,8 +100,12 @@ def layers(draw):
 def test_blockwise(layer, margin):
     given, (x, w, g) = arrays(*layer)
     *found, token = run(*given, None, layer[1], GemmRecipe("blockwise", margin=margin))
-    expected = reference.BlockwiseLinear(x, w, g, layer[1], lambda amax, dtype: reference.scale_of(amax, dtype, margin))
+    expected = reference.BlockwiseLinear(
+        x, w, g, layer[1], lambda amax, dtype: reference.scale_of(amax, dtype, margin)
+    )
     # Float32 overflows on the way where terms of a sum do, whatever their sum.
-    hypothesis.assume(all(np.all(bound < 1e31) for _, bound in (expected.y, expected.dx, expected.dw)))
+    hypothesis.assume(
+        all(np.all(bound < 1e31) for _, bound in (expected.y, expected.dx, expected.dw))
+    )
     agree(found, expected)
     np.testing.assert_allclose(token, expected.tokens, rtol=0, atol=reference.TINY)

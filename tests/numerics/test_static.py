@@ -20,40 +20,79 @@ STATIC = GemmRecipe("static", static_weight_scale=2.0**-6, static_gradient_scale
 
 @pytest.mark.parametrize("emulated", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("case", ["matrix", "heads_in", "out_in_weight_of_tokens", "experts_inside"])
+@pytest.mark.parametrize(
+    "case", ["matrix", "heads_in", "out_in_weight_of_tokens", "experts_inside"]
+)
 def test_static_scaling_equals_the_reference(case, dtype, emulated):
     x_shape, w_shape, dims = CASES[case]
     x, w, g = operands(x_shape, w_shape, dims, dtype)
-    recipe = GemmRecipe("static", static_weight_scale=2.0**-6, static_gradient_scale=2.0**-10, emulated=emulated)
+    recipe = GemmRecipe(
+        "static", static_weight_scale=2.0**-6, static_gradient_scale=2.0**-10, emulated=emulated
+    )
     y, dx, dw, token = run(x, w, g, None, dims, recipe)
-    expected = reference.Linear(*map(np.asarray, (x, w, g)), dims, None, scales=(1.0, 2.0**-10), weight_scale=2.0**-6)
+    expected = reference.Linear(
+        *map(np.asarray, (x, w, g)), dims, None, scales=(1.0, 2.0**-10), weight_scale=2.0**-6
+    )
     for found, name in ((y, "y"), (dx, "dx"), (dw, "dw")):
         reference.agrees(found, *getattr(expected, name), what=name)
     np.testing.assert_array_equal(token, np.zeros(2))
 
 
-@pytest.mark.parametrize(("unit", "margin", "power_of_two", "expected"), [
-    (1.0, 0, True, 1.0), (0.02, 0, True, 2.0**-5), (2.0**-6, 0, True, 2.0**-6), (0.02, 2, True, 2.0**-3), (0.02, 0, False, 0.02),
-    (0.02, 1, False, 0.04), (1 / 4096, 0, True, 2.0**-12)])
+@pytest.mark.parametrize(
+    ("unit", "margin", "power_of_two", "expected"),
+    [
+        (1.0, 0, True, 1.0),
+        (0.02, 0, True, 2.0**-5),
+        (2.0**-6, 0, True, 2.0**-6),
+        (0.02, 2, True, 2.0**-3),
+        (0.02, 0, False, 0.02),
+        (0.02, 1, False, 0.04),
+        (1 / 4096, 0, True, 2.0**-12),
+    ],
+)
 def test_scales(unit, margin, power_of_two, expected):
     """Rounded up to powers of two; margins count as with every other scaling."""
-    recipe = GemmRecipe("static", static_weight_scale=unit, static_gradient_scale=2 * unit, margin=margin, power_of_two=power_of_two)
-    found = {operand: float(recipe.static_scale(operand)) for operand in ("w", "g", "ds", "do", "x", "q", "v")}
-    assert found == {"w": np.float32(expected), **dict.fromkeys(("g", "ds", "do"), np.float32(2 * expected)),
-                     **dict.fromkeys(("x", "q", "v"), 2.0**margin)}
+    recipe = GemmRecipe(
+        "static",
+        static_weight_scale=unit,
+        static_gradient_scale=2 * unit,
+        margin=margin,
+        power_of_two=power_of_two,
+    )
+    found = {
+        operand: float(recipe.static_scale(operand))
+        for operand in ("w", "g", "ds", "do", "x", "q", "v")
+    }
+    assert found == {
+        "w": np.float32(expected),
+        **dict.fromkeys(("g", "ds", "do"), np.float32(2 * expected)),
+        **dict.fromkeys(("x", "q", "v"), 2.0**margin),
+    }
 
 
 def reductions(f, *args):
     """How often a compiled program takes a maximum over something."""
     text = jax.jit(f).lower(*args).compile().as_text()
     maxima = {line.split()[0] for line in text.splitlines() if line.startswith("%") and "{" in line}
-    bodies = {name for name in maxima if f"{name} (" in text and " maximum(" in text.split(f"\n{name} (", 1)[-1].split("\n}", 1)[0]}
-    return sum(f"to_apply={name}" in line for line in text.splitlines() if " reduce(" in line for name in bodies)
+    bodies = {
+        name
+        for name in maxima
+        if f"{name} (" in text
+        and " maximum(" in text.split(f"\n{name} (", 1)[-1].split("\n}", 1)[0]
+    }
+    return sum(
+        f"to_apply={name}" in line
+        for line in text.splitlines()
+        if " reduce(" in line
+        for name in bodies
+    )
 
 
 def gradients(recipe):
     def layer(x, w, g, token):
-        y, vjp = jax.vjp(lambda *args: dot_general(*args[:2], PLAIN, recipe, token=args[2]), x, w, token)
+        y, vjp = jax.vjp(
+            lambda *args: dot_general(*args[:2], PLAIN, recipe, token=args[2]), x, w, token
+        )
         return y, *vjp(g)
 
     return layer
@@ -83,8 +122,15 @@ def attend(recipes, backend, arrays):
 
     @jax.jit
     def both(q, k, v, do, tokens):
-        o, vjp = jax.vjp(lambda q, k, v, tokens: attention(q, k, v, recipes, softmax_scale=0.25, tokens=tokens, backend=backend),
-                         q, k, v, tokens)
+        o, vjp = jax.vjp(
+            lambda q, k, v, tokens: attention(
+                q, k, v, recipes, softmax_scale=0.25, tokens=tokens, backend=backend
+            ),
+            q,
+            k,
+            v,
+            tokens,
+        )
         return o, *vjp(do)
 
     return both(*arrays, tokens)
@@ -103,10 +149,15 @@ def test_attention_equals_the_reference(backend):
     assert not any(np.any(np.asarray(token)) for token in tokens.values())
 
 
-@pytest.mark.parametrize("scalings", [("static", "current"), ("bf16", "static"), ("current", "static")])
+@pytest.mark.parametrize(
+    "scalings", [("static", "current"), ("bf16", "static"), ("current", "static")]
+)
 def test_attention_roles_mix(scalings):
     """Chunked as whole; a fixed role reports no amax, a measured one does."""
-    recipes = {role: GemmRecipe(scaling, static_gradient_scale=2.0**-10) for role, scaling in zip((SCORES, VALUES), scalings, strict=True)}
+    recipes = {
+        role: GemmRecipe(scaling, static_gradient_scale=2.0**-10)
+        for role, scaling in zip((SCORES, VALUES), scalings, strict=True)
+    }
     arrays = inputs((1, 300, 1, 2, 8), jnp.bfloat16)
     found, expected = (attend(recipes, backend, arrays) for backend in ("composed", "emulated"))
     for array, wanted in zip(found[:4], expected[:4], strict=True):

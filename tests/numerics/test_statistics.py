@@ -28,7 +28,9 @@ def taken(x, pooled=False):
 
 
 def moments(x):
-    return {name: value for name, value in statistics.distribution(x).items() if name in ("mean", "rms")}
+    return {
+        name: value for name, value in statistics.distribution(x).items() if name in ("mean", "rms")
+    }
 
 
 @SIZES
@@ -57,9 +59,13 @@ def test_zero_tokens_are_left_out(pooled):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_kurtosis_of_a_gaussian_is_three_and_of_one_hot_the_width(dtype):
-    x = jax.random.normal(jax.random.key(0), (4, 64, 1024)).astype(dtype)  # in bfloat16 its tails are short: 2.92
+    x = jax.random.normal(jax.random.key(0), (4, 64, 1024)).astype(
+        dtype
+    )  # in bfloat16 its tails are short: 2.92
     assert abs(float(taken(x)) - 3) < 0.03
-    assert float(taken(5 * jax.nn.one_hot(jnp.arange(6).reshape(2, 3), 40, dtype=dtype))) == pytest.approx(40, rel=1e-5)
+    assert float(
+        taken(5 * jax.nn.one_hot(jnp.arange(6).reshape(2, 3), 40, dtype=dtype))
+    ) == pytest.approx(40, rel=1e-5)
     assert float(taken(jnp.full((2, 3, 8), -2, dtype))) == pytest.approx(1, rel=1e-6)
 
 
@@ -75,6 +81,7 @@ def test_moments(dtype, size):
 
 def health(x, recipe=RECIPE, operand="x", scale=None, axes=()):
     """By name, jitted."""
+
     def run(x):
         return statistics.health(x, recipe.quantise(x, scale, operand, axes=axes)[0])
 
@@ -87,15 +94,36 @@ def test_health_counts_what_the_cast_does(dtype, scale):
     """Against casting every element: beyond the maximum; not zero but zero after, -0 too; zeros and -0 from the start; error."""
     rng = np.random.default_rng(0)
     top, smallest = reference.TOP[dtype], float(jnp.finfo(dtype).smallest_subnormal)
-    edges = np.asarray([top, 1.0001 * top, smallest / 2, -smallest / 2, smallest * 0.501, 0.0, 0.0, 0.0, -0.0, 1e-42 / scale, -1e-42 / scale])
-    values = np.concatenate([np.ldexp(rng.uniform(-1, 1, 994), rng.integers(-30, 24, 994)), edges]) * scale
+    edges = np.asarray(
+        [
+            top,
+            1.0001 * top,
+            smallest / 2,
+            -smallest / 2,
+            smallest * 0.501,
+            0.0,
+            0.0,
+            0.0,
+            -0.0,
+            1e-42 / scale,
+            -1e-42 / scale,
+        ]
+    )
+    values = (
+        np.concatenate([np.ldexp(rng.uniform(-1, 1, 994), rng.integers(-30, 24, 994)), edges])
+        * scale
+    )
     x = values.astype(np.float32)
     cast = reference.quantise(x, dtype, scale)
-    found = health(jnp.asarray(x), GemmRecipe("delayed"), "x" if dtype == E4M3 else "g", jnp.float32(scale))
+    found = health(
+        jnp.asarray(x), GemmRecipe("delayed"), "x" if dtype == E4M3 else "g", jnp.float32(scale)
+    )
     normal = np.abs(x) >= reference.TINY
     assert (found["amax"], found["scale"]) == (np.abs(x).max(), np.float32(scale))
     assert found["underflow"] == pytest.approx(np.mean(normal & (cast == 0)))
-    assert found["overflow"] == pytest.approx(np.mean(np.abs(x * (np.float32(1) / np.float32(scale))) > top))
+    assert found["overflow"] == pytest.approx(
+        np.mean(np.abs(x * (np.float32(1) / np.float32(scale))) > top)
+    )
     assert 0 < found["underflow"] < 0.6 and 0 < found["overflow"] < 0.6
     assert (found["zero"] * x.size, found["negative_zero"] * x.size) == pytest.approx((4, 2))
     exact = x.astype(np.float64) / scale
@@ -110,8 +138,13 @@ def test_health_of_blocks():
     cast = reference.quantise_blocks(np.asarray(x), (1,), E4M3, reference.scale_of)
     exact = np.asarray(x).astype(np.float64)
     assert found["scale"] == reference.scale_of(float(np.abs(exact).max()), E4M3)
-    assert (found["overflow"], found["underflow"]) == (0, pytest.approx(np.mean((exact != 0) & (cast == 0))))
-    assert found["signal"] / found["noise"] == pytest.approx(np.sum(exact**2) / np.sum((exact - cast) ** 2), rel=1e-4)
+    assert (found["overflow"], found["underflow"]) == (
+        0,
+        pytest.approx(np.mean((exact != 0) & (cast == 0))),
+    )
+    assert found["signal"] / found["noise"] == pytest.approx(
+        np.sum(exact**2) / np.sum((exact - cast) ** 2), rel=1e-4
+    )
 
 
 def test_health_of_bad_zero_and_empty_tensors():
@@ -127,24 +160,46 @@ def test_health_of_bad_zero_and_empty_tensors():
 def test_health_of_a_sharded_tensor(scaling, spec):
     """All but signal and noise to the bit."""
     x = heavy((8, 16, 256), 1e3).at[0, 1, :7].set(0).at[3, 3, 3].set(-0.0)
-    placed = jax.device_put(x, NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), PartitionSpec(*spec)))
+    placed = jax.device_put(
+        x,
+        NamedSharding(
+            jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+            PartitionSpec(*spec),
+        ),
+    )
     found, expected = (health(a, GemmRecipe(scaling), axes=(2,)) for a in (placed, x))
-    assert {name: found[name] for name in statistics.HEALTH[:6]} == {name: expected[name] for name in statistics.HEALTH[:6]}
-    assert (found["signal"], found["noise"]) == pytest.approx((expected["signal"], expected["noise"]), rel=1e-5)
+    assert {name: found[name] for name in statistics.HEALTH[:6]} == {
+        name: expected[name] for name in statistics.HEALTH[:6]
+    }
+    assert (found["signal"], found["noise"]) == pytest.approx(
+        (expected["signal"], expected["noise"]), rel=1e-5
+    )
 
 
 def test_counts_beyond_float32_are_exact():
     """16777217 ones are one more than float32 sums hold; a third of them is still counted to the unit."""
+
     @jax.jit
     def count(mask):
-        return statistics._count(statistics._by_row(jnp.zeros(mask.shape, jnp.int32), mask.astype(jnp.int32))[1][None], mask.shape[-1])[0]
+        return statistics._count(
+            statistics._by_row(jnp.zeros(mask.shape, jnp.int32), mask.astype(jnp.int32))[1][None],
+            mask.shape[-1],
+        )[0]
 
     assert float(count(jnp.ones((2**12 + 1, 2**12), bool))) == (2**12 + 1) * 2**12
     assert float(count(jnp.arange(3 * 2**23) % 3 == 0)) == 2**23
 
 
-@pytest.mark.parametrize(("shape", "most"), [
-    ((3, 1000), 2**30), ((8, 4, 16), 2**26), ((8, 4, 16), 2**28), ((2**12, 5), 2**23), ((7,), 2**31 - 1)])
+@pytest.mark.parametrize(
+    ("shape", "most"),
+    [
+        ((3, 1000), 2**30),
+        ((8, 4, 16), 2**26),
+        ((8, 4, 16), 2**28),
+        ((2**12, 5), 2**23),
+        ((7,), 2**31 - 1),
+    ],
+)
 def test_counts_beyond_int32_do_not_wrap(shape, most):
     """Against NumPy's int64: summed in limbs, by dimensions first, or both."""
     rows = np.random.default_rng(0).integers(most // 2, most, (2, *shape), endpoint=True)
@@ -161,15 +216,22 @@ def test_underflow_of_many_rows():
     np.testing.assert_allclose(found[2:6], 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(2**20, 2**11, 2), (2**11, 2**20), (2, 2**16, 2**16), (2**9, 2**13, 2**8, 2**13)])
+@pytest.mark.parametrize(
+    "shape", [(2**20, 2**11, 2), (2**11, 2**20), (2, 2**16, 2**16), (2**9, 2**13, 2**8, 2**13)]
+)
 def test_statistics_of_tensors_beyond_2_31_elements_are_traced(shape):
     """A Python integer in an array's arithmetic is an int32."""
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     q = jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn)
-    traced = jax.eval_shape(lambda x, q: statistics.health(x, formats.Quantised(q, jnp.float32(1))), x, q)
+    traced = jax.eval_shape(
+        lambda x, q: statistics.health(x, formats.Quantised(q, jnp.float32(1))), x, q
+    )
     assert traced.shape == (len(statistics.HEALTH),)
     if len(shape) > 2:
-        assert set(jax.eval_shape(statistics.distribution, x)) == {*statistics.DISTRIBUTION, *statistics.WEIGHTS}
+        assert set(jax.eval_shape(statistics.distribution, x)) == {
+            *statistics.DISTRIBUTION,
+            *statistics.WEIGHTS,
+        }
 
 
 @pytest.mark.parametrize("scaling", ["static", "current"])
@@ -181,7 +243,9 @@ def test_combine_equals_the_whole_batch(scaling):
         return {"qkv": moments(x) | {"kurtosis": taken(x)} | health(x, GemmRecipe(scaling))}
 
     parts = [of(part) for part in jnp.split(x, 4)]
-    combined = statistics.combine(jax.tree.map(lambda *values: jnp.stack([jnp.float32(v) for v in values]), *parts))
+    combined = statistics.combine(
+        jax.tree.map(lambda *values: jnp.stack([jnp.float32(v) for v in values]), *parts)
+    )
     whole = of(x)["qkv"]
     assert combined["qkv"].keys() == whole.keys()
     depends_on_scale = ("noise", "underflow") if scaling == "current" else ()
@@ -200,14 +264,18 @@ def test_padding_does_not_count(shape):
     samples = [np.asarray(x)[i][COUNTED[i]].astype(np.float64) for i in (0, 2)]
     rows = np.concatenate(samples).reshape(-1, shape[-1])
     found = jax.jit(statistics.distribution)(x, COUNTED)
-    assert found["mean"] == pytest.approx(rows.mean(), rel=1e-5) and found["rms"] == pytest.approx(np.sqrt(np.mean(rows**2)), rel=1e-5)
+    assert found["mean"] == pytest.approx(rows.mean(), rel=1e-5) and found["rms"] == pytest.approx(
+        np.sqrt(np.mean(rows**2)), rel=1e-5
+    )
     assert found["kurtosis"] == pytest.approx(kurtosis(rows[None]), rel=2e-5)
     pooled = [np.mean(s**4) / np.mean(s**2) ** 2 for s in samples]
     assert found["pooled_kurtosis"] == pytest.approx(np.mean(pooled), rel=2e-5)
     heads = len(rows) / 9
     assert [found[name] for name in statistics.WEIGHTS] == [9, 8 * heads, 2]
     x, scale, delayed = jnp.nan_to_num(x) / 64, jnp.float32(2.0**-12), GemmRecipe("delayed")
-    got = jax.jit(lambda x: statistics.health(x, delayed.quantise(x, scale, "x")[0], counted=COUNTED))(x)
+    got = jax.jit(
+        lambda x: statistics.health(x, delayed.quantise(x, scale, "x")[0], counted=COUNTED)
+    )(x)
     wanted = health(jnp.asarray(rows / 64, jnp.float32), delayed, scale=scale)
     assert wanted["overflow"] > 0 and wanted["zero"] > 0
     np.testing.assert_allclose(got[1:], [wanted[name] for name in statistics.HEALTH[1:]], rtol=1e-5)
@@ -217,21 +285,66 @@ def test_padding_does_not_count(shape):
 def test_of_padding_alone_nothing_is_known():
     """And finite it is, all of it."""
     x, none = heavy((3, 6, 32), 1.0), jnp.zeros((3, 6), bool)
-    found = dict(zip(statistics.REPORT, statistics.report(x, RECIPE.quantise(x, None, "x")[0], spread=True, counted=none), strict=True))
+    found = dict(
+        zip(
+            statistics.REPORT,
+            statistics.report(x, RECIPE.quantise(x, None, "x")[0], spread=True, counted=none),
+            strict=True,
+        )
+    )
     assert {name for name, value in found.items() if value != 0} == {"amax", "scale"}
 
 
 def test_combine_weighs_by_what_entered():
     """A microbatch of padding alone counts for nothing, one of few tokens for little; of no tokens at all nothing is known."""
-    stats = {"tokens": [6.0, 0, 2], "rows": [3.0, 0, 0], "mean": [1.0, 9, 5], "rms": [1.0, jnp.inf, 3], "kurtosis": [20.0, 0, 0],
-             "max_logit": [-4.0, 7, -5], "amax": [2.0, 0, 1e-3], "scale": [2.0**-7, 1, 2.0**-18], "signal": [64.0, 0, 64],
-             "zero": [0.25, 1, 0.5], "overflow": [0.0, jnp.nan, 0.5]}
-    found = statistics.combine({"x": {name: jnp.asarray(values)[:, None] for name, values in stats.items()}})["x"]
-    wanted = {"tokens": 8, "rows": 3, "mean": 2, "rms": 3**0.5, "kurtosis": 20, "max_logit": -4, "amax": 2, "scale": 2.0**-7,
-              "signal": (6 * 64 + 2 * 64 * 2.0**-22) / 8, "zero": 0.3125, "overflow": 0.125}
-    assert {name: float(value[0]) for name, value in found.items()} == pytest.approx(wanted, rel=1e-6)
-    none = statistics.combine({"x": {"tokens": jnp.zeros(2), "mean": jnp.ones(2), "rms": jnp.ones(2), "max_logit": jnp.ones(2)}})["x"]
-    assert {name: float(value) for name, value in none.items()} == {"tokens": 0, "mean": 0, "rms": 0, "max_logit": 0}
+    stats = {
+        "tokens": [6.0, 0, 2],
+        "rows": [3.0, 0, 0],
+        "mean": [1.0, 9, 5],
+        "rms": [1.0, jnp.inf, 3],
+        "kurtosis": [20.0, 0, 0],
+        "max_logit": [-4.0, 7, -5],
+        "amax": [2.0, 0, 1e-3],
+        "scale": [2.0**-7, 1, 2.0**-18],
+        "signal": [64.0, 0, 64],
+        "zero": [0.25, 1, 0.5],
+        "overflow": [0.0, jnp.nan, 0.5],
+    }
+    found = statistics.combine(
+        {"x": {name: jnp.asarray(values)[:, None] for name, values in stats.items()}}
+    )["x"]
+    wanted = {
+        "tokens": 8,
+        "rows": 3,
+        "mean": 2,
+        "rms": 3**0.5,
+        "kurtosis": 20,
+        "max_logit": -4,
+        "amax": 2,
+        "scale": 2.0**-7,
+        "signal": (6 * 64 + 2 * 64 * 2.0**-22) / 8,
+        "zero": 0.3125,
+        "overflow": 0.125,
+    }
+    assert {name: float(value[0]) for name, value in found.items()} == pytest.approx(
+        wanted, rel=1e-6
+    )
+    none = statistics.combine(
+        {
+            "x": {
+                "tokens": jnp.zeros(2),
+                "mean": jnp.ones(2),
+                "rms": jnp.ones(2),
+                "max_logit": jnp.ones(2),
+            }
+        }
+    )["x"]
+    assert {name: float(value) for name, value in none.items()} == {
+        "tokens": 0,
+        "mean": 0,
+        "rms": 0,
+        "max_logit": 0,
+    }
 
 
 LAYER = (((2,), (0,)), ((), ()))
@@ -246,7 +359,12 @@ def test_tokens_with_room_bring_back_health(scaling):
 
     @jax.jit
     def run(token):
-        y, vjp = jax.vjp(lambda *args: dot_general(*args[:2], LAYER, recipe, scales=scales, token=args[2]), x, w, token)
+        y, vjp = jax.vjp(
+            lambda *args: dot_general(*args[:2], LAYER, recipe, scales=scales, token=args[2]),
+            x,
+            w,
+            token,
+        )
         return y, *vjp(g)
 
     *narrow, amaxes = run(jnp.zeros(2))
@@ -259,7 +377,10 @@ def test_tokens_with_room_bring_back_health(scaling):
     np.testing.assert_array_equal(found[:, 0], [jnp.max(jnp.abs(x)), jnp.max(jnp.abs(g))])
     if scaling != "static":
         np.testing.assert_array_equal(found[:, 0], amaxes)
-    for row, array, operand, scale in ((found[0], x, "x", scales[0]), (found[1], g, "g", scales[1])):
+    for row, array, operand, scale in (
+        (found[0], x, "x", scales[0]),
+        (found[1], g, "g", scales[1]),
+    ):
         expected = health(array, recipe, operand, scale, axes=(2,))
         np.testing.assert_allclose(row, [expected[name] for name in statistics.HEALTH], rtol=1e-6)
 
@@ -267,41 +388,72 @@ def test_tokens_with_room_bring_back_health(scaling):
 def divided_by_rows(recipes, scales, q, k, v, do):
     """What of dO is cast: each row over its sum of cast probabilities."""
     call = attention_rows.Call(recipes[SCORES], recipes[VALUES], 0.8, q.dtype)
-    operands = [recipes[role].quantise(x, scales[role][i], name)[0]
-                for role, i, name, x in ((SCORES, 0, "q", q), (SCORES, 1, "k", k), (VALUES, 0, "v", v))]
-    _, weights = attention_rows.output(call, *operands, attention_rows.visible(0, q.shape[1], q.shape[1]))
+    operands = [
+        recipes[role].quantise(x, scales[role][i], name)[0]
+        for role, i, name, x in ((SCORES, 0, "q", q), (SCORES, 1, "k", k), (VALUES, 0, "v", v))
+    ]
+    _, weights = attention_rows.output(
+        call, *operands, attention_rows.visible(0, q.shape[1], q.shape[1])
+    )
     return do.astype(jnp.float32) / attention_rows.row_factors(call, weights)[0][..., None]
 
 
-@pytest.mark.parametrize("scalings", [("delayed", "current"), ("current", "static"), ("static", "delayed"), ("bf16", "current")])
+@pytest.mark.parametrize(
+    "scalings",
+    [("delayed", "current"), ("current", "static"), ("static", "delayed"), ("bf16", "current")],
+)
 def test_attention_brings_back_health(scalings):
     """Of all five operands; chunked as whole but for which hidden scores are 0 and which -0, and for rounding in dS."""
-    recipes = {role: GemmRecipe(scaling, static_gradient_scale=2.0**-12) for role, scaling in zip((SCORES, VALUES), scalings, strict=True)}
-    q, k, v, do = (heavy(shape, size, 5) for shape, size in (((1, 600, 1, 2, 8), 3.0), ((1, 600, 1, 8), 0.1), ((1, 600, 1, 8), 20.0),
-                                                             ((1, 600, 1, 2, 8), 1e-3)))
-    scales = {SCORES: jnp.asarray([2.0**-5, 2.0**-10, 2.0**-17]), VALUES: jnp.asarray([2.0**-2, 2.0**-22])}
+    recipes = {
+        role: GemmRecipe(scaling, static_gradient_scale=2.0**-12)
+        for role, scaling in zip((SCORES, VALUES), scalings, strict=True)
+    }
+    q, k, v, do = (
+        heavy(shape, size, 5)
+        for shape, size in (
+            ((1, 600, 1, 2, 8), 3.0),
+            ((1, 600, 1, 8), 0.1),
+            ((1, 600, 1, 8), 20.0),
+            ((1, 600, 1, 2, 8), 1e-3),
+        )
+    )
+    scales = {
+        SCORES: jnp.asarray([2.0**-5, 2.0**-10, 2.0**-17]),
+        VALUES: jnp.asarray([2.0**-2, 2.0**-22]),
+    }
     tokens = {role: jnp.zeros((len(OPERANDS[role]), len(statistics.REPORT))) for role in recipes}
 
     def run(backend):
         @jax.jit
         def both(tokens):
-            return jax.vjp(lambda t: attention(q, k, v, recipes, softmax_scale=0.8, scales=scales, tokens=t, backend=backend), tokens)[1](do)[0]
+            return jax.vjp(
+                lambda t: attention(
+                    q, k, v, recipes, softmax_scale=0.8, scales=scales, tokens=t, backend=backend
+                ),
+                tokens,
+            )[1](do)[0]
 
         return {role: np.asarray(rows) for role, rows in both(tokens).items()}
 
     whole, chunked = run("emulated"), run("composed")
     cast_do = divided_by_rows(recipes, scales, q, k, v, do)
     for role, rows in whole.items():
-        for i, (name, array) in enumerate(zip(OPERANDS[role], {SCORES: (q, k), VALUES: (v, cast_do)}[role], strict=False)):
+        for i, (name, array) in enumerate(
+            zip(OPERANDS[role], {SCORES: (q, k), VALUES: (v, cast_do)}[role], strict=False)
+        ):
             found, spread = np.split(rows[i], [len(statistics.HEALTH)])
             expected = health(array, recipes[role], name, scales[role][i])
-            np.testing.assert_allclose(found, [expected[key] for key in statistics.HEALTH], rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                found, [expected[key] for key in statistics.HEALTH], rtol=1e-5, err_msg=name
+            )
             np.testing.assert_array_equal(chunked[role][i], rows[i])
             wanted = [*spread_of(do), 600, 1200, 1] if name == "do" else [0, 0, 0, 0, 600, 0, 0]
             np.testing.assert_allclose(spread, wanted, rtol=2e-5, err_msg=name)
     np.testing.assert_allclose(whole[SCORES][2, 0], chunked[SCORES][2, 0], rtol=1e-4)
     if recipes[SCORES].fp8:
-        one, other = (dict(zip(statistics.HEALTH, rows[SCORES][2], strict=False)) for rows in (whole, chunked))
+        one, other = (
+            dict(zip(statistics.HEALTH, rows[SCORES][2], strict=False)) for rows in (whole, chunked)
+        )
         for found in (one, other):
             found["zero"] += found.pop("negative_zero")
         assert one["zero"] > 0.49  # hidden

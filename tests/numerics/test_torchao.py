@@ -37,14 +37,24 @@ def torchao_layer(x, w, g):
     return tuple(a.detach().numpy() for a in (y, x.grad, layer.weight.grad))
 
 
-@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [((64,), 96, 32), ((3, 50), 128, 80), ((16,), 1024, 48)])
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"), [((64,), 96, 32), ((3, 50), 128, 80), ((16,), 1024, 48)]
+)
 @pytest.mark.parametrize("seed", range(4))
 def test_linear_layer_equals_torchao(tokens, inputs, outputs, seed):
     rng = np.random.default_rng(seed)
-    x, w, g = (jnp.asarray(rng.standard_t(4, shape) * size, jnp.float32)
-               for shape, size in (((*tokens, inputs), 2.0), ((outputs, inputs), 0.02), ((*tokens, outputs), 1e-6)))
+    x, w, g = (
+        jnp.asarray(rng.standard_t(4, shape) * size, jnp.float32)
+        for shape, size in (
+            ((*tokens, inputs), 2.0),
+            ((outputs, inputs), 0.02),
+            ((*tokens, outputs), 1e-6),
+        )
+    )
     dims = (((len(tokens),), (1,)), ((), ()))
     y, vjp = jax.vjp(lambda x, w: dot_general(x, w, dims, RECIPE), x, w)
-    for name, found, expected in zip(("y", "dx", "dw"), (y, *vjp(g)), torchao_layer(x, w, g), strict=True):
+    for name, found, expected in zip(
+        ("y", "dx", "dw"), (y, *vjp(g)), torchao_layer(x, w, g), strict=True
+    ):
         error = np.linalg.norm(np.float64(found) - expected) / np.linalg.norm(np.float64(expected))
         assert error < SAME, f"{name}: {error:.3g}"

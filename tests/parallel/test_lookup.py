@@ -13,18 +13,40 @@ from fp8jax.training import step
 from fp8jax.training.step import TrainProgram
 
 # `sequence` and `tensor` both above 1: the residual stream is split over both, in this order.
-MESHES = {"fsdp 2 x tensor 2 x sequence 2": {"fsdp": 2, "tensor": 2, "sequence": 2},
-          "data 2 x tensor 2 x sequence 2": {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 2},
-          "data 2 x fsdp 2 x sequence 2": {"data": 2, "fsdp": 2, "sequence": 2}}
-MODEL = {"layers": 1, "width": 16, "ffn_width": 16, "heads": 8, "kv_heads": 4, "head_dim": 4, "dtype": "float32"}
+MESHES = {
+    "fsdp 2 x tensor 2 x sequence 2": {"fsdp": 2, "tensor": 2, "sequence": 2},
+    "data 2 x tensor 2 x sequence 2": {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 2},
+    "data 2 x fsdp 2 x sequence 2": {"data": 2, "fsdp": 2, "sequence": 2},
+}
+MODEL = {
+    "layers": 1,
+    "width": 16,
+    "ffn_width": 16,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_dim": 4,
+    "dtype": "float32",
+}
 VOCAB, BATCH, LENGTH = 24, 4, 16
 
 
 def config_of(mesh):
-    return config_lib.from_dict({"model": MODEL | {"vocab_size": VOCAB}, "fp8": {"recipe": "bf16"}, "mesh": mesh,
-                                 "data": {"sequence_length": LENGTH},
-                                 "training": {"microbatches": 1, "remat": "none", "loss_chunk": 0, "steps": 1, "batch_size": BATCH},
-                                 "optimizer": {"warmup_steps": 0, "gradient_dtype": "float32"}})
+    return config_lib.from_dict(
+        {
+            "model": MODEL | {"vocab_size": VOCAB},
+            "fp8": {"recipe": "bf16"},
+            "mesh": mesh,
+            "data": {"sequence_length": LENGTH},
+            "training": {
+                "microbatches": 1,
+                "remat": "none",
+                "loss_chunk": 0,
+                "steps": 1,
+                "batch_size": BATCH,
+            },
+            "optimizer": {"warmup_steps": 0, "gradient_dtype": "float32"},
+        }
+    )
 
 
 def mesh_of(sizes):
@@ -35,7 +57,10 @@ def mesh_of(sizes):
 def test_rows_and_gradient_equal_numpy(mesh):
     """Every position has another cotangent, ids repeat, and most rows lie on another device."""
     rng = np.random.default_rng(0)
-    table, g = rng.normal(size=(VOCAB, 16)).astype(np.float32), rng.normal(size=(BATCH, LENGTH, 16)).astype(np.float32)
+    table, g = (
+        rng.normal(size=(VOCAB, 16)).astype(np.float32),
+        rng.normal(size=(BATCH, LENGTH, 16)).astype(np.float32),
+    )
     ids = rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
 
     def both(table, ids, g):
@@ -56,7 +81,13 @@ def gradients_on(mesh):
     program = TrainProgram(config, define(config.model, VOCAB), mesh_of(mesh))
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)
-    batch = program.put({"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "mask": (rng.random((BATCH, LENGTH)) < 0.6).astype(np.float32)})
+    batch = program.put(
+        {
+            "inputs": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "mask": (rng.random((BATCH, LENGTH)) < 0.6).astype(np.float32),
+        }
+    )
     state = program.init()
 
     def run(state, batch):
@@ -73,11 +104,19 @@ def on_one_device():
     return gradients_on({"fsdp": 1})
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(mesh, marks=[] if name.startswith("fsdp") else pytest.mark.slow)
-                                  for name, mesh in MESHES.items()], ids=MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, marks=[] if name.startswith("fsdp") else pytest.mark.slow)
+        for name, mesh in MESHES.items()
+    ],
+    ids=MESHES,
+)
 def test_gradients_of_a_model_are_those_of_one_device(on_one_device, mesh):
     """In float32 without casts, so that nothing amplifies the order of sums."""
     (wanted, wanted_grads), (loss, grads) = on_one_device, gradients_on(mesh)
     assert loss == pytest.approx(float(wanted), rel=1e-5)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(wanted_grads), jax.tree.leaves(grads), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(wanted_grads), jax.tree.leaves(grads), strict=True
+    ):
         assert np.linalg.norm(a) > 0 and np.linalg.norm(a - b) <= 5e-5 * np.linalg.norm(a), path

@@ -17,14 +17,30 @@ from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import activation_specs, attention_axes, partition_spec
 from fp8jax.training.step import TrainProgram
 
-MODEL = {"layers": 2, "width": 16, "ffn_width": 16, "heads": 8, "kv_heads": 4, "head_dim": 4, "vocab_size": 24, "architecture": "llama3",
-         "tied_embeddings": False}
+MODEL = {
+    "layers": 2,
+    "width": 16,
+    "ffn_width": 16,
+    "heads": 8,
+    "kv_heads": 4,
+    "head_dim": 4,
+    "vocab_size": 24,
+    "architecture": "llama3",
+    "tied_embeddings": False,
+}
 
 
 def config_of(mesh, model=None, **sections):
     data, training = {"sequence_length": 16}, {"steps": 1, "batch_size": 8}
-    return config_lib.from_dict({"model": MODEL | (model or {}), "mesh": mesh, "optimizer": {"warmup_steps": 0},
-                                 "data": data | sections.get("data", {}), "training": training | sections.get("training", {})})
+    return config_lib.from_dict(
+        {
+            "model": MODEL | (model or {}),
+            "mesh": mesh,
+            "optimizer": {"warmup_steps": 0},
+            "data": data | sections.get("data", {}),
+            "training": training | sections.get("training", {}),
+        }
+    )
 
 
 def test_neighbours_lie_along_the_inner_axes():
@@ -51,38 +67,76 @@ def test_processes_lie_together_and_what_crosses_them_is_told():
     found = mesh_lib._arrange(devices, (2, 2, 2, 1))
     assert [device.process_index for device in found.ravel()] == [0] * 4 + [1] * 4
     assert [device.id for device in found.ravel()] == [1, 3, 5, 7, 0, 2, 4, 6]
-    mesh = types.SimpleNamespace(shape=dict(zip(MESH_AXES, found.shape, strict=True)), devices=found, size=8, axis_names=MESH_AXES)
-    assert mesh_lib.describe(mesh) == "data 2 x fsdp 2 x tensor 2 (8 devices on 2 nodes; data goes between nodes)"
-    alone = types.SimpleNamespace(shape=dict.fromkeys(MESH_AXES, 1), devices=found[:1, :1, :1], size=1, axis_names=MESH_AXES)
+    mesh = types.SimpleNamespace(
+        shape=dict(zip(MESH_AXES, found.shape, strict=True)),
+        devices=found,
+        size=8,
+        axis_names=MESH_AXES,
+    )
+    assert (
+        mesh_lib.describe(mesh)
+        == "data 2 x fsdp 2 x tensor 2 (8 devices on 2 nodes; data goes between nodes)"
+    )
+    alone = types.SimpleNamespace(
+        shape=dict.fromkeys(MESH_AXES, 1), devices=found[:1, :1, :1], size=1, axis_names=MESH_AXES
+    )
     assert mesh_lib.describe(alone) == "no sharding (1 device)"
 
 
-@pytest.mark.parametrize(("mesh", "changes", "field"), [
-    ({"data": 8, "fsdp": 1}, {"training": {"batch_size": 4}}, "training.batch_size"),
-    ({"data": 8, "fsdp": 1}, {"training": {"batch_size": 8, "microbatches": 2}}, "training.batch_size"),
-    ({"fsdp": 8}, {"model": {"width": 12}}, "model.width"),
-    ({"fsdp": 1, "tensor": 8}, {}, "model.kv_heads"),
-    ({"fsdp": 2, "tensor": 4}, {"model": {"ffn_width": 18}}, "model.ffn_width"),
-    ({"fsdp": 2, "tensor": 4}, {"model": {"vocab_size": 26}}, "model.vocab_size"),
-    ({"fsdp": 2, "tensor": 2, "sequence": 2}, {"data": {"sequence_length": 18}}, "data.sequence_length")])
+@pytest.mark.parametrize(
+    ("mesh", "changes", "field"),
+    [
+        ({"data": 8, "fsdp": 1}, {"training": {"batch_size": 4}}, "training.batch_size"),
+        (
+            {"data": 8, "fsdp": 1},
+            {"training": {"batch_size": 8, "microbatches": 2}},
+            "training.batch_size",
+        ),
+        ({"fsdp": 8}, {"model": {"width": 12}}, "model.width"),
+        ({"fsdp": 1, "tensor": 8}, {}, "model.kv_heads"),
+        ({"fsdp": 2, "tensor": 4}, {"model": {"ffn_width": 18}}, "model.ffn_width"),
+        ({"fsdp": 2, "tensor": 4}, {"model": {"vocab_size": 26}}, "model.vocab_size"),
+        (
+            {"fsdp": 2, "tensor": 2, "sequence": 2},
+            {"data": {"sequence_length": 18}},
+            "data.sequence_length",
+        ),
+    ],
+)
 def test_what_a_mesh_does_not_divide_is_named(mesh, changes, field):
-    with pytest.raises(ConfigError, match=f"config.{field}.*: .*is not divisible by.*; (the nearest|no) mesh"):
+    with pytest.raises(
+        ConfigError, match=f"config.{field}.*: .*is not divisible by.*; (the nearest|no) mesh"
+    ):
         mesh_lib.make_mesh(config_of(mesh, **changes), jax.devices()[:8])
 
 
 def test_a_mesh_of_too_few_devices_is_refused():
-    with pytest.raises(ConfigError, match="does not make 8 devices; the nearest mesh that works is --config.mesh.data=1 --config.mesh.fsdp=4"):
+    with pytest.raises(
+        ConfigError,
+        match="does not make 8 devices; the nearest mesh that works is --config.mesh.data=1 --config.mesh.fsdp=4",
+    ):
         mesh_lib.make_mesh(config_of({"fsdp": 3, "tensor": 2}), jax.devices()[:8])
 
 
-@pytest.mark.parametrize(("platform", "fields", "emulated", "kernels"), [
-    ("gpu", {"compute_capability": "8.0"}, True, False), ("gpu", {"compute_capability": "8.9"}, False, False),
-    ("gpu", {"compute_capability": "9.0"}, False, True), ("gpu", {"compute_capability": "10.0"}, False, False),
-    ("tpu", {"device_kind": "TPU v5p"}, True, False), ("tpu", {"device_kind": "TPU7x"}, False, False), ("cpu", {}, True, False)])
+@pytest.mark.parametrize(
+    ("platform", "fields", "emulated", "kernels"),
+    [
+        ("gpu", {"compute_capability": "8.0"}, True, False),
+        ("gpu", {"compute_capability": "8.9"}, False, False),
+        ("gpu", {"compute_capability": "9.0"}, False, True),
+        ("gpu", {"compute_capability": "10.0"}, False, False),
+        ("tpu", {"device_kind": "TPU v5p"}, True, False),
+        ("tpu", {"device_kind": "TPU7x"}, False, False),
+        ("cpu", {}, True, False),
+    ],
+)
 def test_what_devices_have(platform, fields, emulated, kernels):
     device = types.SimpleNamespace(platform=platform, **fields)
     config = config_lib.from_dict({})
-    assert mesh_lib.emulates_fp8(config, device) == emulated and mesh_lib.runs_kernels(device) == kernels
+    assert (
+        mesh_lib.emulates_fp8(config, device) == emulated
+        and mesh_lib.runs_kernels(device) == kernels
+    )
     for backend in ("native", "emulated"):
         asked = config_lib.from_dict({"fp8": {"backend": backend}})
         assert mesh_lib.emulates_fp8(asked, device) == (backend == "emulated")
@@ -91,25 +145,47 @@ def test_what_devices_have(platform, fields, emulated, kernels):
 def test_every_matrix_is_split_over_fsdp_and_tensor():
     """Parameters and both moments: each device holds a fourth of every matrix, by the dimensions that belong together."""
     config = config_of({"fsdp": 2, "tensor": 2, "sequence": 2})
-    program = TrainProgram(config, define(config.model, 24), mesh_lib.make_mesh(config, jax.devices()[:8]))
+    program = TrainProgram(
+        config, define(config.model, 24), mesh_lib.make_mesh(config, jax.devices()[:8])
+    )
     state, seen = program.abstract_state, set()
-    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": state.params, "opt_state": state.opt_state}):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        {"params": state.params, "opt_state": state.opt_state}
+    ):
         if getattr(path[-1], "key", None) == "w":
             part = leaf.sharding.shard_shape(leaf.shape)
             assert np.prod(part) * 4 == np.prod(leaf.shape), path
             seen.add(".".join(str(getattr(key, "key", getattr(key, "name", ""))) for key in path))
     assert len(seen) == 3 * 7  # qkv, out, gate, up, down, embedding, head
     blocks = state.params["blocks"]
-    shapes = {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in (
-        ("qkv", blocks["attention"]["qkv"]["w"]), ("out", blocks["attention"]["out"]["w"]), ("up", blocks["feed_forward"]["up"]["w"]),
-        ("down", blocks["feed_forward"]["down"]["w"]), ("embedding", state.params["embedding"]["w"]))}
-    assert shapes == {"qkv": (2, 8, 2, 4, 4), "out": (2, 2, 2, 4, 8), "up": (2, 8, 8), "down": (2, 8, 8), "embedding": (12, 8)}
+    shapes = {
+        name: leaf.sharding.shard_shape(leaf.shape)
+        for name, leaf in (
+            ("qkv", blocks["attention"]["qkv"]["w"]),
+            ("out", blocks["attention"]["out"]["w"]),
+            ("up", blocks["feed_forward"]["up"]["w"]),
+            ("down", blocks["feed_forward"]["down"]["w"]),
+            ("embedding", state.params["embedding"]["w"]),
+        )
+    }
+    assert shapes == {
+        "qkv": (2, 8, 2, 4, 4),
+        "out": (2, 2, 2, 4, 8),
+        "up": (2, 8, 8),
+        "down": (2, 8, 8),
+        "embedding": (12, 8),
+    }
 
 
 def test_activations_are_split_over_all_axes_that_there_are():
     batch = ("data", "fsdp")
-    assert partition_spec(("batch", "residual", None)) == PartitionSpec(batch, ("sequence", "tensor"), None)
-    assert activation_specs("embed") == (PartitionSpec(batch, ("sequence", "tensor"), None), PartitionSpec(batch, "sequence", None))
+    assert partition_spec(("batch", "residual", None)) == PartitionSpec(
+        batch, ("sequence", "tensor"), None
+    )
+    assert activation_specs("embed") == (
+        PartitionSpec(batch, ("sequence", "tensor"), None),
+        PartitionSpec(batch, "sequence", None),
+    )
     assert activation_specs("mlp") == (PartitionSpec(batch, "sequence", "tensor"),) * 2
     mesh = mesh_lib.make_mesh(config_of({"fsdp": 2, "tensor": 2, "sequence": 2}), jax.devices()[:8])
     with jax.set_mesh(mesh):
@@ -118,7 +194,11 @@ def test_activations_are_split_over_all_axes_that_there_are():
 
 def test_a_process_loads_the_rows_of_its_devices():
     """Of two microbatches of four rows: the second half of each, once, though two devices share every row."""
-    parts = {Fake(0): (slice(None), slice(2, 4), slice(0, 3)), Fake(1): (slice(None), slice(2, 4), slice(3, 6)), Fake(2): None}
+    parts = {
+        Fake(0): (slice(None), slice(2, 4), slice(0, 3)),
+        Fake(1): (slice(None), slice(2, 4), slice(3, 6)),
+        Fake(2): None,
+    }
     sharding = types.SimpleNamespace(addressable_devices_indices_map=lambda shape: parts)
     assert Rows((2, 4, 6), sharding).numbers == [2, 3, 6, 7]
 
@@ -142,7 +222,11 @@ def test_flags_of_one_process_are_flags_of_all(monkeypatch):
 
     monkeypatch.setattr(jax, "make_array_from_callback", with_theirs)
     none = (False, False, False)
-    assert [agreement((True, False, False)), agreement(none), agreement(none)] == [none, none, (True, True, False)]
+    assert [agreement((True, False, False)), agreement(none), agreement(none)] == [
+        none,
+        none,
+        (True, True, False),
+    ]
     agreement.forget()
     theirs[1] = False
     assert [agreement(none) for _ in range(4)] == [none] * 4

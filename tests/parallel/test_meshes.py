@@ -25,8 +25,13 @@ from fp8jax.training.step import TrainProgram
 from tests.helpers.runs import on_mesh as config_of
 
 MESHES = {
-    "data 8": {"data": 8, "fsdp": 1}, "fsdp 8": {"fsdp": 8}, "tensor 8": {"fsdp": 1, "tensor": 8}, "data 2 x fsdp 4": {"data": 2, "fsdp": 4},
-    "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2}, "sequence 2 x fsdp 4": {"sequence": 2, "fsdp": 4}}
+    "data 8": {"data": 8, "fsdp": 1},
+    "fsdp 8": {"fsdp": 8},
+    "tensor 8": {"fsdp": 1, "tensor": 8},
+    "data 2 x fsdp 4": {"data": 2, "fsdp": 4},
+    "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "sequence 2 x fsdp 4": {"sequence": 2, "fsdp": 4},
+}
 ONE = {"fsdp": 1}
 RECIPE = GemmRecipe("delayed", history_length=2)
 over_meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
@@ -34,7 +39,9 @@ over_meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 
 def mesh_of(config):
     sizes = config.mesh
-    return make_mesh(config, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor * sizes.sequence])
+    return make_mesh(
+        config, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor * sizes.sequence]
+    )
 
 
 @functools.cache
@@ -44,39 +51,58 @@ def program_of(config):
 
 def check_copies(found, expected=None):
     """Every device holds the same bits, those of `expected` if it is given."""
-    for array, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(found if expected is None else expected), strict=True):
+    for array, wanted in zip(
+        jax.tree.leaves(found),
+        jax.tree.leaves(found if expected is None else expected),
+        strict=True,
+    ):
         assert array.is_fully_replicated
         for shard in array.addressable_shards:
-            np.testing.assert_array_equal(np.asarray(shard.data).view(np.uint32), np.asarray(wanted).view(np.uint32), err_msg=f"{shard.device}")
+            np.testing.assert_array_equal(
+                np.asarray(shard.data).view(np.uint32),
+                np.asarray(wanted).view(np.uint32),
+                err_msg=f"{shard.device}",
+            )
 
 
 def operands():
     """Sizes differ by row, position and feature, so that every part of a sharded tensor has another largest value."""
     rng = np.random.default_rng(0)
     sizes = np.ldexp(1.0, rng.integers(0, 12, size=(16, 32, 1)) + rng.integers(0, 6, size=64))
-    x, g = (jnp.asarray(rng.normal(size=(16, 32, 64)) * sizes * unit, jnp.bfloat16) for unit in (1, 1e-6))
+    x, g = (
+        jnp.asarray(rng.normal(size=(16, 32, 64)) * sizes * unit, jnp.bfloat16)
+        for unit in (1, 1e-6)
+    )
     return x, jnp.asarray(rng.normal(size=(64, 64)), jnp.float32), g
 
 
 def linear(features):
     """Amaxes of x and the output gradient of an FP8 layer with these logical axes of features."""
+
     def amaxes(x, w, g):
         tokens = gemms_tokens(("qkv",))["qkv"]
         places = tuple(Placement(*activation_specs(name)) for name in features)
         scales = jnp.ones(2)
 
         def layer(x, w, t):
-            return dot_general(x, w, (((2,), (0,)), ((), ())), RECIPE, token=t, scales=scales, placements=places)
+            return dot_general(
+                x, w, (((2,), (0,)), ((), ())), RECIPE, token=t, scales=scales, placements=places
+            )
 
         y, vjp = jax.vjp(layer, x, w, tokens)
         return gemms.over_devices({"qkv": vjp(g.astype(y.dtype))[2][None]})
+
     return amaxes
 
 
 def gemms_tokens(roles):
     """Of one layer, one dimension for each mesh axis."""
     recipes = gemms.ModelRecipes(({role: RECIPE for role in roles},), GemmRecipe("bf16"))
-    return {role: token[0] for role, token in gemms.zero_tokens(recipes, by_device=True).items() if role in roles}
+    return {
+        role: token[0]
+        for role, token in gemms.zero_tokens(recipes, by_device=True).items()
+        if role in roles
+    }
 
 
 def attend(x, w, g):
@@ -88,21 +114,42 @@ def attend(x, w, g):
     scales = {SCORES: jnp.full(3, 2.0**9), VALUES: jnp.full(2, 2.0**-9)}
 
     def run(t):
-        return attention(q, k, v, recipes, softmax_scale=1e-4, tokens=t, scales=scales, partition=partition, backend="composed")
+        return attention(
+            q,
+            k,
+            v,
+            recipes,
+            softmax_scale=1e-4,
+            tokens=t,
+            scales=scales,
+            partition=partition,
+            backend="composed",
+        )
 
     o, vjp = jax.vjp(run, tokens)
-    return gemms.over_devices({role: token[None] for role, token in vjp(g.reshape(o.shape))[0].items()})
+    return gemms.over_devices(
+        {role: token[None] for role, token in vjp(g.reshape(o.shape))[0].items()}
+    )
 
 
 CASES = {"column": linear(("embed", "mlp")), "row": linear(("mlp", "embed")), "attention": attend}
 
 
 def on_mesh(function, mesh, arrays):
-    specs = PartitionSpec(RULES["batch"], RULES["sequence"]), PartitionSpec(), PartitionSpec(RULES["batch"], RULES["sequence"])
-    placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)]
+    specs = (
+        PartitionSpec(RULES["batch"], RULES["sequence"]),
+        PartitionSpec(),
+        PartitionSpec(RULES["batch"], RULES["sequence"]),
+    )
+    placed = [
+        jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)
+    ]
     with jax.set_mesh(mesh):
-        return jax.jit(lambda *a: function(*a), out_shardings=NamedSharding(mesh, PartitionSpec()),
-                       compiler_options=compiler_options("cpu"))(*placed)
+        return jax.jit(
+            lambda *a: function(*a),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
+            compiler_options=compiler_options("cpu"),
+        )(*placed)
 
 
 @over_meshes
@@ -125,14 +172,22 @@ def test_a_forgotten_reduction_is_detected(mesh, monkeypatch):
     """One device's amaxes taken for those of the tensors."""
     arrays = operands()
     expected = on_mesh(CASES["column"], mesh_of(config_of(ONE)), arrays)
-    monkeypatch.setattr(gemms, "over_devices", lambda amaxes: {role: amax[:, :, 0, 0, 0, 0] for role, amax in amaxes.items()})
+    monkeypatch.setattr(
+        gemms,
+        "over_devices",
+        lambda amaxes: {role: amax[:, :, 0, 0, 0, 0] for role, amax in amaxes.items()},
+    )
     with pytest.raises(AssertionError):
         check_copies(on_mesh(CASES["column"], mesh_of(config_of(mesh)), arrays), expected)
 
 
 def test_nan_on_one_device_is_seen_by_all():
     x, w, g = operands()
-    found = on_mesh(CASES["column"], mesh_of(config_of(MESHES["data 2 x fsdp 2 x tensor 2"])), (x.at[15, 31, 63].set(jnp.nan), w, g))
+    found = on_mesh(
+        CASES["column"],
+        mesh_of(config_of(MESHES["data 2 x fsdp 2 x tensor 2"])),
+        (x.at[15, 31, 63].set(jnp.nan), w, g),
+    )
     check_copies(found, {"qkv": jnp.asarray([[jnp.inf, formats.amax(g)]])})
 
 
@@ -142,8 +197,14 @@ def train(config, steps=5, moved=None):
     state = program.init()
     if moved is not None:
         rng = np.random.default_rng(moved)
-        towards = jax.tree.map(lambda leaf: np.where(rng.random(leaf.shape) < 0.5, np.inf, -np.inf).astype(np.float32), state.params)
-        params = jax.device_put(jax.tree.map(np.nextafter, jax.device_get(state.params), towards), program.state_shardings.params)
+        towards = jax.tree.map(
+            lambda leaf: np.where(rng.random(leaf.shape) < 0.5, np.inf, -np.inf).astype(np.float32),
+            state.params,
+        )
+        params = jax.device_put(
+            jax.tree.map(np.nextafter, jax.device_get(state.params), towards),
+            program.state_shardings.params,
+        )
         state = dataclasses.replace(state, params=params)
     state = program.calibrate(state, program.put(batches[0]))
     first = state.scaling
@@ -153,7 +214,11 @@ def train(config, steps=5, moved=None):
         losses.append(float(metrics["loss"]))
         first = first if index else jax.tree.map(np.asarray, state.scaling)
     check_copies(state.scaling)
-    return np.array(losses), np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(state.params))]), first
+    return (
+        np.array(losses),
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(state.params))]),
+        first,
+    )
 
 
 def distances(a, b):
@@ -169,8 +234,14 @@ def one_device():
     return runs[0], np.max([distances(a, b) for a, b in itertools.combinations(runs, 2)], axis=0)
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(mesh, marks=[] if name == "data 2 x fsdp 2 x tensor 2" else pytest.mark.slow)
-                                  for name, mesh in MESHES.items()], ids=MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, marks=[] if name == "data 2 x fsdp 2 x tensor 2" else pytest.mark.slow)
+        for name, mesh in MESHES.items()
+    ],
+    ids=MESHES,
+)
 def test_training_on_a_mesh_is_as_near_as_one_ulp(one_device, mesh):
     """Five steps in FP8 with FP8 attention. A mesh changes the order of sums and rounds parts of them to BF16.
 
@@ -179,7 +250,9 @@ def test_training_on_a_mesh_is_as_near_as_one_ulp(one_device, mesh):
     """
     expected, spread = one_device
     found = train(config_of(mesh))
-    print(f"loss and parameters differ by {distances(found, expected)}; runs moved by one ulp by {spread}")
+    print(
+        f"loss and parameters differ by {distances(found, expected)}; runs moved by one ulp by {spread}"
+    )
     assert (distances(found, expected) <= spread).all()
     # The first layer's input depends on no sum: its amax, and what follows from it, is the same to the bit.
     for name in ("history", "scale"):

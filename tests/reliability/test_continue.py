@@ -19,19 +19,37 @@ SHORT = {"evaluation": {"every": 0, "batches": 1}, "monitor": {"every": 0}}
 
 def test_all_differences_that_matter_are_named(tmp_path):
     save_config(tmp_path, micro())
-    other = micro(model=MICRO["model"] | {"layers": 3}, training={"seed": 5, "steps": 20}, data={"packing": "best_fit", "sequence_length": 32})
+    other = micro(
+        model=MICRO["model"] | {"layers": 3},
+        training={"seed": 5, "steps": 20},
+        data={"packing": "best_fit", "sequence_length": 32},
+    )
     with pytest.raises(ConfigError) as caught:
         check_continues(other, tmp_path)
     message = str(caught.value)
-    assert all(f"config.{name}: " in message for name in ("model.layers", "training.seed", "data.packing")) and "\n" not in message
-    assert "--allow_config_change=model.layers,data.packing,training.seed" in message and "steps" not in message
+    assert (
+        all(
+            f"config.{name}: " in message
+            for name in ("model.layers", "training.seed", "data.packing")
+        )
+        and "\n" not in message
+    )
+    assert (
+        "--allow_config_change=model.layers,data.packing,training.seed" in message
+        and "steps" not in message
+    )
     told = []
     check_continues(other, tmp_path, ["model.layers", "data.packing", "training.seed"], told.append)
-    assert "config.training.steps is 20, was 8" in told and "config.model.layers is 3, was 2" in told
+    assert (
+        "config.training.steps is 20, was 8" in told and "config.model.layers is 3, was 2" in told
+    )
 
 
 def test_a_field_that_there_is_not_cannot_be_allowed(tmp_path):
-    with pytest.raises(ConfigError, match="--allow_config_change=data.sauce: no such field; did you mean 'data.source'"):
+    with pytest.raises(
+        ConfigError,
+        match="--allow_config_change=data.sauce: no such field; did you mean 'data.source'",
+    ):
         check_continues(micro(), tmp_path, ["data.sauce"])
 
 
@@ -39,21 +57,33 @@ def test_a_field_that_there_is_not_cannot_be_allowed(tmp_path):
 def test_another_tokenizer_in_the_same_file_is_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.train(["Sir Walter Elliot of Kellynch Hall"] * 9, 280))
-    config = micro(data={"tokenizer": str(path), "sequence_length": 32}, training={"steps": 2}, model=MICRO["model"] | {"vocab_size": 384},
-                   **SHORT)
+    config = micro(
+        data={"tokenizer": str(path), "sequence_length": 32},
+        training={"steps": 2},
+        model=MICRO["model"] | {"vocab_size": 384},
+        **SHORT,
+    )
     assert train(config, tmp_path / "run") == 0
     path.write_text(tokenizer.train(["in Somersetshire was a man who"] * 9, 280))
     tokenizer.load.cache_clear()
-    with pytest.raises(ConfigError, match="config.data.tokenizer: is sha256:.*trained with sha256:.*allow_config_change=data.tokenizer"):
+    with pytest.raises(
+        ConfigError,
+        match="config.data.tokenizer: is sha256:.*trained with sha256:.*allow_config_change=data.tokenizer",
+    ):
         check_continues(config, tmp_path / "run")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "then"), [({"fsdp": 1}, EIGHT), (EIGHT, {"fsdp": 1})], ids=["1 to 8", "8 to 1"])
+@pytest.mark.parametrize(
+    ("first", "then"), [({"fsdp": 1}, EIGHT), (EIGHT, {"fsdp": 1})], ids=["1 to 8", "8 to 1"]
+)
 def test_another_number_of_devices(tmp_path, first, then):
     """All arrays come back bit for bit on the other mesh, and training goes on."""
     assert train(micro(mesh=first, training={"steps": 3}, **SHORT), tmp_path) == 0
-    before, after = (resume(program_of(micro(mesh=mesh)), Checkpoints(tmp_path), print).state for mesh in (first, then))
+    before, after = (
+        resume(program_of(micro(mesh=mesh)), Checkpoints(tmp_path), print).state
+        for mesh in (first, then)
+    )
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     assert train(micro(mesh=then, training={"steps": 5}, **SHORT), tmp_path) == 0
@@ -62,7 +92,9 @@ def test_another_number_of_devices(tmp_path, first, then):
 @pytest.mark.slow
 def test_bf16_to_fp8_and_back(tmp_path, capsys):
     for steps, recipe in ((2, "bf16"), (4, "fp8_dpa"), (6, "bf16"), (8, "fp8")):
-        assert train(micro(fp8={"recipe": recipe}, training={"steps": steps}, **SHORT), tmp_path) == 0
+        assert (
+            train(micro(fp8={"recipe": recipe}, training={"steps": steps}, **SHORT), tmp_path) == 0
+        )
         told = capsys.readouterr().out
         assert ("scales calibrated on the batch of step" in told) == (recipe != "bf16")
         assert steps == 2 or f"config.fp8.recipe is '{recipe}', was" in told
@@ -74,6 +106,7 @@ def test_bf16_to_fp8_and_back(tmp_path, capsys):
 @pytest.fixture
 def a_run(tmp_path):
     """A run of prepared data that has a checkpoint, and what makes the data anew."""
+
     def prepare(texts, held_out=("of Kellynch Hall",)):
         shutil.rmtree(tmp_path / "tokens", ignore_errors=True)
         byte = tokenizer.load("byte")
@@ -94,7 +127,10 @@ def test_data_prepared_anew_is_refused(a_run):
     prepare(["Sir Walter Elliot"])
     check_continues(config, workdir)
     prepare(["Sir Walter Elliot"] * 3)
-    with pytest.raises(ConfigError, match=r"config.data.source: \S+/tokens holds other data than the run .*--allow_config_change=data.source"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config.data.source: \S+/tokens holds other data than the run .*--allow_config_change=data.source",
+    ):
         check_continues(config, workdir)
     check_continues(config, workdir, ["data.source"])
 
@@ -104,7 +140,9 @@ def test_other_held_out_text_is_told(a_run):
     prepare(["Sir Walter Elliot"], ["was a man who"])
     told = []
     check_continues(config, workdir, tell=told.append)
-    assert [line.partition(" is another")[0] for line in told] == [f"held-out text of {config.data.source}"]
+    assert [line.partition(" is another")[0] for line in told] == [
+        f"held-out text of {config.data.source}"
+    ]
 
 
 def test_data_that_has_moved_is_the_same_data(a_run):

@@ -15,7 +15,10 @@ from tests.helpers.runs import logged, micro, saved, train
 
 
 def state(step):
-    return {"params": {"w": jnp.arange(100.0) + step, "b": jnp.ones(3, jnp.bfloat16)}, "counters": {"step": jnp.int32(step)}}
+    return {
+        "params": {"w": jnp.arange(100.0) + step, "b": jnp.ones(3, jnp.bfloat16)},
+        "counters": {"step": jnp.int32(step)},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +44,11 @@ def every_file(directory):
     return sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, pathlib.Path.unlink, lambda path: path.with_name("more").touch()],
-                         ids=["truncated", "flipped", "deleted", "added"])
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, flip, pathlib.Path.unlink, lambda path: path.with_name("more").touch()],
+    ids=["truncated", "flipped", "deleted", "added"],
+)
 def test_every_damage_is_seen(template, tmp_path, damage):
     newest = template / "checkpoints" / "20"
     files = every_file(newest)
@@ -79,10 +85,14 @@ def test_damage_is_seen_in_every_chunk_of_a_file(files):
     path = files / "file4"
     content = path.read_bytes()
     for position in range(0, len(content), 997):
-        path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1:])
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+        )
         assert manifest.problem(files) == "file4 is damaged: its digest differs", position
     path.write_bytes(content[4096:8192] + content[:4096] + content[8192:])
-    assert manifest.problem(files) == "file4 is damaged: its digest differs"  # chunks in another order
+    assert (
+        manifest.problem(files) == "file4 is damaged: its digest differs"
+    )  # chunks in another order
 
 
 def test_processes_share_the_reading_and_miss_nothing(files):
@@ -91,15 +101,28 @@ def test_processes_share_the_reading_and_miss_nothing(files):
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         found = [manifest.problem(files, (process, 3)) for process in range(3)]
-        assert [reason for reason in found if reason] == [f"file{number} is damaged: its digest differs"]
+        assert [reason for reason in found if reason] == [
+            f"file{number} is damaged: its digest differs"
+        ]
         path.write_bytes(content)
 
 
 def test_checkpoints_of_earlier_versions_are_still_checked(files):
     """Their manifests name no hash: BLAKE2 of whole files."""
-    content = {"step": 3, "files": {path.name: [path.stat().st_size, hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()]
-                                    for path in files.iterdir() if path.name != manifest.NAME}}
-    digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+    content = {
+        "step": 3,
+        "files": {
+            path.name: [
+                path.stat().st_size,
+                hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),
+            ]
+            for path in files.iterdir()
+            if path.name != manifest.NAME
+        },
+    }
+    digest = hashlib.blake2b(
+        json.dumps(content, sort_keys=True).encode(), digest_size=16
+    ).hexdigest()
     (files / manifest.NAME).write_text(json.dumps({"content": content, "digest": digest}))
     assert manifest.problem(files) is None
     flip(files / "file4")

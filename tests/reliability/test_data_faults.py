@@ -19,14 +19,21 @@ TEXT = "It is a truth universally acknowledged, that a single man in possession 
 def source(tmp_path):
     """Six training shards of 1181 tokens, in windows of 32."""
     documents = [BYTE.encode(TEXT * 10) for _ in range(6)]
-    shards.write_shards(tmp_path / "tokens", BYTE, {"train": documents, "held_out": documents[:1]}, shard_tokens=100)
+    shards.write_shards(
+        tmp_path / "tokens", BYTE, {"train": documents, "held_out": documents[:1]}, shard_tokens=100
+    )
     return tmp_path / "tokens"
 
 
 def config_of(source, policy, **training):
     data = {"source": str(source), "sequence_length": 32, "on_fault": policy}
-    return micro(data=data, training={"steps": 6, "batch_size": 16, **training}, evaluation={"every": 0, "batches": 1},
-                 monitor={"every": 0}, checkpoint={"every": 2})
+    return micro(
+        data=data,
+        training={"steps": 6, "batch_size": 16, **training},
+        evaluation={"every": 0, "batches": 1},
+        monitor={"every": 0},
+        checkpoint={"every": 2},
+    )
 
 
 def truncate(path):
@@ -43,9 +50,14 @@ def wrong_id(path):
     tokens.flush()
 
 
-@pytest.mark.parametrize(("damage", "fault"), [
-    (truncate, r"train_00002\.bin: has 1181 bytes, not the 2362.*cut off at byte 1181"), (empty, r"train_00002\.bin: has 0 bytes"),
-    (os.unlink, r"train_00002\.bin: cannot be read: No such file")])
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (truncate, r"train_00002\.bin: has 1181 bytes, not the 2362.*cut off at byte 1181"),
+        (empty, r"train_00002\.bin: has 0 bytes"),
+        (os.unlink, r"train_00002\.bin: cannot be read: No such file"),
+    ],
+)
 def test_shards_that_are_not_whole_are_refused_at_the_start(source, damage, fault):
     damage(source / "train_00002.bin")
     with pytest.raises(ConfigError, match=fault) as caught:
@@ -56,9 +68,16 @@ def test_shards_that_are_not_whole_are_refused_at_the_start(source, damage, faul
 @pytest.mark.slow
 def test_a_wrong_id_ends_the_run_after_saving(source, tmp_path):
     wrong_id(source / "train_00002.bin")
-    with pytest.raises(DataError, match=r"train_00002\.bin: token 1\d\d is 9999, outside the vocabulary of 257 \(byte \d+\)"):
+    with pytest.raises(
+        DataError,
+        match=r"train_00002\.bin: token 1\d\d is 9999, outside the vocabulary of 257 \(byte \d+\)",
+    ):
         train(config_of(source, "fail", steps=40), tmp_path / "run")
-    (event,) = [event for event in read_metrics(tmp_path / "run" / "events.jsonl") if event["kind"] == "data_fault"]
+    (event,) = [
+        event
+        for event in read_metrics(tmp_path / "run" / "events.jsonl")
+        if event["kind"] == "data_fault"
+    ]
     assert Checkpoints(tmp_path / "run").newest() == (event["step"], {})
 
 
@@ -79,7 +98,9 @@ def test_what_cannot_be_read_is_padding_and_nothing_else_moves(source, damage):
         for name in ("inputs", "targets", "mask", "positions", "segment_ids"):
             np.testing.assert_array_equal(one[name][~gone], two[name][~gone])
     lost = {truncate: 591 / 32, wrong_id: 100 / 32}.get(damage, 1181 / 32)
-    assert lost <= skipped <= lost + 3 and skipped == len(faults)  # the edges, and one that begins after the last lost token
+    assert lost <= skipped <= lost + 3 and skipped == len(
+        faults
+    )  # the edges, and one that begins after the last lost token
     assert all(str(path) in fault and "\n" not in fault for fault in faults)
 
 
@@ -88,8 +109,16 @@ def test_a_run_that_skips_counts_and_resumes_the_count(source, tmp_path, capsys)
     wrong_id(source / "train_00002.bin")
     assert train(config_of(source, "skip", steps=10), tmp_path / "run") == 0
     assert train(config_of(source, "skip", steps=20), tmp_path / "run") == 0
-    found = [event for event in read_metrics(tmp_path / "run" / "events.jsonl") if event["kind"] == "data_fault"]
-    assert np.cumsum([event["sequences"] for event in found]).tolist() == [event["in_all"] for event in found] and len(found) > 1
+    found = [
+        event
+        for event in read_metrics(tmp_path / "run" / "events.jsonl")
+        if event["kind"] == "data_fault"
+    ]
+    assert (
+        np.cumsum([event["sequences"] for event in found]).tolist()
+        == [event["in_all"] for event in found]
+        and len(found) > 1
+    )
     assert {event["step"] > 10 for event in found} == {False, True}
     assert "of its sequences skipped" in capsys.readouterr().out
 
@@ -102,4 +131,6 @@ def test_held_out_text_that_cannot_be_read_counts_for_nothing(source):
         list(pipeline.held_out_batches(config_of(source, "fail"), 8))
     parts = list(pipeline.held_out_batches(config_of(source, "skip"), 8))
     lost = sum(size for _, size in whole) - sum(size for _, size in parts)
-    assert 100 <= lost <= 100 + 2 * 32 and sum(len(batch.get("faults", [])) for batch, _ in parts) in (4, 5)
+    assert 100 <= lost <= 100 + 2 * 32 and sum(
+        len(batch.get("faults", [])) for batch, _ in parts
+    ) in (4, 5)

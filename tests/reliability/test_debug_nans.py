@@ -25,7 +25,17 @@ RUN = textwrap.dedent("""
 
 def test_a_healthy_run_makes_no_nan(tmp_path):
     """Statistics of layers with other recipes, evaluation, saving and resuming included."""
-    environment = os.environ | {"JAX_DEBUG_NANS": "True", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], env=environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {
+        "JAX_DEBUG_NANS": "True",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.getcwd(),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert logged(tmp_path)[-1]["step"] == 3

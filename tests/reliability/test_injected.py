@@ -18,8 +18,12 @@ from tests.helpers.runs import EIGHT, logged, micro, saved, train
 
 pytestmark = pytest.mark.slow
 AT = 6
-BASE = {"training": {"steps": 10, "microbatches": 2, "bad_steps": 3}, "checkpoint": {"every": 2, "keep": 9},
-        "evaluation": {"every": 0, "batches": 1}, "monitor": {"every": 0}}
+BASE = {
+    "training": {"steps": 10, "microbatches": 2, "bad_steps": 3},
+    "checkpoint": {"every": 2, "keep": 9},
+    "evaluation": {"every": 0, "batches": 1},
+    "monitor": {"every": 0},
+}
 
 
 def break_gradient(patch):
@@ -27,7 +31,9 @@ def break_gradient(patch):
 
     def gradients(*args, **options):
         loss, grads, amaxes, taps = original(*args, **options)
-        grads["blocks"]["feed_forward"]["up"]["w"] = grads["blocks"]["feed_forward"]["up"]["w"].at[1, 2, 3].set(jnp.nan)
+        grads["blocks"]["feed_forward"]["up"]["w"] = (
+            grads["blocks"]["feed_forward"]["up"]["w"].at[1, 2, 3].set(jnp.nan)
+        )
         return loss, grads, amaxes, taps
 
     patch.setattr(step_lib, "gradients", gradients)
@@ -39,7 +45,9 @@ def break_weight(patch):
 
     def gradients(state, *args, **options):
         params = jax.tree.map(lambda leaf: leaf, state.params)
-        params["blocks"]["post_attention"]["gain"] = params["blocks"]["post_attention"]["gain"].at[1, 3].set(jnp.nan)
+        params["blocks"]["post_attention"]["gain"] = (
+            params["blocks"]["post_attention"]["gain"].at[1, 3].set(jnp.nan)
+        )
         return original(dataclasses.replace(state, params=params), *args, **options)
 
     patch.setattr(step_lib, "gradients", gradients)
@@ -47,19 +55,32 @@ def break_weight(patch):
 
 def break_activation(patch):
     original = FeedForward.__call__
-    patch.setattr(FeedForward, "__call__", lambda self, x_btd, gemms: original(self, x_btd.at[3, 5, 7].set(jnp.nan), gemms))
+    patch.setattr(
+        FeedForward,
+        "__call__",
+        lambda self, x_btd, gemms: original(self, x_btd.at[3, 5, 7].set(jnp.nan), gemms),
+    )
 
 
 def break_microbatch(patch):
     original = step_lib.gradients
-    patch.setattr(step_lib, "gradients", lambda state, batch, *args, **options: original(
-        state, batch | {"mask": batch["mask"].at[1, 0, 0].set(jnp.nan)}, *args, **options))
+    patch.setattr(
+        step_lib,
+        "gradients",
+        lambda state, batch, *args, **options: original(
+            state, batch | {"mask": batch["mask"].at[1, 0, 0].set(jnp.nan)}, *args, **options
+        ),
+    )
 
 
 def break_amax_on_one_device(patch):
     """The fifth of eight devices, data 2 x fsdp 4, has another amax of every operand; the tensors themselves stay as they are."""
     original = placement.amax_by_device
-    patch.setattr(placement, "amax_by_device", lambda *args, **options: original(*args, **options).at[1, 0].set(jnp.nan))
+    patch.setattr(
+        placement,
+        "amax_by_device",
+        lambda *args, **options: original(*args, **options).at[1, 0].set(jnp.nan),
+    )
 
 
 def inject(monkeypatch, break_program):
@@ -71,7 +92,9 @@ def inject(monkeypatch, break_program):
             return original(self, state, batch, collect=collect)
         with monkeypatch.context() as patch:
             break_program(patch)
-            return original(TrainProgram(self.config, self.definition, self.mesh), state, batch, collect=collect)
+            return original(
+                TrainProgram(self.config, self.definition, self.mesh), state, batch, collect=collect
+            )
 
     monkeypatch.setattr(TrainProgram, "step", step)
 
@@ -92,7 +115,11 @@ def whole(tmp_path_factory):
 
 def arrays_of(config, workdir, step):
     with Checkpoints(workdir) as checkpoints:
-        found, _ = checkpoints.restore(step, {"params": step_program(config).params, "scaling": step_program(config).scaling}, partial=True)
+        found, _ = checkpoints.restore(
+            step,
+            {"params": step_program(config).params, "scaling": step_program(config).scaling},
+            partial=True,
+        )
     return [np.asarray(leaf) for leaf in jax.tree.leaves(found)]
 
 
@@ -102,19 +129,40 @@ def step_program(config):
     return program_of(config).abstract_state
 
 
-@pytest.mark.parametrize(("name", "damage", "mesh", "first"), [
-    pytest.param("one", break_gradient, {"fsdp": 1}, "gradient of blocks.feed_forward.up.w in layer 1", id="gradient"),
-    pytest.param("one", break_weight, {"fsdp": 1}, "amax of mlp_up.x in layer 1", id="weight"),
-    pytest.param("one", break_activation, {"fsdp": 1}, "amax of mlp_up.x in layer 0", id="activation"),
-    pytest.param("one", break_microbatch, {"fsdp": 1}, "loss", id="microbatch"),
-    pytest.param("eight", break_amax_on_one_device, EIGHT, "amax of qkv.x in layer 0", id="amax of one device"),
-])
-def test_a_step_gone_bad_is_skipped_and_named_and_training_goes_on(tmp_path, monkeypatch, whole, capsys, name, damage, mesh, first):
+@pytest.mark.parametrize(
+    ("name", "damage", "mesh", "first"),
+    [
+        pytest.param(
+            "one",
+            break_gradient,
+            {"fsdp": 1},
+            "gradient of blocks.feed_forward.up.w in layer 1",
+            id="gradient",
+        ),
+        pytest.param("one", break_weight, {"fsdp": 1}, "amax of mlp_up.x in layer 1", id="weight"),
+        pytest.param(
+            "one", break_activation, {"fsdp": 1}, "amax of mlp_up.x in layer 0", id="activation"
+        ),
+        pytest.param("one", break_microbatch, {"fsdp": 1}, "loss", id="microbatch"),
+        pytest.param(
+            "eight",
+            break_amax_on_one_device,
+            EIGHT,
+            "amax of qkv.x in layer 0",
+            id="amax of one device",
+        ),
+    ],
+)
+def test_a_step_gone_bad_is_skipped_and_named_and_training_goes_on(
+    tmp_path, monkeypatch, whole, capsys, name, damage, mesh, first
+):
     config = micro(**BASE, mesh=mesh)
     clean = whole(name, config)
     inject(monkeypatch, damage)
     assert train(config, tmp_path) == 0
-    bad = [event for event in read_metrics(tmp_path / "events.jsonl") if event["kind"] == "bad_step"]
+    bad = [
+        event for event in read_metrics(tmp_path / "events.jsonl") if event["kind"] == "bad_step"
+    ]
     assert [(event["step"], event["first"]) for event in bad] == [(AT, first)]
     assert f"step {AT} is bad, first in {first}; the update was skipped" in capsys.readouterr().out
     lines, expected = logged(tmp_path), logged(clean)
@@ -134,7 +182,9 @@ def test_a_weight_lost_in_memory_is_gone_back_from(tmp_path, monkeypatch, whole)
     """The state itself holds a NaN, without a bad step before: it never becomes a checkpoint, and the run goes back to the one before."""
     config = micro(**BASE)
     clean, original, broken = whole("one", config), TrainProgram.step, []
-    monkeypatch.setattr(Checkpoints, "busy", lambda self: False)  # or a slow disk would postpone saves
+    monkeypatch.setattr(
+        Checkpoints, "busy", lambda self: False
+    )  # or a slow disk would postpone saves
 
     def step(self, state, batch, *, collect=False):
         state, metrics, taps = original(self, state, batch, collect=collect)
@@ -148,8 +198,12 @@ def test_a_weight_lost_in_memory_is_gone_back_from(tmp_path, monkeypatch, whole)
     monkeypatch.setattr(TrainProgram, "step", step)
     assert train(config, tmp_path) == 0
     events = read_metrics(tmp_path / "events.jsonl")
-    unsound = {(event["step"], event["first"]) for event in events if event["kind"] == "unsound_state"}
+    unsound = {
+        (event["step"], event["first"]) for event in events if event["kind"] == "unsound_state"
+    }
     assert unsound == {(AT, "parameter embedding.w")}
     assert [event["step"] for event in events if event["kind"] == "rollback"] == [AT]
-    assert logged(tmp_path)[:4] == logged(clean)[:4] and all(math.isfinite(entry["loss"]) for entry in logged(tmp_path))
+    assert logged(tmp_path)[:4] == logged(clean)[:4] and all(
+        math.isfinite(entry["loss"]) for entry in logged(tmp_path)
+    )
     assert Checkpoints(tmp_path).newest() == (10, {})

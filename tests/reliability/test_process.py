@@ -22,8 +22,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def start(code, *arguments):
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 HOLD = """
@@ -38,7 +43,12 @@ HOLD = """
 def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path):
     process = start(HOLD, tmp_path)
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(ConfigError, match=f"process {process.pid} on .* is training here.*--workdir"), exclusive(tmp_path):
+    with (
+        pytest.raises(
+            ConfigError, match=f"process {process.pid} on .* is training here.*--workdir"
+        ),
+        exclusive(tmp_path),
+    ):
         pass
     process.kill()
     process.wait()
@@ -59,7 +69,11 @@ def test_a_hang_ends_with_all_stacks():
     """)
     _, told = process.communicate(timeout=50)
     assert process.returncode == 1
-    assert "step 17 (batch 16) has taken" in told and "step_limit=1" in told and "a_step_that_hangs" in told
+    assert (
+        "step 17 (batch 16) has taken" in told
+        and "step_limit=1" in told
+        and "a_step_that_hangs" in told
+    )
 
 
 def test_sigusr2_shows_stacks_and_the_process_goes_on():
@@ -106,17 +120,22 @@ def test_storage_that_fails_does_not_stop_training(tmp_path, monkeypatch, capsys
         return original(self, step, state, data_state, **facts)
 
     monkeypatch.setattr(Checkpoints, "save", save)
-    monkeypatch.setattr(Checkpoints, "busy", lambda self: False)  # or a slow disk would postpone saves
+    monkeypatch.setattr(
+        Checkpoints, "busy", lambda self: False
+    )  # or a slow disk would postpone saves
     monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
     assert train(micro(training={"steps": 8}, checkpoint={"every": 2}), tmp_path) == 0
     assert calls == [2, 4, 5, 6, 8]
-    failed = [event for event in read_metrics(tmp_path / "events.jsonl") if event["kind"] == "save_failed"]
+    failed = [
+        event for event in read_metrics(tmp_path / "events.jsonl") if event["kind"] == "save_failed"
+    ]
     assert [event["step"] for event in failed] == [4] and "No space left" in failed[0]["reason"]
     assert "training goes on" in capsys.readouterr().out
 
 
 def test_a_failure_in_the_background_is_told(tmp_path, monkeypatch):
     """Once, and the step is no checkpoint; the next save takes its place."""
+
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -16,8 +16,14 @@ from fp8jax.training.checkpoint import CheckpointError, Checkpoints
 from tests.helpers.runs import logged, micro, saved, train
 
 # Where a save fails, Orbax leaves coroutines that nobody awaits any more, which Python remarks on when it frees them.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
-CONFIG = {"training": {"steps": 16}, "checkpoint": {"every": 4}, "evaluation": {"every": 8, "batches": 1}}
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
+)
+CONFIG = {
+    "training": {"steps": 16},
+    "checkpoint": {"every": 4},
+    "evaluation": {"every": 8, "batches": 1},
+}
 
 
 def mount(*arguments):
@@ -48,11 +54,17 @@ def whole(tmp_path_factory):
 def same(whole, workdir):
     config = micro(**CONFIG)
     (a, _), (b, _) = saved(config, whole), saved(config, workdir)
-    return logged(whole) == logged(workdir) and all(array.tobytes() == b[name].tobytes() for name, array in a.items())
+    return logged(whole) == logged(workdir) and all(
+        array.tobytes() == b[name].tobytes() for name, array in a.items()
+    )
 
 
 def failures(workdir):
-    return [event["reason"] for event in read_metrics(workdir / "events.jsonl") if event["kind"] == "save_failed"]
+    return [
+        event["reason"]
+        for event in read_metrics(workdir / "events.jsonl")
+        if event["kind"] == "save_failed"
+    ]
 
 
 def settled(workdir):
@@ -85,10 +97,16 @@ def test_a_disk_that_is_full_for_a_while(disk, whole, at_batch, monkeypatch, cap
 
     at_batch({6: fill, 12: free})
     assert train(micro(**CONFIG), disk / "run") == 0
-    assert failures(disk / "run") and all("No space left" in reason for reason in failures(disk / "run"))
+    assert failures(disk / "run") and all(
+        "No space left" in reason for reason in failures(disk / "run")
+    )
     assert same(whole, disk / "run") and Checkpoints(disk / "run").newest() == (16, {})
     told = capsys.readouterr().out
-    assert "logs wait in memory" in told and "logs are written again" in told and "saving failed" in told
+    assert (
+        "logs wait in memory" in told
+        and "logs are written again" in told
+        and "saving failed" in told
+    )
 
 
 @pytest.mark.slow
@@ -120,7 +138,11 @@ def test_slow_storage_postpones_saves_but_no_step(tmp_path, whole, at_batch, mon
     monkeypatch.setattr(manifest, "write", slow)
     at_batch({10: goes_on.set})
     assert train(micro(**CONFIG), tmp_path) == 0
-    assert [event["step"] for event in read_metrics(tmp_path / "events.jsonl") if event["kind"] == "save_postponed"][0] == 8
+    assert [
+        event["step"]
+        for event in read_metrics(tmp_path / "events.jsonl")
+        if event["kind"] == "save_postponed"
+    ][0] == 8
     assert same(whole, tmp_path) and "training goes on" in capsys.readouterr().out
 
 
@@ -137,7 +159,9 @@ def test_the_last_save_is_tried_again_before_the_run_gives_up(tmp_path, monkeypa
 
 def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="file/run: cannot be written: Not a directory; .*--workdir"):
+    with pytest.raises(
+        ConfigError, match="file/run: cannot be written: Not a directory; .*--workdir"
+    ):
         train(micro(), tmp_path / "file" / "run")
 
 

@@ -31,10 +31,16 @@ def test_layout_does_not_count(mutants, tmp_path, old):
         assert found == "x = 0\n"
 
 
-@pytest.mark.parametrize(("text", "times"), [("x = g(a, b)\n", 0), ("x = f(a, b) + f(a, b)\n", 2), ("x = ff(a, b_)\n", 0)])
+@pytest.mark.parametrize(
+    ("text", "times"),
+    [("x = g(a, b)\n", 0), ("x = f(a, b) + f(a, b)\n", 2), ("x = ff(a, b_)\n", 0)],
+)
 def test_what_is_not_there_once_is_stale(mutants, tmp_path, text, times):
     (tmp_path / "code.py").write_text(text)
-    with pytest.raises(mutants.StaleError, match=f"name: code.py has this text {times} times, not once: 'f\\(a, b\\)'"):
+    with pytest.raises(
+        mutants.StaleError,
+        match=f"name: code.py has this text {times} times, not once: 'f\\(a, b\\)'",
+    ):
         mutant(mutants, "f(a, b)").applied(tmp_path)
 
 
@@ -46,19 +52,35 @@ def test_a_fault_that_is_no_code_is_refused(mutants, tmp_path):
 
 def test_faults_are_read_and_their_files_exist(mutants):
     found = mutants.load_mutants()
-    assert len(found) >= 150 and {one.room for one in found} >= {"numerics", "models", "training", "parallel", "monitor", "data"}
+    assert len(found) >= 150 and {one.room for one in found} >= {
+        "numerics",
+        "models",
+        "training",
+        "parallel",
+        "monitor",
+        "data",
+    }
     assert all((ROOT / one.file).is_file() and one.old != one.new and one.fault for one in found)
     assert all((ROOT / test.partition("::")[0]).is_file() for one in found for test in one.tests)
 
 
 def test_tests_mirror_the_path(mutants):
     extra = {"fp8jax/training/optimizer.py": ["tests/training/test_run.py"]}
-    assert mutants.tests_of("fp8jax/training/optimizer.py", extra) == ["tests/training/test_optimizer.py", "tests/training/test_run.py"]
+    assert mutants.tests_of("fp8jax/training/optimizer.py", extra) == [
+        "tests/training/test_optimizer.py",
+        "tests/training/test_run.py",
+    ]
     assert mutants.tests_of("fp8jax/config.py", {}) == ["tests/test_config.py"]
     assert mutants.tests_of("fp8jax/training/nothing.py", {}) == []
 
 
 def test_rooms_are_counted(mutants):
     one, other = mutant(mutants, "a"), mutants.Mutant("b", "code.py", "a", "b", "", "data")
-    lines = mutants.table([(one, mutants.CAUGHT), (other, mutants.SURVIVED), (other, mutants.CAUGHT)]).splitlines()
-    assert [line.split() for line in lines[1:]] == [["models", "1", "1", "100%"], ["data", "1", "2", "50%"], ["all", "2", "3", "67%"]]
+    lines = mutants.table(
+        [(one, mutants.CAUGHT), (other, mutants.SURVIVED), (other, mutants.CAUGHT)]
+    ).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["models", "1", "1", "100%"],
+        ["data", "1", "2", "50%"],
+        ["all", "2", "3", "67%"],
+    ]

@@ -9,8 +9,15 @@ import numpy as np
 from fp8jax.training import bad_steps
 from fp8jax.training.bad_steps import Health
 
-AMAXES = {"qkv": (2, 2), "attention_scores": (2, 3), "attention_values": (2, 2), "attention_out": (2, 2), "mlp_up": (2, 2), "mlp_down": (2, 2),
-          "lm_head": (1, 2)}
+AMAXES = {
+    "qkv": (2, 2),
+    "attention_scores": (2, 3),
+    "attention_values": (2, 2),
+    "attention_out": (2, 2),
+    "mlp_up": (2, 2),
+    "mlp_down": (2, 2),
+    "lm_head": (1, 2),
+}
 PARAMS = {"blocks": {"up": {"w": jnp.zeros((2, 3))}}, "embedding": {"w": jnp.zeros((4, 3))}}
 NONE = jnp.zeros((), bool)
 FLAGS = jax.jit(bad_steps.flags)
@@ -27,7 +34,12 @@ def squares():
 
 def first(**changes):
     """Name of the first bad tensor; what is not changed is finite."""
-    given = {"loss": jnp.float32(2.0), "amaxes": ones(), "squares": squares(), "spike": NONE} | changes
+    given = {
+        "loss": jnp.float32(2.0),
+        "amaxes": ones(),
+        "squares": squares(),
+        "spike": NONE,
+    } | changes
     found = np.asarray(FLAGS(*given.values()))
     names = bad_steps.names(ones(), PARAMS)
     assert len(names) == len(found)
@@ -49,14 +61,23 @@ def test_every_tensor_has_its_name():
                 name = first(amaxes=with_nan((role, layer, operand)))
                 where = "" if role == "lm_head" else f" in layer {layer}"
                 assert name == f"amax of {role}.{bad_steps.OPERANDS[role][operand]}{where}"
-    assert first() is None and first(loss=jnp.float32(jnp.nan)) == "loss" and first(spike=~NONE) == "spike of the loss or gradient norm"
+    assert (
+        first() is None
+        and first(loss=jnp.float32(jnp.nan)) == "loss"
+        and first(spike=~NONE) == "spike of the loss or gradient norm"
+    )
     bad = [square.at[-1].set(jnp.inf) for square in squares()]
-    assert first(squares=bad) == "gradient of blocks.up.w in layer 1" and first(squares=[squares()[0], bad[1]]) == "gradient of embedding.w"
+    assert (
+        first(squares=bad) == "gradient of blocks.up.w in layer 1"
+        and first(squares=[squares()[0], bad[1]]) == "gradient of embedding.w"
+    )
 
 
 def test_trouble_is_named_where_the_step_meets_it_first():
     """Forward from the first layer up, then the loss, then backward from the last layer down, at last the gradients."""
-    everywhere = with_nan(("mlp_down", 0, 0), ("qkv", 1, 0), ("mlp_down", 0, 1), ("qkv", 1, 1), ("lm_head", 0, 1))
+    everywhere = with_nan(
+        ("mlp_down", 0, 0), ("qkv", 1, 0), ("mlp_down", 0, 1), ("qkv", 1, 1), ("lm_head", 0, 1)
+    )
     assert first(amaxes=everywhere) == "amax of mlp_down.x in layer 0"
     forward = with_nan(("qkv", 1, 0), ("lm_head", 0, 0))
     assert first(amaxes=forward, loss=jnp.float32(jnp.inf)) == "amax of qkv.x in layer 1"
@@ -84,13 +105,24 @@ def filled(seen=bad_steps.WINDOW):
     sign = np.where(np.arange(bad_steps.WINDOW) % 2, 1.0, -1.0)
     recent = np.stack([2.0 + 0.1 * sign, 1.0 + 0.01 * sign]).astype(np.float32)
     empty = np.asarray(Health.initial().recent)[:, seen:]
-    return dataclasses.replace(Health.initial(), recent=jnp.asarray(np.concatenate([empty, recent[:, :seen]], axis=1)))
+    return dataclasses.replace(
+        Health.initial(), recent=jnp.asarray(np.concatenate([empty, recent[:, :seen]], axis=1))
+    )
 
 
 def test_a_spike_of_either_is_one():
     health = filled()
     edge = np.array([2.0 + 5 * 0.1 / 0.6745, 1.0 + 5 * 0.01 / 0.6745])
-    for loss, norm, wanted in ((edge[0] * 0.99, edge[1] * 0.99, False), (edge[0] * 1.02, 1.0, True), (2.0, edge[1] * 1.02, True),
-                               (-9.0, 0.0, False)):
-        assert bool(IS_SPIKE(health, jnp.asarray([loss, norm], jnp.float32))) == wanted, (loss, norm)
-    assert not bool(IS_SPIKE(filled(bad_steps.WINDOW - 1), jnp.asarray([50.0, 50.0])))  # not before the window is full
+    for loss, norm, wanted in (
+        (edge[0] * 0.99, edge[1] * 0.99, False),
+        (edge[0] * 1.02, 1.0, True),
+        (2.0, edge[1] * 1.02, True),
+        (-9.0, 0.0, False),
+    ):
+        assert bool(IS_SPIKE(health, jnp.asarray([loss, norm], jnp.float32))) == wanted, (
+            loss,
+            norm,
+        )
+    assert not bool(
+        IS_SPIKE(filled(bad_steps.WINDOW - 1), jnp.asarray([50.0, 50.0]))
+    )  # not before the window is full

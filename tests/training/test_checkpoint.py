@@ -55,7 +55,11 @@ def make_state(where=EIGHT):
     }
     state = {
         "params": params,
-        "scaling": {"qkv": Scale(jnp.arange(4.0), jnp.float32(0.5)), "none": {}, "pair": Pair(jnp.int8(-3), (w > 0,))},
+        "scaling": {
+            "qkv": Scale(jnp.arange(4.0), jnp.float32(0.5)),
+            "none": {},
+            "pair": Pair(jnp.int8(-3), (w > 0,)),
+        },
         "opt_state": optax.adamw(1e-3).init({"w": w}),
         "counters": {"step": jnp.int32(7), "key": jax.random.key(3), "bad": jnp.uint32(2**32 - 1)},
         "empty": {},
@@ -111,30 +115,48 @@ def test_partial_restore_reads_chosen_items(run):
     checkpoints = checkpoint.Checkpoints(run, keep=2)
     restored, _ = checkpoints.restore(7, wanted, partial=True)
     assert_same(restored, {name: state[name] for name in wanted})
-    with pytest.raises(checkpoint.CheckpointError, match=r"counters/bad is \(\) uint32 in the checkpoint, absent in"):
+    with pytest.raises(
+        checkpoint.CheckpointError,
+        match=r"counters/bad is \(\) uint32 in the checkpoint, absent in",
+    ):
         checkpoints.restore(7, wanted)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p["blocks"].update(w=jnp.zeros((16, 4))),
-         r"params/blocks/w is \(16, 8\) float32 in the checkpoint, \(16, 4\) float32 in this run; use "),
-        (lambda p: p.update(e4m3=p["e5m2"]), r"params/e4m3 is \(16, 8\) float8_e4m3fn in .*, \(16, 8\) float8_e5m2 in"),
-        (lambda p: p["blocks"].update(w_gate=jnp.zeros(3)), r"blocks/w_gate is absent \(nearest: params/blocks/w\)"),
-        (lambda p: p.pop("e5m2"), r"params/e5m2 is \(16, 8\) float8_e5m2 in the checkpoint, absent in this run"),
+        (
+            lambda p: p["blocks"].update(w=jnp.zeros((16, 4))),
+            r"params/blocks/w is \(16, 8\) float32 in the checkpoint, \(16, 4\) float32 in this run; use ",
+        ),
+        (
+            lambda p: p.update(e4m3=p["e5m2"]),
+            r"params/e4m3 is \(16, 8\) float8_e4m3fn in .*, \(16, 8\) float8_e5m2 in",
+        ),
+        (
+            lambda p: p["blocks"].update(w_gate=jnp.zeros(3)),
+            r"blocks/w_gate is absent \(nearest: params/blocks/w\)",
+        ),
+        (
+            lambda p: p.pop("e5m2"),
+            r"params/e5m2 is \(16, 8\) float8_e5m2 in the checkpoint, absent in this run",
+        ),
     ],
 )
 def test_first_difference_is_named(run, change, message):
     params = make_state()["params"]
     change(params)
     with pytest.raises(checkpoint.CheckpointError, match=message) as error:
-        checkpoint.Checkpoints(run, keep=2).restore(7, {"params": abstract(params, ONE)}, partial=True)
+        checkpoint.Checkpoints(run, keep=2).restore(
+            7, {"params": abstract(params, ONE)}, partial=True
+        )
     assert "\n" not in str(error.value)
 
 
 def test_missing_step_lists_the_others(run, tmp_path):
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint of step 8; complete checkpoints: 7"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match="no checkpoint of step 8; complete checkpoints: 7"
+    ):
         checkpoint.Checkpoints(run, keep=2).restore(8, {})
     nothing = checkpoint.Checkpoints(tmp_path / "new", keep=2)
     assert nothing.latest_step() is None
@@ -165,7 +187,9 @@ def test_newest_are_kept_and_a_saved_step_stays(tmp_path):
         checkpoints.save(30, {"counters": {"step": jnp.int32(0)}}, {"step": 0})
     with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.steps() == [20, 30]
-        restored, data_state = checkpoints.restore(30, {"counters": {"step": abstract(jnp.int32(0), ONE)}})
+        restored, data_state = checkpoints.restore(
+            30, {"counters": {"step": abstract(jnp.int32(0), ONE)}}
+        )
         assert restored["counters"]["step"] == 30 and data_state == {"step": 30}
         checkpoints.save(40, {"counters": {"step": jnp.int32(40)}}, {"step": 40})
         checkpoints.wait()
@@ -189,13 +213,17 @@ KILLED = """
 
 def test_kill_in_the_middle_of_a_save_leaves_the_older_one(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(KILLED), tmp_path]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2]
+    )
     assert run.returncode == -signal.SIGKILL, run.stderr
     left = os.listdir(tmp_path / "checkpoints")
     assert len(left) == 2 and "1" in left and "2" not in left  # so it was the middle of a save
     with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest_step() == 1
-        wanted = {"params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=ONE(jnp.ones(3)))}}
+        wanted = {
+            "params": {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=ONE(jnp.ones(3)))}
+        }
         restored, _ = checkpoints.restore(1, wanted)
         checkpoints.save(2, restored, {})  # takes the place of what was left
     assert os.listdir(tmp_path / "checkpoints") == ["2"]
@@ -204,18 +232,25 @@ def test_kill_in_the_middle_of_a_save_leaves_the_older_one(tmp_path):
 def test_failed_save_is_reported_and_is_no_checkpoint(tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
-    with pytest.raises(checkpoint.CheckpointError, match="checkpoints: saving failed: .*; check free space"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match="checkpoints: saving failed: .*; check free space"
+    ):
         checkpoints.save(1, {"params": {"w": jnp.ones(3)}}, {})
 
 
 def test_orbax_is_quiet_under_absl(tmp_path, caplog):
-    with caplog.at_level(logging.INFO, logger="absl"), checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+    with (
+        caplog.at_level(logging.INFO, logger="absl"),
+        checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints,
+    ):
         checkpoints.save(1, {"params": {"w": jnp.ones(3)}}, {})
     assert [record for record in caplog.records if "orbax" in record.pathname] == []
 
 
 def test_config_round_trip_and_errors(tmp_path):
-    config = config_lib.from_dict({"training": {"steps": 50, "seed": 3}, "optimizer": {"warmup_steps": 5}})
+    config = config_lib.from_dict(
+        {"training": {"steps": 50, "seed": 3}, "optimizer": {"warmup_steps": 5}}
+    )
     checkpoint.save_config(tmp_path / "new", config)
     assert checkpoint.load_config(tmp_path / "new") == config
     assert os.listdir(tmp_path / "new") == ["config.json"]

@@ -23,14 +23,21 @@ def test_by_default_an_evaluation_costs_two_percent_of_every_preset(size):
     config = config_lib.from_dict(importlib.import_module("configs.fp8_base").get_config(size))
     assert config.evaluation.batches == -1
     sequences = batches_by_share(config) * config.training.batch_size
-    step = model_flops(config.model, 131072, sequences=config.training.batch_size, sequence_length=4096).total
+    step = model_flops(
+        config.model, 131072, sequences=config.training.batch_size, sequence_length=4096
+    ).total
     read = model_flops(config.model, 131072, sequences=sequences, sequence_length=4096).total / 3
     assert 0.019 < read / (config.evaluation.every * step) <= 0.02
 
 
-@pytest.mark.parametrize(("every", "steps", "batches"), [(200, 450, 12), (50, 450, 3), (10, 450, 1), (0, 1000, 60), (200, 30, 1)])
+@pytest.mark.parametrize(
+    ("every", "steps", "batches"),
+    [(200, 450, 12), (50, 450, 3), (10, 450, 1), (0, 1000, 60), (200, 30, 1)],
+)
 def test_what_is_read_follows_the_interval_alone(every, steps, batches):
-    config = micro(evaluation={"every": every, "batches": -1}, training={"steps": steps, "batch_size": 16})
+    config = micro(
+        evaluation={"every": every, "batches": -1}, training={"steps": steps, "batch_size": 16}
+    )
     assert batches_by_share(config) == batches
 
 
@@ -45,13 +52,22 @@ def test_a_part_is_spread_over_the_split_and_no_sequence_comes_twice(tmp_path):
     assert first.tolist() == [4 * (number * 63 // 10) for number in range(10)]
     assert sum(count for _, count in batches) == 40
     for sequences in (0, 63, 1000):
-        assert sum(batch["mask"].sum() for batch, _ in pipeline.held_out_batches(config, 4, sequences=sequences)) == 251
+        assert (
+            sum(
+                batch["mask"].sum()
+                for batch, _ in pipeline.held_out_batches(config, 4, sequences=sequences)
+            )
+            == 251
+        )
 
 
 def test_a_part_is_the_same_whatever_the_microbatches():
     found = []
     for microbatches in (1, 4):
-        config = micro(training={"steps": 8, "batch_size": 16, "microbatches": microbatches}, evaluation={"batches": 3})
+        config = micro(
+            training={"steps": 8, "batch_size": 16, "microbatches": microbatches},
+            evaluation={"batches": 3},
+        )
         program = program_of(config)
         found.append(Evaluator(config, program.definition, program.mesh)(program.init().params))
     assert found[0]["tokens"] == found[1]["tokens"] == 3 * 16 * 32 and found[0]["sequences"] == 48
@@ -59,7 +75,9 @@ def test_a_part_is_the_same_whatever_the_microbatches():
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
 
 
-def test_an_evaluation_is_not_under_the_limit_of_a_step_but_watched_batch_by_batch(tmp_path, monkeypatch, capsys):
+def test_an_evaluation_is_not_under_the_limit_of_a_step_but_watched_batch_by_batch(
+    tmp_path, monkeypatch, capsys
+):
     seen = []
 
     class Watched(Watchdog):
@@ -70,12 +88,29 @@ def test_an_evaluation_is_not_under_the_limit_of_a_step_but_watched_batch_by_bat
 
     monkeypatch.setattr(loop, "Watchdog", Watched)
     monkeypatch.setattr(evaluation, "ONE_IN", 1)
-    assert train(micro(evaluation={"every": 2, "batches": -1}, training={"steps": 2, "batch_size": 16}, checkpoint={"every": 0}), tmp_path) == 0
-    assert seen == [(f"evaluation of step 2, batch {number} of 6", ["evaluation"]) for number in range(1, 7)]
+    assert (
+        train(
+            micro(
+                evaluation={"every": 2, "batches": -1},
+                training={"steps": 2, "batch_size": 16},
+                checkpoint={"every": 0},
+            ),
+            tmp_path,
+        )
+        == 0
+    )
+    assert seen == [
+        (f"evaluation of step 2, batch {number} of 6", ["evaluation"]) for number in range(1, 7)
+    ]
     assert logged(tmp_path)[-1]["held_out/tokens"] == 6 * 16 * 32
     told = capsys.readouterr().out
-    assert "held-out 96 of 14,590 sequences, every 2 steps and at the end" in told and "eval.py reads the whole split" in told
-    assert re.search(r"step 2  held-out loss \S+  bits per byte \S+  \(96 of 14,590 sequences\)", told)
+    assert (
+        "held-out 96 of 14,590 sequences, every 2 steps and at the end" in told
+        and "eval.py reads the whole split" in told
+    )
+    assert re.search(
+        r"step 2  held-out loss \S+  bits per byte \S+  \(96 of 14,590 sequences\)", told
+    )
 
 
 def test_a_run_is_evaluated_on_its_own_mesh_and_on_any_number_of_devices(tmp_path):
@@ -86,27 +121,43 @@ def test_a_run_is_evaluated_on_its_own_mesh_and_on_any_number_of_devices(tmp_pat
     for count in (8, 4, 3, 1):
         model, step = evaluation.load_run(tmp_path, devices=jax.devices()[:count])
         shapes.append((model.mesh.shape["fsdp"], model.mesh.shape["tensor"], model.mesh.size))
-        losses.append(Evaluator(config, model.definition, model.mesh)(model.params)["loss"] if count in (8, 3) else losses[0])
-        for kept, found in zip(jax.tree.leaves(state.params), jax.tree.leaves(model.params), strict=True):
+        losses.append(
+            Evaluator(config, model.definition, model.mesh)(model.params)["loss"]
+            if count in (8, 3)
+            else losses[0]
+        )
+        for kept, found in zip(
+            jax.tree.leaves(state.params), jax.tree.leaves(model.params), strict=True
+        ):
             np.testing.assert_array_equal(np.asarray(kept), np.asarray(found))
     assert shapes[0] == (4, 2, 8) and [size for *_, size in shapes] == [8, 4, 2, 1]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"fp8": {"attention_backend": "pallas"}}, {"fp8": {"attention_backend": "cudnn"}},
-                                     {"training": {"remat": "offload_fp8"}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fp8": {"attention_backend": "pallas"}},
+        {"fp8": {"attention_backend": "cudnn"}},
+        {"training": {"remat": "offload_fp8"}},
+    ],
+)
 def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(tmp_path, changes):
     config = micro(**changes)
     save_untrained(micro(), tmp_path)
     save_config(tmp_path, config)
     model, step = evaluation.load_run(tmp_path, devices=jax.devices()[:1])
-    assert step == 1 and np.isfinite(Evaluator(model.config, model.definition, model.mesh)(model.params)["loss"])
+    assert step == 1 and np.isfinite(
+        Evaluator(model.config, model.definition, model.mesh)(model.params)["loss"]
+    )
 
 
 def held_out_directories(tmp_path):
     byte, random = tokenizer.load("byte"), np.random.default_rng(0)
     for name, count in (("wiki", 1300), ("code", 500)):
-        documents = {split: [random.integers(97, 123, count).astype(np.uint16)] for split in shards.SPLITS}
+        documents = {
+            split: [random.integers(97, 123, count).astype(np.uint16)] for split in shards.SPLITS
+        }
         shards.write_shards(tmp_path / name, byte, documents)
     return str(tmp_path / "wiki"), str(tmp_path / "code")
 
@@ -124,30 +175,59 @@ def test_several_texts_have_losses_of_their_own_and_one_together(tmp_path):
     assert list(both["texts"]) == ["wiki", "c"] and "texts" not in alone[0]
     for text, one in zip(both["texts"].values(), alone, strict=True):
         assert text == {name: one[name] for name in text}
-    assert both["tokens"] == 1301 + 501 and both["bytes"] == 1800 and both["sequences"] == both["all_sequences"] == 41 + 16
-    assert both["loss"] == pytest.approx((1301 * alone[0]["loss"] + 501 * alone[1]["loss"]) / 1802, rel=1e-12)
+    assert (
+        both["tokens"] == 1301 + 501
+        and both["bytes"] == 1800
+        and both["sequences"] == both["all_sequences"] == 41 + 16
+    )
+    assert both["loss"] == pytest.approx(
+        (1301 * alone[0]["loss"] + 501 * alone[1]["loss"]) / 1802, rel=1e-12
+    )
 
 
 def test_several_texts_share_what_an_evaluation_reads():
     config = micro(evaluation={"batches": 10}, training={"batch_size": 4})
     assert evaluation._parts(config, {"": 1000}) == {"": (40, 1000)}
-    assert evaluation._parts(config, {"a": 700, "b": 300, "c": 3}) == {"a": (28, 700), "b": (12, 300), "c": (3, 3)}
-    assert evaluation._parts(micro(evaluation={"batches": 0}), {"a": 700, "b": 3}) == {"a": (700, 700), "b": (3, 3)}
+    assert evaluation._parts(config, {"a": 700, "b": 300, "c": 3}) == {
+        "a": (28, 700),
+        "b": (12, 300),
+        "c": (3, 3),
+    }
+    assert evaluation._parts(micro(evaluation={"batches": 0}), {"a": 700, "b": 3}) == {
+        "a": (700, 700),
+        "b": (3, 3),
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("held_out", ["several", "none"])
 def test_a_run_logs_each_text_by_its_name_or_none(tmp_path, capsys, held_out):
     wiki, code = held_out_directories(tmp_path)
-    config = micro(data={"held_out": f"{wiki},c={code}" if held_out == "several" else "none"}, training={"steps": 2}, monitor={"every": 0},
-                   evaluation={"every": 2, "batches": 1}, checkpoint={"every": 0})
+    config = micro(
+        data={"held_out": f"{wiki},c={code}" if held_out == "several" else "none"},
+        training={"steps": 2},
+        monitor={"every": 0},
+        evaluation={"every": 2, "batches": 1},
+        checkpoint={"every": 0},
+    )
     assert train(config, tmp_path / "run") == 0
-    names = {f"held_out/{text}{name}" for text in ("", "wiki/", "c/") for name in ("loss", "perplexity", "bits_per_byte", "tokens")}
-    assert {name for name in logged(tmp_path / "run")[-1] if name.startswith("held_out")} == (names if held_out == "several" else set())
+    names = {
+        f"held_out/{text}{name}"
+        for text in ("", "wiki/", "c/")
+        for name in ("loss", "perplexity", "bits_per_byte", "tokens")
+    }
+    assert {name for name in logged(tmp_path / "run")[-1] if name.startswith("held_out")} == (
+        names if held_out == "several" else set()
+    )
     assert (tmp_path / "run" / "eval.json").exists() == (held_out == "several")
     told = capsys.readouterr().out
-    assert ("held-out none: " in told and "eval.py --workdir" in told and "--held_out=DIR" in told) == (held_out == "none")
+    assert (
+        "held-out none: " in told and "eval.py --workdir" in told and "--held_out=DIR" in told
+    ) == (held_out == "none")
     if held_out == "none":
-        with pytest.raises(config_lib.ConfigError, match="has no held-out text; give some with eval.py --held_out=DIR"):
+        with pytest.raises(
+            config_lib.ConfigError,
+            match="has no held-out text; give some with eval.py --held_out=DIR",
+        ):
             evaluation.evaluate_run(tmp_path / "run")
         assert evaluation.evaluate_run(tmp_path / "run", held_out=code)["tokens"] == 501

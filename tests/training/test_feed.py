@@ -21,7 +21,9 @@ def slow():
         yield number
 
 
-@pytest.mark.parametrize(("running", "counts"), [(None, True), (Result(True), True), (Result(False), False)])
+@pytest.mark.parametrize(
+    ("running", "counts"), [(None, True), (Result(True), True), (Result(False), False)]
+)
 def test_waiting_counts_where_no_step_runs(running, counts):
     feed = Feed(slow())
     feed.running = running
@@ -34,5 +36,7 @@ def test_waiting_counts_where_no_step_runs(running, counts):
 def test_a_bottleneck_is_told_once():
     feed = Feed(iter(()))
     assert feed.warning(step_seconds=1.0, waited=0.09) is None
-    assert "the devices wait for it 40% of the time; raise config.data.read_threads" in str(feed.warning(step_seconds=1.0, waited=0.4))
+    assert "the devices wait for it 40% of the time; raise config.data.read_threads" in str(
+        feed.warning(step_seconds=1.0, waited=0.4)
+    )
     assert feed.warning(step_seconds=1.0, waited=0.9) is None

@@ -222,7 +222,9 @@ def test_a_step_that_runs_out_of_memory_ends_in_one_line_with_the_state_saved(
 @pytest.mark.parametrize("name", ["calibrate", "init"])
 def test_memory_that_ends_before_the_first_step_ends_in_one_line(name, tmp_path, monkeypatch):
     def exhausted(self, *given, **options):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore"
+        )
 
     monkeypatch.setattr(TrainProgram, name, exhausted)
     with pytest.raises(ConfigError, match="^out of memory before the first step .*") as error:

@@ -20,9 +20,17 @@ def losses(backend, steps, devices, mesh):
     values.fp8.attention_backend = backend
     values.mesh.update(mesh)
     config = config_lib.from_dict(values)
-    program = TrainProgram(config, define(config.model, 128), make_mesh(config, jax.devices()[:devices]))
+    program = TrainProgram(
+        config, define(config.model, 128), make_mesh(config, jax.devices()[:devices])
+    )
     tokens = np.random.default_rng(0).integers(0, 128, (8, 130), dtype=np.int32)
-    batch = program.put({"inputs": tokens, "targets": np.roll(tokens, -1, 1), "mask": np.ones(tokens.shape, np.float32)})
+    batch = program.put(
+        {
+            "inputs": tokens,
+            "targets": np.roll(tokens, -1, 1),
+            "mask": np.ones(tokens.shape, np.float32),
+        }
+    )
     state, found = program.calibrate(program.init(), batch), []
     for _ in range(steps):
         state, metrics, _ = program.step(state, batch)

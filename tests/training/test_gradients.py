@@ -14,7 +14,15 @@ from fp8jax.training import state as state_lib
 from fp8jax.training.gradients import GradientSums, gradient_view
 from fp8jax.training.step import gradients
 
-MODEL = {"layers": 1, "width": 16, "ffn_width": 16, "heads": 2, "kv_heads": 1, "dtype": "float32", "architecture": "llama3"}
+MODEL = {
+    "layers": 1,
+    "width": 16,
+    "ffn_width": 16,
+    "heads": 2,
+    "kv_heads": 1,
+    "dtype": "float32",
+    "architecture": "llama3",
+}
 VOCAB, ROWS, LENGTH, Z_LOSS = 40, 4, 8, 0.05
 
 
@@ -32,9 +40,16 @@ def sample():
 
 
 def config_of(microbatches=1, **optimizer):
-    return config_lib.from_dict({"model": MODEL, "fp8": {"recipe": "bf16"}, "data": {"sequence_length": LENGTH},
-                                 "training": {"steps": 1, "batch_size": ROWS, "microbatches": microbatches},
-                                 "optimizer": {"warmup_steps": 0, "z_loss": Z_LOSS, "gradient_dtype": "float32"} | optimizer})
+    return config_lib.from_dict(
+        {
+            "model": MODEL,
+            "fp8": {"recipe": "bf16"},
+            "data": {"sequence_length": LENGTH},
+            "training": {"steps": 1, "batch_size": ROWS, "microbatches": microbatches},
+            "optimizer": {"warmup_steps": 0, "z_loss": Z_LOSS, "gradient_dtype": "float32"}
+            | optimizer,
+        }
+    )
 
 
 def run(config):
@@ -42,7 +57,9 @@ def run(config):
     definition = define(config.model, VOCAB)
     recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
     count = config.training.microbatches
-    batch = {name: jnp.asarray(a).reshape(count, ROWS // count, LENGTH) for name, a in sample().items()}
+    batch = {
+        name: jnp.asarray(a).reshape(count, ROWS // count, LENGTH) for name, a in sample().items()
+    }
 
     def both():
         state = state_lib.initial_state(definition, recipes, config)
@@ -62,9 +79,16 @@ def whole():
 
     def losses(params):
         model = definition.bind(params)
-        logits, _ = model({"inputs": jnp.asarray(sample()["inputs"])}, recipes, model.prepare(recipes, {}, {}))
+        logits, _ = model(
+            {"inputs": jnp.asarray(sample()["inputs"])}, recipes, model.prepare(recipes, {}, {})
+        )
         lse = jax.nn.logsumexp(logits, axis=-1)
-        nll = lse - jnp.take_along_axis(logits, jnp.asarray(sample()["targets"])[..., None], axis=-1)[..., 0]
+        nll = (
+            lse
+            - jnp.take_along_axis(logits, jnp.asarray(sample()["targets"])[..., None], axis=-1)[
+                ..., 0
+            ]
+        )
         plain = jnp.sum(jnp.where(mask > 0, nll, 0.0)) / mask.sum()
         return plain + Z_LOSS * jnp.sum(jnp.where(mask > 0, lse**2, 0.0)) / mask.sum(), plain
 
@@ -73,8 +97,12 @@ def whole():
 
 
 def assert_close(wanted, found, error=2e-5):
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(found), strict=True):
-        assert np.linalg.norm(a) > 0 and np.linalg.norm(a - b.astype(np.float32)) <= error * np.linalg.norm(a), path
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(found), strict=True
+    ):
+        assert np.linalg.norm(a) > 0 and np.linalg.norm(
+            a - b.astype(np.float32)
+        ) <= error * np.linalg.norm(a), path
 
 
 def test_a_whole_batch_is_the_mean_over_what_counts():
@@ -96,28 +124,56 @@ def test_microbatches_weigh_as_many_tokens_as_they_have(microbatches):
 def test_sums_in_bfloat16_have_the_same_direction():
     (_, wanted), _ = whole()
     *_, grads, _ = run(config_of(2, gradient_dtype="bfloat16"))
-    kinds = {".".join(key.key for key in path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
-    assert {dtype for name, dtype in kinds.items() if name.endswith(".w")} == {jnp.dtype(jnp.bfloat16)}
-    assert {dtype for name, dtype in kinds.items() if not name.endswith(".w")} == {jnp.dtype(jnp.float32)}
+    kinds = {
+        ".".join(key.key for key in path): leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+    }
+    assert {dtype for name, dtype in kinds.items() if name.endswith(".w")} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    assert {dtype for name, dtype in kinds.items() if not name.endswith(".w")} == {
+        jnp.dtype(jnp.float32)
+    }
     assert_close(wanted, grads, error=0.02)
 
 
-@pytest.mark.parametrize(("asked", "narrow"), [("mixed", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("asked", "narrow"), [("mixed", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")]
+)
 def test_only_weights_that_reach_gemms_quantised_are_viewed_in_fewer_bits(asked, narrow):
     """The embedding, tied here to the head, is computed with, and so stays float32, as gains do."""
-    config = config_lib.from_dict({"model": MODEL | {"dtype": "bfloat16"}, "optimizer": {"gradient_dtype": asked}})
+    config = config_lib.from_dict(
+        {"model": MODEL | {"dtype": "bfloat16"}, "optimizer": {"gradient_dtype": asked}}
+    )
     shapes = define(config.model, VOCAB).shapes
-    view = jax.eval_shape(lambda: gradient_view(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), config))
-    found = {".".join(key.key for key in path): str(leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(view)}
-    assert found == {name: narrow if name.endswith(".w") and name.startswith("blocks") else "float32" for name in found}
+    view = jax.eval_shape(
+        lambda: gradient_view(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), config)
+    )
+    found = {
+        ".".join(key.key for key in path): str(leaf.dtype)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(view)
+    }
+    assert found == {
+        name: narrow if name.endswith(".w") and name.startswith("blocks") else "float32"
+        for name in found
+    }
 
 
 def test_a_sum_that_cannot_hold_an_addend_is_right_on_average():
     """256 + 0.25 in bfloat16, whose neighbours there are 2 apart: up in an eighth of the elements; another step rounds others."""
-    total, grad = {"w": jnp.full((64, 64), 256.0, jnp.bfloat16)}, {"w": jnp.full((64, 64), 0.25, jnp.bfloat16)}
+    total, grad = (
+        {"w": jnp.full((64, 64), 256.0, jnp.bfloat16)},
+        {"w": jnp.full((64, 64), 0.25, jnp.bfloat16)},
+    )
     config = config_lib.OptimizerConfig(gradient_dtype="bfloat16")
-    found = [np.asarray(GradientSums(config, jnp.int32(step)).add(total, grad, jnp.int32(microbatch))["w"].astype(jnp.float32))
-             for step, microbatch in ((0, 0), (1, 0), (0, 1))]
+    found = [
+        np.asarray(
+            GradientSums(config, jnp.int32(step))
+            .add(total, grad, jnp.int32(microbatch))["w"]
+            .astype(jnp.float32)
+        )
+        for step, microbatch in ((0, 0), (1, 0), (0, 1))
+    ]
     for sums in found:
         assert set(np.unique(sums)) == {256.0, 258.0}
         assert sums.mean() - 256 == pytest.approx(0.25, abs=4 * 2 * np.sqrt(7 / 64 / 4096))

@@ -20,8 +20,13 @@ def directory(tmp_path):
 
 def test_all_is_as_written(directory):
     assert manifest.problem(directory) is None
-    assert manifest.fact(directory, "step") == 20 and manifest.fact(directory, "held_out_loss") == 2.5
-    assert manifest.fact(directory, "other") is None and manifest.fact(directory / "none", "step") is None
+    assert (
+        manifest.fact(directory, "step") == 20 and manifest.fact(directory, "held_out_loss") == 2.5
+    )
+    assert (
+        manifest.fact(directory, "other") is None
+        and manifest.fact(directory / "none", "step") is None
+    )
     assert not list(directory.glob("*.tmp"))
 
 
@@ -31,15 +36,19 @@ def flip(path, at=1000):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("damage", "line"), [
-    (lambda d: flip(d / "a" / "data"), "a/data is damaged"),
-    (lambda d: flip(d / "b", 0), "b is damaged"),
-    (lambda d: (d / "b").write_bytes(b"shor"), "b has 4 bytes, not 5"),
-    (lambda d: (d / "a" / "empty").unlink(), "a/empty is missing"),
-    (lambda d: (d / "more").write_bytes(b""), "more is not in MANIFEST.json"),
-    (lambda d: (d / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
-    (lambda d: (d / "MANIFEST.json").write_text("{"), "MANIFEST.json is damaged"),
-    (lambda d: (d / "MANIFEST.json").write_text("[]"), "MANIFEST.json is damaged")])
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda d: flip(d / "a" / "data"), "a/data is damaged"),
+        (lambda d: flip(d / "b", 0), "b is damaged"),
+        (lambda d: (d / "b").write_bytes(b"shor"), "b has 4 bytes, not 5"),
+        (lambda d: (d / "a" / "empty").unlink(), "a/empty is missing"),
+        (lambda d: (d / "more").write_bytes(b""), "more is not in MANIFEST.json"),
+        (lambda d: (d / "MANIFEST.json").unlink(), "MANIFEST.json is missing"),
+        (lambda d: (d / "MANIFEST.json").write_text("{"), "MANIFEST.json is damaged"),
+        (lambda d: (d / "MANIFEST.json").write_text("[]"), "MANIFEST.json is damaged"),
+    ],
+)
 def test_the_first_difference_is_named(directory, damage, line):
     damage(directory)
     assert manifest.problem(directory).startswith(line)

@@ -15,24 +15,56 @@ from fp8jax.training.state import state_of
 
 MODEL = {"layers": 2, "width": 12, "ffn_width": 8, "heads": 6, "kv_heads": 2, "head_dim": 4}
 # None of these is a default, and no two are equal.
-FIELDS = {"b1": 0.8, "b2": 0.98, "b3": 0.995, "alpha": 3.0, "eps": 1e-3, "weight_decay": 0.3, "clip_norm": 1.0, "learning_rate": 0.05,
-          "warmup_steps": 4, "final_learning_rate": 0.01, "decay_fraction": 0.25}
+FIELDS = {
+    "b1": 0.8,
+    "b2": 0.98,
+    "b3": 0.995,
+    "alpha": 3.0,
+    "eps": 1e-3,
+    "weight_decay": 0.3,
+    "clip_norm": 1.0,
+    "learning_rate": 0.05,
+    "warmup_steps": 4,
+    "final_learning_rate": 0.01,
+    "decay_fraction": 0.25,
+}
 # These programs run once: what they are optimised for does not pay.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NORMS = (8.0, 0.1)  # of the gradients of two steps: the first is clipped, the second is not
-MATRICES = {"embedding.w", "head.w", *(f"blocks.{name}.w" for name in (
-    "attention.qkv", "attention.out", "feed_forward.gate", "feed_forward.up", "feed_forward.down"))}
+MATRICES = {
+    "embedding.w",
+    "head.w",
+    *(
+        f"blocks.{name}.w"
+        for name in (
+            "attention.qkv",
+            "attention.out",
+            "feed_forward.gate",
+            "feed_forward.up",
+            "feed_forward.down",
+        )
+    ),
+}
 
 
 def config_of(name="adamw", **model):
-    return config_lib.from_dict({"model": MODEL | model, "fp8": {"recipe": "bf16"}, "optimizer": FIELDS | {"name": name},
-                                 "training": {"steps": 16, "batch_size": 2}, "data": {"sequence_length": 4}})
+    return config_lib.from_dict(
+        {
+            "model": MODEL | model,
+            "fp8": {"recipe": "bf16"},
+            "optimizer": FIELDS | {"name": name},
+            "training": {"steps": 16, "batch_size": 2},
+            "data": {"sequence_length": 4},
+        }
+    )
 
 
 def by_name(tree):
     """Arrays in float64 by 'blocks.attention.qkv.w'."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {".".join(key.key for key in path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+    return {
+        ".".join(key.key for key in path): np.asarray(leaf, np.float64) for path, leaf in leaves
+    }
 
 
 def gradients_of(like, seed, norm):
@@ -49,11 +81,20 @@ def two_steps(config, monkeypatch):
     definition = define(config.model, 10)
     recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
     start = gradients_of(definition.shapes, 7, 3.0)
-    state, given, metrics = jax.jit(lambda: state_of(start, recipes, config), compiler_options=QUICK)(), [], []
+    state, given, metrics = (
+        jax.jit(lambda: state_of(start, recipes, config), compiler_options=QUICK)(),
+        [],
+        [],
+    )
     params = [jax.device_get(state.params)]
     # The gradients are the batch.
-    monkeypatch.setattr(step, "gradients", lambda _, batch, *__, **___: (jnp.float32(2.5), batch, {}, {}))
-    one = jax.jit(lambda state, grads: step.train_step(state, grads, config, definition, recipes)[:2], compiler_options=QUICK)
+    monkeypatch.setattr(
+        step, "gradients", lambda _, batch, *__, **___: (jnp.float32(2.5), batch, {}, {})
+    )
+    one = jax.jit(
+        lambda state, grads: step.train_step(state, grads, config, definition, recipes)[:2],
+        compiler_options=QUICK,
+    )
     for number, norm in enumerate(NORMS):
         given.append(gradients_of(start, number, norm))
         state, found = one(state, given[-1])
@@ -86,7 +127,9 @@ def adam(history):
 def ademamix(history):
     """AdEMAMix's (Pagliardini et al. 2024): the slow average has no bias correction."""
     count, b1, b2 = len(history), FIELDS["b1"], FIELDS["b2"]
-    first = average(history, b1) / (1 - b1**count) + FIELDS["alpha"] * average(history, FIELDS["b3"])
+    first = average(history, b1) / (1 - b1**count) + FIELDS["alpha"] * average(
+        history, FIELDS["b3"]
+    )
     second = average([g**2 for g in history], b2) / (1 - b2**count)
     return first / (np.sqrt(second) + FIELDS["eps"])
 
@@ -104,7 +147,9 @@ def muon(name, history):
     """Muon's direction of a block's matrices, layer by layer, inputs by outputs; Adam's of all else."""
     if not (name.startswith("blocks.") and name in MATRICES):
         return adam(history)
-    momentum = 0.95 * average(history, 0.95) / (1 - 0.95 ** (len(history) + 1)) + 0.05 * history[-1] / (1 - 0.95 ** len(history))
+    momentum = 0.95 * average(history, 0.95) / (1 - 0.95 ** (len(history) + 1)) + 0.05 * history[
+        -1
+    ] / (1 - 0.95 ** len(history))
     inputs = 3 if name == "blocks.attention.out.w" else 1
     out = []
     for layer in momentum:
@@ -113,7 +158,11 @@ def muon(name, history):
     return np.stack(out)
 
 
-DIRECTIONS = {"adamw": lambda _, history: adam(history), "ademamix": lambda _, history: ademamix(history), "muon": muon}
+DIRECTIONS = {
+    "adamw": lambda _, history: adam(history),
+    "ademamix": lambda _, history: ademamix(history),
+    "muon": muon,
+}
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
@@ -131,16 +180,24 @@ def test_two_updates_equal_the_papers(name, monkeypatch):
             wanted = rate * (DIRECTIONS[name](leaf, [g[leaf] for g in seen[:count]]) + decay)
             found = before - params[count][leaf]
             # float32 parameters near 0.1 hold an update of 0.01 to 1e-6.
-            np.testing.assert_allclose(found, wanted, rtol=2e-4, atol=2e-7, err_msg=f"{leaf}, step {count}")
+            np.testing.assert_allclose(
+                found, wanted, rtol=2e-4, atol=2e-7, err_msg=f"{leaf}, step {count}"
+            )
 
 
 @pytest.mark.parametrize("architecture", config_lib.ARCHITECTURES)
 def test_matrices_decay_and_nothing_else(architecture):
     definition = define(config_of(architecture=architecture, tied_embeddings=False).model, 10)
-    found = {".".join(key.key for key in path): decays for path, decays in
-             jax.tree_util.tree_leaves_with_path(optimizer.decayed(definition.shapes))}
+    found = {
+        ".".join(key.key for key in path): decays
+        for path, decays in jax.tree_util.tree_leaves_with_path(
+            optimizer.decayed(definition.shapes)
+        )
+    }
     gate = {"blocks.feed_forward.gate.w"} if definition.gated() else set()
-    assert {name for name, decays in found.items() if decays} == MATRICES - {"blocks.feed_forward.gate.w"} | gate
+    assert {name for name, decays in found.items() if decays} == MATRICES - {
+        "blocks.feed_forward.gate.w"
+    } | gate
     assert any(not decays for decays in found.values())
 
 
@@ -154,11 +211,27 @@ def test_without_a_clip_the_gradient_is_what_it_is():
 
 def test_learning_rate_schedule():
     """Warm-up from the first step on, constant, then 1 - sqrt of the progress to the final rate, which the last step has."""
-    config = config_lib.from_dict({"training": {"steps": 100}, "optimizer": {
-        "warmup_steps": 10, "learning_rate": 1.0, "final_learning_rate": 0.1, "decay_fraction": 0.2}})
+    config = config_lib.from_dict(
+        {
+            "training": {"steps": 100},
+            "optimizer": {
+                "warmup_steps": 10,
+                "learning_rate": 1.0,
+                "final_learning_rate": 0.1,
+                "decay_fraction": 0.2,
+            },
+        }
+    )
     rates = np.asarray(jax.vmap(lambda i: optimizer.learning_rate(config, i))(jnp.arange(100)))
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
     np.testing.assert_allclose(rates[9:80], 1.0)
-    np.testing.assert_allclose(rates[80:], 0.1 + 0.9 * (1 - np.sqrt(np.arange(1, 21) / 20)), atol=1e-6)
-    none = config_lib.from_dict({"training": {"steps": 4}, "optimizer": {"warmup_steps": 0, "decay_fraction": 0.0, "learning_rate": 0.5}})
+    np.testing.assert_allclose(
+        rates[80:], 0.1 + 0.9 * (1 - np.sqrt(np.arange(1, 21) / 20)), atol=1e-6
+    )
+    none = config_lib.from_dict(
+        {
+            "training": {"steps": 4},
+            "optimizer": {"warmup_steps": 0, "decay_fraction": 0.0, "learning_rate": 0.5},
+        }
+    )
     assert [float(optimizer.learning_rate(none, jnp.int32(i))) for i in range(4)] == [0.5] * 4

@@ -21,25 +21,58 @@ from fp8jax.training.gradients import GradientSums
 from fp8jax.training.resume import check_continues, resume
 from fp8jax.training.step import TrainProgram
 
-FP8_FP16 = {"gradient_dtype": "bfloat16", "master_dtype": "float16", "first_moment": "fp8", "second_moment": "float16"}
+FP8_FP16 = {
+    "gradient_dtype": "bfloat16",
+    "master_dtype": "float16",
+    "first_moment": "fp8",
+    "second_moment": "float16",
+}
 FP8_FP8 = FP8_FP16 | {"second_moment": "fp8"}
-COMPENSATED = {"master_dtype": "bfloat16", "master_rounding": "compensated", "first_moment": "bfloat16", "second_moment": "bfloat16"}
+COMPENSATED = {
+    "master_dtype": "bfloat16",
+    "master_rounding": "compensated",
+    "first_moment": "bfloat16",
+    "second_moment": "bfloat16",
+}
 FLOAT32 = {"gradient_dtype": "float32"}
-KINDS = {"fp8 and fp16": FP8_FP16, "fp8": FP8_FP8, "compensated": COMPENSATED, "float32 gradients": FLOAT32,
-         "ademamix": FP8_FP16 | {"name": "ademamix"}, "muon": FP8_FP16 | {"name": "muon"}}
+KINDS = {
+    "fp8 and fp16": FP8_FP16,
+    "fp8": FP8_FP8,
+    "compensated": COMPENSATED,
+    "float32 gradients": FLOAT32,
+    "ademamix": FP8_FP16 | {"name": "ademamix"},
+    "muon": FP8_FP16 | {"name": "muon"},
+}
 SOME_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in KINDS if name != "fp8 and fp16"]
 
 
 def micro(optimizer, devices=1, **training):
-    return config_lib.from_dict({
-        "model": {"layers": 2, "width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1, "vocab_size": 384}, "data": {"sequence_length": 32},
-        "training": {"steps": 8, "batch_size": 16, "microbatches": 2} | training, "optimizer": {"warmup_steps": 2} | optimizer,
-        "evaluation": {"every": 0, "batches": 1}, "monitor": {"every": 0}, "log": {"every": 1, "report_minutes": 0}, "mesh": {"fsdp": devices}})
+    return config_lib.from_dict(
+        {
+            "model": {
+                "layers": 2,
+                "width": 32,
+                "ffn_width": 32,
+                "heads": 2,
+                "kv_heads": 1,
+                "vocab_size": 384,
+            },
+            "data": {"sequence_length": 32},
+            "training": {"steps": 8, "batch_size": 16, "microbatches": 2} | training,
+            "optimizer": {"warmup_steps": 2} | optimizer,
+            "evaluation": {"every": 0, "batches": 1},
+            "monitor": {"every": 0},
+            "log": {"every": 1, "report_minutes": 0},
+            "mesh": {"fsdp": devices},
+        }
+    )
 
 
 @functools.cache
 def program_of(config):
-    return TrainProgram(config, define(config.model, 384), make_mesh(config, jax.devices()[: config.mesh.fsdp]))
+    return TrainProgram(
+        config, define(config.model, 384), make_mesh(config, jax.devices()[: config.mesh.fsdp])
+    )
 
 
 def advance(program, state, first, last):
@@ -57,7 +90,10 @@ def start(program):
 
 
 def arrays(tree):
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def assert_same_bits(a, b):
@@ -80,7 +116,9 @@ def test_a_restored_state_goes_on_bit_for_bit(kind, tmp_path):
         resumed = resume(program, checkpoints, pytest.fail)
         dtypes = checkpoints.dtypes(2)
     assert precision.saved_as(config_lib.OptimizerConfig(), dtypes) == dataclasses.replace(
-        config_lib.OptimizerConfig(), **{name: value for name, value in KINDS[kind].items() if name != "gradient_dtype"})
+        config_lib.OptimizerConfig(),
+        **{name: value for name, value in KINDS[kind].items() if name != "gradient_dtype"},
+    )
     assert_same_bits(advance(program, resumed.state, 2, 4)[0], whole)
 
 
@@ -98,7 +136,11 @@ def test_a_run_goes_on_with_states_in_other_formats(tmp_path):
                 assert_close(before, (params, moments), coarsest=2.0**-3)
             before = params, moments
             checkpoints.save(step, state.items(), {"step": step})
-    assert len(said) == 3 and "weights float32, moments float32 and float32 in the checkpoint, as weights float16 (stochastic)" in said[0]
+    assert (
+        len(said) == 3
+        and "weights float32, moments float32 and float32 in the checkpoint, as weights float16 (stochastic)"
+        in said[0]
+    )
     assert load_run_dtypes(tmp_path, micro({})) == {"float32"}
 
 
@@ -111,10 +153,15 @@ def test_another_optimizer_starts_its_moments_anew(tmp_path):
         checkpoints.save(3, dataclasses.replace(state, step=jnp.int32(3)).items(), data)
         checkpoints.wait()
         found = resume(other, checkpoints, said.append).state
-    assert said == ["optimizer adamw in the checkpoint, muon from here on: its moments start anew"] and int(found.step) == 3
+    assert (
+        said == ["optimizer adamw in the checkpoint, muon from here on: its moments start anew"]
+        and int(found.step) == 3
+    )
     for name, array in arrays(found.params).items():
         np.testing.assert_array_equal(array, arrays(state.params)[name].astype(np.float32))
-    with pytest.raises(config_lib.ConfigError, match="config.optimizer.name: 'muon', but the run in .* has 'adamw'"):
+    with pytest.raises(
+        config_lib.ConfigError, match="config.optimizer.name: 'muon', but the run in .* has 'adamw'"
+    ):
         save_config(tmp_path, program.config)
         check_continues(other.config, tmp_path)
 
@@ -123,20 +170,33 @@ def assert_close(before, after, coarsest):
     for (name, a), b in zip(arrays(before).items(), arrays(after).values(), strict=True):
         assert a.dtype == b.dtype
         if a.dtype == np.float32:
-            np.testing.assert_allclose(b, a, rtol=2.5 * coarsest, atol=1e-3 * np.abs(a).max(initial=0), err_msg=name)
+            np.testing.assert_allclose(
+                b, a, rtol=2.5 * coarsest, atol=1e-3 * np.abs(a).max(initial=0), err_msg=name
+            )
 
 
 def load_run_dtypes(workdir, config):
     save_config(workdir, config)
-    return {leaf.dtype.name for leaf in jax.tree.leaves(load_run(workdir, devices=jax.devices()[:1])[0].params)}
+    return {
+        leaf.dtype.name
+        for leaf in jax.tree.leaves(load_run(workdir, devices=jax.devices()[:1])[0].params)
+    }
 
 
 def test_every_array_is_rounded_with_bits_of_its_own(monkeypatch):
     """Weights and moments that share bits would be rounded alike, and their errors would add up."""
     program = program_of(micro(FP8_FP16))
     state, numbers, original = program.abstract_state, [], storage.seed_of
-    monkeypatch.setattr(storage, "seed_of", lambda step, number: numbers.append(number) or original(step, number))
-    jax.eval_shape(lambda p, o: precision.pack(program.config.optimizer, *precision.unpack(p, o), jnp.int32(0)), state.params, state.opt_state)
+    monkeypatch.setattr(
+        storage, "seed_of", lambda step, number: numbers.append(number) or original(step, number)
+    )
+    jax.eval_shape(
+        lambda p, o: precision.pack(
+            program.config.optimizer, *precision.unpack(p, o), jnp.int32(0)
+        ),
+        state.params,
+        state.opt_state,
+    )
     assert len(numbers) > 10 and len(numbers) == len(set(numbers))
 
 
@@ -144,8 +204,9 @@ def test_float32_is_left_alone():
     """Packing and unpacking are not even in the program."""
     program = program_of(micro({}))
     state = program.abstract_state
-    jaxpr = jax.make_jaxpr(lambda p, o: precision.pack(program.config.optimizer, *precision.unpack(p, o), jnp.int32(0)))(
-        state.params, state.opt_state)
+    jaxpr = jax.make_jaxpr(
+        lambda p, o: precision.pack(program.config.optimizer, *precision.unpack(p, o), jnp.int32(0))
+    )(state.params, state.opt_state)
     assert {eqn.primitive.name for eqn in jaxpr.jaxpr.eqns} <= {"convert_element_type"}
     assert not jax.tree.leaves((state.opt_state.scales, state.opt_state.remainder))
 
@@ -169,7 +230,9 @@ def test_sums_in_bfloat16_do_not_stand_still():
     """Of 1024 equal gradients the last ones are far below the sum's last place."""
     sums = GradientSums(config_lib.OptimizerConfig(gradient_dtype="bfloat16"), jnp.int32(3))
     grads = {"w": jnp.full((64, 64), 1e-3, jnp.bfloat16), "gain": jnp.full((8,), 1e-3)}
-    total, _ = jax.lax.scan(lambda t, i: (sums.add(t, grads, i), None), sums.zeros(grads), jnp.arange(1024))
+    total, _ = jax.lax.scan(
+        lambda t, i: (sums.add(t, grads, i), None), sums.zeros(grads), jnp.arange(1024)
+    )
     assert total["w"].dtype == jnp.bfloat16 and total["gain"].dtype == jnp.float32
     exact = 1024 * float(grads["w"][0, 0])
     assert float(total["w"].astype(jnp.float32).mean()) == pytest.approx(exact, rel=0.01)
@@ -179,11 +242,15 @@ def test_sums_in_bfloat16_do_not_stand_still():
 @pytest.mark.slow
 def test_a_stopped_run_continues_bit_for_bit_in_other_formats(tmp_path):
     """Through the loop: eight steps at once, and with a stop after five."""
-    short = dataclasses.replace(micro(FP8_FP8), checkpoint=config_lib.CheckpointConfig(every=5, keep=3))
+    short = dataclasses.replace(
+        micro(FP8_FP8), checkpoint=config_lib.CheckpointConfig(every=5, keep=3)
+    )
     devices = jax.devices()[:1]
     assert loop.train(short, tmp_path / "whole", devices) == 0
     (tmp_path / "parts").mkdir()
-    shutil.copytree(tmp_path / "whole" / "checkpoints" / "5", tmp_path / "parts" / "checkpoints" / "5")
+    shutil.copytree(
+        tmp_path / "whole" / "checkpoints" / "5", tmp_path / "parts" / "checkpoints" / "5"
+    )
     assert loop.train(short, tmp_path / "parts", devices) == 0
     ends = []
     for name in ("whole", "parts"):

@@ -12,7 +12,15 @@ from fp8jax.numerics.roles import RECIPES
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.training.programs import programs
 
-ALWAYS = {"init", "step", "statistics", "evaluation", "sampling weights", "sampling prompt", "sampling"}
+ALWAYS = {
+    "init",
+    "step",
+    "statistics",
+    "evaluation",
+    "sampling weights",
+    "sampling prompt",
+    "sampling",
+}
 SIZES = tuple(common.SIZES)
 
 
@@ -26,7 +34,9 @@ def programs_of(size, architecture="fog_max", recipe="fp8_dpa", devices=1, **fie
         values[section][field] = value
     config = config_lib.from_dict(values)
     definition = define(config.model, tokenizer.vocab_size(config))
-    return programs(config, definition, make_mesh(definition.complete(config), jax.devices()[:devices]))
+    return programs(
+        config, definition, make_mesh(definition.complete(config), jax.devices()[:devices])
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -56,11 +66,20 @@ def test_every_program_of_every_architecture_size_and_recipe(architecture, size,
         program.trace()
 
 
-@pytest.mark.parametrize("fields", [{"training__loss_chunk": 8192}, {"training__microbatches": 4, "training__remat": "full"},
-                                    {"data__document_masks": True, "monitor__parameters": True, "monitor__kurtosis": "pooled"},
-                                    {"data__sequence_length": 131072, "training__batch_size": 16},
-                                    {"fp8__scaling": "blockwise", "fp8__overrides": "attention_scores=static,attention_values=current"}],
-                         ids=["loss_chunk", "microbatches", "masks", "long", "blockwise"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"training__loss_chunk": 8192},
+        {"training__microbatches": 4, "training__remat": "full"},
+        {"data__document_masks": True, "monitor__parameters": True, "monitor__kurtosis": "pooled"},
+        {"data__sequence_length": 131072, "training__batch_size": 16},
+        {
+            "fp8__scaling": "blockwise",
+            "fp8__overrides": "attention_scores=static,attention_values=current",
+        },
+    ],
+    ids=["loss_chunk", "microbatches", "masks", "long", "blockwise"],
+)
 def test_other_settings_at_a_large_size(fields):
     for name, program in programs_of("8b", **fields).items():
         if name in ("calibration", "statistics", "evaluation"):
@@ -82,11 +101,25 @@ def test_a_fallback_of_one_layer():
 
 def test_every_fallback_that_a_warning_can_ask_for_is_listed():
     found = programs_of("tiny", "llama3", warning__fallback="")
-    roles = ("qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_down", "attention_scores", "attention_values")
+    roles = (
+        "qkv",
+        "attention_out",
+        "mlp_gate",
+        "mlp_up",
+        "mlp_down",
+        "attention_scores",
+        "attention_values",
+    )
     logits = "qkv=bf16,attention_scores=bf16,attention_values=bf16"
-    wanted = {f"fallback {overrides}" for overrides in (logits, *(f"{role}=bf16" for role in roles))}
-    assert {name for name in found if name.startswith("fallback") and "statistics" not in name} == wanted
-    assert not any(name.startswith("fallback") for name in programs_of("tiny", warning__action="log"))
+    wanted = {
+        f"fallback {overrides}" for overrides in (logits, *(f"{role}=bf16" for role in roles))
+    }
+    assert {
+        name for name in found if name.startswith("fallback") and "statistics" not in name
+    } == wanted
+    assert not any(
+        name.startswith("fallback") for name in programs_of("tiny", warning__action="log")
+    )
 
 
 def test_a_program_that_cannot_be_built_fails_alone():

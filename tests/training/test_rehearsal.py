@@ -142,7 +142,9 @@ def test_a_batch_of_an_evaluation_that_takes_longer_than_its_limit(two, traced, 
 
 def test_memory_that_does_not_fit(monkeypatch, tmp_path, capsys):
     """As the command says it: exit code 1, one line, and the same in JSON."""
-    monkeypatch.setattr(limits, "of_target", lambda target: Limit(1_100_000, 1_100_000, "for this test"))
+    monkeypatch.setattr(
+        limits, "of_target", lambda target: Limit(1_100_000, 1_100_000, "for this test")
+    )
     monkeypatch.setattr(rehearsal, "programs", lambda *given: {})
     words = [
         f"--config.{name}.{field}={value}"

@@ -26,11 +26,16 @@ def test_attention_that_computes_something_else_is_refused(program, monkeypatch)
         return original(call, operands._replace(v=operands.v._replace(scale=2 * operands.v.scale)))
 
     monkeypatch.setitem(attention._FORWARD, "composed", wrong)
-    with pytest.raises(ConfigError, match="config.fp8.attention_backend: .*'composed' disagrees.* o 1[ ,.;]"):
+    with pytest.raises(
+        ConfigError, match="config.fp8.attention_backend: .*'composed' disagrees.* o 1[ ,.;]"
+    ):
         start_up.check_attention(program)
 
 
-@pytest.mark.parametrize(("fp8", "lines"), [({"recipe": "bf16"}, 0), ({"recipe": "fp8"}, 0), ({"attention_backend": "emulated"}, 1)])
+@pytest.mark.parametrize(
+    ("fp8", "lines"),
+    [({"recipe": "bf16"}, 0), ({"recipe": "fp8"}, 0), ({"attention_backend": "emulated"}, 1)],
+)
 def test_nothing_to_check(fp8, lines):
     assert len(start_up.check_attention(program_of(micro(fp8=fp8)))) == lines
 
@@ -49,20 +54,33 @@ def test_memory_is_told_by_part(program):
 
 
 def test_a_gemm_that_lost_fp8_is_a_warning(program, monkeypatch):
-    monkeypatch.setattr(start_up.audit, "fallbacks", lambda asked, found: ["qkv.dgrad: bfloat16 x bfloat16, cuBLASLt"])
+    monkeypatch.setattr(
+        start_up.audit,
+        "fallbacks",
+        lambda asked, found: ["qkv.dgrad: bfloat16 x bfloat16, cuBLASLt"],
+    )
     monkeypatch.setattr(program, "emulated", False)
     assert start_up.describe_compiled(program)[1:] == [
-        "warning  not compiled to an FP8 GEMM: qkv.dgrad: bfloat16 x bfloat16, cuBLASLt"]
+        "warning  not compiled to an FP8 GEMM: qkv.dgrad: bfloat16 x bfloat16, cuBLASLt"
+    ]
 
 
 def test_every_role_that_a_warning_can_name_is_tried(monkeypatch):
     """With kernels that do FP8 alone, any role of attention may leave; what a warning cannot take out is found here."""
     model = {"head_dim": 64}
-    program = program_of(micro(model=model, fp8={"attention_backend": "pallas"}, warning={"action": "fallback"}))
+    program = program_of(
+        micro(model=model, fp8={"attention_backend": "pallas"}, warning={"action": "fallback"})
+    )
     tried = []
-    monkeypatch.setattr(program, "check_fallback", lambda overrides, check=program.check_fallback: (tried.append(overrides), check(overrides)))
+    monkeypatch.setattr(
+        program,
+        "check_fallback",
+        lambda overrides, check=program.check_fallback: (tried.append(overrides), check(overrides)),
+    )
     start_up.check_fallbacks(program)
-    assert {"attention_scores=bf16", "attention_values=bf16", "mlp_down=bf16"} <= set(tried) and len(tried) == 7
+    assert {"attention_scores=bf16", "attention_values=bf16", "mlp_down=bf16"} <= set(
+        tried
+    ) and len(tried) == 7
     fallen = program.fallen_back("attention_scores=bf16")
     assert {fallen.recipes.backend_of(layer) for layer in range(2)} == {"composed"}
     fallen.jitted_step(collect=True).trace(fallen.abstract_state, fallen.abstract_batch)
@@ -71,13 +89,26 @@ def test_every_role_that_a_warning_can_name_is_tried(monkeypatch):
 def test_a_fallback_that_cannot_be_is_refused_at_the_start():
     for action in ("fallback", "log"):
         with pytest.raises(ConfigError, match="mlp_gate: the FFN has no gate"):
-            start_up.check_fallbacks(program_of(micro(warning={"action": action, "fallback": "mlp_gate"})))
+            start_up.check_fallbacks(
+                program_of(micro(warning={"action": action, "fallback": "mlp_gate"}))
+            )
 
 
-@pytest.mark.parametrize(("scan", "layers", "warned"), [(True, 6, False), (False, 2, False), (False, 6, True)])
+@pytest.mark.parametrize(
+    ("scan", "layers", "warned"), [(True, 6, False), (False, 2, False), (False, 6, True)]
+)
 def test_layers_that_are_compiled_one_by_one_are_a_warning(monkeypatch, scan, layers, warned):
     monkeypatch.setattr(start_up, "_traced", lambda program: [])
     monkeypatch.setattr(start_up.audit, "fp8_share", lambda gemms, roles: 1.0)
-    model = {"width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1, "layers": layers, "scan_layers": scan}
+    model = {
+        "width": 32,
+        "ffn_width": 32,
+        "heads": 2,
+        "kv_heads": 1,
+        "layers": layers,
+        "scan_layers": scan,
+    }
     lines = start_up.describe(program_of(micro(model=model)))
-    assert any(line.startswith("warning  config.model.scan_layers=False") for line in lines) == warned
+    assert (
+        any(line.startswith("warning  config.model.scan_layers=False") for line in lines) == warned
+    )

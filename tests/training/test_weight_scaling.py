@@ -20,9 +20,16 @@ WEIGHTS = ("qkv.w", "attention_out.w", "mlp_up.w", "mlp_down.w")
 def amaxes_of(params):
     """Entry → largest magnitude of each layer's matrix, by NumPy."""
     blocks = params["blocks"]
-    matrices = {"qkv.w": blocks["attention"]["qkv"], "attention_out.w": blocks["attention"]["out"], "mlp_up.w": blocks["feed_forward"]["up"],
-                "mlp_down.w": blocks["feed_forward"]["down"]}
-    return {entry: np.abs(np.asarray(leaf["w"], np.float32)).reshape(2, -1).max(axis=1) for entry, leaf in matrices.items()}
+    matrices = {
+        "qkv.w": blocks["attention"]["qkv"],
+        "attention_out.w": blocks["attention"]["out"],
+        "mlp_up.w": blocks["feed_forward"]["up"],
+        "mlp_down.w": blocks["feed_forward"]["down"],
+    }
+    return {
+        entry: np.abs(np.asarray(leaf["w"], np.float32)).reshape(2, -1).max(axis=1)
+        for entry, leaf in matrices.items()
+    }
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
@@ -38,10 +45,17 @@ def test_a_step_casts_weights_with_the_scales_of_steps_before(microbatches):
         state, _, _ = program.step(state, batch)
         for entry in WEIGHTS:
             window = np.stack([found[entry] for found in seen[:-4:-1]])
-            np.testing.assert_array_equal(np.asarray(state.scaling[entry]["history"])[:, 0, : len(window)].T, window)
-            scales = [reference.scale_of(float(largest), reference.E4M3, power_of_two=False) for largest in window.max(axis=0)]
+            np.testing.assert_array_equal(
+                np.asarray(state.scaling[entry]["history"])[:, 0, : len(window)].T, window
+            )
+            scales = [
+                reference.scale_of(float(largest), reference.E4M3, power_of_two=False)
+                for largest in window.max(axis=0)
+            ]
             np.testing.assert_allclose(state.scaling[entry]["scale"][:, 0], scales, rtol=2e-7)
-    assert len({float(found["mlp_up.w"][0]) for found in seen[1:]}) == 3  # or the order would not show
+    assert (
+        len({float(found["mlp_up.w"][0]) for found in seen[1:]}) == 3
+    )  # or the order would not show
 
 
 def test_weights_that_outgrow_their_history_saturate():
@@ -50,30 +64,48 @@ def test_weights_that_outgrow_their_history_saturate():
     params = program.init().params
     model = program.definition.bind(params)
     largest = amaxes_of(params)
-    scales = {entry: jnp.asarray(largest[entry] / 448 / 2)[:, None] for entry in WEIGHTS}  # the largest is twice what fits
+    scales = {
+        entry: jnp.asarray(largest[entry] / 448 / 2)[:, None] for entry in WEIGHTS
+    }  # the largest is twice what fits
     roles = {role: jnp.ones((2, 2)) for role in ("qkv", "attention_out", "mlp_up", "mlp_down")}
     (found,) = model.prepare(program.recipes, scales | roles, {}).weights
     for entry in WEIGHTS:
         values = np.asarray(jax.vmap(dequantise)(found[entry.removesuffix(".w")]))
-        np.testing.assert_allclose(np.abs(values).reshape(2, -1).max(axis=1), largest[entry] / 2, rtol=1e-6)
+        np.testing.assert_allclose(
+            np.abs(values).reshape(2, -1).max(axis=1), largest[entry] / 2, rtol=1e-6
+        )
 
 
 def test_entries_by_role_and_layer():
     """An entry where any layer's scaling is delayed; the amax is 0 where a layer is not in FP8."""
-    program = program_of(micro(fp8=DELAYED | {"overrides": "qkv=current,mlp_down@1=bf16,mlp_up@0=current"}))
-    assert {entry for entry in program.abstract_state.scaling if entry.endswith(".w")} == {"attention_out.w", "mlp_up.w", "mlp_down.w"}
+    program = program_of(
+        micro(fp8=DELAYED | {"overrides": "qkv=current,mlp_down@1=bf16,mlp_up@0=current"})
+    )
+    assert {entry for entry in program.abstract_state.scaling if entry.endswith(".w")} == {
+        "attention_out.w",
+        "mlp_up.w",
+        "mlp_down.w",
+    }
     params = program.init().params
-    found, largest = program.definition.bind(params).weight_amaxes(program.recipes), amaxes_of(params)
+    found, largest = (
+        program.definition.bind(params).weight_amaxes(program.recipes),
+        amaxes_of(params),
+    )
     np.testing.assert_array_equal(found["mlp_up.w"][:, 0], largest["mlp_up.w"])
     np.testing.assert_array_equal(found["mlp_down.w"][:, 0], [largest["mlp_down.w"][0], 0])
 
 
 def test_the_head_has_an_entry_if_it_is_in_fp8():
-    config = micro(fp8=DELAYED | {"head": True}, model={"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "tied_embeddings": False})
+    config = micro(
+        fp8=DELAYED | {"head": True},
+        model={"layers": 2, "width": 32, "heads": 2, "kv_heads": 1, "tied_embeddings": False},
+    )
     program = program_of(config)
     assert program.abstract_state.scaling["lm_head.w"]["scale"].shape == (1, 1)
     state = program.calibrate(program.init(), program.put(pipeline.train_batches(config)[0]))
-    assert float(state.scaling["lm_head.w"]["history"][0, 0, 0]) == float(np.abs(np.asarray(state.params["head"]["w"])).max())
+    assert float(state.scaling["lm_head.w"]["history"][0, 0, 0]) == float(
+        np.abs(np.asarray(state.params["head"]["w"])).max()
+    )
     scales = {entry: value["scale"] for entry, value in state.scaling.items()}
     head = program.definition.bind(state.params).prepare(program.recipes, scales, {}).head
     assert float(head.scale) == float(scales["lm_head.w"][0, 0])
@@ -96,8 +128,19 @@ def test_amaxes_of_sharded_weights_are_those_of_whole_ones():
     with jax.set_mesh(program.mesh):
         params = program.init().params
         found = jax.jit(find)(params)
-        broken = params | {"blocks": params["blocks"] | {"attention": params["blocks"]["attention"] | {
-            "out": {"w": params["blocks"]["attention"]["out"]["w"].at[1, -1, -1, -1, -1].set(jnp.nan)}}}}
+        broken = params | {
+            "blocks": params["blocks"]
+            | {
+                "attention": params["blocks"]["attention"]
+                | {
+                    "out": {
+                        "w": params["blocks"]["attention"]["out"]["w"]
+                        .at[1, -1, -1, -1, -1]
+                        .set(jnp.nan)
+                    }
+                }
+            }
+        }
         bad = jax.jit(find)(broken)["attention_out.w"]
     for entry, largest in amaxes_of(params).items():
         for shard in found[entry].addressable_shards:
@@ -107,16 +150,32 @@ def test_amaxes_of_sharded_weights_are_those_of_whole_ones():
 
 
 def test_weights_cannot_be_delayed_where_nothing_is():
-    with pytest.raises(ConfigError, match=r"config.fp8.weight_scaling: delayed has no effect with config.fp8.scaling=current; set"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config.fp8.weight_scaling: delayed has no effect with config.fp8.scaling=current; set",
+    ):
         micro(fp8={"scaling": "current", "weight_scaling": "delayed"})
     micro(fp8={"scaling": "current", "weight_scaling": "delayed", "overrides": "qkv=delayed"})
 
 
 def test_the_papers_preset_differs_from_ours_only_where_it_says():
     """docs/paper.md explains each of these."""
-    ours, theirs = (config_lib.to_dict(config_lib.from_dict(preset.get_config("8b"))) for preset in (fp8_base, fog_paper))
-    changed = {f"{section}.{name}": value for section, fields in theirs.items() for name, value in fields.items()
-               if ours[section][name] != value}
-    assert changed == {"fp8.power_of_two": False, "fp8.weight_scaling": "delayed", "model.rope_scaling_factor": 8.0,
-                       "optimizer.gradient_dtype": "bfloat16", "optimizer.master_dtype": "float16", "optimizer.first_moment": "float16",
-                       "optimizer.second_moment": "float16"}
+    ours, theirs = (
+        config_lib.to_dict(config_lib.from_dict(preset.get_config("8b")))
+        for preset in (fp8_base, fog_paper)
+    )
+    changed = {
+        f"{section}.{name}": value
+        for section, fields in theirs.items()
+        for name, value in fields.items()
+        if ours[section][name] != value
+    }
+    assert changed == {
+        "fp8.power_of_two": False,
+        "fp8.weight_scaling": "delayed",
+        "model.rope_scaling_factor": 8.0,
+        "optimizer.gradient_dtype": "bfloat16",
+        "optimizer.master_dtype": "float16",
+        "optimizer.first_moment": "float16",
+        "optimizer.second_moment": "float16",
+    }

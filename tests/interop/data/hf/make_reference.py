@@ -13,8 +13,17 @@ import numpy as np
 import torch
 import transformers
 
-SIZES = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             bos_token_id=None, eos_token_id=None, pad_token_id=None)
+SIZES = dict(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
 
 
 def rope(kind, **keys):
@@ -22,32 +31,64 @@ def rope(kind, **keys):
     return {"rope_type": kind, "rope_theta": 100.0, **keys}
 
 
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 64}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 MODELS = {
-    "llama": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
+    "llama": transformers.LlamaConfig(
+        **SIZES, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+    ),
     "olmo2": transformers.Olmo2Config(**SIZES),
     "apertus": transformers.ApertusConfig(**SIZES),
     "mistral": transformers.MistralConfig(**SIZES, sliding_window=None, head_dim=8),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
     "olmo3": transformers.Olmo3Config(**SIZES, max_position_embeddings=64, sliding_window=64),
     "llama_linear": transformers.LlamaConfig(**SIZES, rope_parameters=rope("linear", factor=4.0)),
-    "llama_dynamic": transformers.LlamaConfig(**SIZES, max_position_embeddings=8, rope_parameters=rope("dynamic", factor=2.0)),
-    "llama_yarn": transformers.LlamaConfig(**SIZES, head_dim=16, max_position_embeddings=64, rope_parameters=rope(
-        "yarn", factor=4.0, original_max_position_embeddings=16)),
-    "qwen3_yarn": transformers.Qwen3Config(**SIZES, head_dim=16, max_position_embeddings=64, rope_parameters=rope(
-        "yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=0.5, mscale=1.0, mscale_all_dim=0.5,
-        truncate=False)),
+    "llama_dynamic": transformers.LlamaConfig(
+        **SIZES, max_position_embeddings=8, rope_parameters=rope("dynamic", factor=2.0)
+    ),
+    "llama_yarn": transformers.LlamaConfig(
+        **SIZES,
+        head_dim=16,
+        max_position_embeddings=64,
+        rope_parameters=rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    ),
+    "qwen3_yarn": transformers.Qwen3Config(
+        **SIZES,
+        head_dim=16,
+        max_position_embeddings=64,
+        rope_parameters=rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=16,
+            beta_fast=8.0,
+            beta_slow=0.5,
+            mscale=1.0,
+            mscale_all_dim=0.5,
+            truncate=False,
+        ),
+    ),
 }
 
 
 def random_model(config: transformers.PreTrainedConfig, seed: int) -> transformers.PreTrainedModel:
     """A model in float32 with every parameter drawn so that it matters, representable in bfloat16."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
-            drawn = 1 + 0.3 * torch.randn_like(parameter) if parameter.ndim == 1 else 0.3 * torch.randn_like(parameter)
+            drawn = (
+                1 + 0.3 * torch.randn_like(parameter)
+                if parameter.ndim == 1
+                else 0.3 * torch.randn_like(parameter)
+            )
             parameter.copy_(drawn.to(torch.bfloat16))
     return model
 

@@ -3,7 +3,15 @@
 
 const RUNS = DATA.runs;
 const SERIES = [
-  ["Loss", "nats per token", [["loss", "train"], ["held_out/loss", "held out"]], false],
+  [
+    "Loss",
+    "nats per token",
+    [
+      ["loss", "train"],
+      ["held_out/loss", "held out"],
+    ],
+    false,
+  ],
   ["Bits per byte", "held out", [["held_out/bits_per_byte", "held out"]], false],
   ["Gradient norm", "before clipping, log axis", [["grad_norm", ""]], true],
   ["Learning rate", "", [["learning_rate", ""]], false],
@@ -12,44 +20,109 @@ const SERIES = [
   ["Underflow in casts", "%", [["fp8/underflow_fraction", ""]], false],
 ];
 const STATISTICS = {
-  kurtosis: ["Kurtosis", "", true, "Outliers in a tensor: mean(x⁴) / mean(x²)² of a token's features, averaged over tokens. A Gaussian has 3. What grows here, in late layers above all, leaves FP8's range later."],
-  max_logit: ["Largest logit", "", true, "The largest attention score that any query sees, with the softmax scale."],
-  entropy: ["Attention entropy", "nats", true, "Entropy of the attention probabilities, a mean over queries and heads. Near 0: every query looks at one key."],
-  amax: ["Amax", "", false, "The largest magnitude of each operand of a GEMM. x input, w weight, g output gradient; q, k, v, ds, do of attention."],
+  kurtosis: [
+    "Kurtosis",
+    "",
+    true,
+    "Outliers in a tensor: mean(x⁴) / mean(x²)² of a token's features, averaged over tokens. A Gaussian has 3. What grows here, in late layers above all, leaves FP8's range later.",
+  ],
+  max_logit: [
+    "Largest logit",
+    "",
+    true,
+    "The largest attention score that any query sees, with the softmax scale.",
+  ],
+  entropy: [
+    "Attention entropy",
+    "nats",
+    true,
+    "Entropy of the attention probabilities, a mean over queries and heads. Near 0: every query looks at one key.",
+  ],
+  amax: [
+    "Amax",
+    "",
+    false,
+    "The largest magnitude of each operand of a GEMM. x input, w weight, g output gradient; q, k, v, ds, do of attention.",
+  ],
   scale: ["Scale", "", false, "The scale of each FP8 cast: value ≈ FP8 number × scale."],
-  overflow: ["Saturation", "%", true, "Elements beyond the format's maximum, which the cast clips."],
+  overflow: [
+    "Saturation",
+    "%",
+    true,
+    "Elements beyond the format's maximum, which the cast clips.",
+  ],
   underflow: ["Underflow", "%", true, "Elements that are not zero, but zero after the cast."],
-  snr: ["SNR", "dB", true, "Signal to noise of each cast. Dark is bad: 10 dB says that a tenth of the energy is rounding error."],
+  snr: [
+    "SNR",
+    "dB",
+    true,
+    "Signal to noise of each cast. Dark is bad: 10 dB says that a tenth of the energy is rounding error.",
+  ],
   rms: ["RMS", "", false, "Root mean square of activations and output gradients."],
 };
-const ORDER = ["qkv_input", "qkv", "q", "k", "attention_scores", "mlp_intermediate", "mlp_up", "mlp_post_act", "mlp_out", "activation"];
-const view = { mode: "steps", domain: [0, 1], full: [0, 1],
-  x: (step, run) => view.mode === "steps" ? step : step * (RUNS[run].tokens_per_step || 1) };
+const ORDER = [
+  "qkv_input",
+  "qkv",
+  "q",
+  "k",
+  "attention_scores",
+  "mlp_intermediate",
+  "mlp_up",
+  "mlp_post_act",
+  "mlp_out",
+  "activation",
+];
+const view = {
+  mode: "steps",
+  domain: [0, 1],
+  full: [0, 1],
+  x: (step, run) => (view.mode === "steps" ? step : step * (RUNS[run].tokens_per_step || 1)),
+};
 const cards = [];
-const byId = id => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) name === "class" ? node.className = value : node.setAttribute(name, value);
+  for (const [name, value] of Object.entries(attributes))
+    name === "class" ? (node.className = value) : node.setAttribute(name, value);
   node.append(...children);
   return node;
 }
 
 function begin() {
-  RUNS.forEach(run => {
-    const ends = Object.values(run.series).map(s => s.to[s.to.length - 1] || 0), { training, data } = run.config;
-    run.last_step = Math.max(0, ...ends, ...run.events.map(e => e.step));
+  RUNS.forEach((run) => {
+    const ends = Object.values(run.series).map((s) => s.to[s.to.length - 1] || 0),
+      { training, data } = run.config;
+    run.last_step = Math.max(0, ...ends, ...run.events.map((e) => e.step));
     run.tokens_per_step = training && data ? training.batch_size * data.sequence_length : 0;
   });
-  for (const show of [measure, showRuns, showTiles, showFacts, showCurves, showStatistics, showEvents, controls]) {
-    try { show(); } catch (error) { problem(`${show.name} failed: ${error.message}`); }
+  for (const show of [
+    measure,
+    showRuns,
+    showTiles,
+    showFacts,
+    showCurves,
+    showStatistics,
+    showEvents,
+    controls,
+  ]) {
+    try {
+      show();
+    } catch (error) {
+      problem(`${show.name} failed: ${error.message}`);
+    }
   }
-  RUNS.forEach(run => run.problems.forEach(line => problem(RUNS.length > 1 ? `${run.name}: ${line}` : line)));
-  byId("footer").textContent = `Made ${DATA.made} by fp8jax ${DATA.version}. Lines show the last value of up to ${whole(DATA.points)} buckets of logged steps, `
-    + "bands the smallest and largest in each; a map's cell shows the worst of its bucket. Pink: not finite. Drag over a chart to zoom; double click resets.";
+  RUNS.forEach((run) =>
+    run.problems.forEach((line) => problem(RUNS.length > 1 ? `${run.name}: ${line}` : line)),
+  );
+  byId("footer").textContent =
+    `Made ${DATA.made} by fp8jax ${DATA.version}. Lines show the last value of up to ${whole(DATA.points)} buckets of logged steps, ` +
+    "bands the smallest and largest in each; a map's cell shows the worst of its bucket. Pink: not finite. Drag over a chart to zoom; double click resets.";
 }
 // What is missing, above all else.
-function problem(line) { byId("problems").append(make("p", { class: "note" }, line)); }
+function problem(line) {
+  byId("problems").append(make("p", { class: "note" }, line));
+}
 function measure() {
   const end = Math.max(1, ...RUNS.map((run, i) => view.x(run.last_step, i)));
   view.full = view.domain = [0, end * 1.015];
@@ -57,202 +130,534 @@ function measure() {
 
 function showRuns() {
   RUNS.forEach((run, i) => {
-    const swatch = make("canvas", { width: 56, height: 16, style: "width:28px;height:8px" }), state = run.state;
-    run.swatch = () => { const c = swatch.getContext("2d"); c.clearRect(0, 0, 56, 16); c.setTransform(2, 0, 0, 2, 0, 0); c.strokeStyle = runColour(i); c.lineWidth = 3;
-      c.setLineDash(DASHES[i % 6]); line(c, 0, 4, 28, 4); };
+    const swatch = make("canvas", { width: 56, height: 16, style: "width:28px;height:8px" }),
+      state = run.state;
+    run.swatch = () => {
+      const c = swatch.getContext("2d");
+      c.clearRect(0, 0, 56, 16);
+      c.setTransform(2, 0, 0, 2, 0, 0);
+      c.strokeStyle = runColour(i);
+      c.lineWidth = 3;
+      c.setLineDash(DASHES[i % 6]);
+      line(c, 0, 4, 28, 4);
+    };
     run.swatch();
     const tone = state === "running" ? "running" : state === "finished" ? "finished" : "trouble";
-    byId("runs").append(make("span", {}, swatch, make("b", {}, run.name), " ", make("span", { class: "state " + tone }, state), ` step ${whole(run.last_step)}`));
+    byId("runs").append(
+      make(
+        "span",
+        {},
+        swatch,
+        make("b", {}, run.name),
+        " ",
+        make("span", { class: "state " + tone }, state),
+        ` step ${whole(run.last_step)}`,
+      ),
+    );
   });
 }
 
-function last(run, name) { const s = run.series[name]; return s ? [...s.last].reverse().find(v => v !== null) : undefined; }
-function ofTensors(maps) { return Object.entries(maps || {}).filter(([name]) => !/^(params|mu|nu|m1|m2)\./.test(name)); }
+function last(run, name) {
+  const s = run.series[name];
+  return s ? [...s.last].reverse().find((v) => v !== null) : undefined;
+}
+function ofTensors(maps) {
+  return Object.entries(maps || {}).filter(([name]) => !/^(params|mu|nu|m1|m2)\./.test(name));
+}
 function peak(run, statistic) {
   let best = null;
-  for (const [tensor, data] of ofTensors(run.maps[statistic])) if (best === null || data.high > best.value) best = { tensor, value: data.high };
+  for (const [tensor, data] of ofTensors(run.maps[statistic]))
+    if (best === null || data.high > best.value) best = { tensor, value: data.high };
   return best;
 }
 function showTiles() {
   RUNS.forEach((run, i) => {
-    const bits = run.evaluation.bits_per_byte ?? last(run, "held_out/bits_per_byte"), kurtosis = peak(run, "kurtosis");
-    const warnings = run.events.filter(e => e.kind === "early_warning").length, bad = run.events.filter(e => e.kind === "bad_step").reduce((n, e) => n + (e.count || 1), 0);
-    const rows = [["Loss", text(last(run, "loss")), "nats"], ["Bits per byte", text(bits), "held out"], ["Tokens", text(run.last_step * run.tokens_per_step), ""],
-      ["Speed", text(last(run, "tokens_per_second")), "tok/s"], ["Blocks in FP8", run.facts.fp8_share === undefined ? "–" : Math.round(run.facts.fp8_share * 100) + " %", "of the FLOPs"],
-      ["Largest kurtosis", kurtosis ? text(kurtosis.value) : "–", kurtosis ? kurtosis.tensor : ""], ["Warnings", String(warnings), bad ? `${bad} bad steps` : "no bad steps"]];
-    const tiles = make("dl", { class: "tiles", style: `--tint: var(--run${i % 6}); margin-top: 0`, "aria-label": run.name });
-    rows.forEach(([name, value, small]) => tiles.append(make("div", { class: "tile" }, make("dt", {}, name), make("dd", {}, value, " ", make("small", {}, small)))));
+    const bits = run.evaluation.bits_per_byte ?? last(run, "held_out/bits_per_byte"),
+      kurtosis = peak(run, "kurtosis");
+    const warnings = run.events.filter((e) => e.kind === "early_warning").length,
+      bad = run.events.filter((e) => e.kind === "bad_step").reduce((n, e) => n + (e.count || 1), 0);
+    const rows = [
+      ["Loss", text(last(run, "loss")), "nats"],
+      ["Bits per byte", text(bits), "held out"],
+      ["Tokens", text(run.last_step * run.tokens_per_step), ""],
+      ["Speed", text(last(run, "tokens_per_second")), "tok/s"],
+      [
+        "Blocks in FP8",
+        run.facts.fp8_share === undefined ? "–" : Math.round(run.facts.fp8_share * 100) + " %",
+        "of the FLOPs",
+      ],
+      ["Largest kurtosis", kurtosis ? text(kurtosis.value) : "–", kurtosis ? kurtosis.tensor : ""],
+      ["Warnings", String(warnings), bad ? `${bad} bad steps` : "no bad steps"],
+    ];
+    const tiles = make("dl", {
+      class: "tiles",
+      style: `--tint: var(--run${i % 6}); margin-top: 0`,
+      "aria-label": run.name,
+    });
+    rows.forEach(([name, value, small]) =>
+      tiles.append(
+        make(
+          "div",
+          { class: "tile" },
+          make("dt", {}, name),
+          make("dd", {}, value, " ", make("small", {}, small)),
+        ),
+      ),
+    );
     byId("tiles").append(tiles);
   });
 }
 
 function showFacts() {
-  const section = (run, name) => run.config[name] || {}, hours = run => run.seconds === null ? null : run.seconds * (run.facts.devices || 1) / 3600;
+  const section = (run, name) => run.config[name] || {},
+    hours = (run) =>
+      run.seconds === null ? null : (run.seconds * (run.facts.devices || 1)) / 3600;
   const rows = {
-    "Directory": r => r.workdir, "Model": r => r.facts.model, "Parameters": r => r.facts.parameters && whole(r.facts.parameters), "Recipe": r => section(r, "fp8").recipe,
-    "Scaling": r => section(r, "fp8").scaling, "Overrides": r => section(r, "fp8").overrides, "FP8 GEMMs": r => r.facts.gemms,
-    "Mesh": r => r.facts.mesh, "Devices": r => r.facts.devices && `${r.facts.devices} × ${r.facts.device}`,
-    "Memory": r => r.facts.memory_bytes && text(r.facts.memory_bytes / 2 ** 30, "GiB") + " a device, planned", "Batch": r => r.tokens_per_step && whole(r.tokens_per_step) + " tokens a step",
-    "Steps": r => `${whole(r.last_step)} of ${whole(section(r, "training").steps || 0)}`, "Learning rate": r => text(section(r, "optimizer").learning_rate), "Seed": r => section(r, "training").seed,
-    "Data": r => section(r, "data").source, "Time in steps": r => r.seconds === null ? null : duration(r.seconds),
-    "Cost": r => hours(r) === null ? null : text(hours(r)) + " device hours", "Compute": r => r.facts.model_flops && text(r.facts.model_flops * r.last_step / 1e15) + " model PFLOP",
-    "Software": r => r.facts.versions,
+    Directory: (r) => r.workdir,
+    Model: (r) => r.facts.model,
+    Parameters: (r) => r.facts.parameters && whole(r.facts.parameters),
+    Recipe: (r) => section(r, "fp8").recipe,
+    Scaling: (r) => section(r, "fp8").scaling,
+    Overrides: (r) => section(r, "fp8").overrides,
+    "FP8 GEMMs": (r) => r.facts.gemms,
+    Mesh: (r) => r.facts.mesh,
+    Devices: (r) => r.facts.devices && `${r.facts.devices} × ${r.facts.device}`,
+    Memory: (r) =>
+      r.facts.memory_bytes && text(r.facts.memory_bytes / 2 ** 30, "GiB") + " a device, planned",
+    Batch: (r) => r.tokens_per_step && whole(r.tokens_per_step) + " tokens a step",
+    Steps: (r) => `${whole(r.last_step)} of ${whole(section(r, "training").steps || 0)}`,
+    "Learning rate": (r) => text(section(r, "optimizer").learning_rate),
+    Seed: (r) => section(r, "training").seed,
+    Data: (r) => section(r, "data").source,
+    "Time in steps": (r) => (r.seconds === null ? null : duration(r.seconds)),
+    Cost: (r) => (hours(r) === null ? null : text(hours(r)) + " device hours"),
+    Compute: (r) =>
+      r.facts.model_flops && text((r.facts.model_flops * r.last_step) / 1e15) + " model PFLOP",
+    Software: (r) => r.facts.versions,
   };
-  byId("facts").append(make("thead", {}, make("tr", {}, make("th", {}), ...RUNS.map(run => make("th", {}, run.name)))));
+  byId("facts").append(
+    make(
+      "thead",
+      {},
+      make("tr", {}, make("th", {}), ...RUNS.map((run) => make("th", {}, run.name))),
+    ),
+  );
   for (const [name, of] of Object.entries(rows)) {
     const values = RUNS.map(of);
-    if (values.some(v => v !== undefined && v !== null && v !== "" && v !== 0)) byId("facts").append(make("tr", {}, make("th", {}, name), ...values.map(v => make("td", {}, String(v ?? "–")))));
+    if (values.some((v) => v !== undefined && v !== null && v !== "" && v !== 0))
+      byId("facts").append(
+        make(
+          "tr",
+          {},
+          make("th", {}, name),
+          ...values.map((v) => make("td", {}, String(v ?? "–"))),
+        ),
+      );
   }
 }
-function duration(s) { const h = Math.floor(s / 3600), m = Math.floor(s % 3600 / 60); return h ? `${h} h ${m} min` : m ? `${m} min ${Math.round(s % 60)} s` : `${trim(s)} s`; }
+function duration(s) {
+  const h = Math.floor(s / 3600),
+    m = Math.floor((s % 3600) / 60);
+  return h ? `${h} h ${m} min` : m ? `${m} min ${Math.round(s % 60)} s` : `${trim(s)} s`;
+}
 
 function showCurves() {
-  if (RUNS.some(run => run.events.length)) card(byId("timeline"), new Timeline(RUNS, view));
+  if (RUNS.some((run) => run.events.length)) card(byId("timeline"), new Timeline(RUNS, view));
   for (const [title, unit, names, log] of SERIES) {
-    const series = names.flatMap(([name, part]) => RUNS.map((run, i) => run.series[name] && { run: i, data: run.series[name], dots: name.startsWith("held_out"),
-      name: [RUNS.length > 1 ? run.name : "", part].filter(Boolean).join(", ") || title }).filter(Boolean));
+    const series = names.flatMap(([name, part]) =>
+      RUNS.map(
+        (run, i) =>
+          run.series[name] && {
+            run: i,
+            data: run.series[name],
+            dots: name.startsWith("held_out"),
+            name: [RUNS.length > 1 ? run.name : "", part].filter(Boolean).join(", ") || title,
+          },
+      ).filter(Boolean),
+    );
     if (series.length) card(byId("curves"), new LineChart(title, unit, series, view, log));
   }
-  for (const [title, unit, statistic, least] of [["Largest kurtosis", "of all tensors and layers, log axis", "kurtosis", false], ["Smallest SNR", "dB", "snr", true]]) {
-    const series = RUNS.map((run, i) => run.maps[statistic] && { run: i, name: RUNS.length > 1 ? run.name : title, data: extreme(run.maps[statistic], i, least) }).filter(Boolean);
+  for (const [title, unit, statistic, least] of [
+    ["Largest kurtosis", "of all tensors and layers, log axis", "kurtosis", false],
+    ["Smallest SNR", "dB", "snr", true],
+  ]) {
+    const series = RUNS.map(
+      (run, i) =>
+        run.maps[statistic] && {
+          run: i,
+          name: RUNS.length > 1 ? run.name : title,
+          data: extreme(run.maps[statistic], i, least),
+        },
+    ).filter(Boolean);
     if (series.length) card(byId("curves"), new LineChart(title, unit, series, view, !least));
   }
 }
 // The worst of all maps of a run, bucket by bucket, as a line.
 function extreme(maps, run, least) {
-  const tables = ofTensors(maps).map(([, data]) => new LayerMap("", "", run, data, data, view)), longest = tables.reduce((a, b) => a.data.to.length >= b.data.to.length ? a : b).data;
-  const same = tables.filter(t => t.data.to.length === longest.to.length);
+  const tables = ofTensors(maps).map(([, data]) => new LayerMap("", "", run, data, data, view)),
+    longest = tables.reduce((a, b) => (a.data.to.length >= b.data.to.length ? a : b)).data;
+  const same = tables.filter((t) => t.data.to.length === longest.to.length);
   const last = longest.to.map((_, i) => {
-    const found = same.flatMap(t => Array.from({ length: t.data.layers }, (_, layer) => t.value(layer, i))).filter(v => v !== null && v !== Infinity);
-    return found.length ? found.reduce((a, b) => least === a < b ? a : b) : null;
+    const found = same
+      .flatMap((t) => Array.from({ length: t.data.layers }, (_, layer) => t.value(layer, i)))
+      .filter((v) => v !== null && v !== Infinity);
+    return found.length ? found.reduce((a, b) => (least === a < b ? a : b)) : null;
   });
   return { from: longest.from, to: longest.to, min: last, max: last, last, bad: last.map(() => 0) };
 }
 
 function showStatistics() {
-  const there = Object.keys(STATISTICS).filter(name => RUNS.some(run => run.maps[name]));
-  if (!there.length) { byId("maps").append(make("p", { class: "note" }, "No statistics were logged: config.monitor.every says how often they are taken.")); byId("shared").parentNode.hidden = true; return; }
+  const there = Object.keys(STATISTICS).filter((name) => RUNS.some((run) => run.maps[name]));
+  if (!there.length) {
+    byId("maps").append(
+      make(
+        "p",
+        { class: "note" },
+        "No statistics were logged: config.monitor.every says how often they are taken.",
+      ),
+    );
+    byId("shared").parentNode.hidden = true;
+    return;
+  }
   for (const name of there) {
-    const button = make("button", { "data-value": name, "aria-pressed": "false" }, STATISTICS[name][0]);
-    button.onclick = () => { byId("shared").checked = STATISTICS[name][2]; showMaps(name); };
+    const button = make(
+      "button",
+      { "data-value": name, "aria-pressed": "false" },
+      STATISTICS[name][0],
+    );
+    button.onclick = () => {
+      byId("shared").checked = STATISTICS[name][2];
+      showMaps(name);
+    };
     byId("statistic").append(button);
   }
-  byId("shared").onchange = () => showMaps(byId("statistic").querySelector("[aria-pressed=true]").dataset.value);
+  byId("shared").onchange = () =>
+    showMaps(byId("statistic").querySelector("[aria-pressed=true]").dataset.value);
   byId("shared").checked = STATISTICS[there[0]][2];
   showMaps(there[0]);
 }
 function showMaps(statistic) {
-  for (const button of byId("statistic").children) button.setAttribute("aria-pressed", String(button.dataset.value === statistic));
-  const [, unit, , about] = STATISTICS[statistic], all = RUNS.map(run => run.maps[statistic] || {});
+  for (const button of byId("statistic").children)
+    button.setAttribute("aria-pressed", String(button.dataset.value === statistic));
+  const [, unit, , about] = STATISTICS[statistic],
+    all = RUNS.map((run) => run.maps[statistic] || {});
   byId("about").textContent = about;
-  for (let i = cards.length - 1; i >= 0; i--) if (cards[i].chart instanceof LayerMap) cards.splice(i, 1);
+  for (let i = cards.length - 1; i >= 0; i--)
+    if (cards[i].chart instanceof LayerMap) cards.splice(i, 1);
   byId("maps").replaceChildren();
-  const tensors = [...new Set(all.flatMap(Object.keys))], rank = name => ORDER.includes(name) ? ORDER.indexOf(name) : ORDER.length;
+  const tensors = [...new Set(all.flatMap(Object.keys))],
+    rank = (name) => (ORDER.includes(name) ? ORDER.indexOf(name) : ORDER.length);
   tensors.sort((a, b) => rank(a) - rank(b) || (a < b ? -1 : 1));
-  const together = limits(all.flatMap(Object.values)), several = RUNS.length > 1;
+  const together = limits(all.flatMap(Object.values)),
+    several = RUNS.length > 1;
   let place = null;
   for (const tensor of tensors) {
-    if (several || !place) byId("maps").append(place = make("div", { class: "tensor" + (several ? " together" : ""), style: `--columns: ${Math.min(RUNS.length, 3)}` }));
-    const mine = all.map(maps => maps[tensor]), own = limits(mine.filter(Boolean));
-    mine.forEach((data, i) => { if (data) card(place, new LayerMap(several ? `${tensor} · ${RUNS[i].name}` : tensor, unit, i, data, byId("shared").checked ? together : own, view)); });
+    if (several || !place)
+      byId("maps").append(
+        (place = make("div", {
+          class: "tensor" + (several ? " together" : ""),
+          style: `--columns: ${Math.min(RUNS.length, 3)}`,
+        })),
+      );
+    const mine = all.map((maps) => maps[tensor]),
+      own = limits(mine.filter(Boolean));
+    mine.forEach((data, i) => {
+      if (data)
+        card(
+          place,
+          new LayerMap(
+            several ? `${tensor} · ${RUNS[i].name}` : tensor,
+            unit,
+            i,
+            data,
+            byId("shared").checked ? together : own,
+            view,
+          ),
+        );
+    });
   }
 }
 function limits(tables) {
-  const log = tables.every(t => t.log);
-  return { log, low: Math.min(...tables.map(t => t.low)), high: Math.max(...tables.map(t => t.high)) };
+  const log = tables.every((t) => t.log);
+  return {
+    log,
+    low: Math.min(...tables.map((t) => t.low)),
+    high: Math.max(...tables.map((t) => t.high)),
+  };
 }
 
-function kindOf(event) { return event.kind === "early_warning" ? event.level : event.kind.replaceAll("_", " "); }
+function kindOf(event) {
+  return event.kind === "early_warning" ? event.level : event.kind.replaceAll("_", " ");
+}
 function sentence(event) {
-  const { step, kind, level, tensor, layer, evidence, advice, steps, tokens, fallback, last_step, count, ...rest } = event, parts = [];
-  if (tensor) parts.push(tensor + (layer === undefined || layer === null ? "" : ` in layer ${layer}`) + (evidence ? ": " + evidence : ""));
+  const {
+      step,
+      kind,
+      level,
+      tensor,
+      layer,
+      evidence,
+      advice,
+      steps,
+      tokens,
+      fallback,
+      last_step,
+      count,
+      ...rest
+    } = event,
+    parts = [];
+  if (tensor)
+    parts.push(
+      tensor +
+        (layer === undefined || layer === null ? "" : ` in layer ${layer}`) +
+        (evidence ? ": " + evidence : ""),
+    );
   if (steps) parts.push(`out of range in ${whole(steps)} steps`);
   if (advice) parts.push(advice);
-  for (const [name, value] of Object.entries(rest)) if (value !== null && value !== "") parts.push(`${name.replaceAll("_", " ")} ${typeof value === "object" ? JSON.stringify(value) : value}`);
+  for (const [name, value] of Object.entries(rest))
+    if (value !== null && value !== "")
+      parts.push(
+        `${name.replaceAll("_", " ")} ${typeof value === "object" ? JSON.stringify(value) : value}`,
+      );
   if (count) parts.push(`${count} times, up to step ${whole(last_step)}`);
   return parts.join("; ");
 }
 function showEvents() {
-  const rows = RUNS.flatMap((run, i) => run.events.map(event => ({ run, i, event })));
-  if (!rows.length) { byId("events").append(make("caption", { style: "text-align:left" }, "Nothing happened: no warning, no bad step, no restart.")); return; }
+  const rows = RUNS.flatMap((run, i) => run.events.map((event) => ({ run, i, event })));
+  if (!rows.length) {
+    byId("events").append(
+      make(
+        "caption",
+        { style: "text-align:left" },
+        "Nothing happened: no warning, no bad step, no restart.",
+      ),
+    );
+    return;
+  }
   rows.sort((a, b) => a.event.step - b.event.step);
-  byId("events").append(make("thead", {}, make("tr", {}, ...["Step", ...(RUNS.length > 1 ? ["Run"] : []), "What", ""].map(name => make("th", {}, name)))));
-  for (const { run, event } of rows.slice(-300)) byId("events").append(make("tr", {}, make("td", {}, whole(event.step)), ...(RUNS.length > 1 ? [make("td", {}, run.name)] : []),
-    make("td", { class: levelOf(event) ? "level-" + levelOf(event) : "" }, kindOf(event)), make("td", { class: "wide" }, sentence(event))));
+  byId("events").append(
+    make(
+      "thead",
+      {},
+      make(
+        "tr",
+        {},
+        ...["Step", ...(RUNS.length > 1 ? ["Run"] : []), "What", ""].map((name) =>
+          make("th", {}, name),
+        ),
+      ),
+    ),
+  );
+  for (const { run, event } of rows.slice(-300))
+    byId("events").append(
+      make(
+        "tr",
+        {},
+        make("td", {}, whole(event.step)),
+        ...(RUNS.length > 1 ? [make("td", {}, run.name)] : []),
+        make("td", { class: levelOf(event) ? "level-" + levelOf(event) : "" }, kindOf(event)),
+        make("td", { class: "wide" }, sentence(event)),
+      ),
+    );
 }
 
 // A card holds a chart's canvas; hovering moves a cross hair over all cards, without drawing anything anew.
 function card(place, chart) {
-  const canvas = make("canvas", { tabindex: "0", role: "img", "aria-label": `${chart.title}, ${chart.unit || "no unit"}, against ${view.mode}. Arrow keys read values.` });
-  const cross = make("div", { class: "cross", hidden: "" }), level = make("div", { class: "cross", hidden: "" }), brush = make("div", { class: "brush", hidden: "" });
-  const plot = make("div", { class: "plot" }, canvas, cross, level, brush), save = make("button", { class: "save", title: `Save ${chart.title} as PNG`, "aria-label": `Save ${chart.title} as PNG` }, "PNG");
+  const canvas = make("canvas", {
+    tabindex: "0",
+    role: "img",
+    "aria-label": `${chart.title}, ${chart.unit || "no unit"}, against ${view.mode}. Arrow keys read values.`,
+  });
+  const cross = make("div", { class: "cross", hidden: "" }),
+    level = make("div", { class: "cross", hidden: "" }),
+    brush = make("div", { class: "brush", hidden: "" });
+  const plot = make("div", { class: "plot" }, canvas, cross, level, brush),
+    save = make(
+      "button",
+      {
+        class: "save",
+        title: `Save ${chart.title} as PNG`,
+        "aria-label": `Save ${chart.title} as PNG`,
+      },
+      "PNG",
+    );
   const me = { chart, canvas, cross, level, brush, plot, inner: null };
   save.onclick = () => download(picture([me], 1), `${chart.title}.png`);
-  place.append(make("article", { class: "card" }, make("h3", {}, chart.title + " ", make("span", {}, chart.unitText())), save, plot));
-  cards.push(me); draw(me); listen(me); sizes.observe(plot);
+  place.append(
+    make(
+      "article",
+      { class: "card" },
+      make("h3", {}, chart.title + " ", make("span", {}, chart.unitText())),
+      save,
+      plot,
+    ),
+  );
+  cards.push(me);
+  draw(me);
+  listen(me);
+  sizes.observe(plot);
 }
-const sizes = new ResizeObserver(entries => entries.forEach(e => { const me = cards.find(c => c.plot === e.target); if (me && me.width !== me.plot.clientWidth) draw(me); }));
+const sizes = new ResizeObserver((entries) =>
+  entries.forEach((e) => {
+    const me = cards.find((c) => c.plot === e.target);
+    if (me && me.width !== me.plot.clientWidth) draw(me);
+  }),
+);
 function draw(me) {
-  const w = me.width = me.plot.clientWidth, h = me.chart.height, ratio = Math.max(1, window.devicePixelRatio || 1);
+  const w = (me.width = me.plot.clientWidth),
+    h = me.chart.height,
+    ratio = Math.max(1, window.devicePixelRatio || 1);
   if (!w) return;
-  me.canvas.width = w * ratio; me.canvas.height = h * ratio; me.canvas.style.height = h + "px";
+  me.canvas.width = w * ratio;
+  me.canvas.height = h * ratio;
+  me.canvas.style.height = h + "px";
   const ctx = me.canvas.getContext("2d");
-  ctx.setTransform(ratio, 0, 0, ratio, 0, 0); ctx.clearRect(0, 0, w, h);
+  ctx.setTransform(ratio, 0, 0, ratio, 0, 0);
+  ctx.clearRect(0, 0, w, h);
   me.inner = me.chart.draw(ctx, { x: 0, y: 0, w, h }, false);
 }
-function redraw() { RUNS.forEach(run => run.swatch()); cards.forEach(draw); }
+function redraw() {
+  RUNS.forEach((run) => run.swatch());
+  cards.forEach(draw);
+}
 
 function listen(me) {
   let from = null;
-  const inside = event => { const box = me.canvas.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top, event.clientX, event.clientY]; };
-  const value = px => { const i = me.inner, [a, b] = view.domain; return a + Math.max(0, Math.min(1, (px - i.x) / i.w)) * (b - a); };
-  me.canvas.onpointermove = event => {
+  const inside = (event) => {
+    const box = me.canvas.getBoundingClientRect();
+    return [event.clientX - box.left, event.clientY - box.top, event.clientX, event.clientY];
+  };
+  const value = (px) => {
+    const i = me.inner,
+      [a, b] = view.domain;
+    return a + Math.max(0, Math.min(1, (px - i.x) / i.w)) * (b - a);
+  };
+  me.canvas.onpointermove = (event) => {
     const [px, py, cx, cy] = inside(event);
-    if (from !== null && event.pointerType === "mouse") place(me.brush, { left: Math.min(from, px), top: me.inner.y, width: Math.abs(px - from), height: me.inner.h });
+    if (from !== null && event.pointerType === "mouse")
+      place(me.brush, {
+        left: Math.min(from, px),
+        top: me.inner.y,
+        width: Math.abs(px - from),
+        height: me.inner.h,
+      });
     hover(me, value(px), px, py, cx, cy);
   };
-  me.canvas.onpointerdown = event => { if (event.pointerType === "mouse" && event.button === 0) { from = inside(event)[0]; me.canvas.setPointerCapture(event.pointerId); } else me.canvas.onpointermove(event); };
-  me.canvas.onpointerup = event => { const px = inside(event)[0]; if (from !== null && Math.abs(px - from) > 6) zoom([value(Math.min(from, px)), value(Math.max(from, px))]); from = null; me.brush.hidden = true; };
-  me.canvas.onpointerleave = me.canvas.onblur = () => { cards.forEach(c => { c.cross.hidden = c.level.hidden = true; }); byId("tip").hidden = true; };
+  me.canvas.onpointerdown = (event) => {
+    if (event.pointerType === "mouse" && event.button === 0) {
+      from = inside(event)[0];
+      me.canvas.setPointerCapture(event.pointerId);
+    } else me.canvas.onpointermove(event);
+  };
+  me.canvas.onpointerup = (event) => {
+    const px = inside(event)[0];
+    if (from !== null && Math.abs(px - from) > 6)
+      zoom([value(Math.min(from, px)), value(Math.max(from, px))]);
+    from = null;
+    me.brush.hidden = true;
+  };
+  me.canvas.onpointerleave = me.canvas.onblur = () => {
+    cards.forEach((c) => {
+      c.cross.hidden = c.level.hidden = true;
+    });
+    byId("tip").hidden = true;
+  };
   me.canvas.ondblclick = () => zoom(view.full);
-  me.canvas.onkeydown = event => {
-    const dx = { ArrowLeft: -1, ArrowRight: 1 }[event.key] || 0, dy = { ArrowUp: -1, ArrowDown: 1 }[event.key] || 0;
+  me.canvas.onkeydown = (event) => {
+    const dx = { ArrowLeft: -1, ArrowRight: 1 }[event.key] || 0,
+      dy = { ArrowUp: -1, ArrowDown: 1 }[event.key] || 0;
     if (!dx && !dy) return;
     event.preventDefault();
-    const i = me.inner, box = me.canvas.getBoundingClientRect(), rows = me.chart.data ? me.chart.data.layers : 8;
-    me.at = [Math.max(i.x, Math.min(i.x + i.w, (me.at?.[0] ?? i.x + i.w / 2) + dx * i.w / 100)), Math.max(i.y + 1, Math.min(i.y + i.h - 1, (me.at?.[1] ?? i.y + i.h / 2) + dy * i.h / rows))];
+    const i = me.inner,
+      box = me.canvas.getBoundingClientRect(),
+      rows = me.chart.data ? me.chart.data.layers : 8;
+    me.at = [
+      Math.max(i.x, Math.min(i.x + i.w, (me.at?.[0] ?? i.x + i.w / 2) + (dx * i.w) / 100)),
+      Math.max(i.y + 1, Math.min(i.y + i.h - 1, (me.at?.[1] ?? i.y + i.h / 2) + (dy * i.h) / rows)),
+    ];
     hover(me, value(me.at[0]), ...me.at, box.left + me.at[0], box.top + me.at[1]);
   };
 }
-function place(node, box) { for (const [name, v] of Object.entries(box)) node.style[name] = v + "px"; node.hidden = false; }
+function place(node, box) {
+  for (const [name, v] of Object.entries(box)) node.style[name] = v + "px";
+  node.hidden = false;
+}
 function hover(me, x, px, py, cx, cy) {
-  for (const c of cards) if (c.inner && c.width) place(c.cross, { left: c.inner.scale.at(x), top: c.inner.y, height: c.inner.h });
+  for (const c of cards)
+    if (c.inner && c.width)
+      place(c.cross, { left: c.inner.scale.at(x), top: c.inner.y, height: c.inner.h });
   if (me.chart instanceof LayerMap) {
-    const row = me.inner.h / me.chart.data.layers, layer = me.chart.layerAt(py, me.inner);
-    place(me.level, { left: me.inner.x, top: me.inner.y + me.inner.h - (layer + .5) * row, width: me.inner.w, height: 1 });
+    const row = me.inner.h / me.chart.data.layers,
+      layer = me.chart.layerAt(py, me.inner);
+    place(me.level, {
+      left: me.inner.x,
+      top: me.inner.y + me.inner.h - (layer + 0.5) * row,
+      width: me.inner.w,
+      height: 1,
+    });
   }
-  const found = me.inner && px >= me.inner.x - 3 && px <= me.inner.x + me.inner.w + 3 ? me.chart.tip(px, py, me.inner, x) : null, tip = byId("tip");
+  const found =
+      me.inner && px >= me.inner.x - 3 && px <= me.inner.x + me.inner.w + 3
+        ? me.chart.tip(px, py, me.inner, x)
+        : null,
+    tip = byId("tip");
   tip.hidden = !found;
   if (!found) return;
-  tip.replaceChildren(make("b", {}, found.title), ...found.rows.flatMap(row => ["\n", make("i", { style: `background:${runColour(row.run)}` }), make("b", {}, row.head), "  " + row.value]));
+  tip.replaceChildren(
+    make("b", {}, found.title),
+    ...found.rows.flatMap((row) => [
+      "\n",
+      make("i", { style: `background:${runColour(row.run)}` }),
+      make("b", {}, row.head),
+      "  " + row.value,
+    ]),
+  );
   const box = tip.getBoundingClientRect();
-  tip.style.left = Math.max(6, Math.min(innerWidth - box.width - 6, cx + 16 + box.width > innerWidth ? cx - box.width - 14 : cx + 16)) + "px";
+  tip.style.left =
+    Math.max(
+      6,
+      Math.min(
+        innerWidth - box.width - 6,
+        cx + 16 + box.width > innerWidth ? cx - box.width - 14 : cx + 16,
+      ),
+    ) + "px";
   tip.style.top = Math.max(6, Math.min(innerHeight - box.height - 6, cy + 16)) + "px";
 }
-function zoom(domain) { view.domain = domain; byId("reset").hidden = domain === view.full; cards.forEach(draw); }
+function zoom(domain) {
+  view.domain = domain;
+  byId("reset").hidden = domain === view.full;
+  cards.forEach(draw);
+}
 
 // A picture of some cards, twice as sharp as the screen's pixels, with the runs' legend.
 function picture(some, columns) {
-  const w = 720, gap = 14, legend = 40, rows = [];
+  const w = 720,
+    gap = 14,
+    legend = 40,
+    rows = [];
   for (let i = 0; i < some.length; i += columns) rows.push(some.slice(i, i + columns));
-  const heights = rows.map(row => Math.max(...row.map(c => c.chart.height + 70))), canvas = make("canvas");
-  canvas.width = 2 * (columns * w + (columns + 1) * gap); canvas.height = 2 * (legend + heights.reduce((a, b) => a + b + gap, gap));
+  const heights = rows.map((row) => Math.max(...row.map((c) => c.chart.height + 70))),
+    canvas = make("canvas");
+  canvas.width = 2 * (columns * w + (columns + 1) * gap);
+  canvas.height = 2 * (legend + heights.reduce((a, b) => a + b + gap, gap));
   const ctx = canvas.getContext("2d");
-  ctx.scale(2, 2); ctx.fillStyle = colour("card"); ctx.fillRect(0, 0, canvas.width, canvas.height);
-  let x = gap + 4, y = legend;
+  ctx.scale(2, 2);
+  ctx.fillStyle = colour("card");
+  ctx.fillRect(0, 0, canvas.width, canvas.height);
+  let x = gap + 4,
+    y = legend;
   RUNS.forEach((run, i) => {
-    ctx.strokeStyle = runColour(i); ctx.lineWidth = 3; ctx.setLineDash(DASHES[i % 6]); line(ctx, x, 20, x + 28, 20); ctx.setLineDash([]);
-    ctx.font = "13px " + FONT; ctx.fillStyle = colour("ink"); ctx.textAlign = "left"; ctx.textBaseline = "middle"; ctx.fillText(run.name, x + 36, 20); x += 64 + ctx.measureText(run.name).width;
+    ctx.strokeStyle = runColour(i);
+    ctx.lineWidth = 3;
+    ctx.setLineDash(DASHES[i % 6]);
+    line(ctx, x, 20, x + 28, 20);
+    ctx.setLineDash([]);
+    ctx.font = "13px " + FONT;
+    ctx.fillStyle = colour("ink");
+    ctx.textAlign = "left";
+    ctx.textBaseline = "middle";
+    ctx.fillText(run.name, x + 36, 20);
+    x += 64 + ctx.measureText(run.name).width;
   });
   rows.forEach((row, n) => {
     row.forEach((c, i) => c.chart.draw(ctx, { x: gap + i * (w + gap), y, w, h: heights[n] }, true));
@@ -261,26 +666,60 @@ function picture(some, columns) {
   return canvas;
 }
 function download(canvas, name) {
-  canvas.toBlob(blob => { const link = make("a", { href: URL.createObjectURL(blob), download: name.replace(/[^\w.-]+/g, "_") }); link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 5000); }, "image/png");
+  canvas.toBlob((blob) => {
+    const link = make("a", {
+      href: URL.createObjectURL(blob),
+      download: name.replace(/[^\w.-]+/g, "_"),
+    });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 5000);
+  }, "image/png");
 }
 
 function controls() {
-  const remember = (name, value) => { try { value === undefined ? 0 : localStorage.setItem("fp8jax." + name, value); return localStorage.getItem("fp8jax." + name); } catch { return value; } };
+  const remember = (name, value) => {
+    try {
+      value === undefined ? 0 : localStorage.setItem("fp8jax." + name, value);
+      return localStorage.getItem("fp8jax." + name);
+    } catch {
+      return value;
+    }
+  };
   let theme = remember("theme") || "";
-  const apply = () => { theme ? document.documentElement.dataset.theme = theme : delete document.documentElement.dataset.theme; byId("theme").textContent = { "": "Theme: auto", light: "Theme: light", dark: "Theme: dark" }[theme]; };
+  const apply = () => {
+    theme
+      ? (document.documentElement.dataset.theme = theme)
+      : delete document.documentElement.dataset.theme;
+    byId("theme").textContent = { "": "Theme: auto", light: "Theme: light", dark: "Theme: dark" }[
+      theme
+    ];
+  };
   apply();
-  byId("theme").onclick = () => { theme = { "": "light", light: "dark", dark: "" }[theme]; remember("theme", theme); apply(); redraw(); };
+  byId("theme").onclick = () => {
+    theme = { "": "light", light: "dark", dark: "" }[theme];
+    remember("theme", theme);
+    apply();
+    redraw();
+  };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   byId("export").onclick = () => download(picture(cards, 2), "report.png");
   byId("reset").onclick = () => zoom(view.full);
-  byId("axis").hidden = !RUNS.every(run => run.tokens_per_step);
-  for (const button of byId("axis").children) button.onclick = () => {
-    for (const other of byId("axis").children) other.setAttribute("aria-pressed", String(other === button));
-    view.mode = button.dataset.value; measure(); byId("reset").hidden = true; cards.forEach(draw);
-  };
+  byId("axis").hidden = !RUNS.every((run) => run.tokens_per_step);
+  for (const button of byId("axis").children)
+    button.onclick = () => {
+      for (const other of byId("axis").children)
+        other.setAttribute("aria-pressed", String(other === button));
+      view.mode = button.dataset.value;
+      measure();
+      byId("reset").hidden = true;
+      cards.forEach(draw);
+    };
   redraw();
   // A run that still trains writes this page anew; whoever has it open should see that.
-  if (RUNS.some(run => run.state === "running")) setInterval(() => { if (!document.hidden && view.domain === view.full && byId("tip").hidden) location.reload(); }, 60000);
+  if (RUNS.some((run) => run.state === "running"))
+    setInterval(() => {
+      if (!document.hidden && view.domain === view.full && byId("tip").hidden) location.reload();
+    }, 60000);
 }
 
 begin();

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import common as configs
-from fp8jax.numerics.attention import BACKENDS, SCORES, VALUES, attention
+from fp8jax.numerics.attention.definition import BACKENDS, SCORES, VALUES, attention
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
 

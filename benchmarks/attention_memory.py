@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fp8jax.numerics.attention import BACKENDS, SCORES, VALUES, attention
+from fp8jax.numerics.attention.definition import BACKENDS, SCORES, VALUES, attention
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
 
 HEADS, GROUPS, WIDTH = 8, 4, 128

@@ -13,7 +13,7 @@ import numpy as np
 from early_warning_runs import TWIN, twin_of
 from matplotlib.lines import Line2D
 
-from fp8jax.monitor.loads import LOGITS, loads
+from fp8jax.monitor.fp8_range import LOGITS, loads
 
 Log = list[dict[str, Any]]
 LEVELS = {"watch": ("#56b4e9", "v"), "warn": ("#e69f00", "^"), "act": ("#d55e00", "s")}

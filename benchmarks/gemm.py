@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from configs import common as configs
 from fp8jax.numerics.compiling import compiler_options
-from fp8jax.numerics.dot_general import dot_general
+from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.recipes import GemmRecipe
 
 SCALINGS = ("bf16", "delayed", "current", "static")

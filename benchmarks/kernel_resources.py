@@ -25,8 +25,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.audit import targets
-from fp8jax.numerics.attention import SCORES, VALUES, attention
-from fp8jax.numerics.attention_pallas import FORWARD, HEAD_DIMS, KEYS, QUERIES, TILES
+from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
+from fp8jax.numerics.attention.pallas import FORWARD, HEAD_DIMS, KEYS, QUERIES, TILES
 from fp8jax.numerics.recipes import FAST_ACCUMULATION, OPERANDS, GemmRecipe
 
 

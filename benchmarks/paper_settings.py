@@ -36,7 +36,7 @@ from fp8jax.models.definition import define
 from fp8jax.numerics import formats
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel.mesh import make_mesh
-from fp8jax.training import precision
+from fp8jax.training import state_formats
 from fp8jax.training.evaluation import Evaluator
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram, gradients
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(name, seed, loss, flush=True)
             save(record, args.results)
             if wanted:
-                params, _ = precision.unpack(state.params, state.opt_state)
+                params, _ = state_formats.unpack(state.params, state.opt_state)
                 record["gradients"] = compare_gradients(
                     dataclasses.replace(state, params=params), options
                 )

@@ -1,4 +1,4 @@
-"""Finds the fastest tiles of the FP8 attention kernels on the GPU at hand, for the table in numerics/attention_pallas.py.
+"""Finds the fastest tiles of the FP8 attention kernels on the GPU at hand, for the table in numerics/attention/pallas.py.
 
     python benchmarks/tune_attention.py --head_dim=128 --length=4096
 
@@ -18,10 +18,10 @@ import common
 import jax
 import jax.numpy as jnp
 
-from fp8jax.numerics import attention_pallas
-from fp8jax.numerics.attention_kernels import Tile
-from fp8jax.numerics.attention_pallas import FORWARD, KEYS, QUERIES
-from fp8jax.numerics.attention_rows import Call, Operands, Residuals
+from fp8jax.numerics.attention import pallas as attention_pallas
+from fp8jax.numerics.attention.kernels import Tile
+from fp8jax.numerics.attention.pallas import FORWARD, KEYS, QUERIES
+from fp8jax.numerics.attention.rows import Call, Operands, Residuals
 from fp8jax.numerics.formats import E4M3, FORMATS, Quantised
 from fp8jax.numerics.recipes import FAST_ACCUMULATION, GemmRecipe
 

@@ -12,7 +12,7 @@ import pytest
 from configs import common, fp8_base, from_run
 from fp8jax import config as config_lib
 from fp8jax.config import ConfigError
-from fp8jax.numerics import roles, storage
+from fp8jax.numerics import low_bit_state, roles
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOT_PRESETS = ("__init__", "common", "from_run")
@@ -198,7 +198,7 @@ def test_the_users_rest_of_devices_wins(mesh, fsdp):
 
 
 def test_names_of_storage_formats():
-    assert tuple(storage.FORMATS) == roles.STORED
+    assert tuple(low_bit_state.FORMATS) == roles.STORED
 
 
 def test_a_configuration_is_checked_without_jax():

@@ -11,9 +11,9 @@ from fp8jax.models.gemms import Gemms
 from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.layers import Dense, RMSNorm, Tanh, apply_rope
 from fp8jax.models.taps import record, tap
-from fp8jax.numerics.attention import SCORES, attention
-from fp8jax.numerics.attention_statistics import score_statistics
-from fp8jax.numerics.placement import Partition
+from fp8jax.numerics.attention.definition import SCORES, attention
+from fp8jax.numerics.attention.scores import score_statistics
+from fp8jax.numerics.gemm_sharding import Partition
 from fp8jax.parallel.sharding import RULES, attention_axes
 
 

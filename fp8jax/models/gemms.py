@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fp8jax.config import Config, ConfigError, head_dim
-from fp8jax.numerics import attention as attention_lib
 from fp8jax.numerics import formats, statistics
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics import scaling as scaling_lib
-from fp8jax.numerics.dot_general import quantise_weight
+from fp8jax.numerics.attention import definition as attention_lib
 from fp8jax.numerics.formats import Quantised
+from fp8jax.numerics.gemm import quantise_weight
 from fp8jax.numerics.recipes import GemmRecipe
 
 HEAD = "lm_head"

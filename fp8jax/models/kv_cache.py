@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.config import ModelConfig
-from fp8jax.numerics import attention_rows
-from fp8jax.numerics.attention import SCORES, VALUES
+from fp8jax.numerics.attention import rows as attention_rows
+from fp8jax.numerics.attention.definition import SCORES, VALUES
 from fp8jax.numerics.formats import Quantised
 from fp8jax.numerics.recipes import GemmRecipe
 from fp8jax.parallel.sharding import constrain

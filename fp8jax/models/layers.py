@@ -15,10 +15,10 @@ from jax import lax
 
 from fp8jax.config import ModelConfig, head_dim
 from fp8jax.models.activations import pointwise
+from fp8jax.models.embedding import lookup
 from fp8jax.models.gemms import Gemms
-from fp8jax.numerics.dot_general import dot_general
-from fp8jax.numerics.placement import Placement
-from fp8jax.parallel.lookup import lookup
+from fp8jax.numerics.gemm import dot_general
+from fp8jax.numerics.gemm_sharding import Placement
 from fp8jax.parallel.sharding import activation_specs
 
 Axes = tuple[str | None, ...]

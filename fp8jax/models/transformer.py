@@ -33,7 +33,7 @@ from fp8jax.models.layers import (
     rope_table,
 )
 from fp8jax.numerics.cross_entropy import linear_cross_entropy
-from fp8jax.numerics.dot_general import CHECKPOINT_NAME, dot_general
+from fp8jax.numerics.gemm import CHECKPOINT_NAME, dot_general
 from fp8jax.parallel.mesh import HOST_MEMORY
 from fp8jax.parallel.sharding import constrain, shards
 

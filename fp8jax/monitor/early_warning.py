@@ -21,7 +21,7 @@ Evidence, from entries with statistics (every `monitor.every` steps) and, for gr
 Late layers weigh more: what the first layer shows counts half of what the last one does, growing linearly between.
 
 A pure function of the entries seen: a continued run that replays its log warns as one that was never stopped. What to do
-about an alarm is the loop's business (training/reaction.py).
+about an alarm is the loop's business (training/warning_actions.py).
 """
 
 import collections
@@ -34,11 +34,11 @@ import numpy as np
 
 from fp8jax.config import WARNING_LEVELS
 from fp8jax.monitor import growth, trend
-from fp8jax.monitor.loads import LOGITS, Place, loads
+from fp8jax.monitor.fp8_range import LOGITS, Place, loads
 from fp8jax.numerics.roles import OPERANDS
 
 WATCH, WARN, ACT = WARNING_LEVELS
-# Entries with statistics that are remembered, and entries at all. A continued run replays twice as many (training/reaction.py).
+# Entries with statistics that are remembered, and entries at all. A continued run replays twice as many (training/warning_actions.py).
 WINDOW, REMEMBERED = 48, trend.PAST + trend.RECENT
 SETTLED = 10  # of them before anything but a number that is not finite raises an alarm
 CONFIRMED = 3

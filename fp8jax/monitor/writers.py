@@ -9,7 +9,7 @@
 non-finite number, so it is the string "nan", "inf" or "-inf". Values of layers are one array a statistic (layered.py).
 The TensorBoard files say the same, a name a layer.
 
-Storage that fails does not fail the run: lines wait in memory until they can be written (`patient_file.py`).
+Storage that fails does not fail the run: lines wait in memory until they can be written (`retrying_file.py`).
 
 One process of a run writes, the others are `Silent`; nothing here decides which. Nothing is averaged or computed here. Followers,
 such as the report and Weights & Biases, get what is written and are closed with the writer.
@@ -30,25 +30,25 @@ from tensorboardX.proto.summary_pb2 import Summary
 from fp8jax import files
 from fp8jax.monitor import layered
 from fp8jax.monitor.logs import MetricsError, cut, read_metrics
-from fp8jax.monitor.patient_file import PatientFile
+from fp8jax.monitor.retrying_file import RetryingFile
 
 # tensorboardX prints a warning for every NaN. A diverging run has many, and its own log already says so.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
-_PATIENT = "patient"
+_RETRYING = "retrying"
 _KEPT_SUMMARIES = 8  # sets of names: steps with statistics, without, with an evaluation
 
 
-class _PatientFiles:
-    """Opens TensorBoard files called `patient:PATH`: a full disk would end tensorboardX's thread, and the next step wait for it for ever."""
+class _RetryingFiles:
+    """Opens TensorBoard files called `retrying:PATH`: a full disk would end tensorboardX's thread, and the next step wait for it for ever."""
 
-    def open(self, path: str) -> PatientFile:
-        return PatientFile(path.partition(":")[2], fresh=True)
+    def open(self, path: str) -> RetryingFile:
+        return RetryingFile(path.partition(":")[2], fresh=True)
 
     def directory_check(self, path: str) -> None:
         os.makedirs(path.partition(":")[2], exist_ok=True)
 
 
-record_writer.register_writer_factory(_PATIENT, _PatientFiles())
+record_writer.register_writer_factory(_RETRYING, _RetryingFiles())
 
 
 class Follower(Protocol):
@@ -85,10 +85,10 @@ class MetricsWriter:
         metrics, events = workdir / "metrics.jsonl", workdir / "events.jsonl"
         cut(metrics, start_step)
         cut(events, math.inf)
-        self._metrics, self._events = PatientFile(metrics), PatientFile(events)
+        self._metrics, self._events = RetryingFile(metrics), RetryingFile(events)
         self._summaries: dict[tuple[str, ...], Summary] = {}
         self._board = tensorboardX.SummaryWriter(
-            f"{_PATIENT}:{workdir / 'tensorboard'}",
+            f"{_RETRYING}:{workdir / 'tensorboard'}",
             purge_step=start_step + 1,  # TensorBoard hides what earlier files hold from here on
             filename_suffix=f".{start_step:09}",  # names hold seconds only: a quick restart would overwrite a file
             flush_secs=10,
@@ -154,7 +154,7 @@ class MetricsWriter:
         self.close()
 
 
-def _append(file: PatientFile, record: dict[str, Any]) -> None:
+def _append(file: RetryingFile, record: dict[str, Any]) -> None:
     try:
         line = json.dumps(record, allow_nan=False)
     except (

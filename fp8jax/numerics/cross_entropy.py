@@ -29,7 +29,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fp8jax.numerics import formats, statistics
-from fp8jax.numerics.dot_general import (
+from fp8jax.numerics.formats import Quantised
+from fp8jax.numerics.gemm import (
     accumulator,
     as_bytes,
     from_bytes,
@@ -37,7 +38,6 @@ from fp8jax.numerics.dot_general import (
     quantise_weight,
     report_cast,
 )
-from fp8jax.numerics.formats import Quantised
 from fp8jax.numerics.recipes import GemmRecipe
 
 

@@ -32,7 +32,7 @@ from fp8jax.parallel import distributed
 from fp8jax.parallel.mesh import emulates_fp8, fitting_mesh
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
-from fp8jax.training import manifest, precision
+from fp8jax.training import manifest, state_formats
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.step import TrainProgram, token_losses
 
@@ -275,7 +275,7 @@ def load_run(
         Checkpoints(workdir) as checkpoints,
         stage(f"restoring the checkpoint of step {(step := checkpoints.chosen(step))}"),
     ):
-        saved = precision.saved_as(config.optimizer, checkpoints.dtypes(step))
+        saved = state_formats.saved_as(config.optimizer, checkpoints.dtypes(step))
         program = TrainProgram(dataclasses.replace(config, optimizer=saved), definition, mesh)
         state, _ = checkpoints.restore(
             step, {"params": program.abstract_state.params}, partial=True

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fp8jax.config import Config, OptimizerConfig
 from fp8jax.models.definition import STACKED, Params
-from fp8jax.numerics import storage
+from fp8jax.numerics import low_bit_state
 from fp8jax.training.optimizer import MATRIX
 
 
@@ -75,8 +75,8 @@ class GradientSums:
         summed = total.astype(jnp.float32) + grad.astype(jnp.float32)
         if not self._in_bfloat16(path):
             return summed
-        bits = storage.random_bits(total.shape, storage.seed_of(self.step, number))
-        return storage.round_stochastic(summed, jnp.bfloat16, bits)
+        bits = low_bit_state.random_bits(total.shape, low_bit_state.seed_of(self.step, number))
+        return low_bit_state.round_stochastic(summed, jnp.bfloat16, bits)
 
     def _in_bfloat16(self, path: Any) -> bool:
         return self.config.gradient_dtype == "bfloat16" and _is_matrix(path)

@@ -29,15 +29,21 @@ from fp8jax.monitor.wandb_sink import open_sink
 from fp8jax.monitor.writers import MetricsWriter, Silent
 from fp8jax.parallel import distributed
 from fp8jax.parallel import mesh as mesh_lib
+from fp8jax.training.banner import (
+    check_fallbacks,
+    describe_compiled,
+    facts,
+    introduce,
+    process_seconds,
+    seconds_at_peak,
+)
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, save_config
 from fp8jax.training.evaluation import Evaluator, write_json
 from fp8jax.training.farewell import how_to_go_on, what_next
-from fp8jax.training.feed import Feed
 from fp8jax.training.fit import bytes_of_failure, fit
 from fp8jax.training.fit_advice import out_of_memory
 from fp8jax.training.lock import exclusive
 from fp8jax.training.profiling import ProfileWindow
-from fp8jax.training.reaction import Decision, Reaction
 from fp8jax.training.resume import (
     Position,
     Resumed,
@@ -46,18 +52,12 @@ from fp8jax.training.resume import (
     restore,
     resume,
 )
-from fp8jax.training.saving import Saver
+from fp8jax.training.save_policy import Saver
 from fp8jax.training.signals import stop_signals
-from fp8jax.training.start_up import (
-    check_fallbacks,
-    describe_compiled,
-    facts,
-    introduce,
-    process_seconds,
-    seconds_at_peak,
-)
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
+from fp8jax.training.step_clock import Feed
+from fp8jax.training.warning_actions import Decision, Reaction
 from fp8jax.training.watchdog import Watchdog
 
 FINISHED, BAD_NUMBERS, STOPPED = 0, 3, 4

@@ -24,11 +24,11 @@ from fp8jax.models.definition import define
 from fp8jax.models.flops import model_flops
 from fp8jax.numerics.recipes import ROLES
 from fp8jax.parallel.mesh import make_mesh
+from fp8jax.training.banner import check_attention, check_fallbacks
 from fp8jax.training.estimates import state_bytes
 from fp8jax.training.fit_options import gigabytes
 from fp8jax.training.fit_target import TargetFit, fit_target
 from fp8jax.training.programs import programs
-from fp8jax.training.start_up import check_attention, check_fallbacks
 from fp8jax.training.step import TrainProgram
 
 _BLOCK_ROLES = [role for role in ROLES if role != "lm_head"]

@@ -12,7 +12,7 @@ from fp8jax.config import Config, ConfigError
 from fp8jax.data import fingerprints, tokenizer
 from fp8jax.monitor.stages import Stages
 from fp8jax.parallel import distributed
-from fp8jax.training import manifest, precision, scaling_state
+from fp8jax.training import manifest, scaling_state, state_formats
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.fit_options import OPEN
 from fp8jax.training.fixed_fields import is_fixed
@@ -93,7 +93,7 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     )
     program = program.fallen_back(position.fallback)
     optimizer = program.config.optimizer
-    saved = precision.saved_as(optimizer, checkpoints.dtypes(step))
+    saved = state_formats.saved_as(optimizer, checkpoints.dtypes(step))
     items = program.abstract_state_kept_as(saved).items()
     if (
         step == 0
@@ -126,7 +126,7 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     state = TrainState.from_items(found)
     if saved != optimizer:
         tell(
-            f"optimizer state kept as {precision.describe(saved)} in the checkpoint, as {precision.describe(optimizer)} from here on"
+            f"optimizer state kept as {state_formats.describe(saved)} in the checkpoint, as {state_formats.describe(optimizer)} from here on"
         )
         state = program.keep_as_configured(state)
     return Resumed(program, state, step, position, tuple(why))

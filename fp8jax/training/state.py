@@ -15,7 +15,7 @@ from fp8jax.models import gemms
 from fp8jax.models.definition import Definition
 from fp8jax.models.gemms import ModelRecipes
 from fp8jax.parallel.sharding import named_sharding
-from fp8jax.training import precision
+from fp8jax.training import state_formats
 from fp8jax.training.bad_steps import Health
 from fp8jax.training.optimizer import make_transform
 
@@ -66,7 +66,7 @@ def state_of(params: Any, recipes: ModelRecipes, config: Any) -> TrainState:
         fresh = jax.lax.optimization_barrier(
             (params, make_transform(config.optimizer).init(params), step)
         )
-        params, opt_state = precision.pack(config.optimizer, *fresh)
+        params, opt_state = state_formats.pack(config.optimizer, *fresh)
     return TrainState(step, params, gemms.init_scaling(recipes), opt_state, Health.initial())
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from fp8jax.models.definition import STACKED
 from fp8jax.models.taps import Taps
 from fp8jax.numerics import formats, statistics
-from fp8jax.training import precision
+from fp8jax.training import state_formats
 from fp8jax.training.state import TrainState
 
 
@@ -23,7 +23,7 @@ def state_statistics(state: TrainState) -> Taps:
 
     A parameter has no tokens: the whole of it, in each layer, is one sample of the kurtosis. Outside the blocks there is one layer.
     """
-    params, moments = precision.unpack(state.params, state.opt_state)
+    params, moments = state_formats.unpack(state.params, state.opt_state)
     out: Taps = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "moments": moments}):
         group = next((key.name for key in reversed(path) if hasattr(key, "name")), "params")

@@ -34,7 +34,7 @@ from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel.mesh import emulates_fp8, has_cudnn_attention, runs_kernels
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
-from fp8jax.training import bad_steps, precision
+from fp8jax.training import bad_steps, state_formats
 from fp8jax.training.gradients import GradientSums, gradient_view
 from fp8jax.training.optimizer import learning_rate, make_transform
 from fp8jax.training.state import TrainState, abstract_state, initial_state, state_of
@@ -161,7 +161,9 @@ class TrainProgram:
         """A state whose parameters and moments are in other formats, in those of this program's config."""
 
         def convert(params: Params, opt_state: Any, step: jax.Array) -> tuple[Params, Any]:
-            return precision.pack(self.config.optimizer, *precision.unpack(params, opt_state), step)
+            return state_formats.pack(
+                self.config.optimizer, *state_formats.unpack(params, opt_state), step
+            )
 
         shardings = self.state_shardings.params, self.state_shardings.opt_state
         params, opt_state = jax.jit(convert, out_shardings=shardings)(
@@ -453,11 +455,11 @@ def train_step(
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         squares = bad_steps.squares(grads)
         grad_norm = jnp.sqrt(sum(jnp.sum(square) for square in squares))
-        params, moments = precision.unpack(*_after(grads, state.params, state.opt_state))
+        params, moments = state_formats.unpack(*_after(grads, state.params, state.opt_state))
         update, moments = make_transform(config.optimizer).update(grads, moments, params)
         rate = learning_rate(config, state.step)
         params = jax.tree.map(lambda p, u: p - rate * u, params, update)
-        params, opt_state = precision.pack(config.optimizer, params, moments, state.step)
+        params, opt_state = state_formats.pack(config.optimizer, params, moments, state.step)
     scaling = gemms.update_scaling(state.scaling, amaxes, recipes)
     values, threshold = jnp.stack([loss, grad_norm]), config.training.skip_spikes
     spike = state.health.is_spike(values, threshold) if threshold else jnp.zeros((), bool)

@@ -19,11 +19,11 @@ from fp8jax.audit import hlo, program
 from fp8jax.audit.compiled_gemms import compiled_gemms
 from fp8jax.audit.gemms import fp8_share
 from fp8jax.models.definition import define
-from fp8jax.numerics.attention import BACKENDS, SCORES, VALUES, attention
+from fp8jax.numerics.attention.definition import BACKENDS, SCORES, VALUES, attention
+from fp8jax.numerics.attention.self_check import self_check, true_attention
 from fp8jax.numerics.compiling import compiler_options
-from fp8jax.numerics.dot_general import dot_general
+from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.recipes import OPERANDS, ROLES, GemmRecipe
-from fp8jax.numerics.self_check import self_check, true_attention
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.training.step import TrainProgram
 

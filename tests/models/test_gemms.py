@@ -14,7 +14,7 @@ from fp8jax.models import gemms, layers
 from fp8jax.models.definition import define
 from fp8jax.monitor import outliers
 from fp8jax.numerics import statistics
-from fp8jax.numerics.dot_general import dot_general
+from fp8jax.numerics.gemm import dot_general
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.step import TrainProgram
 

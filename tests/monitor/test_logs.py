@@ -14,8 +14,8 @@ from fp8jax.monitor import layered, logs, report_data
 from fp8jax.monitor.early_warning import EarlyWarning
 from fp8jax.monitor.logs import MetricsError, cut, read_metrics, records, tail
 from fp8jax.monitor.writers import MetricsWriter, Silent
-from fp8jax.training.reaction import Reaction
-from tests.monitor.test_early_warning import STANDS, bent, growing, log
+from fp8jax.training.warning_actions import Reaction
+from tests.monitor.made_up_logs import STANDS, bent, growing, log
 
 TENSORS = [
     f"{statistic}/{tensor}"

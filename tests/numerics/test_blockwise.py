@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from fp8jax.numerics import blockwise
-from fp8jax.numerics.attention import SCORES, VALUES, attention
-from fp8jax.numerics.dot_general import CHECKPOINT_NAME, dot_general, quantise_weight
+from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
+from fp8jax.numerics.gemm import CHECKPOINT_NAME, dot_general, quantise_weight
 from fp8jax.numerics.recipes import GemmRecipe
+from tests.numerics.gemm_calls import PLAIN, operands, result_and_gradients, run
 
 from . import reference
 from .reference import E4M3, E5M2
-from .test_dot_general import PLAIN, operands, result_and_gradients, run
 
 BLOCKWISE = GemmRecipe("blockwise")
 # name → shape of x, shape of w, dimension numbers

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from fp8jax.numerics import statistics
 from fp8jax.numerics.cross_entropy import linear_cross_entropy
-from fp8jax.numerics.dot_general import dot_general
+from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.recipes import GemmRecipe
 
 DIMS = (((2,), (1,)), ((), ()))

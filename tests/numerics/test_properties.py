@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from fp8jax.numerics.recipes import GemmRecipe
+from tests.numerics.gemm_calls import fill, operands, problems, run
 
 from . import reference
-from .test_dot_general import fill, operands, problems, run
 
 MAGNITUDES = st.sampled_from([1e-37, 1e-20, 1e-7, 1.0, 1e4, 1e20, 1e37])
 KINDS = st.sampled_from(["normal", "normal", "sparse", "zero", "spread"])

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax.numerics import formats, scaling
-from fp8jax.numerics.attention import SCORES, VALUES, attention
-from fp8jax.numerics.dot_general import dot_general
+from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
+from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.recipes import GemmRecipe
 
 RECIPE = GemmRecipe("current")

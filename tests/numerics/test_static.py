@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fp8jax.numerics.attention import SCORES, VALUES, attention
-from fp8jax.numerics.dot_general import dot_general
+from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
+from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
+from tests.numerics.attention_calls import Attention, close, inputs
+from tests.numerics.gemm_calls import CASES, PLAIN, operands, run
 
 from . import reference
-from .test_attention import Attention, close, inputs
-from .test_dot_general import CASES, PLAIN, operands, run
 
 STATIC = GemmRecipe("static", static_weight_scale=2.0**-6, static_gradient_scale=2.0**-10)
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fp8jax.numerics import attention_rows, formats, statistics
-from fp8jax.numerics.attention import SCORES, VALUES, attention
-from fp8jax.numerics.dot_general import dot_general
+from fp8jax.numerics import formats, statistics
+from fp8jax.numerics.attention import rows as attention_rows
+from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
+from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
 
 from . import reference

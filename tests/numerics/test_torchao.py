@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fp8jax.numerics.dot_general import dot_general
+from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.recipes import GemmRecipe
 
 torch = pytest.importorskip("torch")

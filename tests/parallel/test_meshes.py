@@ -14,10 +14,10 @@ from fp8jax.data import pipeline, tokenizer
 from fp8jax.models import gemms
 from fp8jax.models.definition import define
 from fp8jax.numerics import formats
-from fp8jax.numerics.attention import SCORES, VALUES, attention
+from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
 from fp8jax.numerics.compiling import compiler_options
-from fp8jax.numerics.dot_general import dot_general
-from fp8jax.numerics.placement import Partition, Placement
+from fp8jax.numerics.gemm import dot_general
+from fp8jax.numerics.gemm_sharding import Partition, Placement
 from fp8jax.numerics.recipes import GemmRecipe
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.parallel.sharding import RULES, activation_specs, attention_axes

@@ -10,7 +10,7 @@ import pytest
 
 from fp8jax.models.feed_forward import FeedForward
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.numerics import placement
+from fp8jax.numerics import gemm_sharding
 from fp8jax.training import step as step_lib
 from fp8jax.training.checkpoint import Checkpoints
 from fp8jax.training.step import TrainProgram
@@ -75,9 +75,9 @@ def break_microbatch(patch):
 
 def break_amax_on_one_device(patch):
     """The fifth of eight devices, data 2 x fsdp 4, has another amax of every operand; the tensors themselves stay as they are."""
-    original = placement.amax_by_device
+    original = gemm_sharding.amax_by_device
     patch.setattr(
-        placement,
+        gemm_sharding,
         "amax_by_device",
         lambda *args, **options: original(*args, **options).at[1, 0].set(jnp.nan),
     )

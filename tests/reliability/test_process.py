@@ -13,7 +13,7 @@ import pytest
 
 from fp8jax.config import ConfigError
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.training import manifest, saving
+from fp8jax.training import manifest, save_policy
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints
 from fp8jax.training.lock import exclusive
 from tests.helpers.runs import micro, train
@@ -123,7 +123,7 @@ def test_storage_that_fails_does_not_stop_training(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(
         Checkpoints, "busy", lambda self: False
     )  # or a slow disk would postpone saves
-    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(save_policy, "RETRY_SECONDS", 0.0)
     assert train(micro(training={"steps": 8}, checkpoint={"every": 2}), tmp_path) == 0
     assert calls == [2, 4, 5, 6, 8]
     failed = [

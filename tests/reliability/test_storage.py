@@ -9,9 +9,9 @@ import time
 import pytest
 
 from fp8jax.config import ConfigError
-from fp8jax.monitor.patient_file import PatientFile
+from fp8jax.monitor.retrying_file import RetryingFile
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.training import manifest, saving
+from fp8jax.training import manifest, save_policy
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints
 from tests.helpers.runs import logged, micro, saved, train
 
@@ -82,7 +82,7 @@ def first_save(workdir):
 
 def test_a_disk_that_is_full_for_a_while(disk, whole, at_batch, monkeypatch, capsys):
     """Neither checkpoints nor logs can be written from step 7 to step 13; then everything is there, bit for bit."""
-    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(save_policy, "RETRY_SECONDS", 0.0)
 
     def fill():
         first_save(disk / "run")
@@ -111,7 +111,7 @@ def test_a_disk_that_is_full_for_a_while(disk, whole, at_batch, monkeypatch, cap
 
 @pytest.mark.slow
 def test_storage_that_is_read_only_for_a_while(disk, whole, at_batch, monkeypatch):
-    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(save_policy, "RETRY_SECONDS", 0.0)
     path = disk / "run" / "checkpoints"
 
     def lock():
@@ -147,12 +147,12 @@ def test_slow_storage_postpones_saves_but_no_step(tmp_path, whole, at_batch, mon
 
 
 def test_the_last_save_is_tried_again_before_the_run_gives_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(save_policy, "RETRY_SECONDS", 0.0)
     config = micro(training={"steps": 2}, evaluation={"every": 0, "batches": 1})
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(CheckpointError, match="check free space and permissions"):
         train(config, tmp_path)
-    assert len(failures(tmp_path)) == saving.LAST_TRIES - 1
+    assert len(failures(tmp_path)) == save_policy.LAST_TRIES - 1
     os.unlink(tmp_path / "checkpoints")
     assert train(config, tmp_path) == 0
 
@@ -166,7 +166,7 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
 
 
 def test_a_line_cut_by_a_full_disk_is_completed_later(disk):
-    file, content = PatientFile(disk / "log"), os.urandom(6 << 20)
+    file, content = RetryingFile(disk / "log"), os.urandom(6 << 20)
     file.write(content)
     assert "No space left" in file.reason and os.path.getsize(disk / "log") < len(content)
     assert mount("-o", "remount,size=16m", disk)

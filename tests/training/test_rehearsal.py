@@ -13,7 +13,8 @@ from fp8jax.audit import limits, targets
 from fp8jax.audit.limits import Limit
 from fp8jax.cli import audit
 from fp8jax.config import ARCHITECTURES
-from fp8jax.numerics import attention_pallas, statistics
+from fp8jax.numerics import statistics
+from fp8jax.numerics.attention import pallas as attention_pallas
 from fp8jax.training import fit_target, rehearsal
 from fp8jax.training.rehearsal import Rehearsed, rehearse
 

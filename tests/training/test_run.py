@@ -12,7 +12,7 @@ import pytest
 from fp8jax import config as config_lib
 from fp8jax.data import pipeline
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.training import start_up, step
+from fp8jax.training import banner, step
 from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.evaluation import evaluate_run
 from fp8jax.training.step import TrainProgram
@@ -196,7 +196,7 @@ def test_a_bad_step_changes_nothing_but_the_counters(where):
 )
 def test_start_up_counts_the_fp8_share_from_the_program(recipe, overrides, share):
     program = program_of(micro(fp8={"recipe": recipe, "overrides": overrides}))
-    lines = start_up.describe(program)
+    lines = banner.describe(program)
     line = next(line for line in lines if line.startswith("fp8"))
     assert any(
         line.startswith("data     the embedded corpus") and "3,558,175 tokens, 0.00 epochs" in line

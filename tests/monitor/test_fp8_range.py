@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fp8jax.monitor.loads import LOGITS, ROUNDING, loads
+from fp8jax.monitor.fp8_range import LOGITS, ROUNDING, loads
 
 FORMATS = {
     "e4m3": ml_dtypes.float8_e4m3fn,

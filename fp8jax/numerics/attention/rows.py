@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.numerics import formats
-from fp8jax.numerics.dot_general import gemm
 from fp8jax.numerics.formats import Quantised
-from fp8jax.numerics.placement import Partition
+from fp8jax.numerics.gemm import gemm
+from fp8jax.numerics.gemm_sharding import Partition
 from fp8jax.numerics.recipes import GemmRecipe
 
 # P is at most 1, so 1/256 uses e4m3 up to 256 of 448: the next power of two would saturate.

@@ -1,4 +1,4 @@
-"""Flash attention in FP8 as Pallas kernels for Triton: forward, dQ, and dK with dV; and its statistics. Host side: attention_pallas.py.
+"""Flash attention in FP8 as Pallas kernels for Triton: forward, dQ, and dK with dV; and its statistics. Host side: pallas.py.
 
 Every GEMM is a product of two FP8 tiles. Hopper's tensor cores read both operands of one with the contracted dimension
 contiguous, so a GEMM that contracts tokens takes a transposed copy: V in the forward pass, K for dQ, Q and dO for dK and dV
@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from fp8jax.numerics import formats
-from fp8jax.numerics.attention_rows import P_SCALE
+from fp8jax.numerics.attention.rows import P_SCALE
 from fp8jax.numerics.triton_dot import dot, exp2, fma
 
 # P's scale is a power of two, which is added to exponents.

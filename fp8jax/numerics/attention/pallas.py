@@ -1,4 +1,4 @@
-"""Attention backend `pallas`: our own fused FP8 kernels, for Hopper GPUs. Kernels: attention_kernels.py.
+"""Attention backend `pallas`: our own fused FP8 kernels, for Hopper GPUs. Kernels: kernels.py.
 
     o = attention(q, k, v, recipes, softmax_scale=0.125, backend="pallas")
 
@@ -25,15 +25,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import triton
 
-from fp8jax.numerics import (
-    attention_composed,
-    attention_kernels,
-    attention_rows,
-    statistics,
-    triton_dot,
-)
-from fp8jax.numerics.attention_kernels import Shape, Tile
-from fp8jax.numerics.attention_rows import LOG2_E, P_SCALE, Call, Operands, Residuals, Weights
+from fp8jax.numerics import statistics, triton_dot
+from fp8jax.numerics.attention import composed as attention_composed
+from fp8jax.numerics.attention import kernels as attention_kernels
+from fp8jax.numerics.attention import rows as attention_rows
+from fp8jax.numerics.attention.kernels import Shape, Tile
+from fp8jax.numerics.attention.rows import LOG2_E, P_SCALE, Call, Operands, Residuals, Weights
 from fp8jax.numerics.formats import Quantised
 
 HEAD_DIMS = (64, 128, 256)

@@ -1,6 +1,6 @@
 """A file to append to that outlasts storage that fails: what cannot be written waits in memory, in order.
 
-    file = PatientFile("metrics.jsonl")
+    file = RetryingFile("metrics.jsonl")
     file.write(content)         # never raises for storage's sake
     file.reason                 # why some of it is not on disk yet, "" if all is; the next write tries again
 
@@ -10,7 +10,7 @@ Nothing is given up while the process lives, so an outage of storage costs the m
 import os
 
 
-class PatientFile:
+class RetryingFile:
     """An append-only binary file.
 
     Args:

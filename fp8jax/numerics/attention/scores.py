@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.numerics import attention_composed, attention_pallas, attention_rows, statistics
-from fp8jax.numerics.attention_rows import Call
+from fp8jax.numerics import statistics
+from fp8jax.numerics.attention import composed as attention_composed
+from fp8jax.numerics.attention import pallas as attention_pallas
+from fp8jax.numerics.attention import rows as attention_rows
+from fp8jax.numerics.attention.rows import Call
 from fp8jax.numerics.formats import Quantised
-from fp8jax.numerics.placement import Partition, moved, pin, placements
+from fp8jax.numerics.gemm_sharding import Partition, moved, pin, placements
 from fp8jax.numerics.recipes import GemmRecipe
 
 

@@ -12,9 +12,9 @@ import pytest
 from fp8jax import config as config_lib
 from fp8jax.data import pipeline
 from fp8jax.models.definition import define
-from fp8jax.numerics import storage
+from fp8jax.numerics import low_bit_state
 from fp8jax.parallel.mesh import make_mesh
-from fp8jax.training import loop, precision, scaling_state
+from fp8jax.training import loop, scaling_state, state_formats
 from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.evaluation import load_run
 from fp8jax.training.gradients import GradientSums
@@ -115,7 +115,7 @@ def test_a_restored_state_goes_on_bit_for_bit(kind, tmp_path):
         checkpoints.wait()
         resumed = resume(program, checkpoints, pytest.fail)
         dtypes = checkpoints.dtypes(2)
-    assert precision.saved_as(config_lib.OptimizerConfig(), dtypes) == dataclasses.replace(
+    assert state_formats.saved_as(config_lib.OptimizerConfig(), dtypes) == dataclasses.replace(
         config_lib.OptimizerConfig(),
         **{name: value for name, value in KINDS[kind].items() if name != "gradient_dtype"},
     )
@@ -131,7 +131,7 @@ def test_a_run_goes_on_with_states_in_other_formats(tmp_path):
             state = resume(program, checkpoints, said.append).state
             if before is None:
                 state = advance(program, start(program), 0, 1)[0]
-            params, moments = precision.unpack(state.params, state.opt_state)
+            params, moments = state_formats.unpack(state.params, state.opt_state)
             if before is not None:
                 assert_close(before, (params, moments), coarsest=2.0**-3)
             before = params, moments
@@ -186,13 +186,15 @@ def load_run_dtypes(workdir, config):
 def test_every_array_is_rounded_with_bits_of_its_own(monkeypatch):
     """Weights and moments that share bits would be rounded alike, and their errors would add up."""
     program = program_of(micro(FP8_FP16))
-    state, numbers, original = program.abstract_state, [], storage.seed_of
+    state, numbers, original = program.abstract_state, [], low_bit_state.seed_of
     monkeypatch.setattr(
-        storage, "seed_of", lambda step, number: numbers.append(number) or original(step, number)
+        low_bit_state,
+        "seed_of",
+        lambda step, number: numbers.append(number) or original(step, number),
     )
     jax.eval_shape(
-        lambda p, o: precision.pack(
-            program.config.optimizer, *precision.unpack(p, o), jnp.int32(0)
+        lambda p, o: state_formats.pack(
+            program.config.optimizer, *state_formats.unpack(p, o), jnp.int32(0)
         ),
         state.params,
         state.opt_state,
@@ -205,7 +207,9 @@ def test_float32_is_left_alone():
     program = program_of(micro({}))
     state = program.abstract_state
     jaxpr = jax.make_jaxpr(
-        lambda p, o: precision.pack(program.config.optimizer, *precision.unpack(p, o), jnp.int32(0))
+        lambda p, o: state_formats.pack(
+            program.config.optimizer, *state_formats.unpack(p, o), jnp.int32(0)
+        )
     )(state.params, state.opt_state)
     assert {eqn.primitive.name for eqn in jaxpr.jaxpr.eqns} <= {"convert_element_type"}
     assert not jax.tree.leaves((state.opt_state.scales, state.opt_state.remainder))
@@ -219,7 +223,7 @@ def test_eight_devices_agree_with_one(kind):
     for devices in (1, 8):
         program = program_of(micro(KINDS[kind], devices))
         state, losses[devices] = advance(program, start(program), 0, 4)
-        states[devices] = precision.unpack(state.params, state.opt_state)[0]
+        states[devices] = state_formats.unpack(state.params, state.opt_state)[0]
     np.testing.assert_allclose(losses[1], losses[8], rtol=2e-3)
     for name, a in arrays(states[1]).items():
         b = arrays(states[8])[name]

@@ -3,8 +3,9 @@
 import pytest
 
 from fp8jax.config import ConfigError
-from fp8jax.numerics import attention, attention_composed
-from fp8jax.training import start_up
+from fp8jax.numerics.attention import composed as attention_composed
+from fp8jax.numerics.attention import definition as attention
+from fp8jax.training import banner
 from tests.helpers.runs import micro, program_of
 
 
@@ -14,7 +15,7 @@ def program():
 
 
 def test_attention_is_checked_against_the_definition(program):
-    (line,) = start_up.check_attention(program)
+    (line,) = banner.check_attention(program)
     assert program.recipes.attention_backend == "composed" and "composed, within" in line
 
 
@@ -29,7 +30,7 @@ def test_attention_that_computes_something_else_is_refused(program, monkeypatch)
     with pytest.raises(
         ConfigError, match="config.fp8.attention_backend: .*'composed' disagrees.* o 1[ ,.;]"
     ):
-        start_up.check_attention(program)
+        banner.check_attention(program)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_attention_that_computes_something_else_is_refused(program, monkeypatch)
     [({"recipe": "bf16"}, 0), ({"recipe": "fp8"}, 0), ({"attention_backend": "emulated"}, 1)],
 )
 def test_nothing_to_check(fp8, lines):
-    assert len(start_up.check_attention(program_of(micro(fp8=fp8)))) == lines
+    assert len(banner.check_attention(program_of(micro(fp8=fp8)))) == lines
 
 
 def test_a_backend_that_cannot_do_the_scaling_names_one_that_can():
@@ -49,18 +50,18 @@ def test_a_backend_that_cannot_do_the_scaling_names_one_that_can():
 
 
 def test_memory_is_told_by_part(program):
-    lines = start_up.describe_compiled(program)
+    lines = banner.describe_compiled(program)
     assert len(lines) == 1 and lines[0].startswith("memory   ") and "temporaries" in lines[0]
 
 
 def test_a_gemm_that_lost_fp8_is_a_warning(program, monkeypatch):
     monkeypatch.setattr(
-        start_up.audit,
+        banner.audit,
         "fallbacks",
         lambda asked, found: ["qkv.dgrad: bfloat16 x bfloat16, cuBLASLt"],
     )
     monkeypatch.setattr(program, "emulated", False)
-    assert start_up.describe_compiled(program)[1:] == [
+    assert banner.describe_compiled(program)[1:] == [
         "warning  not compiled to an FP8 GEMM: qkv.dgrad: bfloat16 x bfloat16, cuBLASLt"
     ]
 
@@ -77,7 +78,7 @@ def test_every_role_that_a_warning_can_name_is_tried(monkeypatch):
         "check_fallback",
         lambda overrides, check=program.check_fallback: (tried.append(overrides), check(overrides)),
     )
-    start_up.check_fallbacks(program)
+    banner.check_fallbacks(program)
     assert {"attention_scores=bf16", "attention_values=bf16", "mlp_down=bf16"} <= set(
         tried
     ) and len(tried) == 7
@@ -89,7 +90,7 @@ def test_every_role_that_a_warning_can_name_is_tried(monkeypatch):
 def test_a_fallback_that_cannot_be_is_refused_at_the_start():
     for action in ("fallback", "log"):
         with pytest.raises(ConfigError, match="mlp_gate: the FFN has no gate"):
-            start_up.check_fallbacks(
+            banner.check_fallbacks(
                 program_of(micro(warning={"action": action, "fallback": "mlp_gate"}))
             )
 
@@ -98,8 +99,8 @@ def test_a_fallback_that_cannot_be_is_refused_at_the_start():
     ("scan", "layers", "warned"), [(True, 6, False), (False, 2, False), (False, 6, True)]
 )
 def test_layers_that_are_compiled_one_by_one_are_a_warning(monkeypatch, scan, layers, warned):
-    monkeypatch.setattr(start_up, "_traced", lambda program: [])
-    monkeypatch.setattr(start_up.audit, "fp8_share", lambda gemms, roles: 1.0)
+    monkeypatch.setattr(banner, "_traced", lambda program: [])
+    monkeypatch.setattr(banner.audit, "fp8_share", lambda gemms, roles: 1.0)
     model = {
         "width": 32,
         "ffn_width": 32,
@@ -108,7 +109,7 @@ def test_layers_that_are_compiled_one_by_one_are_a_warning(monkeypatch, scan, la
         "layers": layers,
         "scan_layers": scan,
     }
-    lines = start_up.describe(program_of(micro(model=model)))
+    lines = banner.describe(program_of(micro(model=model)))
     assert (
         any(line.startswith("warning  config.model.scan_layers=False") for line in lines) == warned
     )

@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec
 
 from fp8jax.numerics import blockwise, statistics
 from fp8jax.numerics.formats import E4M3, E5M2, Quantised
-from fp8jax.numerics.placement import Placement, moved, pin, report_amax
+from fp8jax.numerics.gemm_sharding import Placement, moved, pin, report_amax
 from fp8jax.numerics.recipes import GemmRecipe
 
 # The name that quantised tensors carry for remat policies (jax.checkpoint_policies.save_only_these_names).

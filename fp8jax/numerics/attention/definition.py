@@ -43,16 +43,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from fp8jax.numerics import (
-    attention_composed,
-    attention_pallas,
-    attention_rows,
-    formats,
-    statistics,
-)
-from fp8jax.numerics.attention_rows import Call, Operands, Residuals, Weights
-from fp8jax.numerics.dot_general import CHECKPOINT_NAME, as_bytes, from_bytes, named, report_cast
-from fp8jax.numerics.placement import Partition, moved, pin, placements, report_amax
+from fp8jax.numerics import formats, statistics
+from fp8jax.numerics.attention import composed as attention_composed
+from fp8jax.numerics.attention import pallas as attention_pallas
+from fp8jax.numerics.attention import rows as attention_rows
+from fp8jax.numerics.attention.rows import Call, Operands, Residuals, Weights
+from fp8jax.numerics.gemm import CHECKPOINT_NAME, as_bytes, from_bytes, named, report_cast
+from fp8jax.numerics.gemm_sharding import Partition, moved, pin, placements, report_amax
 from fp8jax.numerics.recipes import GemmRecipe
 
 SCORES, VALUES = "attention_scores", "attention_values"

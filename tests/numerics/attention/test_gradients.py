@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fp8jax.numerics import attention_rows
-from fp8jax.numerics.attention import SCORES, VALUES, attention
-from fp8jax.numerics.attention_rows import Call, Residuals
+from fp8jax.numerics.attention import rows as attention_rows
+from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
+from fp8jax.numerics.attention.rows import Call, Residuals
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.formats import dequantise
 from fp8jax.numerics.recipes import GemmRecipe
-
-from . import true_attention
-from .true_attention import distance
+from tests.numerics import true_attention
+from tests.numerics.true_attention import distance
 
 FP8, BF16 = GemmRecipe("current"), GemmRecipe("bf16")
 BACKENDS = ("emulated", "composed", "pallas")

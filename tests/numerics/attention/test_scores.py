@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fp8jax.numerics.attention_statistics import score_statistics
-from fp8jax.numerics.placement import Partition
+from fp8jax.numerics.attention.scores import score_statistics
+from fp8jax.numerics.gemm_sharding import Partition
 from fp8jax.numerics.recipes import GemmRecipe
-
-from . import reference
-from .reference import E4M3
+from tests.numerics import reference
+from tests.numerics.reference import E4M3
 
 SCALES = np.asarray([2.0**-5, 2.0**-9, 1.0], np.float32)
 

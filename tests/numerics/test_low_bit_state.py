@@ -6,14 +6,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fp8jax.numerics import storage
+from fp8jax.numerics import low_bit_state
 
 SIXTEEN = [jnp.bfloat16, jnp.float16]
 ALL = [*SIXTEEN, jnp.float8_e4m3fn]
 
 
 def bits_of(x, seed=0):
-    return storage.random_bits(x.shape, jnp.uint32(seed))
+    return low_bit_state.random_bits(x.shape, jnp.uint32(seed))
 
 
 def spread_out(rng, shape):
@@ -45,7 +45,7 @@ def test_rounds_to_a_neighbour_and_right_on_average(dtype):
     x = np.asarray(spread_out(np.random.default_rng(0), (64,)))
     low, high = neighbours(x, jnp.dtype(dtype))
     many = np.asarray(
-        storage.round_stochastic(
+        low_bit_state.round_stochastic(
             jnp.broadcast_to(x, (20000, 64)), dtype, bits_of(jnp.zeros((20000, 64)))
         ),
         np.float64,
@@ -76,10 +76,12 @@ def test_what_a_format_holds_stays(dtype):
         jnp.full(values.shape, 0xFFFFFFFF, jnp.uint32),
     ):
         np.testing.assert_array_equal(
-            np.asarray(storage.round_stochastic(jnp.asarray(values), dtype, bits), np.float32),
+            np.asarray(
+                low_bit_state.round_stochastic(jnp.asarray(values), dtype, bits), np.float32
+            ),
             values,
         )
-        edge = storage.round_stochastic(
+        edge = low_bit_state.round_stochastic(
             jnp.array([np.finfo(np.float32).max, -np.inf, np.nan]), dtype, bits[:3]
         )
         assert (
@@ -88,7 +90,7 @@ def test_what_a_format_holds_stays(dtype):
 
 
 def test_random_bits_are_uniform_and_differ_by_seed_and_mesh_free():
-    a, b = (np.asarray(storage.random_bits((512, 257), jnp.uint32(seed))) for seed in (1, 2))
+    a, b = (np.asarray(low_bit_state.random_bits((512, 257), jnp.uint32(seed))) for seed in (1, 2))
     for shift in (0, 7, 24, 31):
         assert (
             abs(((a >> shift) & 1).mean() - 0.5) < 0.005
@@ -97,13 +99,13 @@ def test_random_bits_are_uniform_and_differ_by_seed_and_mesh_free():
         assert abs((((a[1:] ^ a[:-1]) >> shift) & 1).mean() - 0.5) < 0.005
     mesh = jax.make_mesh((4, 2), ("x", "y"))
     sharded = jax.jit(
-        lambda: storage.random_bits((512, 256), jnp.uint32(1)),
+        lambda: low_bit_state.random_bits((512, 256), jnp.uint32(1)),
         out_shardings=jax.NamedSharding(mesh, jax.P("x", "y")),
     )()
-    np.testing.assert_array_equal(sharded, storage.random_bits((512, 256), jnp.uint32(1)))
+    np.testing.assert_array_equal(sharded, low_bit_state.random_bits((512, 256), jnp.uint32(1)))
 
 
-@pytest.mark.parametrize("name", storage.SCALED)
+@pytest.mark.parametrize("name", low_bit_state.SCALED)
 def test_small_moments_survive_beside_large_ones(name):
     """Rows 1e8 apart in one matrix, and 1e4 within a block, as gradients are."""
     rng = np.random.default_rng(0)
@@ -114,11 +116,11 @@ def test_small_moments_survive_beside_large_ones(name):
     )
     largest = 2.0**-3 if name == "fp8" else 2.0**-10
     for x, root in ((m, False), (m**2, True)):
-        data, scale = storage.encode(
+        data, scale = low_bit_state.encode(
             jnp.asarray(x, jnp.float32), name, bits_of(jnp.asarray(x)), root=root
         )
-        assert data.dtype == storage.FORMATS[name] and scale.shape == (6, 3)
-        again = np.asarray(storage.decode(data, scale, root=root), np.float64)
+        assert data.dtype == low_bit_state.FORMATS[name] and scale.shape == (6, 3)
+        again = np.asarray(low_bit_state.decode(data, scale, root=root), np.float64)
         # Relative to the element where it is a normal number of its block, which more than 4 powers of ten below the largest need not be.
         big = np.abs(m) > 1e-3 * np.abs(m).max(1, keepdims=True)
         error = np.abs(again - x) / np.abs(x)
@@ -126,7 +128,7 @@ def test_small_moments_survive_beside_large_ones(name):
         assert np.isfinite(again).all() and (not root or (again > 0).all())
 
 
-@pytest.mark.parametrize("name", storage.FORMATS)
+@pytest.mark.parametrize("name", low_bit_state.FORMATS)
 @pytest.mark.parametrize("root", [False, True], ids=["first", "second"])
 def test_moments_are_right_on_average(name, root):
     """The mean over draws, against float64: of each number within 5 standard errors, of all together within 2e-4."""
@@ -138,8 +140,10 @@ def test_moments_are_right_on_average(name, root):
     ).astype(np.float32)
     x = m**2 if root else m
     bits = bits_of(jnp.zeros((draws, 128)), 7)
-    encoded = storage.encode(jnp.broadcast_to(x, (draws, 128)), name, bits, root=root)
-    ratios = np.asarray(storage.decode(*encoded, root=root), np.float64) / x.astype(np.float64)
+    encoded = low_bit_state.encode(jnp.broadcast_to(x, (draws, 128)), name, bits, root=root)
+    ratios = np.asarray(low_bit_state.decode(*encoded, root=root), np.float64) / x.astype(
+        np.float64
+    )
     error = np.abs(ratios.mean(0) - 1) / (ratios.std(0) / draws**0.5 + 1e-6)
     assert error.max() < 5 and abs(ratios.mean() - 1) < 2e-4 + 3 * ratios.std() / ratios.size**0.5
 
@@ -150,12 +154,14 @@ def test_an_average_of_little_changes_does_not_stand_still():
     @jax.jit
     def fall(state, i):
         data, scale = state
-        v = storage.decode(data, scale, root=True) * 0.995
-        return storage.encode(v, "fp8", bits_of(v, i), root=True), None
+        v = low_bit_state.decode(data, scale, root=True) * 0.995
+        return low_bit_state.encode(v, "fp8", bits_of(v, i), root=True), None
 
-    start = storage.encode(jnp.full((8, 128), 3e-9), "fp8", bits_of(jnp.zeros((8, 128))), root=True)
+    start = low_bit_state.encode(
+        jnp.full((8, 128), 3e-9), "fp8", bits_of(jnp.zeros((8, 128))), root=True
+    )
     (data, scale), _ = jax.lax.scan(fall, start, jnp.arange(200, dtype=jnp.uint32))
-    found = float(storage.decode(data, scale, root=True).mean())
+    found = float(low_bit_state.decode(data, scale, root=True).mean())
     assert found == pytest.approx(3e-9 * 0.995**200, rel=0.25)
     stuck = float(jnp.float32(0.25).astype(jnp.float8_e4m3fn)) * 0.995**0.5
     assert float(jnp.float32(stuck).astype(jnp.float8_e4m3fn)) == 0.25
@@ -164,19 +170,19 @@ def test_an_average_of_little_changes_does_not_stand_still():
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=lambda d: jnp.dtype(d).name)
 def test_split_holds_eight_bits_more(dtype):
     x = spread_out(np.random.default_rng(1), (4096,))
-    high, low = storage.split(x, dtype)
+    high, low = low_bit_state.split(x, dtype)
     assert high.dtype == dtype and low.dtype == jnp.int8
     np.testing.assert_array_equal(
         np.asarray(high), np.asarray(x).astype({2: jnp.dtype(dtype)}[high.dtype.itemsize])
     )
-    again = np.asarray(storage.join(high, low), np.float64)
+    again = np.asarray(low_bit_state.join(high, low), np.float64)
     magnitude = np.maximum(
         np.abs(np.asarray(high, np.float64)), 2.0 ** int(jnp.finfo(dtype).minexp)
     )
     unit = 2.0 ** (np.floor(np.log2(magnitude)) - jnp.finfo(dtype).nmant)
     assert (np.abs(again - np.asarray(x, np.float64)) <= unit / 256).all()
-    once = storage.split(jnp.asarray(again, jnp.float32), dtype)
-    np.testing.assert_array_equal(storage.join(*once), jnp.asarray(again, jnp.float32))
+    once = low_bit_state.split(jnp.asarray(again, jnp.float32), dtype)
+    np.testing.assert_array_equal(low_bit_state.join(*once), jnp.asarray(again, jnp.float32))
 
 
 def test_casts_agree_with_ml_dtypes():
@@ -188,5 +194,5 @@ def test_casts_agree_with_ml_dtypes():
         (jnp.float16, np.float16),
         (jnp.float8_e4m3fn, ml_dtypes.float8_e4m3fn),
     ):
-        found = np.asarray(storage.round_stochastic(jnp.asarray(x), dtype, half), np.float32)
+        found = np.asarray(low_bit_state.round_stochastic(jnp.asarray(x), dtype, half), np.float32)
         np.testing.assert_array_equal(found, x.astype(reference).astype(np.float32))

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from fp8jax.training.feed import Feed
+from fp8jax.training.step_clock import Feed
 
 
 class Result:

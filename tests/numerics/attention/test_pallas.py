@@ -20,17 +20,18 @@ from jax.extend import core
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.audit import targets
-from fp8jax.numerics import attention_pallas, formats, statistics
-from fp8jax.numerics import self_check as self_check_module
-from fp8jax.numerics.attention import SCORES, VALUES, attention, check_backend
-from fp8jax.numerics.attention_kernels import Tile
-from fp8jax.numerics.attention_pallas import FORWARD, KEYS, QUERIES
-from fp8jax.numerics.attention_rows import Call, Operands, Residuals, row_factors
-from fp8jax.numerics.attention_statistics import score_statistics
-from fp8jax.numerics.dot_general import CHECKPOINT_NAME
-from fp8jax.numerics.placement import Partition
+from fp8jax.numerics import formats, statistics
+from fp8jax.numerics.attention import pallas as attention_pallas
+from fp8jax.numerics.attention import self_check as self_check_module
+from fp8jax.numerics.attention.definition import SCORES, VALUES, attention, check_backend
+from fp8jax.numerics.attention.kernels import Tile
+from fp8jax.numerics.attention.pallas import FORWARD, KEYS, QUERIES
+from fp8jax.numerics.attention.rows import Call, Operands, Residuals, row_factors
+from fp8jax.numerics.attention.scores import score_statistics
+from fp8jax.numerics.attention.self_check import self_check
+from fp8jax.numerics.gemm import CHECKPOINT_NAME
+from fp8jax.numerics.gemm_sharding import Partition
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
-from fp8jax.numerics.self_check import self_check
 
 PARTITION = Partition(("data", "fsdp"), None, "tensor", "tensor")
 

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fp8jax.numerics.attention import SCORES, VALUES, attention
-from fp8jax.numerics.attention_statistics import score_statistics
+from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
+from fp8jax.numerics.attention.scores import score_statistics
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
 from fp8jax.numerics.statistics import HEALTH, REPORT

@@ -7,7 +7,7 @@ import pytest
 
 from fp8jax import config as config_lib
 from fp8jax.models.definition import define
-from fp8jax.parallel.lookup import lookup
+from fp8jax.models.embedding import lookup
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.training import step
 from fp8jax.training.step import TrainProgram

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fp8jax.numerics import attention as attention_lib
-from fp8jax.numerics import attention_composed
-from fp8jax.numerics.attention import SCORES, VALUES, attention
-from fp8jax.numerics.dot_general import CHECKPOINT_NAME
+from fp8jax.numerics.attention import composed as attention_composed
+from fp8jax.numerics.attention import definition as attention_lib
+from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
+from fp8jax.numerics.attention.self_check import self_check
 from fp8jax.numerics.formats import Quantised
+from fp8jax.numerics.gemm import CHECKPOINT_NAME
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
-from fp8jax.numerics.self_check import self_check
 
 # Delayed scales, far apart: for standard deviations of 3, 0.1, 20 and 1e-3 of q, k, v and dO.
 SCALES = {SCORES: jnp.array([2.0**-5, 2.0**-10, 2.0**-17]), VALUES: jnp.array([2.0**-2, 2.0**-22])}

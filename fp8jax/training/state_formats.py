@@ -4,7 +4,7 @@
     params, moments = unpack(params, opt_state)                           # float32 again
 
 What is packed are matrices: nearly all bytes. Gains and scalars stay float32. Everything computes in float32 (optimizer.py);
-formats, blocks and rounding are numerics/storage.py's. With all dtypes float32, packing changes nothing at all.
+formats, blocks and rounding are numerics/low_bit_state.py's. With all dtypes float32, packing changes nothing at all.
 
 Rounding draws its bits from the step and the parameter's place, so a resumed run repeats them.
 """
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.config import OptimizerConfig
-from fp8jax.numerics import storage
+from fp8jax.numerics import low_bit_state
 from fp8jax.training.optimizer import MATRIX
 
 # Fields of optax's states that hold averages of gradients (m1: AdEMAMix's fast one; its slow one takes in 1e-4 of a gradient a
@@ -50,10 +50,10 @@ def unpack(params: Any, opt_state: OptState) -> tuple[Any, Any]:
     """float32 parameters and moments."""
 
     def master(x: jax.Array, low: jax.Array | None) -> jax.Array:
-        return x.astype(jnp.float32) if low is None else storage.join(x, low)
+        return x.astype(jnp.float32) if low is None else low_bit_state.join(x, low)
 
     def moment(path: Any, x: jax.Array, scale: jax.Array | None) -> jax.Array:
-        return storage.decode(x, scale, root=_moment(path) in _SECOND) if _moment(path) else x
+        return low_bit_state.decode(x, scale, root=_moment(path) in _SECOND) if _moment(path) else x
 
     moments = jax.tree_util.tree_map_with_path(moment, opt_state.moments, opt_state.scales)
     return jax.tree.map(master, params, opt_state.remainder), moments
@@ -66,7 +66,7 @@ def saved_as(config: OptimizerConfig, dtypes: dict[str, str]) -> OptimizerConfig
         config: of a run.
         dtypes: of the checkpoint's arrays, by name: 'params/embedding/w'.
     """
-    names = {str(dtype): name for name, dtype in storage.FORMATS.items()}
+    names = {str(dtype): name for name, dtype in low_bit_state.FORMATS.items()}
     found: dict[str, str] = {}
     for path, dtype in dtypes.items():
         parts = path.split("/")
@@ -107,7 +107,9 @@ def _pack_moment(
         else config.first_moment
     )
     return (
-        (x, None) if name == "float32" else storage.encode(x, name, bits(x), root=kind in _SECOND)
+        (x, None)
+        if name == "float32"
+        else low_bit_state.encode(x, name, bits(x), root=kind in _SECOND)
     )
 
 
@@ -117,8 +119,10 @@ def _pack_master(
     if config.master_dtype == "float32" or path[-1].key != MATRIX:
         return x, None
     if config.master_rounding == "compensated":
-        return storage.split(x, storage.FORMATS[config.master_dtype])
-    return storage.round_stochastic(x, storage.FORMATS[config.master_dtype], bits(x)), None
+        return low_bit_state.split(x, low_bit_state.FORMATS[config.master_dtype])
+    return low_bit_state.round_stochastic(
+        x, low_bit_state.FORMATS[config.master_dtype], bits(x)
+    ), None
 
 
 def _moment(path: Any) -> str | None:
@@ -136,8 +140,8 @@ def _map(function: Any, tree: Any, step: jax.Array, first: int) -> list[Any]:
             function(
                 path,
                 leaf,
-                lambda x, number=number: storage.random_bits(
-                    x.shape, storage.seed_of(step, number)
+                lambda x, number=number: low_bit_state.random_bits(
+                    x.shape, low_bit_state.seed_of(step, number)
                 ),
             )
         )

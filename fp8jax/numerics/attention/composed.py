@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fp8jax.numerics import attention_rows, formats, statistics
-from fp8jax.numerics.attention_rows import Call, Operands, Residuals, Weights
+from fp8jax.numerics import formats, statistics
+from fp8jax.numerics.attention import rows as attention_rows
+from fp8jax.numerics.attention.rows import Call, Operands, Residuals, Weights
 from fp8jax.numerics.formats import Quantised
 
 CHUNK = 256  # queries; a multiple of 128, the tile of a tensor core's GEMM

@@ -1,1 +1,1 @@
-"""Run configurations; each file's get_config(size) builds on common.py."""
+"""Run configurations by the names of their files; what they hold is in fp8jax/presets, which an installed fp8jax has, too."""

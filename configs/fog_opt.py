@@ -1,10 +1,5 @@
 """FOG-opt: frozen RMSNorm on queries and keys, GeLU."""
 
-import ml_collections
+from fp8jax.presets.fog_opt import get_config
 
-from configs import common
-
-
-def get_config(size: str | None = None) -> ml_collections.ConfigDict:
-    """size: tiny, 390m, 1p5b, 8b or 70b."""
-    return common.make(size, architecture="fog_opt", recipe="fp8_dpa")
+__all__ = ["get_config"]

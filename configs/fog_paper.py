@@ -1,19 +1,5 @@
 """FOG-max as the paper and its released scripts set it, where our defaults differ (docs/paper.md says how, and what it changes)."""
 
-import ml_collections
+from fp8jax.presets.fog_paper import get_config
 
-from configs import common
-
-
-def get_config(size: str | None = None) -> ml_collections.ConfigDict:
-    """size: tiny, 390m, 1p5b, 8b or 70b."""
-    config = common.make(size, architecture="fog_max", recipe="fp8_dpa")
-    config.fp8.update(power_of_two=False, weight_scaling="delayed")
-    config.optimizer.update(
-        gradient_dtype="bfloat16",
-        master_dtype="float16",
-        first_moment="float16",
-        second_moment="float16",
-    )
-    config.model.rope_scaling_factor = 8.0
-    return config
+__all__ = ["get_config"]

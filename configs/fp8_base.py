@@ -1,10 +1,5 @@
 """The mission's run: FOG-max with every block GEMM in FP8, attention included."""
 
-import ml_collections
+from fp8jax.presets.fp8_base import get_config
 
-from configs import common
-
-
-def get_config(size: str | None = None) -> ml_collections.ConfigDict:
-    """size: tiny, 390m, 1p5b, 8b or 70b."""
-    return common.make(size, architecture="fog_max", recipe="fp8_dpa")
+__all__ = ["get_config"]

@@ -1,10 +1,5 @@
 """Llama 3, a baseline."""
 
-import ml_collections
+from fp8jax.presets.llama3 import get_config
 
-from configs import common
-
-
-def get_config(size: str | None = None) -> ml_collections.ConfigDict:
-    """size: tiny, 390m, 1p5b, 8b or 70b."""
-    return common.make(size, architecture="llama3", recipe="fp8_dpa")
+__all__ = ["get_config"]

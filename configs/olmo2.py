@@ -1,10 +1,5 @@
 """OLMo 2, a baseline."""
 
-import ml_collections
+from fp8jax.presets.olmo2 import get_config
 
-from configs import common
-
-
-def get_config(size: str | None = None) -> ml_collections.ConfigDict:
-    """size: tiny, 390m, 1p5b, 8b or 70b."""
-    return common.make(size, architecture="olmo2", recipe="fp8_dpa")
+__all__ = ["get_config"]

@@ -1,10 +1,5 @@
 """The outlier-protected block of He et al. 2024, a baseline."""
 
-import ml_collections
+from fp8jax.presets.op import get_config
 
-from configs import common
-
-
-def get_config(size: str | None = None) -> ml_collections.ConfigDict:
-    """size: tiny, 390m, 1p5b, 8b or 70b."""
-    return common.make(size, architecture="op", recipe="fp8_dpa")
+__all__ = ["get_config"]

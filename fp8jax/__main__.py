@@ -47,5 +47,10 @@ def main(argv: Sequence[str]) -> int:
     )
 
 
+def console() -> int:
+    """Run the command that `fp8jax COMMAND ...` names; return the exit code."""
+    return main(sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(console())

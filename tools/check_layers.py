@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     ),
     "monitor": frozenset("config numerics files".split()),
     "audit": frozenset("config".split()),
+    "presets": frozenset("data config open_fields hardware".split()),
     "interop": frozenset("models data config numerics files".split()),
     "data": frozenset("config files".split()),
     "models": frozenset("parallel config numerics".split()),

@@ -23,7 +23,7 @@ _HEAD = """# Every field of a configuration
 
 Written by `python tools/config_reference.py` from `fp8jax/config`; the gate compares it with the code. A field is set on the
 command line, `--config.SECTION.FIELD=VALUE`, or in a file under `configs/`. Defaults are those of the fields; a preset
-(`configs/common.py`) sets sizes, rates and lengths on top of them. What a run took is in its `config.json`.
+(`fp8jax/presets/common.py`) sets sizes, rates and lengths on top of them. What a run took is in its `config.json`.
 
 `None` as a default means that the field is filled in from others, or that there is no such limit, as its meaning says.
 """

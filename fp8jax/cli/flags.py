@@ -18,6 +18,9 @@ from fp8jax.cli.errors import complain, with_underscores
 from fp8jax.config import CheckpointError, ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the repository, where configs/ is
+PRESETS = (
+    pathlib.Path(__file__).resolve().parents[1] / "presets"
+)  # the same, where fp8jax is installed
 EXAMPLE = "--config=configs/fp8_base.py:tiny"
 WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -108,26 +111,39 @@ def find_config(name: str, file: str) -> tuple[pathlib.Path, str]:
 
     Args:
         name: of the flag.
-        file: `configs/fp8_base.py:8b`, or `fp8_base:8b` for one of configs/. Paths are of the working directory, else of the repository.
+        file: `configs/fp8_base.py:8b`, or `fp8_base:8b`. Paths are of the working directory, else of the repository; `configs/`
+            and bare names are presets of the package, too.
 
     Raises:
         ConfigError: no such file.
     """
     path, _, argument = file.partition(":")
     example = EXAMPLE.replace("--config", f"--{name}")
-    names = [path] if "/" in path or path.endswith(".py") else [path, f"configs/{path}.py"]
-    for directory in (pathlib.Path(), ROOT):
-        for found in names:
-            if (directory / found).is_file():
-                if not found.endswith(".py"):
-                    raise ConfigError(
-                        f"--{name}={file}: is not a configuration, a Python file; for example {example}"
-                    )
-                return directory / found, argument
-    reason = _not_there(path)
-    raise ConfigError(
-        f"--{name}={file}: {reason}{'' if reason.endswith('?') else ';'} for example {example}"
-    )
+    found = next((place for place in _places(path) if place.is_file()), None)
+    if found is None:
+        reason = _not_there(path)
+        end = "" if reason.endswith("?") else ";"
+        raise ConfigError(f"--{name}={file}: {reason}{end} for example {example}")
+    if found.suffix != ".py":
+        raise ConfigError(
+            f"--{name}={file}: is not a configuration, a Python file; for example {example}"
+        )
+    return found, argument
+
+
+def _places(path: str) -> list[pathlib.Path]:
+    """Where a configuration may be, the first that is there taken."""
+    given = pathlib.Path(path)
+    names = [path] if _is_path(path) else [path, f"configs/{path}.py"]
+    places = [directory / found for directory in (pathlib.Path(), ROOT) for found in names]
+    if not _is_path(path) or given.parent == pathlib.Path("configs"):
+        places.append(PRESETS / f"{given.stem}.py")
+    return places
+
+
+def _is_path(path: str) -> bool:
+    """Whether a configuration is given by its file, not by a preset's bare name."""
+    return "/" in path or path.endswith(".py")
 
 
 def _not_there(path: str) -> str:
@@ -135,15 +151,15 @@ def _not_there(path: str) -> str:
     here = pathlib.Path(path) if pathlib.Path(path).exists() else ROOT / path
     if path and here.is_dir():
         return f"is a directory, not a configuration{_listed(here, path)}"
-    bare = "/" not in path and not path.endswith(".py")
+    bare = not _is_path(path)
     folder = pathlib.Path(path).parent
-    known = {stem: stem if bare else f"configs/{stem}.py" for stem in _stems(ROOT / "configs")}
+    known = {stem: stem if bare else f"configs/{stem}.py" for stem in _stems(PRESETS)}
     if not bare:
         known |= {stem: str(folder / f"{stem}.py") for stem in _stems(here.parent)}
     nearest = words.closest(pathlib.Path(path).stem, known)
     if nearest:
         return f"no such file; did you mean {known[nearest]!r}?"
-    return "no such file" + _listed(ROOT / "configs", "configs")
+    return "no such file" + _listed(PRESETS, "configs")
 
 
 def _listed(directory: pathlib.Path, called: str) -> str:

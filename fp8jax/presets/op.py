@@ -1,0 +1,10 @@
+"""The outlier-protected block of He et al. 2024, a baseline."""
+
+import ml_collections
+
+from fp8jax.presets import common
+
+
+def get_config(size: str | None = None) -> ml_collections.ConfigDict:
+    """size: tiny, 390m, 1p5b, 8b or 70b."""
+    return common.make(size, architecture="op", recipe="fp8_dpa")

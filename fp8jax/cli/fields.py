@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from fp8jax import open_fields
-from fp8jax.config import Config, check_name, kind_of
+from fp8jax.config import Config, check_name, kind_of, open_fields
 
 
 def reference() -> str:

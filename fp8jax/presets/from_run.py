@@ -5,7 +5,7 @@ import pathlib
 import ml_collections
 
 from fp8jax import config as config_lib
-from fp8jax import open_fields
+from fp8jax.config import open_fields
 from fp8jax.data import run_tokenizer
 
 

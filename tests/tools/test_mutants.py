@@ -70,7 +70,7 @@ def test_tests_mirror_the_path(mutants):
         "tests/training/test_optimizer.py",
         "tests/training/test_run.py",
     ]
-    assert mutants.tests_of("fp8jax/config.py", {}) == ["tests/test_config.py"]
+    assert mutants.tests_of("fp8jax/files.py", {}) == ["tests/test_files.py"]
     assert mutants.tests_of("fp8jax/training/nothing.py", {}) == []
 
 

@@ -1,4 +1,4 @@
-"""Bounds of the numbers of a configuration: each by itself, as its field in config.py has them, and several together.
+"""Bounds of the numbers of a configuration: each by itself, as its field has them, and several together.
 
 outside(200, {"at_most": 8})     # "above 8"; None for a number within its bounds
 problem(config)                  # "config.fp8.static_weight_scale: 1e-09 is below 0.0003125, ..." or None

@@ -6,7 +6,7 @@
 A preset leaves its warm-up and its intervals open (None) and writes them under `preset`, beside the steps that they are for. A run
 of fewer steps gets less of each. What is not None was set by the user, who alone can therefore ask for too much.
 
-Works on plain dictionaries, before they are checked: config.py does both.
+Works on plain dictionaries, before they are checked: reading.py does both.
 """
 
 from typing import Any

@@ -1,0 +1,48 @@
+"""Names of sections and fields, and what a wrong one may have meant."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from fp8jax.config.errors import ConfigError
+from fp8jax.config.run import Config
+
+
+def check_name(section: str, field: str | None = None) -> None:
+    """Raises ConfigError, which names the nearest, if there is no such section, or no such field in it."""
+    sections = {found.name: found.type for found in dataclasses.fields(Config)}
+    if section not in sections:
+        raise ConfigError(f"config.{section}: unknown section{_nearest(section, sections)}")
+    known = [found.name for found in dataclasses.fields(sections[section])]
+    if field is not None and field not in known:
+        like = " or ".join(f"config.{'.'.join(found)}" for found in fields_like(field)[:4])
+        raise ConfigError(
+            f"config.{section}.{field}: unknown field"
+            + (f"; did you mean {like}?" if like else _nearest(field, known))
+        )
+
+
+def fields_like(name: str) -> list[tuple[str, str]]:
+    """Fields of any section that have this name, or whose words begin with its letters: `lr` is optimizer.learning_rate."""
+    fields = [
+        (section.name, field.name)
+        for section in dataclasses.fields(Config)
+        for field in dataclasses.fields(section.type)
+    ]
+    same = [found for found in fields if found[1] == name or ".".join(found) == name]
+    return same or [
+        found
+        for found in fields
+        if "_" in found[1] and "".join(word[0] for word in found[1].split("_") if word) == name
+    ]
+
+
+def _nearest(name: str, known: Any) -> str:
+    """'; did you mean X?' or the list of what is known."""
+    return did_you_mean(name, known) or f"; known: {', '.join(known)}"
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    """Like "; did you mean 'steps'?", or nothing if no known name is near."""
+    close = difflib.get_close_matches(name[:200], list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

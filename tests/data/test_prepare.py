@@ -1,14 +1,9 @@
 """Raw text to shards: what is read back is what was given, whatever the kind of file, the workers and the interruptions."""
 
 import gzip
-import hashlib
 import json
-import os
 import pathlib
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,84 +12,17 @@ from hypothesis import strategies as st
 
 from fp8jax import config as configs
 from fp8jax.cli import prepare as command
-from fp8jax.data import documents, hub, inspection, prepare, shards, sources, tokenizer
-
-TEXTS = [f"Chapter {n}: naïve £{n} — {'Anne Elliot ' * (n % 7)}\r\n\0" for n in range(60)] + [
-    "",
-    " ",
-    "\n",
-    "\ufeff",
-    "𝄞",
-]
-
-
-def lines(texts, field="text"):
-    return "".join(
-        json.dumps({field: text}, ensure_ascii=number % 2 == 0) + "\n"
-        for number, text in enumerate(texts)
-    ).encode()
-
-
-def decoded(directory, split):
-    """The documents of a split, in order."""
-    loaded = inspection.tokenizer_of(directory)
-    arrays, _ = shards.open_shards(directory, loaded, split)
-    ends = shards.open_ends(directory, loaded, split)
-    return [
-        loaded.decode(ids[:-1])
-        for array, one in zip(arrays, ends, strict=True)
-        for ids in np.split(array, one[:-1])
-    ]
-
-
-def files(directory):
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in pathlib.Path(directory).iterdir()
-    }
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(prepare, "_PART_BYTES", (1000, 1 << 30))
-
-
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory):
-    """The path of a trained tokenizer."""
-    pytest.importorskip("tokenizers")
-    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    path.write_text(
-        tokenizer.train([sources.embedded_documents("held_out")[0][:50_000].decode()], 400)
-    )
-    return str(path)
-
-
-def write_parquet(path, texts):
-    table = pytest.importorskip("pyarrow").table({"text": texts, "number": list(range(len(texts)))})
-    pytest.importorskip("pyarrow.parquet").write_table(table, path, row_group_size=7)
-
-
-def write_zst(path, content):
-    """Two frames, one after the other."""
-    pyarrow = pytest.importorskip("pyarrow")
-    half = len(content) // 2
-    path.write_bytes(
-        b"".join(
-            pyarrow.compress(part, "zstd", asbytes=True)
-            for part in (content[:half], content[half:])
-        )
-    )
-
-
-WRITERS = {
-    "a.jsonl": lambda path: path.write_bytes(lines(TEXTS)),
-    "a.json.gz": lambda path: path.write_bytes(
-        gzip.compress(lines(TEXTS[:30])) + gzip.compress(lines(TEXTS[30:]))
-    ),
-    "a.jsonl.zst": lambda path: write_zst(path, lines(TEXTS)),
-    "a.parquet": lambda path: write_parquet(path, TEXTS),
-}
+from fp8jax.data import (
+    documents,
+    hub,
+    inspection,
+    prepare,
+    prepared_part,
+    shards,
+    sources,
+    tokenizer,
+)
+from tests.data.raw_text import TEXTS, WRITERS, decoded, lines, write_parquet, write_zst
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
@@ -124,8 +52,8 @@ def test_any_text_survives(tmp_path_factory, bpe, texts, part, kind):
     directory = tmp_path_factory.mktemp("any")
     (directory / "a.jsonl").write_bytes(lines(texts))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "_PART_BYTES", (part, 1 << 30))
-        patch.setattr(prepare, "LONG", 5)
+        patch.setattr(prepare, "PART_BYTES", (part, 1 << 30))
+        patch.setattr(prepared_part, "LONG", 5)
         prepare.prepare(
             [directory / "a.jsonl"],
             directory / "out",
@@ -312,7 +240,7 @@ def test_few_documents_leave_one_for_the_held_out_split(tmp_path, small_parts):
 
 def test_long_documents_are_tokenised_as_if_whole(tmp_path, bpe, monkeypatch):
     text = sources.embedded_documents("held_out")[0][:60_000].decode()
-    monkeypatch.setattr(prepare, "LONG", 1000)
+    monkeypatch.setattr(prepared_part, "LONG", 1000)
     (tmp_path / "a.jsonl").write_bytes(lines([text]))
     prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer=bpe, validation_fraction=0)
     loaded = tokenizer.load(bpe)
@@ -387,93 +315,6 @@ def test_bad_parquet_and_cut_zst_say_where(tmp_path):
         (tmp_path / "out" / "unfinished" / "plan").unlink()
 
 
-def test_workers_and_interruptions_do_not_change_a_byte(tmp_path, small_parts, bpe, monkeypatch):
-    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS * 3))
-    arguments = dict(tokenizer=bpe, validation_fraction=0.1)
-    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "one", **arguments)
-    # The parts' size is patched in this process alone, and this process cuts the parts.
-    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "two", workers=2, **arguments)
-    assert files(tmp_path / "one") == files(tmp_path / "two") and len(files(tmp_path / "one")) > 20
-
-    made, original = [], prepare._make
-
-    def interrupted(job, number, part, progress):
-        if len(made) == 5:
-            (job.directory / f"train_{number:05d}.bin.123.partial").write_bytes(b"half")
-            raise KeyboardInterrupt
-        made.append(number)
-        original(job, number, part, progress)
-
-    monkeypatch.setattr(prepare, "_make", interrupted)
-    for _ in range(2):
-        made.clear()
-        with pytest.raises(KeyboardInterrupt):
-            prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "three", **arguments)
-        assert not (tmp_path / "three" / "index.json").exists()
-    assert made[0] == 5
-    with pytest.raises(
-        configs.ConfigError, match="unfinished preparation of other inputs or options"
-    ):
-        prepare.prepare(
-            [tmp_path / "a.jsonl"], tmp_path / "three", tokenizer=bpe, validation_fraction=0.2
-        )
-    monkeypatch.setattr(prepare, "_make", original)
-    (tmp_path / "three" / "train_00003.bin").write_bytes(b"torn")
-    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "three", **arguments)
-    assert files(tmp_path / "one") == files(tmp_path / "three")
-
-
-def test_workers_tell_bad_lines_too(tmp_path, small_parts):
-    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS * 2) + b"{}\n" + lines(TEXTS))
-    with pytest.raises(
-        configs.ConfigError,
-        match=r"a\.jsonl: line 131 is not a JSON object with a string field 'text'",
-    ):
-        prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", workers=2)
-
-
-def test_a_finished_directory_is_left_alone(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
-    first = prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out")
-    before = files(tmp_path / "out")
-    assert (
-        prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out") == first
-        and files(tmp_path / "out") == before
-    )
-    with pytest.raises(
-        configs.ConfigError, match="already holds index.json of other inputs or options"
-    ):
-        prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "out", validation_fraction=0.5)
-
-
-def test_kill_in_the_middle_and_run_again(tmp_path):
-    rows = lines([f"{n} " + "Anne Elliot " * 500 for n in range(6000)])
-    (tmp_path / "a.jsonl").write_bytes(rows)  # 36 MB: three parts
-    arguments = [
-        sys.executable,
-        "-m",
-        "fp8jax",
-        "prepare",
-        "--input",
-        str(tmp_path / "a.jsonl"),
-        "--workers",
-        "2",
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.Popen(
-        [*arguments, "--out", str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "killed").glob("*.partial")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed" / "index.json").exists()
-    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "whole")
-    prepare.prepare([tmp_path / "a.jsonl"], tmp_path / "killed")
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
-
-
 def test_commands(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS, "body"))
     out = str(tmp_path / "out")
@@ -510,36 +351,6 @@ def test_commands(tmp_path, capsys):
         (tmp_path / "out" / "index.json").write_text(json.dumps(damaged))
         assert command.main(["inspect", out]) == 2
     assert capsys.readouterr().err.count("\n") == 6
-
-
-def test_the_index_does_not_grow_with_the_input_files(tmp_path):
-    sizes = []
-    for count in (10, 200):
-        folder = tmp_path / f"in{count}"
-        folder.mkdir()
-        for number in range(count):
-            (folder / f"{number:04d}.jsonl").write_bytes(lines([f"text {number}", "more"]))
-        prepare.prepare([folder], tmp_path / f"out{count}")
-        sizes.append((tmp_path / f"out{count}" / "index.json").stat().st_size)
-        listed = [
-            json.loads(line)
-            for line in (tmp_path / f"out{count}" / "sources.jsonl").read_text().splitlines()
-        ]
-        assert len(listed) == shards.read_index(tmp_path / f"out{count}")["source_files"] == count
-        assert [entry["documents"] for entry in listed] == [2] * count
-    assert sizes[1] < sizes[0] + 100
-
-
-def test_a_petabyte_has_no_more_parts_than_a_process_may_map(monkeypatch):
-    def pieces(path, part_bytes):
-        return [
-            documents.Piece(path, number, number + 1, part_bytes)
-            for number in range(-(-(1 << 50) // part_bytes))
-        ]
-
-    monkeypatch.setattr(documents, "stat", lambda path: (1 << 50, 0))
-    monkeypatch.setattr(documents, "pieces", pieces)
-    assert 8000 < len(prepare._parts(["a.jsonl"], 0.0)) <= 1 << 14
 
 
 @pytest.mark.slow
@@ -603,17 +414,6 @@ def test_what_is_no_text_of_a_directory_is_left_out_and_said(tmp_path, monkeypat
     assert (
         prepare.prepare(["."], "again", validation_fraction=0.01) == first
     )  # nor is that of another
-
-
-def test_an_input_changed_in_place_is_not_passed_over(tmp_path):
-    text = tmp_path / "a.jsonl"
-    text.write_bytes(lines(["one", "two", "three"]))
-    prepare.prepare([text], tmp_path / "out", validation_fraction=0.4)
-    os.utime(text, ns=(1, 1))
-    prepare.prepare([text], tmp_path / "out", validation_fraction=0.4)  # touched alone
-    text.write_bytes(lines(["one", "owt", "three"]))
-    with pytest.raises(configs.ConfigError, match="a.jsonl: has changed since .*out was prepared"):
-        prepare.prepare([text], tmp_path / "out", validation_fraction=0.4)
 
 
 def test_a_normalising_tokenizer_is_remembered_with_its_shards(tmp_path, bpe):

@@ -49,7 +49,7 @@ def read_back(directory, split):
     ids=["int32", "ended", "npy uint16", "npy big-endian"],
 )
 def test_read_back_equals_what_was_given(tmp_path, monkeypatch, encode):
-    monkeypatch.setattr(prepare, "_PART_BYTES", (20_000, 1 << 30))
+    monkeypatch.setattr(prepare, "PART_BYTES", (20_000, 1 << 30))
     monkeypatch.setattr(token_records, "_TOGETHER", 7)
     path = write(tmp_path / "a.array_record", map(encode, DOCUMENTS))
     told = []

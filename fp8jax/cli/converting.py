@@ -13,7 +13,7 @@ from orbax.checkpoint import v1
 
 from fp8jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
 from fp8jax.data import run_tokenizer, tokenizer
-from fp8jax.interop import hf, hf_config, hf_logits, hf_tokenizer
+from fp8jax.interop import hf, hf_config, hf_formats, hf_logits, hf_tokenizer
 from fp8jax.interop.hf_safetensors import DTYPES, HuggingFaceError, read_json
 from fp8jax.models.definition import Definition, Params, define
 from fp8jax.monitor.stages import Stages
@@ -84,7 +84,7 @@ def _context(kept: pathlib.Path, model_type: str) -> int:
     """Tokens that a model directory's model looks back over; at most _LONGEST, and said where that is less."""
     found = read_json(kept / hf.CONFIG).get("max_position_embeddings")
     if type(found) is not int or found < 1:
-        found = hf_config.FORMATS[model_type].context or _UNKNOWN_CONTEXT
+        found = hf_formats.FORMATS[model_type].context or _UNKNOWN_CONTEXT
     if found > _LONGEST:
         print(
             f"context  {found:,} tokens; this run takes {_LONGEST:,}: data.sequence_length in its config.json sets another"

@@ -1,4 +1,4 @@
-"""Model directories of Hugging Face transformers, in and out: the model types of hf_config.FORMATS.
+"""Model directories of Hugging Face transformers, in and out: the model types of hf_formats.FORMATS.
 
     found = load(directory)                            # found.model, found.params (float32 numpy), found.model_type
     save(out, model, vocab_size, params, "llama", np.dtype("float32"), max_shard_bytes=5 * 10**9)
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from fp8jax.config import ModelConfig
-from fp8jax.interop import hf_config, hf_tensors
+from fp8jax.interop import hf_config, hf_formats, hf_tensors
 from fp8jax.interop.hf_safetensors import (
     DTYPES,
     HuggingFaceError,
@@ -141,7 +141,7 @@ def save(
         model: any model config that the format can hold.
         vocab_size: rows of the embedding.
         params: numpy arrays, or jax arrays that are addressable here.
-        model_type: one of hf_config.FORMATS.
+        model_type: one of hf_formats.FORMATS.
         dtype: of the tensors, one of hf_safetensors.DTYPES' values.
         max_shard_bytes: largest file.
         carried: a directory with tokenizer files, and the config.json whose keys without influence are kept.
@@ -179,7 +179,7 @@ def save(
         if is_model_directory(carried):
             kept = read_json(carried / CONFIG)
             values |= {
-                k: v for k, v in kept.items() if k in hf_config.NO_INFLUENCE and k not in _OURS
+                k: v for k, v in kept.items() if k in hf_formats.NO_INFLUENCE and k not in _OURS
             }
     values["torch_dtype"] = dtype.name
     (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -209,7 +209,7 @@ def by_name(
     params = jax.tree.map(np.asarray, params)
     kept = (
         ("q_norm.weight", "k_norm.weight")
-        if model.qk_regulariser in hf_config.KEPT.values()
+        if model.qk_regulariser in hf_formats.KEPT.values()
         else ()
     )
     return {
@@ -265,7 +265,7 @@ def _raise_first(names: Iterable[str], what: str, known: Iterable[str]) -> None:
 def _with_gains(model: ModelConfig, files: TensorFiles) -> ModelConfig:
     """Return a model that keeps frozen gains of queries and keys, where they are not 1 as FOG's are."""
     kind = architectures.resolve(model).qk_regulariser
-    if kind not in hf_config.KEPT:
+    if kind not in hf_formats.KEPT:
         return model
     names = [
         name
@@ -280,7 +280,7 @@ def _with_gains(model: ModelConfig, files: TensorFiles) -> ModelConfig:
     ]
     if all((files.read(name) == 1).all() for name in sound):
         return model
-    return dataclasses.replace(model, qk_regulariser=hf_config.KEPT[kind])
+    return dataclasses.replace(model, qk_regulariser=hf_formats.KEPT[kind])
 
 
 def _check_constant(

@@ -11,88 +11,16 @@ transformers.
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from fp8jax import config as config_lib
 from fp8jax.config import ModelConfig
-from fp8jax.interop import hf_rope
-from fp8jax.interop.hf_rope import FULL, SLIDING
+from fp8jax.interop import hf_fog, hf_rope, hf_windows
+from fp8jax.interop.hf_formats import FORMATS, HARMLESS, NO_INFLUENCE, Format
 from fp8jax.interop.hf_safetensors import HuggingFaceError
 from fp8jax.interop.hf_values import boolean, number
 from fp8jax.models import architectures
 
-# Keys without influence on logits, loss or gradients.
-NO_INFLUENCE = frozenset(
-    (
-        "_name_or_path",
-        "architectures",
-        "auto_map",
-        "bos_token_id",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "initializer_range",
-        "label2id",
-        "max_position_embeddings",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "pretraining_tp",
-        "return_dict",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "unk_token_id",
-        "use_cache",
-    )
-)
-# Keys that programs leave in config.json and that say nothing of the model: of generation, of other heads, of who wrote them.
-HARMLESS = frozenset(
-    (
-        "attn_implementation",
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "chunk_size_feed_forward",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "is_llama_config",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_scores",
-        "prefix",
-        "problem_type",
-        "pruned_heads",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "top_k",
-        "top_p",
-        "torchscript",
-        "transformers.js_config",
-        "typical_p",
-        "unsloth_fixed",
-        "unsloth_version",
-        "use_bfloat16",
-    )
-)
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -101,137 +29,8 @@ _REQUIRED = (
     "num_attention_heads",
 )
 _OPTIONAL = ("num_key_value_heads", "head_dim")
-_APERTUS_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_FOG_ACTIVATIONS = {
-    "xielu": "xielu",
-    "gelu": "gelu",
-    "relu2": "relu2",
-    "silu": "swiglu",
-    "smoothswiglu": "smooth_swiglu",
-}
 
 
-class Format(NamedTuple):
-    """What tells one model_type from another.
-
-    class_name: in transformers. theta, rope_scaling: where config.json is silent. defaults: of all other optional keys, as
-    transformers has them; fixed: keys that must have this value. switches: of the model (empty: read from the keys). context:
-    max_position_embeddings where config.json is silent.
-    """
-
-    class_name: str
-    theta: float
-    rope_scaling: dict[str, Any] | None
-    defaults: dict[str, Any]
-    fixed: dict[str, Any]
-    switches: dict[str, Any]
-    context: int | None = None
-
-
-_SILU = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
-_LLAMA = dict(
-    pre_norm=True,
-    qk_regulariser="none",
-    activation="swiglu",
-    branch_output="none",
-    input_scale=1.0,
-    final_norm=True,
-)
-_FOG_DEFAULTS = {
-    "hidden_act": "xielu",
-    "qk_norm": True,
-    "qk_type": "rms",
-    "freeze_qk": True,
-    "pre_norm": False,
-    "post_norm": True,
-    "input_upscale": 1.0,
-    "softmax_scale": None,
-    "layerscale": True,
-    "final_layernorm": True,
-}
-
-FORMATS: dict[str, Format] = {
-    "llama": Format(
-        "LlamaForCausalLM",
-        10000.0,
-        None,
-        {"rms_norm_eps": 1e-6},
-        _SILU | {"mlp_bias": False},
-        _LLAMA,
-        2048,
-    ),
-    "mistral": Format(
-        "MistralForCausalLM",
-        10000.0,
-        None,
-        {"rms_norm_eps": 1e-6, "num_key_value_heads": 8},
-        {"hidden_act": "silu", "attention_dropout": 0.0},
-        _LLAMA,
-        131072,
-    ),
-    "qwen3": Format(
-        "Qwen3ForCausalLM",
-        10000.0,
-        None,
-        {"rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128},
-        _SILU,
-        _LLAMA | dict(qk_regulariser="rmsnorm"),
-        32768,
-    ),
-    "olmo2": Format(
-        "Olmo2ForCausalLM",
-        10000.0,
-        None,
-        {"rms_norm_eps": 1e-5},
-        _SILU,
-        _LLAMA | dict(pre_norm=False, qk_regulariser="rmsnorm_full", branch_output="rmsnorm"),
-        2048,
-    ),
-    "olmo3": Format(
-        "Olmo3ForCausalLM",
-        500000.0,
-        None,
-        {"rms_norm_eps": 1e-5},
-        _SILU,
-        _LLAMA | dict(pre_norm=False, qk_regulariser="rmsnorm_full", branch_output="rmsnorm"),
-        2048,
-    ),
-    "apertus": Format(
-        "ApertusForCausalLM",
-        12000000.0,
-        _APERTUS_ROPE,
-        {"rms_norm_eps": 1e-5},
-        _SILU
-        | {
-            "hidden_act": "xielu",
-            "mlp_bias": False,
-            "hidden_dropout": 0.0,
-            "qk_norm": True,
-            "post_norm": False,
-        },
-        _LLAMA | dict(qk_regulariser="rmsnorm", activation="xielu"),
-        65536,
-    ),
-    "fog": Format(
-        "FOGForCausalLM",
-        500000.0,
-        None,
-        {"rms_norm_eps": 1e-5} | _FOG_DEFAULTS,
-        {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False},
-        {},
-    ),
-}
-# Windows of attention where config.json is silent, and kinds of layers.
-_WINDOWS = {"mistral": 4096, "qwen3": 4096, "olmo3": 4096}
-_DEFAULT_LAYERS = {"mistral": (SLIDING,), "qwen3": (FULL, SLIDING), "olmo3": (FULL, SLIDING)}
-# Regularisers of queries and keys whose gains are 1, and those that keep other gains as they are.
-KEPT = {"rmsnorm_frozen": "rmsnorm_kept", "tanh": "tanh_kept"}
 # Written by Apertus's and Llama's own transformers releases; the others' configs do not know them.
 _NOT_WRITTEN = ("hidden_dropout", "qk_norm", "post_norm", "mlp_bias")
 
@@ -276,7 +75,7 @@ def from_config(
         raise HuggingFaceError(
             f"config.json: hidden_size: {size['hidden_size']} is less than num_attention_heads"
         )
-    switches = form.switches or _fog_switches(given)
+    switches = form.switches or hf_fog.switches_of(given)
     hidden, gated = size["intermediate_size"], switches["activation"] in architectures.GATED
     fields = dict(
         layers=size["num_hidden_layers"],
@@ -309,7 +108,7 @@ def to_config(model: ModelConfig, vocab_size: int, model_type: str) -> dict[str,
         HuggingFaceError: this model_type cannot hold the model; the message names the field.
     """
     form, head_dim = FORMATS[model_type], config_lib.head_dim(model)
-    switches = form.switches or _fog_keys(model)[1]
+    switches = form.switches or hf_fog.keys_of(model)[1]
     for field, value in switches.items():
         if getattr(model, field) != value:
             raise HuggingFaceError(
@@ -338,25 +137,14 @@ def to_config(model: ModelConfig, vocab_size: int, model_type: str) -> dict[str,
     }
     if head_dim * model.heads != model.width or "head_dim" in form.defaults:
         values["head_dim"] = head_dim
-    values |= _without_windows(model, model_type)
+    values |= hf_windows.without(model, model_type)
     if model.rope_scaling_factor != 1.0 and model.rope_scaling == "dynamic":
         values["max_position_embeddings"] = model.rope_original_context
     if model_type == "fog":
-        values |= _fog_keys(model)[0] | {
+        values |= hf_fog.keys_of(model)[0] | {
             "softmax_scale": None if default_scale else model.softmax_scale
         }
     return values
-
-
-def _without_windows(model: ModelConfig, model_type: str) -> dict[str, Any]:
-    """Keys that say that every layer attends to all that came before."""
-    if model_type not in _WINDOWS:
-        return {}
-    if model_type == "mistral":
-        return {"sliding_window": None}
-    return {"layer_types": [FULL] * model.layers} | (
-        {"use_sliding_window": False} if model_type == "qwen3" else {}
-    )
 
 
 def fitting_type(model: ModelConfig) -> str:
@@ -385,7 +173,7 @@ def _check_keys(values: Mapping[str, Any], form: Format, note: Callable[[str], N
         *form.fixed,
         *NO_INFLUENCE,
     }
-    if values["model_type"] in _WINDOWS:
+    if values["model_type"] in hf_windows.WINDOWS:
         known |= {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
     passed_over = []
     for key, value in values.items():
@@ -418,47 +206,10 @@ def _rope(values: Mapping[str, Any], form: Format, model_type: str) -> dict[str,
     """Fields of RoPE, for all layers alike."""
     context = values.get("max_position_embeddings", form.context)
     context = context if type(context) is int and context > 0 else None
-    layers = _kinds_of_layers(values, model_type, context)
+    layers = hf_windows.kinds_of_layers(values, model_type, context)
     return hf_rope.read(
         values, theta=form.theta, left_out=form.rope_scaling, context=context, layers=layers
     )
-
-
-def _kinds_of_layers(values: Mapping[str, Any], model_type: str, context: int | None) -> set[str]:
-    """Kinds of layers that there are.
-
-    Raises:
-        HuggingFaceError: a window of attention that is shorter than the context, or a kind that is not known.
-    """
-    if model_type not in _WINDOWS:
-        return {FULL}
-    listed, window = values.get("layer_types"), values.get("sliding_window", _WINDOWS[model_type])
-    if listed is not None and (
-        not isinstance(listed, list) or any(kind not in (FULL, SLIDING) for kind in listed)
-    ):
-        raise HuggingFaceError(
-            f"config.json: layer_types: {str(listed)[:60]} is not a list of {FULL!r} and {SLIDING!r}"
-        )
-    kinds = set(listed or _DEFAULT_LAYERS[model_type])
-    if model_type == "mistral":
-        kinds = {SLIDING}
-    if model_type == "qwen3":
-        window = window if values.get("use_sliding_window") else None
-        first = values.get("max_window_layers", 28)
-        kinds = (
-            {FULL}
-            if listed is None and isinstance(first, int) and first >= values["num_hidden_layers"]
-            else kinds
-        )
-    if SLIDING not in kinds or window is None:
-        return {FULL} if model_type != "olmo3" else kinds
-    window = number({"sliding_window": window}, "sliding_window", int)
-    if context is None or window < context:
-        raise HuggingFaceError(
-            f"config.json: sliding_window: {window} is below max_position_embeddings={context}, and windows of attention "
-            f"are not supported; with max_position_embeddings of {window} or less there it changes nothing"
-        )
-    return kinds if model_type == "olmo3" else {FULL}
 
 
 def _ffn(hidden: int, gated: bool) -> dict[str, int]:
@@ -469,66 +220,6 @@ def _ffn(hidden: int, gated: bool) -> dict[str, int]:
         if gated or width * 3 // 2 == hidden
         else {"ffn_width": hidden, "ffn_hidden": hidden}
     )
-
-
-def _fog_switches(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Switches of a `fog` config."""
-    pre, post, layerscale = (boolean(given, key) for key in ("pre_norm", "post_norm", "layerscale"))
-    if pre == post:
-        raise HuggingFaceError(
-            f"config.json: post_norm: {post}, like pre_norm; one must be true, the other false"
-        )
-    if layerscale and pre:
-        raise HuggingFaceError(
-            "config.json: layerscale: true with pre_norm; it is known only as the post-norm's initial gain"
-        )
-    if given["hidden_act"] not in _FOG_ACTIVATIONS:
-        raise HuggingFaceError(
-            f"config.json: hidden_act: {given['hidden_act']!r} is not one of {', '.join(_FOG_ACTIVATIONS)}"
-        )
-    if given["qk_type"] not in ("rms", "dyt"):
-        raise HuggingFaceError(f"config.json: qk_type: {given['qk_type']!r} is not one of rms, dyt")
-    frozen = boolean(given, "freeze_qk")
-    kinds = {
-        "rms": "rmsnorm_frozen" if frozen else "rmsnorm",
-        "dyt": "tanh" if frozen else "tanh_gain",
-    }
-    qk = kinds[given["qk_type"]] if boolean(given, "qk_norm") else "none"
-    switches = dict(
-        pre_norm=pre,
-        qk_regulariser=qk,
-        activation=_FOG_ACTIVATIONS[given["hidden_act"]],
-        branch_output="rmsnorm" if post else "none",
-        input_scale=number(given, "input_upscale"),
-        final_norm=boolean(given, "final_layernorm"),
-    )
-    if given["softmax_scale"]:
-        switches["softmax_scale"] = number(given, "softmax_scale")
-    if layerscale:
-        switches["branch_gain_init"] = 1 / math.sqrt(number(given, "num_hidden_layers", int))
-    return switches
-
-
-def _fog_keys(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keys of a `fog` config, and the switches that such a config cannot tell otherwise."""
-    activation = next(
-        (name for name, ours in _FOG_ACTIVATIONS.items() if ours == model.activation), None
-    )
-    keys = {
-        "hidden_act": activation,
-        "qk_norm": model.qk_regulariser != "none",
-        "qk_type": "dyt" if str(model.qk_regulariser).startswith("tanh") else "rms",
-        "freeze_qk": model.qk_regulariser in (*KEPT, *KEPT.values()),
-        "pre_norm": model.pre_norm,
-        "post_norm": not model.pre_norm,
-        "input_upscale": model.input_scale,
-        "layerscale": not model.pre_norm,
-        "final_layernorm": model.final_norm,
-    }
-    needs: dict[str, Any] = {"branch_output": "none" if model.pre_norm else "rmsnorm"}
-    if model.qk_regulariser == "rmsnorm_full":
-        needs["qk_regulariser"] = "rmsnorm"
-    return keys, needs
 
 
 def _nearest_architecture(fields: Mapping[str, Any]) -> str:

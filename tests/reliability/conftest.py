@@ -1,5 +1,7 @@
 """What the tests that do damage share."""
 
+import resource
+
 import pytest
 
 from fp8jax.data import pipeline
@@ -22,3 +24,11 @@ def at_batch(monkeypatch):
         monkeypatch.setattr(pipeline, "train_iterator", iterate)
 
     return arm
+
+
+@pytest.fixture
+def little_memory():
+    """At most 1 GB more than before, whatever the cases claim to hold."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import fp8jax
-from fp8jax.monitor import report_data
+from fp8jax.monitor import log_series, report_data
 
 PAGE = pathlib.Path(__file__).parent / "report_page"
 # In this order they are one script: what is said at the top level uses what stands above it.
@@ -52,7 +52,7 @@ def write_report(
         if names.count(run["name"]) > 1:
             run["name"] = run["workdir"]
     made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    data = {"runs": runs, "made": made, "version": fp8jax.__version__, "points": report_data.POINTS}
+    data = {"runs": runs, "made": made, "version": fp8jax.__version__, "points": log_series.POINTS}
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(_page(data), encoding="utf-8")
     temporary.replace(out)

@@ -22,7 +22,7 @@ _BEFORE = 1 << 16  # bytes of the log before the place where it goes on, by whic
 
 
 def load(workdir: pathlib.Path, gathered: Any) -> None:
-    """Restore a `report_data.Gathered` that is new, if what was kept is of the log that is there."""
+    """Restore a `gathered.Gathered` that is new, if what was kept is of the log that is there."""
     try:
         with np.load(workdir / NAME, allow_pickle=False) as kept:
             about = json.loads(str(kept["about"]))

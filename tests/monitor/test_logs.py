@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fp8jax.config import WarningConfig
-from fp8jax.monitor import layered, logs, report_data
+from fp8jax.monitor import gathered, layered, log_series, logs, report_data
 from fp8jax.monitor.early_warning import EarlyWarning
 from fp8jax.monitor.logs import MetricsError, cut, read_metrics, records, tail
 from fp8jax.monitor.writers import MetricsWriter, Silent
@@ -237,16 +237,16 @@ def test_a_report_of_a_long_log_takes_memory_that_does_not_grow_with_it(long_log
 def test_a_report_that_is_kept_up_to_date_reads_what_is_new(tmp_path, monkeypatch):
     """And shows what one that reads everything shows, also where the log was cut off meanwhile."""
     path, read = tmp_path / "metrics.jsonl", []
-    whole_lines = report_data.ended_lines
+    whole_lines = gathered.ended_lines
 
     def counted(path, *more):
         for end, record in whole_lines(path, *more):
             read.append(record["step"])
             yield end, record
 
-    monkeypatch.setattr(report_data, "FINE_MAP", 8)
-    monkeypatch.setattr(report_data, "FINE", 16)
-    monkeypatch.setattr(report_data, "ended_lines", counted)
+    monkeypatch.setattr(log_series, "FINE_MAP", 8)
+    monkeypatch.setattr(log_series, "FINE", 16)
+    monkeypatch.setattr(gathered, "ended_lines", counted)
     for first, last in ((1, 40), (41, 41), (42, 110)):
         write(path, range(first, last + 1), 3, True, every=2)
         read.clear()
@@ -281,7 +281,7 @@ def test_buckets_of_a_long_series_hold_what_the_steps_between_held():
     count, layers = 11_417, 3
     values = random.normal(size=(count, layers)).cumsum(0)
     values[[5, 9_000], 1] = np.nan
-    line, table = report_data._Line(), report_data._Table()
+    line, table = log_series.Line(), log_series.Table()
     for step, row in enumerate(values, 1):
         line.add(step, row[1])
         table.add(step, np.arange(layers), row)

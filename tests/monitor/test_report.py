@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fp8jax.cli.report import main as report_command
-from fp8jax.monitor import report, report_data
+from fp8jax.monitor import log_series, report, report_data
 from fp8jax.monitor.writers import MetricsError, MetricsWriter
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -93,14 +93,14 @@ def decoded(table):
         .astype(np.float64)
         .reshape(table["layers"], -1)
     )
-    share = (codes - report_data.FIRST_CODE) / (report_data.LAST_CODE - report_data.FIRST_CODE)
+    share = (codes - log_series.FIRST_CODE) / (log_series.LAST_CODE - log_series.FIRST_CODE)
     low, high = table["low"], table["high"]
     values = low * (high / low) ** share if table["log"] else low + share * (high - low)
-    values = np.where((codes == report_data.FIRST_CODE) & table["zero"], 0.0, values)
+    values = np.where((codes == log_series.FIRST_CODE) & table["zero"], 0.0, values)
     return np.where(
-        codes == report_data.MISSING,
+        codes == log_series.MISSING,
         np.nan,
-        np.where(codes == report_data.NON_FINITE, np.inf, values),
+        np.where(codes == log_series.NON_FINITE, np.inf, values),
     )
 
 
@@ -110,7 +110,7 @@ def test_lines_keep_smallest_largest_and_last(tmp_path):
     run = report_data.read_run(write(tmp_path, steps=2000, layers=1, grad_norm=noise), cells=1000)
     found = run["series"]["grad_norm"]
     assert (
-        len(found["to"]) == report_data.POINTS and found["from"][0] == 1 and found["to"][-1] == 2000
+        len(found["to"]) == log_series.POINTS and found["from"][0] == 1 and found["to"][-1] == 2000
     )
     for first, last, low, high, end, bad in zip(
         *(found[name] for name in ("from", "to", "min", "max", "last", "bad")), strict=True
@@ -144,7 +144,7 @@ def test_maps_keep_the_worst_of_a_bucket_and_show_what_is_missing(tmp_path):
 
     small = report_data.read_run(workdir, cells=180)["maps"]  # 20 buckets are the least
     assert len(small["snr"]["qkv.x"]["to"]) == 20
-    buckets = report_data._Table()
+    buckets = log_series.Table()
     for step in range(12):
         buckets.add(step, np.arange(2), np.asarray([step, -step * 1.0]))
     largest, smallest = (decoded(buckets.reduced(4, smallest=flag)) for flag in (False, True))

@@ -1,1 +1,1 @@
-"""Tokens for training and evaluation: tokenizers, prepared shards, the embedded corpus and the batches made of them."""
+"""Tokens for training and evaluation: tokenizers, prepared shards, the embedded corpus and batches made from them."""

@@ -1,18 +1,19 @@
-"""Raw text: which files there are to read, how they are cut into pieces of work, and their documents, one at a time.
+"""Find the files of raw text to read, cut them into pieces of work, and read their documents one at a time.
 
     paths = find(["books/", "crawl/*.jsonl.zst"])
     for piece in pieces(path, piece_bytes=1 << 24):
         for blocks in read(piece, "text", progress):        # a document: strings, one after another
             ...
 
-`.jsonl` (`.ndjson`, and `.json`, one object a line) holds a document a line, `.parquet` and `.arrow` one a row (`tables`), `.txt`
-and `.md` files are a document each. All but tables may be compressed (`opening`). Text is UTF-8. Blank lines of a `.jsonl` file
-are passed over. Names that begin with 'hf:' are datasets of the Hugging Face hub (`hub`). Files that hold no text but token ids
-are read by `token_records`.
+`.jsonl` (`.ndjson`, and `.json`, one object a line) holds a document a line, `.parquet` and
+`.arrow` one a row (`tables`), `.txt` and `.md` files are a document each. All but tables may be
+compressed (`opening`). Text is UTF-8. Blank lines of a `.jsonl` file are skipped. Names that begin
+with 'hf:' are datasets of the Hugging Face hub (`hub`). Files that hold no text but token ids are
+read by `token_records`.
 
-Files are not trusted: sizes are bounded (a line or row by MAX_DOCUMENT), and whatever cannot be read is an error of one line
-with the file and the number of the line, or is counted and passed over where the caller asks for it. Nothing is cleaned,
-filtered or deduplicated.
+Files are not trusted: sizes are bounded (a line or row by MAX_DOCUMENT), and whatever cannot be
+read is an error of one line with the file and the number of the line, or is counted and skipped
+where the caller asks for it. Text is not cleaned, filtered or deduplicated.
 """
 
 import codecs
@@ -34,7 +35,8 @@ from fp8jax.files import elsewhere
 LINES, TEXT = (".jsonl", ".ndjson", ".json"), (".txt", ".md")
 TABLES, TOKENS = (*tables.PARQUET, *tables.ARROW), token_records.SUFFIXES
 MAX_DOCUMENT = 1 << 29
-# Of a directory of text, what is about the text: dataset cards and what the Hugging Face libraries write beside data.
+# Files in a directory of text that describe the text: dataset cards and what the Hugging Face
+# libraries write beside data.
 _DESCRIBING = frozenset(
     (
         "readme.md",
@@ -54,14 +56,16 @@ _BLOCK = 1 << 18
 
 
 class Piece(NamedTuple):
-    """Documents that are read in one go.
+    """Documents that are read together.
 
     Attributes:
-        path: of the file.
-        start: first byte (lines that begin from here on), row group of a parquet file, row of a dataset of the hub, or record.
-        stop: the byte, row group, row or record before which to stop; -1: at the end of the file.
+        path: path of the file.
+        start: first byte (lines that begin from here on), row group of a parquet file, row of a
+            dataset of the hub, or record.
+        stop: the byte, row group, row or record before which to stop; -1 reads to the end of the
+            file.
         size: bytes of input, for progress.
-        split: of which split its documents are; '': their content decides.
+        split: the split that its documents belong to; '' if their content decides.
     """
 
     path: str
@@ -77,14 +81,15 @@ def find(
     out: str | os.PathLike | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
-    """The files that inputs name, in order and each once, whatever the spelling of its path.
+    """Return the files that inputs name, in order and each once, however its path is spelled.
 
-    Of a directory, also through links, those that are read, sorted; without hidden files, what only describes a dataset
-    (README.md, dataset_info.json), and prepared shards. A file that is named itself is always read.
+    A directory stands for the text files in it, sorted, links followed; hidden files, files that
+    only describe a dataset (README.md, dataset_info.json) and prepared shards are left out. A file
+    that is named itself is always read.
 
     Args:
         inputs: files, directories, patterns, datasets of the hub.
-        out: a directory to leave out: what is prepared must not be read.
+        out: a directory to leave out, because prepared output must not be read.
         tell: receives a line on what was left out.
 
     Raises:
@@ -127,7 +132,7 @@ def _matches(name: str) -> list[str]:
 
 
 def _files(match: str, outside: str | None, left_out: list[str], seen: set[str]) -> list[str]:
-    """The file itself, or those of a directory, less directories that were `seen`."""
+    """Yield the file itself, or those of a directory, without directories that were `seen`."""
     if os.path.isdir(match):
         return sorted(_in_directory(match, outside, left_out, seen))
     inside = outside is not None and os.path.realpath(match).startswith(outside + os.sep)
@@ -157,7 +162,7 @@ def _in_directory(
 
 
 def _is_prepared(directory: str) -> bool:
-    """Whether a directory holds token shards, finished or not."""
+    """Return whether a directory holds token shards, finished or not."""
     if os.path.isfile(os.path.join(directory, "unfinished", "plan")):
         return True
     try:
@@ -178,19 +183,19 @@ def _kind(path: str) -> tuple[str, ...] | None:
 
 
 def is_plain_text(path: str) -> bool:
-    """Whether the file is one uncompressed document."""
+    """Return whether the file is one uncompressed document."""
     return path.lower().endswith(TEXT) and not path.startswith(hub.PREFIX)
 
 
 def is_tokens(path: str, field: str = "") -> bool:
-    """Whether the file holds token ids instead of text, a table in this column."""
+    """Return whether the file holds token ids instead of text; a table holds them in this column."""
     if path.startswith(hub.PREFIX):
         return False
     return _kind(path) is TOKENS or (_kind(path) is TABLES and tables.holds_ids(path, field))
 
 
 def stat(path: str) -> tuple[int, int]:
-    """Bytes of an input, and when it was last changed, in nanoseconds.
+    """Return the size of an input in bytes and the time of its last change in nanoseconds.
 
     Raises:
         ConfigError: it cannot be read.
@@ -205,7 +210,7 @@ def stat(path: str) -> tuple[int, int]:
 
 
 def digest(path: str) -> str:
-    """Hash of an input's content; '' of a dataset of the hub, which has a version of its own.
+    """Return the hash of an input's content; '' for a dataset of the hub, which has a version of its own.
 
     Raises:
         ConfigError: it cannot be read.
@@ -220,7 +225,7 @@ def digest(path: str) -> str:
 
 
 def pieces(path: str, piece_bytes: int) -> list[Piece]:
-    """A file as pieces of about `piece_bytes`, where its format lets one start in the middle.
+    """Return a file as pieces of about `piece_bytes`, or as one piece if its format must be read from the start.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -240,7 +245,7 @@ def pieces(path: str, piece_bytes: int) -> list[Piece]:
 
 
 def _even_pieces(path: str, length: int, size: int, piece_bytes: int) -> list[Piece]:
-    """Cuts 0 to `length`, which are `size` bytes."""
+    """Cut the range from 0 to `length`, which holds `size` bytes."""
     count = max(1, -(-size // piece_bytes))
     edges = [length * index // count for index in range(count + 1)]
     return [
@@ -250,7 +255,7 @@ def _even_pieces(path: str, length: int, size: int, piece_bytes: int) -> list[Pi
 
 
 def cut_text(path: str, fraction: float) -> list[Piece]:
-    """A text file as two documents, the second the last `fraction` of it, cut after the end of a line."""
+    """Return a text file as two documents, the second the last `fraction` of it, cut after the end of a line."""
     size = os.stat(path).st_size
     with open(path, "rb") as file:
         file.seek(int(size * (1 - fraction)))
@@ -269,13 +274,14 @@ def cut_text(path: str, fraction: float) -> list[Piece]:
 def read(
     piece: Piece, field: str, progress: Progress, skip: Skip | None = None
 ) -> Iterator[Iterable[str]]:
-    """The documents of a piece, each as strings to be joined; use one up before asking for the next.
+    """Yield the documents of a piece, each as strings to be joined; use one up before asking for the next.
 
     Args:
-        piece: of a file.
+        piece: a piece of a file.
         field: the field of an object or column of a table that holds the text; 'a.b' is b within a.
         progress: receives the bytes of input that were read since the last call.
-        skip: receives a line for each line or row that holds no text, which is then passed over; None: it is an error.
+        skip: receives a line for each line or row that holds no text, which is then skipped; with
+            None it is an error.
 
     Raises:
         ConfigError: a file, line or row that cannot be read as text; the message names it.
@@ -300,7 +306,7 @@ def read(
 
 
 def _read_text(piece: Piece, progress: Progress) -> Iterator[str]:
-    """The blocks of a text file."""
+    """Yield the blocks of a text file."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     left, offset = (piece.stop - piece.start if piece.stop >= 0 else -1), piece.start
     try:
@@ -321,7 +327,7 @@ def _read_lines(
     piece: Piece, field: str, progress: Progress, skip: Skip | None
 ) -> Iterator[Iterable[str]]:
     with Input(piece.path, progress) as file:
-        if piece.start:  # the line that began before belongs to the piece before
+        if piece.start:  # a line that began earlier belongs to the piece before
             file.seek(piece.start - 1)
             _skip_line(file, piece.stop)
         number = 0
@@ -379,7 +385,7 @@ def _json(text: str) -> Any:
 
 
 def _member(value: Any, field: str) -> Any:
-    """A field of an object, or, where it has none of the whole name, the one that the dots lead to."""
+    """Return a field of an object; without one of the whole name, follow the dots."""
     if isinstance(value, dict) and field in value:
         return value[field]
     for name in field.split("."):
@@ -399,7 +405,7 @@ def _checked(text: str) -> str:
 
 
 def _line_error(piece: Piece, number: int, fault: str) -> ConfigError:
-    """Counts the lines before the piece, which nobody needed so far."""
+    """Return an error that names the line in the file; only now are the lines before the piece counted."""
     if piece.start:
         with open(piece.path, "rb") as file:
             left = piece.start

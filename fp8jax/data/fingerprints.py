@@ -1,10 +1,11 @@
-"""What a run's data is, whatever its path is called: a digest of each source, kept with every checkpoint.
+"""Identify a run's data by content, not by path: a digest of each source, kept with every checkpoint.
 
     found = of(config.data)                 # {"train": [["web", 0.7, "sha256:..."], ...], "held_out": [...]}
-    same(found["train"], saved["train"])    # True where a run would go on with the data that it began with
+    same(found["train"], saved["train"])    # True if a run would continue with the data that it began with
 
-The digest of a prepared directory is that of the checksums in its index, so it takes no time. Of a Megatron dataset the whole index
-is read, and of the tokens the size and pieces at even distances: who changes a token here and there is not found out.
+The digest of a prepared directory is that of the checksums in its index, so it takes no time. For a
+Megatron dataset the whole index is read, and of the tokens only the size and evenly spaced pieces:
+a change of single tokens may go unnoticed.
 """
 
 import functools
@@ -20,13 +21,13 @@ import numpy as np
 from fp8jax.config import ConfigError, DataConfig, parse_sources
 from fp8jax.data import megatron, shards, sources
 
-# Of a Megatron dataset's tokens: how many pieces are read, and bytes of one.
+# How many pieces of a Megatron dataset's tokens are read, and the bytes of one.
 _PIECES, _PIECE = 256, 1 << 12
 _READ = 1 << 22
 
 
 def of(data: DataConfig) -> dict[str, list[list[Any]]]:
-    """Split → for each source its name, its weight and its digest, as JSON has them.
+    """Return a dictionary from split to the name, weight and digest of each source, as in JSON.
 
     Raises:
         ConfigError: a source that cannot be read; the message names the file.
@@ -43,17 +44,17 @@ def of(data: DataConfig) -> dict[str, list[list[Any]]]:
 
 
 def same(found: list[list[Any]], saved: Any) -> bool:
-    """True where the sources' weights and contents, in their order, are those that were saved, whatever their names."""
+    """Return True if the sources' weights and contents, in order, equal the saved ones; names may differ."""
     try:
         return [(weight, digest) for _, weight, digest in found] == [
             (weight, digest) for _, weight, digest in saved
         ]
-    except (TypeError, ValueError):  # of a damaged manifest
+    except (TypeError, ValueError):  # the manifest is damaged
         return False
 
 
 def changed(found: list[list[Any]], saved: Any) -> list[str]:
-    """Names of the sources whose content is another than that saved under the same name."""
+    """Return the names of the sources whose content differs from that saved under the same name."""
     try:
         before = {name: digest for name, _, digest in saved}
     except (TypeError, ValueError):

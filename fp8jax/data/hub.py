@@ -1,7 +1,8 @@
-"""Datasets of the Hugging Face hub as input of `prepare`: 'hf:NAME' or 'hf:NAME:CONFIG', e.g. 'hf:allenai/c4:en'.
+"""Read datasets of the Hugging Face hub for `prepare`: 'hf:NAME' or 'hf:NAME:CONFIG', e.g. 'hf:allenai/c4:en'.
 
-The package `datasets` downloads the split `train` once into its cache; without network only what is there can be read, and
-directories of data files, 'hf:/path'. Rows are read by number, so work on them is shared and restarted like that on files.
+The package `datasets` downloads the split `train` once into its cache; without network only what is
+there can be read, and directories of data files, 'hf:/path'. Rows are read by number, so work on
+them is shared and restarted like that on files.
 """
 
 import contextlib
@@ -22,13 +23,13 @@ _BATCH = 256
 
 @functools.lru_cache(maxsize=4)
 def dataset(name: str) -> Any:
-    """The training split of a dataset.
+    """Return the training split of a dataset.
 
     Args:
         name: 'hf:NAME' or 'hf:NAME:CONFIG'.
 
     Raises:
-        ConfigError: the package `datasets` is missing, or the dataset cannot be had.
+        ConfigError: the package `datasets` is missing, or the dataset cannot be loaded.
     """
     try:
         import datasets
@@ -42,7 +43,7 @@ def dataset(name: str) -> Any:
     try:
         with contextlib.nullcontext() if reachable else _offline():
             return datasets.load_dataset(path, config or None, split="train")
-    except Exception as error:  # of many kinds, the hub's and the network's among them
+    except Exception as error:  # the hub and the network raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if not reachable and isinstance(error, ConnectionError):
             reason = "the hub cannot be reached, and no earlier download is in its cache"
@@ -53,12 +54,12 @@ def dataset(name: str) -> Any:
 
 
 def _is_reachable() -> bool:
-    """Whether the hub's host answers; asked once, where the libraries would try for half a minute."""
+    """Return whether the hub's host answers; it is asked once, while the libraries would try for half a minute."""
     import huggingface_hub
 
     address = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
     if urllib.request.getproxies().get(address.scheme):
-        return True  # as far as can be said: the proxy looks for it
+        return True  # unknown: the proxy resolves the name
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
         socket.create_connection((address.hostname, port), timeout=5).close()
@@ -69,7 +70,7 @@ def _is_reachable() -> bool:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Have only what is in the cache looked for."""
+    """Restrict the libraries to their cache."""
     import datasets
     import huggingface_hub
 
@@ -82,10 +83,10 @@ def _offline() -> Iterator[None]:
 
 
 def rows(name: str, field: str, start: int, stop: int) -> Iterator[list[str]]:
-    """The texts of some rows, a few at a time.
+    """Yield the texts of a range of rows, a few at a time.
 
     Raises:
-        ConfigError: no such column, or one that is not text; a row without text.
+        ConfigError: the column is missing or not text, or a row has no text.
     """
     found = dataset(name)
     if getattr(found.features.get(field), "dtype", None) not in ("string", "large_string"):

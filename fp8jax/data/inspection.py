@@ -1,4 +1,4 @@
-"""What a directory of token shards holds: lengths of documents, and some of them as text."""
+"""Inspect a directory of token shards: lengths of documents, and some of them as text."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from fp8jax.data.mapping import Mapped
 
 
 class Bin(NamedTuple):
-    """Documents of `low` to `high` tokens, end of document included."""
+    """The documents of `low` to `high` tokens, end of document included."""
 
     low: int
     high: int
@@ -22,10 +22,10 @@ class Bin(NamedTuple):
 
 
 def tokenizer_of(directory: str | os.PathLike) -> tokenizers.Tokenizer:
-    """The tokenizer that a directory was prepared with.
+    """Return the tokenizer that a directory was prepared with.
 
     Raises:
-        ConfigError: no such directory, or it lacks its tokenizer.json.
+        ConfigError: the directory does not exist, or lacks its tokenizer.json.
     """
     path = os.path.join(directory, shards.TOKENIZER)
     loaded = tokenizers.of_directory(pathlib.Path(directory))
@@ -37,7 +37,7 @@ def tokenizer_of(directory: str | os.PathLike) -> tokenizers.Tokenizer:
 
 
 def length_histogram(ends: Iterable[Mapped | np.ndarray]) -> list[Bin]:
-    """Documents by length, in powers of two; `ends` as of `shards.open_ends`."""
+    """Count documents by length, in powers of two; `ends` as `shards.open_ends` returns them."""
     counts = np.zeros(64, np.int64)
     for one in ends:
         lengths = np.diff(one[:].astype(np.int64), prepend=0)
@@ -59,7 +59,7 @@ def sample_documents(
     count: int,
     tokens: int = 120,
 ) -> list[tuple[str, int, str]]:
-    """Evenly spread documents: the shard, the number of the document in it, and the text of its first tokens.
+    """Return evenly spread documents: the shard, the number of the document in it, and the text of its first tokens.
 
     Raises:
         ConfigError: as `shards.open_shards`.

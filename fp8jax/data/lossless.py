@@ -1,12 +1,13 @@
-"""Does a tokenizer give back the text that it was given? Asked once, when its file is read.
+"""Check once, when a tokenizer's file is read, that decoding returns the text that was encoded.
 
     check(encode, decode, token_bytes, added=("<tool>",), forms=())      # raises ValueError, one line
 
-Bits per byte divides by the bytes of the text that the tokens stand for. A tokenizer that loses text (an alphabet without
-some bytes, lowercase, white space stripped, a prefix space) makes that a wrong number in silence, so a probe text is sent
-through it: every byte that UTF-8 has, white space at both ends, capitals, accents in both spellings, and each added token
-between spaces. Unicode normalisation (NFC and its like) changes text in a defined way: where the user has asked for it,
-what must come back is the normalised text.
+Bits per byte divides by the bytes of the text that the tokens stand for. A tokenizer that loses
+text (an alphabet without some bytes, lowercase, white space stripped, a prefix space) silently
+makes that number wrong, so a probe text is sent through it: every byte that UTF-8 has, white space
+at both ends, capitals, accents in both spellings, and each added token between spaces. Unicode
+normalisation (NFC and its like) changes text in a defined way: if the user has asked for it, the
+normalised text must come back.
 """
 
 import unicodedata
@@ -19,7 +20,7 @@ FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
 def probes(added: Iterable[str] = ()) -> tuple[str, ...]:
-    """A text with every byte that valid UTF-8 can hold and what tokenizers like to change; one that begins with a letter."""
+    """Return a text of all bytes of UTF-8 and what tokenizers tend to change, and one that begins with a letter."""
     ascii_and_two_bytes = "".join(map(chr, range(0x800)))
     # One character for each first byte of three and four bytes.
     longer = "".join(
@@ -31,12 +32,12 @@ def probes(added: Iterable[str] = ()) -> tuple[str, ...]:
 
 
 def forms_of(normaliser: Any) -> tuple[str, ...]:
-    """Unicode forms among the normalisers of a tokenizer.json, in their order."""
+    """Return the Unicode forms among the normalisers of a tokenizer.json, in their order."""
     return tuple(kind for kind in _kinds(normaliser) if kind in FORMS)
 
 
 def normalised(text: str, forms: Sequence[str]) -> str:
-    """The text in these forms, one after another."""
+    """Return the text after applying these forms, one after another."""
     for form in forms:
         text = unicodedata.normalize(form, text)
     return text
@@ -50,17 +51,18 @@ def check(
     added: Iterable[str] = (),
     forms: Sequence[str] = (),
 ) -> None:
-    """Sends the probes through a tokenizer.
+    """Send the probes through a tokenizer.
 
     Args:
-        encode: text to token ids.
-        decode: token ids to text.
+        encode: turns text into token ids.
+        decode: turns token ids into text.
         token_bytes: int [vocab_size], bytes of text that each id stands for.
         added: tokens beside the model's own that text may spell.
         forms: Unicode forms that the text may come back in.
 
     Raises:
-        ValueError: the text that comes back, or the bytes that its ids stand for, are not a probe's.
+        ValueError: the text that comes back, or the bytes that its ids stand for, differ from the
+            probe's.
     """
     for text in probes(added):
         ids = np.asarray(encode(text))
@@ -73,7 +75,7 @@ def check(
 
 
 def cause(spec: Mapping[str, Any]) -> str:
-    """What in a tokenizer.json may change text, for an error; '' where nothing is known to."""
+    """Return what in a tokenizer.json may change text, for an error; '' if no known cause is there."""
     parts = [
         f"{name} {'+'.join(kinds)}"
         for name in ("normalizer", "pre_tokenizer")
@@ -83,7 +85,7 @@ def cause(spec: Mapping[str, Any]) -> str:
 
 
 def _kinds(component: Any) -> list[str]:
-    """Types of a component of a tokenizer.json, those in a sequence one by one."""
+    """Return the types of a component of a tokenizer.json; a sequence gives those of its members."""
     if not isinstance(component, Mapping):
         return []
     for inner in ("normalizers", "pretokenizers"):
@@ -93,7 +95,7 @@ def _kinds(component: Any) -> list[str]:
 
 
 def _difference(expected: str, found: str) -> str:
-    """Where two texts first differ."""
+    """Describe where two texts first differ."""
     pairs = zip(expected, found, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
     return f"{expected[at : at + 8]!r} comes back as {found[at : at + 8]!r}"

@@ -1,10 +1,11 @@
-"""Arrays in files, mapped into memory while they are read: any number of them, whatever number of files a process may open.
+"""Map arrays in files into memory while they are read: any number of them, however few files a process may open.
 
     array = Mapped(path, np.dtype("<u2"), count)
     array[10:20], len(array)                        # numpy arrays; the file is mapped when first asked
 
-A map keeps its file's descriptor, of which a process has a thousand by default, and it may have 65,530 maps. Here MAPS are
-kept at most, those mapped last; what was taken of an array stays valid while it is used.
+A map keeps a file descriptor open, of which a process has a thousand by default, and a process may
+have 65,530 maps. At most MAPS are kept here, those mapped last; a slice that was taken stays valid
+while it is used.
 """
 
 import collections
@@ -24,7 +25,7 @@ MAPS = min(1 << 14, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 class Mapped:
     """A read-only array [count] in a file of at least that size, which the caller has checked.
 
-    Reading raises a DataError where the file has gone since, or has become too short.
+    Reading raises a DataError if the file is gone by then, or has become too short.
     """
 
     def __init__(self, path: str | os.PathLike, kind: np.dtype, count: int):
@@ -36,16 +37,16 @@ class Mapped:
         return self.shape[0]
 
     def __getitem__(self, where: Any) -> Any:
-        """An item, or a slice as a numpy array."""
+        """Return an item, or a slice as a numpy array."""
         array = self._array
         return (_map(self) if array is None else array)[where]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """All of it, for numpy's functions."""
+        """Return the whole array, for numpy's functions."""
         return np.array(self[:], dtype, copy=copy)
 
     def _opened(self) -> np.ndarray:
-        """The array, without np.memmap's bookkeeping, a third of the time of reading a short window."""
+        """Return the array without np.memmap's bookkeeping, a third of the time to read a short window."""
         try:
             return np.asarray(np.memmap(self._path, self.dtype, mode="r", shape=self.shape))
         except (OSError, ValueError) as error:
@@ -60,9 +61,9 @@ _mapped: collections.deque[weakref.ref[Mapped]] = collections.deque()
 
 
 def _map(mapped: Mapped) -> np.ndarray:
-    """Map a file; of more than MAPS, the one that was mapped first is let go."""
+    """Map a file; above MAPS, release the one that was mapped first."""
     with _lock:
-        if mapped._array is not None:  # by another thread, meanwhile
+        if mapped._array is not None:  # another thread mapped it meanwhile
             return mapped._array
         array = mapped._array = mapped._opened()
         _mapped.append(weakref.ref(mapped))

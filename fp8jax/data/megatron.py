@@ -1,12 +1,14 @@
-"""Datasets of Megatron-LM, `PREFIX.bin` and `PREFIX.idx`, as a source: `config.data.source=PREFIX`.
+"""Read datasets of Megatron-LM, `PREFIX.bin` and `PREFIX.idx`, as a source: `config.data.source=PREFIX`.
 
-The index: the magic bytes, uint64 version 1, uint8 code of the dtype, uint64 sequences, uint64 entries of the document index,
-then int32 lengths and int64 byte offsets of the sequences, and int64 [documents + 1], where documents begin, in sequences.
-All little-endian. The tokens are mapped into memory where they lie.
+The index holds the magic bytes, uint64 version 1, uint8 code of the dtype, uint64 sequences, uint64
+entries of the document index, then int32 lengths and int64 byte offsets of the sequences, and int64
+[documents + 1], where documents begin, in sequences. All values are little-endian. The tokens are
+mapped into memory, not copied.
 
-Documents must lie in the file in order and without gaps, as Megatron writes them. Where they do not end with the tokenizer's
-end-of-document id (written without Megatron's --append-eod), it is put after each as they are read; empty documents are passed
-over. The last hundredth of the documents, at least one, is the held-out split.
+Documents must lie in the file in order and without gaps, as Megatron writes them. Where they do not
+end with the tokenizer's end-of-document id (written without Megatron's --append-eod), it is put
+after each as they are read; empty documents are skipped. The last hundredth of the documents, at
+least one, is the held-out split.
 """
 
 import os
@@ -35,21 +37,21 @@ class Index(NamedTuple):
 
 
 def is_dataset(prefix: str | os.PathLike) -> bool:
-    """Whether there is an .idx file of this prefix, and no directory of this name."""
+    """Return whether there is an .idx file of this prefix, and no directory of this name."""
     return not os.path.isdir(prefix) and os.path.isfile(f"{os.fspath(prefix)}.idx")
 
 
 class Ended:
     """Documents that lie in an array one after another, with an end-of-document id after each, as if it stood there.
 
-    Slices are int64 arrays; nothing else of an array is there but its length and the bytes of an item.
+    Slices are int64 arrays; besides them the class has only the length and item size of an array.
     """
 
     def __init__(self, tokens: np.ndarray, stops: np.ndarray, end_of_document: int):
         self._tokens, self._end = tokens, end_of_document
         self._ends = stops + np.arange(
             1, len(stops) + 1
-        )  # of each document in the stream, its id included
+        )  # length of each document in the stream, its id included
         self.itemsize = tokens.itemsize
 
     def __len__(self) -> int:
@@ -64,15 +66,16 @@ class Ended:
 
 
 def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> np.ndarray | Ended:
-    """The tokens of a split, memory-mapped, [tokens] in the file's own dtype; `Ended` where documents do not end themselves.
+    """Open the tokens of a split, [tokens] in the file's dtype; as `Ended` if documents lack their end id.
 
     Args:
-        prefix: of the dataset's files.
-        tokenizer: that it was written with.
-        split: 'train', 'held_out' or 'all', both of them.
+        prefix: prefix of the dataset's files.
+        tokenizer: the tokenizer that it was written with.
+        split: 'train', 'held_out' or 'all' for both.
 
     Raises:
-        ConfigError: files that are damaged, do not belong together, or of whose documents only some end.
+        ConfigError: the files are damaged, do not belong together, or only some of their documents
+            end.
     """
     prefix = os.fspath(prefix)
     index, path = read_index(prefix), pathlib.Path(f"{prefix}.bin")
@@ -117,7 +120,7 @@ def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> 
 def _ends_itself(
     path: pathlib.Path, tokens: np.ndarray, stops: np.ndarray, tokenizer: Tokenizer
 ) -> bool:
-    """Whether documents end with the end-of-document id; looks at the last token of some, evenly spread.
+    """Return whether documents end with the end-of-document id, judged by the last token of some, evenly spread.
 
     Raises:
         ConfigError: some do and some do not.
@@ -135,7 +138,7 @@ def _ends_itself(
 
 
 def read_index(prefix: str | os.PathLike) -> Index:
-    """Maps PREFIX.idx into memory.
+    """Map PREFIX.idx into memory.
 
     Raises:
         ConfigError: the file is missing, another version, damaged or cut off; the message names it.

@@ -1,11 +1,12 @@
-"""Mixtures: which source the n-th sequence of a run comes from, by weights, exactly and by random access.
+"""Choose the source of the n-th sequence of a run by weights, exactly and by random access.
 
     schedule = Schedule((0.7, 0.3))
     schedule.place(10**9)       # (1, 300_000_000): the source, and how many sequences of it came before
     schedule.count(1, 1000)     # 300 of the first 1000 sequences
 
-Sequences all have as many tokens, so shares of sequences are shares of tokens. The schedule repeats every PERIOD sequences,
-within which the j-th of a source's m sequences aims at (j + 1/2) / m of the period: shares hold over any stretch of it.
+Sequences all have as many tokens, so shares of sequences are shares of tokens. The schedule repeats
+every PERIOD sequences, within which the j-th of a source's m sequences aims at (j + 1/2) / m of the
+period: shares hold over any stretch of it.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ class Schedule:
     def __init__(self, weights: Sequence[float]):
         exact = np.array(weights, np.float64) * PERIOD
         self.counts = np.floor(exact).astype(np.int64)
-        # What rounding down left over goes to those that lost most by it.
+        # The remainder of rounding down goes to the sources that lost most by it.
         self.counts[
             np.argsort(self.counts - exact, kind="stable")[: PERIOD - self.counts.sum()]
         ] += 1
@@ -40,13 +41,13 @@ class Schedule:
         self._ranks = np.concatenate([np.arange(count) for count in self.counts])[order]
 
     def place(self, sequence: int) -> tuple[int, int]:
-        """The source of a sequence, and its number among the sequences of that source."""
+        """Return the source of a sequence, and its number among the sequences of that source."""
         period, offset = divmod(sequence, PERIOD)
         source = int(self._sources[offset])
         return source, period * int(self.counts[source]) + int(self._ranks[offset])
 
     def count(self, source: int, sequences: int) -> int:
-        """How many of the first `sequences` come from a source."""
+        """Return how many of the first `sequences` come from a source."""
         periods, offset = divmod(sequences, PERIOD)
         return periods * int(self.counts[source]) + int(
             np.count_nonzero(self._sources[:offset] == source)

@@ -1,10 +1,11 @@
-"""Files of text as bytes, decompressed: `.gz`, `.bz2`, `.xz`, `.zst`, or as they lie.
+"""Open files of text as bytes, decompressing `.gz`, `.bz2`, `.xz` and `.zst`.
 
     with Input("crawl.jsonl.zst", progress) as file:
         line = file.readline(1 << 20)
 
-A file is not trusted: what is decompressed at a time is bounded, and damage or a missing end is a ConfigError that names
-the file and the byte. Concatenated streams are one. `zstd --long` is read whatever its window, which then is in memory.
+A file is not trusted: what is decompressed at a time is bounded, and damage or a missing end is a
+ConfigError that names the file and the byte. Concatenated streams are read as one. `zstd --long` is
+read with any window, which is held in memory.
 """
 
 import bz2
@@ -22,7 +23,8 @@ Progress = Callable[[int], Any]
 
 _OUTPUT = 1 << 20
 _XZ_MEMORY = 1 << 29
-# zstd packs up to 128 KiB into 4 bytes, and its Python package has no limit on output: so little goes in at a time.
+# zstd packs up to 128 KiB into 4 bytes, and its Python package has no limit on output: so little
+# goes in at a time.
 _ZSTD_INPUT = 1 << 12
 _ZSTD_WINDOW = 1 << 31  # the format's largest
 
@@ -61,21 +63,21 @@ class Input:
         self._raw.close()
 
     def seek(self, position: int) -> None:
-        """Goes to a byte of a file that is not compressed."""
+        """Go to a byte of a file that is not compressed."""
         if position:
             self._file.seek(position)
             self._reported = position
 
     def tell(self) -> int:
-        """The byte, of what is decompressed, that is read next."""
+        """Return the position in the decompressed bytes that is read next."""
         return self._file.tell()
 
     def read(self, size: int) -> bytes:
-        """At most so many bytes; b'' at the end."""
+        """Read at most `size` bytes; b'' at the end."""
         return self._guarded(self._file.read, size)
 
     def readline(self, limit: int) -> bytes:
-        """A line with its end, or its first `limit` bytes."""
+        """Read a line with its end, or its first `limit` bytes."""
         return self._guarded(self._file.readline, limit)
 
     def _guarded(self, action: Callable[[int], bytes], size: int) -> bytes:
@@ -99,7 +101,7 @@ class Input:
 
 
 class _Zstd:
-    """One frame of zstd, with the face of bz2's and lzma's decompressors."""
+    """A decompressor of one zstd frame, with the interface of bz2's and lzma's decompressors."""
 
     def __init__(self, decoder: Any, error: type[Exception]):
         self._decoder = decoder
@@ -153,7 +155,7 @@ class _Stream(io.RawIOBase):
         return count
 
     def _advance(self) -> bool:
-        """Decompresses some more; False at the end of the last stream."""
+        """Decompress some more; return False at the end of the last stream."""
         if self._decoder is not None and self._decoder.eof:
             self._input = self._decoder.unused_data
             self._decoder = None
@@ -174,15 +176,15 @@ class _Stream(io.RawIOBase):
 
 
 def missing_package(path: str, package: str) -> ConfigError:
-    """What to say where a package of requirements-data.txt is not installed."""
+    """Return the error for a package of requirements-data.txt that is not installed."""
     return ConfigError(f"{path}: needs the package {package}; pip install -r requirements-data.txt")
 
 
 def unreadable(path: str, error: OSError) -> ConfigError:
-    """What to say of a file that cannot be opened."""
+    """Return the error for a file that cannot be opened."""
     return ConfigError(f"{path}: cannot be read: {error.strerror or first_line(error)}")
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
+    """Return an error's message as one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,22 +1,23 @@
-"""Windows of a stream of tokens: what one sequence of a batch holds.
+"""Cut a stream of tokens into windows, one for each sequence of a batch.
 
     windows = ConcatWindows(stream, config.data)            # documents run on from window to window
     windows = BestFitWindows(stream, config.data, open_best_fit("tokens", 4096, len(stream)))
     rows = Rows(8, config.data); windows.fill(17, rows, 0)  # window 17 becomes the first of eight rows
     rows.batch(); len(windows), windows[17]                 # dictionaries of arrays [8, T] and [T]
 
-A window has T = sequence_length targets; its inputs are the tokens one place before them, and a document is always
-predicted from an end-of-document id onwards. Either way every token of the stream, every document's end included, is a
-target in exactly one window.
+A window has T = sequence_length targets; its inputs are the tokens one place before them, and a
+document is always predicted from an end-of-document id onwards. With either packing, every token of
+the stream, every document's end included, is a target in exactly one window.
 
-`concat` cuts the stream every T tokens. `best_fit` keeps documents whole where they fit (Ding et al. 2024, arXiv:2404.10830):
-a document is cut only every T tokens, and what is left goes, longest first, into the fullest window that still has room.
-`write_best_fit` finds that out once, for all windows, so that any of them can be read alone.
+`concat` cuts the stream every T tokens. `best_fit` keeps documents whole where they fit (Ding et
+al. 2024, arXiv:2404.10830): a document is cut only every T tokens, and what is left goes, longest
+first, into the fullest window that still has room. `write_best_fit` computes that once, for all
+windows, so that any of them can be read alone.
 
 A window is a dictionary of numpy arrays [T]:
     inputs, targets: int32. `mask`: float32, 1 where the target counts, 0 on padding.
     segment_ids, positions: int32. With `config.data.document_masks` both start anew at every document of a window;
-    else segment ids are 0 and positions 0 to T - 1.
+    otherwise segment ids are 0 and positions 0 to T - 1.
 """
 
 import hashlib
@@ -35,21 +36,22 @@ from fp8jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 PIECE = np.dtype([("start", "<u8"), ("length", "<u4")])
-# Documents packed together: bounds memory (about 100 bytes each), and leaves padding as it would be over all.
+# How many documents are packed together: memory is about 100 bytes each, and padding is the same as
+# over all of them.
 _TOGETHER = 1 << 21
 
 
 class Rows:
-    """A batch under way: what differs from window to window is put in row by row, the rest is made for all rows at once.
+    """A batch being filled: what differs between windows is put in row by row, the rest is made for all rows.
 
     Args:
-        count: rows.
-        data: reads `sequence_length` and `document_masks`.
+        count: number of rows.
+        data: the `data` section; reads `sequence_length` and `document_masks`.
 
     Attributes:
         inputs, targets: int32 [count, T].
-        real: int64 [count]: targets that count, the first ones of a row.
-        opens: bool [count, T]: where documents begin; of interest with document masks only.
+        real: int64 [count]: number of targets that count, the first ones of a row.
+        opens: bool [count, T]: where documents begin; used with document masks only.
     """
 
     def __init__(self, count: int, data: DataConfig):
@@ -58,12 +60,12 @@ class Rows:
         self.real, self.opens = np.zeros(count, np.int64), np.zeros(shape, bool)
 
     def pad(self, row: int, end: int) -> None:
-        """Makes a row padding alone."""
+        """Make a row all padding."""
         self.inputs[row] = self.targets[row] = end
         self.real[row], self.opens[row] = 0, False
 
     def batch(self) -> Batch:
-        """The batch, arrays [count, T]."""
+        """Return the batch, arrays [count, T]."""
         places = np.arange(self.inputs.shape[1], dtype=np.int32)
         mask = (places < self.real[:, None]).astype(np.float32)
         if not self._masked:
@@ -85,13 +87,13 @@ class Rows:
 
 
 class _Windows:
-    """Windows that fill rows, read singly."""
+    """Windows that fill rows, and can be read one by one."""
 
     data: DataConfig
     fill: Callable[[int, Rows, int], None]
 
     def __getitem__(self, index: int) -> Batch:
-        """Window `index`, arrays [T]."""
+        """Return window `index`, arrays [T]."""
         rows = Rows(1, self.data)
         self.fill(index, rows, 0)
         return {name: array[0] for name, array in rows.batch().items()}
@@ -107,7 +109,7 @@ class ConcatWindows(_Windows):
         return -(-len(self.stream) // self.data.sequence_length)
 
     def fill(self, index: int, rows: Rows, row: int) -> None:
-        """Puts window `index` into a row; past the end of the stream all padding.
+        """Put window `index` into a row; past the end of the stream it is all padding.
 
         Raises:
             DataError: as `TokenStream.read`.
@@ -123,12 +125,13 @@ class ConcatWindows(_Windows):
 
 
 class BestFit(NamedTuple):
-    """Which pieces of a stream make each window.
+    """The pieces of a stream that make each window.
 
     Attributes:
-        pieces: PIECE [pieces]: where in the stream the first target of a piece is, and how many there are.
+        pieces: PIECE [pieces]: where in the stream the first target of a piece is, and how many
+            there are.
         ends: uint64 [windows]: the pieces of window i end before ends[i].
-        path: to name in errors.
+        path: path to name in errors.
     """
 
     pieces: Mapped | np.ndarray
@@ -146,10 +149,10 @@ class BestFitWindows(_Windows):
         return len(self.packed.ends)
 
     def fill(self, index: int, rows: Rows, row: int) -> None:
-        """Puts window `index` into a row.
+        """Put window `index` into a row.
 
         Raises:
-            DataError: pieces that the stream or a window cannot hold; the message names the file.
+            DataError: the stream or a window cannot hold its pieces; the message names the file.
         """
         rows.pad(row, self.stream.tokenizer.end_of_document)
         inputs, targets, opens, filled = rows.inputs[row], rows.targets[row], rows.opens[row], 0
@@ -176,7 +179,7 @@ class BestFitWindows(_Windows):
 
 
 def _with_predecessor(stream: TokenStream, start: int, count: int) -> np.ndarray:
-    """The token before `start` and `count` tokens from there on (fewer at the stream's end), int32."""
+    """Read the token before `start` and `count` tokens from there on (fewer at the stream's end), int32."""
     if start:
         return stream.read(start - 1, start + count)
     return np.concatenate(
@@ -187,18 +190,18 @@ def _with_predecessor(stream: TokenStream, start: int, count: int) -> np.ndarray
 def write_best_fit(
     directory: str | os.PathLike, tokenizer: Tokenizer, length: int
 ) -> dict[str, Any]:
-    """Packs the training split of a directory of token shards by best fit, unless that was done.
+    """Pack the training split of a directory of token shards by best fit, unless that is done already.
 
     Args:
-        directory: of token shards; gets two files, and an entry in its index.
-        tokenizer: that it was prepared with.
-        length: targets a window.
+        directory: a directory of token shards; gets two files, and an entry in its index.
+        tokenizer: the tokenizer that it was prepared with.
+        length: targets per window.
 
     Returns:
-        `windows`, `pieces`, and `padding`, the share of targets that is padding.
+        A dictionary of `windows`, `pieces`, and `padding`, the share of targets that is padding.
 
     Raises:
-        ConfigError: shards that cannot be read, or a length that is not at least 1.
+        ConfigError: the shards cannot be read, or the length is below 1.
     """
     if length < 1:
         raise ConfigError(f"--best_fit: {length} is below 1")
@@ -239,7 +242,7 @@ def write_best_fit(
 def _packed(
     shard_ends: Iterable[Mapped | np.ndarray], length: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """PIECE [pieces] and uint64 [windows], of some documents after another."""
+    """Yield PIECE [pieces] and uint64 [windows] for one group of documents after another."""
     offset = 0
     for ends in shard_ends:
         for first in range(0, len(ends), _TOGETHER):
@@ -252,7 +255,12 @@ def _packed(
 
 
 def pack(starts: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Documents, int64 [documents], as windows: PIECE [pieces] in the order of windows, and uint64 [windows] where each ends."""
+    """Pack documents, int64 [documents], into windows.
+
+    Returns:
+        PIECE [pieces] in the order of windows, and uint64 [windows], where each window ends among
+        them.
+    """
     whole = lengths // length
     document = np.repeat(np.arange(len(lengths)), whole)
     number = np.arange(len(document)) - np.repeat(np.cumsum(whole) - whole, whole)
@@ -271,17 +279,18 @@ def pack(starts: np.ndarray, lengths: np.ndarray, length: int) -> tuple[np.ndarr
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Best-fit decreasing: into which bin each item goes.
+    """Assign items to bins by best-fit decreasing.
 
-    The longest item first, each into the fullest bin with room for it, a new one if there is none. Items of one length and
-    bins of one room are taken together, which gives what one at a time would give, but for bins of equal room.
+    The longest item comes first, each goes into the fullest bin with room for it, or a new one.
+    Items of equal length and bins of equal room are taken together, which gives the result of one
+    at a time up to the choice among bins of equal room.
 
     Args:
-        lengths: int64 [items], 1 to capacity.
-        capacity: of a bin.
+        lengths: int64 [items], each 1 to capacity.
+        capacity: capacity of a bin.
 
     Returns:
-        int64 [items], bins numbered from 0.
+        int64 [items], the bin of each item, numbered from 0.
     """
     bins, opened = np.zeros(len(lengths), np.int64), 0
     order = np.argsort(-lengths, kind="stable")
@@ -317,15 +326,15 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def open_best_fit(directory: str | os.PathLike, length: int, tokens: int) -> BestFit:
-    """The best-fit packing of a directory's training split, memory-mapped.
+    """Open the best-fit packing of a directory's training split, memory-mapped.
 
     Args:
-        directory: of token shards.
-        length: targets a window.
-        tokens: of the split.
+        directory: a directory of token shards.
+        length: targets per window.
+        tokens: number of tokens in the split.
 
     Raises:
-        ConfigError: there is none of this length, or its files are damaged.
+        ConfigError: there is no packing of this length, or its files are damaged.
     """
     directory = pathlib.Path(directory)
     known = shards.read_index(directory).get("best_fit")

@@ -1,4 +1,4 @@
-"""Batches: the training order, which is a function of (seed, step), and held-out text, in order and once.
+"""Make batches: training batches as a function of (seed, step), and held-out text, in order and once.
 
     batches = train_batches(config)             # batches[step] is the batch of that step
     iterator = train_iterator(config, start_step=1000)
@@ -9,12 +9,14 @@
         held_out_sequences(config, stream)      # how many sequences it has
         for batch, text_bytes in held_out_batches(config, batch_size=16, stream=stream): ...
 
-A sequence is a window of a source (`packing`), and sources take turns by their weights (`mixing`). The windows of a source
-are shuffled anew every epoch (Grain's index shuffle: nothing is kept in memory); batches run on across epochs. Nothing
-depends on what was read before, so any step is read at once, and processes that share a batch need not know of each other.
+A sequence is a window of a source (`packing`), and sources take turns by their weights (`mixing`).
+The windows of a source are shuffled anew every epoch (Grain's index shuffle keeps no list in
+memory); batches run on across epochs. A batch does not depend on what was read before, so any step
+can be read directly, and processes that share a batch do not communicate.
 
-A batch is a dictionary of numpy arrays [batch, T], as described in `packing`. With `config.data.on_fault=skip` a sequence that
-cannot be read is padding, and the batch has `faults`, a list of a line for each. There is no worker process here.
+A batch is a dictionary of numpy arrays [batch, T], as described in `packing`. With
+`config.data.on_fault=skip` a sequence that cannot be read is padding, and the batch has `faults`, a
+list with a line for each. No worker processes are started.
 """
 
 import sys
@@ -32,7 +34,7 @@ _ENDLESS = sys.maxsize
 
 
 class Place(NamedTuple):
-    """Where a sequence comes from: name of the source, which pass over it (from 0), and which window of it."""
+    """The origin of a sequence: name of the source, which pass over it (from 0), and which window of it."""
 
     source: str
     epoch: int
@@ -40,7 +42,7 @@ class Place(NamedTuple):
 
 
 class _Order:
-    """The places of all sequences of a run, by their number."""
+    """The places of all sequences of a run, by sequence number."""
 
     def __init__(self, config: Config):
         self.found = sources.load_each(config.data, "train")
@@ -55,17 +57,18 @@ class _Order:
             raise ConfigError(
                 f"config.data.source: {error}; leave that source out, or raise its weight"
             ) from None
-        # Epoch e is shuffled with seed + e: neighbouring seeds of ours must not be neighbours there.
+        # Epoch e is shuffled with seed + e, so neighbouring seeds of runs must not be neighbours
+        # here.
         self._seeds = (
             np.random.SeedSequence(config.training.seed).generate_state(len(self.found)).tolist()
         )
         self._lengths = [len(windows) for windows in self.windows]
 
     def __getitem__(self, sequence: int) -> tuple[int, int, int]:
-        """Source, epoch and window of a sequence."""
+        """Return source, epoch and window of a sequence."""
         source, number = self.schedule.place(sequence) if self.schedule else (0, sequence)
         epoch, window = divmod(number, self._lengths[source])
-        # As grain.MapDataset.range(length).shuffle(seed) does, without the machinery of a dataset.
+        # The order of grain.MapDataset.range(length).shuffle(seed), without the cost of a dataset.
         seed = (self._seeds[source] + epoch) % 2**32
         return (
             source,
@@ -77,7 +80,7 @@ class _Order:
 
 
 class _Batches:
-    """One process's slice of every batch, by step: a random-access source for Grain."""
+    """One process's slice of every batch, by step, as a random-access source for Grain."""
 
     def __init__(self, order: _Order, config: Config, rows: Sequence[int]):
         self._order, self._data, self._batch_size, self._rows = (
@@ -98,18 +101,19 @@ class _Batches:
 
 
 def train_batches(config: Config, rows: Sequence[int] | None = None) -> grain.MapDataset:
-    """All training batches, endless; `[step]` is the batch of a step, whatever was read before.
+    """Return all training batches, endless; `[step]` is the batch of a step, whatever was read before.
 
     Args:
         config: reads `data`, `training.batch_size` and `training.seed`.
-        rows: which sequences of every batch to load, in this order: a process's share; None: all.
+        rows: which sequences of every batch to load, in this order, a process's share; None loads
+            all.
 
     Returns:
         A dataset of batches of len(rows) sequences.
 
     Raises:
-        ConfigError: data that cannot be read.
-        ValueError: rows that the batch does not have.
+        ConfigError: the data cannot be read.
+        ValueError: the batch does not have these rows.
     """
     rows = _rows(config.training.batch_size, rows)
     return grain.MapDataset.source(_Batches(_Order(config), config, rows))
@@ -118,16 +122,18 @@ def train_batches(config: Config, rows: Sequence[int] | None = None) -> grain.Ma
 def train_iterator(
     config: Config, start_step: int = 0, rows: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
-    """Iterator over `train_batches` from `start_step` on, read ahead in `config.data.read_threads` threads.
+    """Iterate over `train_batches` from `start_step` on, read ahead in `config.data.read_threads` threads.
 
-    `get_state()` is a small JSON dictionary that a checkpoint can hold, though start_step says as much.
+    `get_state()` is a small JSON dictionary that a checkpoint can hold, though start_step is
+    enough.
 
     Raises:
-        ConfigError: as `train_batches`; also where there is nothing to evaluate on, which would come out much later.
+        ConfigError: as `train_batches`; also if there is no text to evaluate on, which would show
+            much later.
     """
     held_out_streams(config)
     threads = config.data.read_threads
-    # Two batches a thread: Grain's own default of 500 elements would be 500 batches.
+    # Two batches per thread: Grain's default of 500 elements would be 500 batches.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterator = iter(train_batches(config, rows).to_iter_dataset(options))
     iterator.set_state({"next_index": start_step})
@@ -135,14 +141,14 @@ def train_iterator(
 
 
 def train_places(config: Config, step: int) -> list[Place]:
-    """Where the sequences of a step's batch come from, in the order of its rows."""
+    """Return where the sequences of a step's batch come from, in the order of its rows."""
     order, first = _Order(config), step * config.training.batch_size
     found = [order[sequence] for sequence in range(first, first + config.training.batch_size)]
     return [Place(order.found[source].name, epoch, window) for source, epoch, window in found]
 
 
 def describe(config: Config) -> list[str]:
-    """Lines for the start of a run: every source, its share, and how often the run goes over it.
+    """Return lines for the start of a run: every source, its share, and how often the run goes over it.
 
     Raises:
         ConfigError: as `train_batches`.
@@ -166,12 +172,13 @@ def describe(config: Config) -> list[str]:
 
 
 def held_out_streams(config: Config) -> dict[str, sources.TokenStream]:
-    """Return what held-out losses are taken of, by name; '' is the name of what the sources themselves hold out.
+    """Return the streams for held-out losses, by name; '' is the name of what the sources themselves hold out.
 
-    Empty with `data.held_out=none`, and where the sources hold nothing out and no evaluation is asked for.
+    The dictionary is empty with `data.held_out=none`, and if the sources hold nothing out and no
+    evaluation is asked for.
 
     Raises:
-        ConfigError: text that cannot be read, or there is none though evaluations are asked for.
+        ConfigError: the text cannot be read, or there is none though evaluations are asked for.
     """
     if (
         config.data.held_out == "auto"
@@ -183,7 +190,7 @@ def held_out_streams(config: Config) -> dict[str, sources.TokenStream]:
 
 
 def held_out_sequences(config: Config, stream: sources.TokenStream | None = None) -> int:
-    """Return the number of sequences of a whole held-out text; None: of what the sources hold out.
+    """Return the number of sequences of a whole held-out text; with None, of what the sources hold out.
 
     Raises:
         ConfigError: as `train_batches`.
@@ -200,16 +207,18 @@ def held_out_batches(
     sequences: int = 0,
     stream: sources.TokenStream | None = None,
 ) -> Iterator[tuple[Batch, int]]:
-    """A held-out text in order, no token a target more than once; all batches have the same shapes.
+    """Yield a held-out text in order, no token a target more than once; all batches have the same shapes.
 
-    Documents run on here whatever config.data.packing is. The splits of several sources follow one another.
+    Documents run on here whatever config.data.packing is. The splits of several sources follow one
+    another.
 
     Args:
         config: reads `data`.
         batch_size: sequences of a batch, over all processes.
-        rows: which of every batch to load; None: all.
-        sequences: how many to read, spread evenly over the text; 0, or more than there are: every one.
-        stream: one of `held_out_streams`; None: what the sources hold out.
+        rows: which of every batch to load; None loads all.
+        sequences: how many to read, spread evenly over the text; 0, or more than there are, reads
+            every one.
+        stream: one of `held_out_streams`; None reads what the sources hold out.
 
     Yields:
         A batch [len(rows), T], the last one padded with sequences of mask 0; and how many bytes of text the targets
@@ -228,7 +237,7 @@ def held_out_batches(
 def _in_order(
     windows: packing.ConcatWindows, count: int, batch_size: int, rows: Sequence[int]
 ) -> Iterator[tuple[Batch, int]]:
-    """Batches of `count` windows at even distances; a window beyond the last one is padding."""
+    """Yield batches of `count` evenly spaced windows; a window beyond the last one is padding."""
     token_bytes, total = windows.stream.tokenizer.token_bytes, len(windows)
     for first in range(0, count, batch_size):
         numbers = range(first, first + batch_size)
@@ -255,7 +264,7 @@ def _windows(
 
 
 def _read(windows: list[tuple[Any, int]], data: DataConfig) -> dict[str, Any]:
-    """A batch of windows, each given by its source's windows and its number there."""
+    """Read a batch of windows, each given by its source's windows and its number there."""
     rows, faults = packing.Rows(len(windows), data), []
     for row, (source, number) in enumerate(windows):
         try:
@@ -269,7 +278,7 @@ def _read(windows: list[tuple[Any, int]], data: DataConfig) -> dict[str, Any]:
 
 
 def _rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
-    """The rows of a batch to load, all of them by default."""
+    """Return the rows of a batch to load, by default all of them."""
     rows = range(batch_size) if rows is None else rows
     if len(rows) == 0 or not 0 <= min(rows) <= max(rows) < batch_size:
         raise ValueError(f"rows {list(rows)[:8]} are not rows of a batch of {batch_size}")

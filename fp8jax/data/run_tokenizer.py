@@ -1,10 +1,11 @@
-"""A run's own copy of its tokenizer: whoever has the directory can sample, evaluate tasks and export, wherever the data is.
+"""Keep a run's own copy of its tokenizer, so that sampling, evaluating tasks and exporting need only its directory.
 
-    keep(workdir, tokenizer.of(config.data))            # WORKDIR/tokenizer.json or tekken.json; nothing for bytes
-    config = read_config(workdir)                       # config.json, for those that need not load JAX
-    tokenizer.of(own(config, workdir).data)             # that copy; without one, what the configuration says
+    keep(workdir, tokenizer.of(config.data))            # WORKDIR/tokenizer.json or tekken.json; no file for bytes
+    config = read_config(workdir)                       # reads config.json without loading JAX
+    tokenizer.of(own(config, workdir).data)             # that copy; without one, the configured tokenizer
 
-A path inside the run's directory is written as '{workdir}/hf/tokenizer.json', so that the directory can be moved.
+A path inside the run's directory is written as '{workdir}/hf/tokenizer.json', so that the directory
+can be moved.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ _JSON, _TEKKEN = "tokenizer.json", "tekken.json"
 
 
 def keep(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Copy the tokenizer's file into the run's directory, all or nothing; what another one left there goes.
+    """Copy the tokenizer's file into the run's directory atomically, and remove the file of another tokenizer.
 
     Raises:
         OSError: it cannot be written.
@@ -41,12 +42,12 @@ def keep(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def own(config: Config, workdir: pathlib.Path, fingerprint: str | None = None) -> Config:
-    """Return a run's configuration with its own tokenizer, for all that needs no data.
+    """Return a run's configuration with its own tokenizer, for uses that need no data.
 
     Args:
-        config: of the run.
-        workdir: its directory.
-        fingerprint: of the tokenizer, as a checkpoint knows it: bytes have no file.
+        config: the run's configuration.
+        workdir: the run's directory.
+        fingerprint: the tokenizer's fingerprint from a checkpoint: the byte tokenizer has no file.
     """
     copy = _copy(workdir)
     if copy is not None:
@@ -55,7 +56,7 @@ def own(config: Config, workdir: pathlib.Path, fingerprint: str | None = None) -
 
 
 def found(config: Config, workdir: pathlib.Path) -> Config:
-    """Return the configuration to train with: with the run's own tokenizer where the file that it names is away."""
+    """Return the configuration to train with, which names the run's own tokenizer if the named file is missing."""
     name, copy = config.data.tokenizer, _copy(workdir)
     if copy is None or name in ("auto", "byte", "tekken") or pathlib.Path(name).exists():
         return config
@@ -66,7 +67,7 @@ def read_config(workdir: str | os.PathLike) -> Config:
     """Read WORKDIR/config.json.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
         ConfigError: it is not JSON, or holds an unknown or forbidden field.
     """
     path = pathlib.Path(workdir) / "config.json"
@@ -85,7 +86,7 @@ def read_config(workdir: str | os.PathLike) -> Config:
 
 
 def as_written(config: Config, workdir: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """Return what config.json holds: a tokenizer inside the directory by its place there."""
+    """Return what config.json holds; a tokenizer inside the directory is named by its place there."""
     values, inside = config_lib.to_dict(config), os.path.abspath(workdir) + os.sep
     name = values["data"]["tokenizer"]
     if os.path.isabs(name) and os.path.abspath(name).startswith(inside):

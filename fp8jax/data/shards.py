@@ -1,16 +1,18 @@
-"""The directory of token shards: how it is written, and how it is opened without trusting it.
+"""Write directories of token shards, and open them without trusting them.
 
     write_shards("tokens", tokenizer, {"train": documents, "held_out": documents})
     arrays, paths = open_shards("tokens", tokenizer, "train")
 
-The directory holds `index.json` and the files that it lists: shards `train_00000.bin`, `held_out_00000.bin` and so on,
-bare little-endian uint16 token ids (uint32 for vocabularies above 65536), documents one after another, each ended by the
-end-of-document id, none split between shards; beside each, `train_00000.ends`: little-endian uint64, where in the shard
-every document ends. `fp8jax.data.prepare` makes such a directory from text, with a copy of the tokenizer's file.
+The directory holds `index.json` and the files that it lists: shards `train_00000.bin`,
+`held_out_00000.bin` and so on, bare little-endian uint16 token ids (uint32 for vocabularies above
+65536), documents one after another, each ended by the end-of-document id, none split between
+shards; beside each, `train_00000.ends`: little-endian uint64, where in the shard every document
+ends. `fp8jax.data.prepare` makes such a directory from text, with a copy of the tokenizer's file.
 
-Opening checks the index, the tokenizer and every file's size, and maps the files into memory, so a large directory
-opens at once; the ids themselves are checked where they are read (`sources.TokenStream`), checksums by
-`python -m fp8jax prepare inspect DIR --verify`. Nothing is unpickled, and no file outside the directory is named.
+Opening checks the index, the tokenizer and every file's size, and maps the files into memory, so a
+large directory opens at once; the ids themselves are checked where they are read
+(`sources.TokenStream`), checksums by `python -m fp8jax prepare inspect DIR --verify`. Nothing is
+unpickled, and no file outside the directory is named.
 """
 
 import hashlib
@@ -31,19 +33,19 @@ from fp8jax.data.tokenizer import Tokenizer, dtype
 SPLITS = ("train", "held_out")
 FORMAT = "fp8jax-tokens-2"
 INDEX, SOURCES = "index.json", "sources.jsonl"
-# What a reader takes, and so what a writer writes: a million shards, or the two million input files that
-# indexes of earlier versions named.
+# The largest index that is read, and so written: a million shards, or the two million input files
+# that indexes of earlier versions named.
 INDEX_BYTES = 1 << 28
 TOKENIZER = "tokenizer.json"
 ENDS = np.dtype("<u8")
 
 
 class ShardWriter:
-    """One shard, written under another name until `close`; documents may come in pieces.
+    """A writer of one shard, under a temporary name until `close`; documents may come in pieces.
 
     Args:
-        path: of the `.bin` file; the `.ends` file lies beside it.
-        tokenizer: whose ids are written.
+        path: path of the `.bin` file; the `.ends` file lies beside it.
+        tokenizer: the tokenizer whose ids are written.
     """
 
     def __init__(self, path: pathlib.Path, tokenizer: Tokenizer):
@@ -53,7 +55,7 @@ class ShardWriter:
         self._files = [_HashedFile(path), _HashedFile(path.with_suffix(".ends"))]
 
     def write(self, ids: np.ndarray) -> None:
-        """Token ids [any] that continue the present document, without the end-of-document id.
+        """Write token ids [any] that continue the present document, without the end-of-document id.
 
         Raises:
             ValueError: ids that are not the tokenizer's, or an end-of-document id.
@@ -64,14 +66,14 @@ class ShardWriter:
         self.text_bytes += int(self.tokenizer.token_bytes[ids].sum())
 
     def end_document(self) -> None:
-        """Ends the present document."""
+        """End the present document."""
         self._files[0].write(self._end)
         self.tokens += 1
         self.documents += 1
         self._files[1].write(np.array([self.tokens], ENDS).tobytes())
 
     def close(self) -> dict[str, Any]:
-        """Gives the files their names; what the index says of the shard."""
+        """Give the files their names, and return the shard's entry for the index."""
         digests = [file.close() for file in self._files]
         return {
             "file": self.path.name,
@@ -84,7 +86,7 @@ class ShardWriter:
 
 
 class _HashedFile:
-    """A file under a temporary name, and the hash of what was written."""
+    """A file under a temporary name, with the hash of what was written."""
 
     def __init__(self, path: pathlib.Path):
         self._path, self._partial = path, path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -107,16 +109,17 @@ def write_shards(
     *,
     shard_tokens: int = 1 << 28,
 ) -> dict[str, dict[str, Any]]:
-    """Writes a directory of token shards; `index.json` comes last, so an interrupted directory is never read.
+    """Write a directory of token shards; `index.json` comes last, so an interrupted directory is never read.
 
     Args:
         directory: created if missing; must not hold an index.json yet.
-        tokenizer: whose ids the documents are.
-        documents: for 'train' and 'held_out', the token ids of one document each, without the end-of-document id.
+        tokenizer: the tokenizer of the documents' ids.
+        documents: for 'train' and 'held_out', the token ids of one document each, without the
+            end-of-document id.
         shard_tokens: a shard ends with the document with which it reaches this many tokens.
 
     Returns:
-        For either split, as in the index: `documents`, `tokens`, `text_bytes` and `shards`.
+        For each split, as in the index: `documents`, `tokens`, `text_bytes` and `shards`.
 
     Raises:
         ConfigError: the directory already holds an index.json, or a split has no documents.
@@ -154,7 +157,7 @@ def _write_split(
 
 
 def summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the index says of a split made of these shards."""
+    """Return the index entry of a split made of these shards."""
     totals = {
         name: sum(entry[name] for entry in entries)
         for name in ("documents", "tokens", "text_bytes")
@@ -163,12 +166,12 @@ def summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def shard_name(split: str, number: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"{split}_{number:05d}.bin"
 
 
 def header(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The part of the index that must be as expected for the shards to be read at all."""
+    """Return the part of the index that must match before any shard is read."""
     return {
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,
@@ -178,10 +181,10 @@ def header(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_index(directory: pathlib.Path, index: dict[str, Any]) -> None:
-    """Writes index.json, all or nothing.
+    """Write index.json atomically.
 
     Raises:
-        ConfigError: it would be larger than `read_index` takes.
+        ConfigError: it would be larger than `read_index` accepts.
     """
     content = (json.dumps(index, indent=1) + "\n").encode()
     if len(content) > INDEX_BYTES:
@@ -195,7 +198,7 @@ def write_index(directory: pathlib.Path, index: dict[str, Any]) -> None:
 
 
 def write_sources(directory: pathlib.Path, sources: Iterable[dict[str, Any]]) -> None:
-    """Writes sources.jsonl, all or nothing: a line an input file, which readers of tokens need not read."""
+    """Write sources.jsonl atomically: a line per input file, which readers of tokens do not need."""
     partial = directory / f"{SOURCES}.partial"
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(source) + "\n" for source in sources)
@@ -206,7 +209,7 @@ def read_sources(directory: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Yield the input files that a directory was prepared from: `file`, `bytes`, `documents` and more.
 
     Raises:
-        ConfigError: a damaged list.
+        ConfigError: the list is damaged.
     """
     index, path = read_index(directory), directory / SOURCES
     if "sources" in index or not path.exists():  # prepared by an earlier version, or by hand
@@ -221,7 +224,7 @@ def read_sources(directory: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def ended(document: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """The document's ids and the end-of-document id, uint16 or uint32 [tokens + 1]."""
+    """Return the document's ids and the end-of-document id, uint16 or uint32 [tokens + 1]."""
     return np.append(document, tokenizer.end_of_document).astype(dtype(tokenizer.vocab_size))
 
 
@@ -235,15 +238,16 @@ def _check_document(document: np.ndarray, tokenizer: Tokenizer) -> None:
 def open_shards(
     directory: str | os.PathLike, tokenizer: Tokenizer, split: str
 ) -> tuple[tuple[Mapped, ...], tuple[str, ...]]:
-    """The memory-mapped shards of a split, in order, and their paths.
+    """Return the memory-mapped shards of a split, in order, and their paths.
 
     Args:
         directory: made by `write_shards` or `prepare`.
-        tokenizer: the one it was prepared with.
+        tokenizer: the tokenizer that it was prepared with.
         split: 'train' or 'held_out'.
 
     Raises:
-        ConfigError: a missing or damaged file, another tokenizer, or no such split; the message names the file.
+        ConfigError: a file is missing or damaged, the tokenizer is another, or the split is
+            missing; the message names the file.
     """
     directory = pathlib.Path(directory)
     listed = _listed(directory, read_index(directory, tokenizer), split)
@@ -254,7 +258,7 @@ def open_shards(
 def open_what_is_there(
     directory: str | os.PathLike, tokenizer: Tokenizer, split: str
 ) -> tuple[tuple[Mapped | np.ndarray, ...], tuple[str, ...]]:
-    """As `open_shards`, but what is missing of a shard's tokens is an array of -1, which no reader takes for tokens.
+    """Open shards as `open_shards` does, with missing tokens as arrays of -1, which readers refuse.
 
     Raises:
         ConfigError: the index cannot be used; the message names it.
@@ -279,7 +283,7 @@ def open_what_is_there(
 
 
 def open_ends(directory: str | os.PathLike, tokenizer: Tokenizer, split: str) -> tuple[Mapped, ...]:
-    """For every shard of a split, memory-mapped: uint64 [documents], where in the shard each document ends.
+    """Return where each document ends in every shard of a split, memory-mapped uint64 [documents].
 
     Raises:
         ConfigError: as `open_shards`; the values themselves are checked too.
@@ -294,10 +298,10 @@ def open_ends(directory: str | os.PathLike, tokenizer: Tokenizer, split: str) ->
 
 
 def has_split(directory: str | os.PathLike, split: str) -> bool:
-    """Whether a directory lists shards of a split.
+    """Return whether a directory lists shards of a split.
 
     Raises:
-        ConfigError: an index that cannot be read.
+        ConfigError: the index cannot be read.
     """
     splits = read_index(pathlib.Path(directory)).get("splits")
     found = splits.get(split) if isinstance(splits, dict) else None
@@ -305,10 +309,10 @@ def has_split(directory: str | os.PathLike, split: str) -> bool:
 
 
 def read_index(directory: pathlib.Path, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
-    """The index; with a tokenizer, of shards of that tokenizer.
+    """Read the index, and check that its shards are of the tokenizer, if one is given.
 
     Raises:
-        ConfigError: no index, one that cannot be read, or shards of another tokenizer.
+        ConfigError: the index is missing or cannot be read, or the shards are of another tokenizer.
     """
     path = pathlib.Path(directory) / INDEX
     try:
@@ -334,7 +338,7 @@ def read_index(directory: pathlib.Path, tokenizer: Tokenizer | None = None) -> d
 
 
 def _listed(directory: pathlib.Path, index: dict[str, Any], split: str) -> list[dict[str, Any]]:
-    """The shards of a split, each with a safe name and a sound number of tokens."""
+    """Return the shards of a split, after checking that each has a safe name and a valid number of tokens."""
     try:
         listed = [
             {"file": shard["file"], "tokens": shard["tokens"]} | shard
@@ -367,7 +371,7 @@ def _open_shard(
     array = map_file(path, kind, shard["tokens"], "tokens")
     with open(
         path, "rb", buffering=0
-    ) as file:  # a map would take ten times as long, and there may be 100,000
+    ) as file:  # a map takes ten times as long, and there may be 100,000 shards
         file.seek(-kind.itemsize, os.SEEK_END)
         last = np.frombuffer(file.read(kind.itemsize), kind)
     if last.tolist() != [tokenizer.end_of_document]:
@@ -391,7 +395,7 @@ def _open_ends(directory: pathlib.Path, split: str, shard: dict[str, Any], token
 
 
 def map_file(path: pathlib.Path, kind: np.dtype, count: int, what: str) -> Mapped:
-    """A file of `count` values (at least 1), mapped into memory when it is read.
+    """Return a file of `count` values (at least 1), mapped into memory when it is read.
 
     Raises:
         ConfigError: the file is missing or of another size; the message names it and where it ends.
@@ -410,10 +414,10 @@ def map_file(path: pathlib.Path, kind: np.dtype, count: int, what: str) -> Mappe
 
 
 def verify(directory: str | os.PathLike) -> str | None:
-    """Reads every shard and compares it with its checksum; what is wrong, None if nothing is.
+    """Read every shard and compare it with its checksum; return the first fault, None if there is none.
 
     Raises:
-        ConfigError: an index that cannot be read.
+        ConfigError: the index cannot be read.
     """
     directory = pathlib.Path(directory)
     index = read_index(directory)

@@ -1,13 +1,13 @@
-"""Where tokens come from: the embedded novels, directories of prepared token shards, Megatron files, mixtures of them.
+"""Load tokens: the embedded novels, directories of prepared token shards, Megatron files, and mixtures of them.
 
     stream = load(config.data, "train")         # or "held_out"; several sources one after another
     len(stream), stream.read(0, 100)            # tokens; int32 [100]
     for name, weight, stream in load_each(config.data, "train"): ...
-    for name, stream in load_held_out(config.data): ...     # what config.data.held_out says
+    for name, stream in load_held_out(config.data): ...     # as config.data.held_out names them
 
-A split is one stream of tokens in which every document ends with the tokenizer's end-of-document id, so that id is
-the boundary between documents, wherever in the stream one starts to read. Batches are made in `pipeline.py`,
-directories of shards in `prepare.py`; nothing is downloaded.
+A split is one stream of tokens in which every document ends with the tokenizer's end-of-document
+id, so that id is the boundary between documents, wherever reading starts. Batches are made in
+`pipeline.py`, directories of shards in `prepare.py`; no data is downloaded.
 """
 
 import bisect
@@ -40,11 +40,11 @@ NOVELS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenStream:
-    """One split.
+    """The tokens of one split.
 
     Attributes:
         arrays: integers, in memory or memory-mapped; one after another they are the stream.
-        names: what to call each array in an error.
+        names: name of each array in an error.
         tokenizer: the tokenizer whose ids these are.
     """
 
@@ -54,7 +54,7 @@ class TokenStream:
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """int64 [arrays + 1]: where in the stream each array starts, and the stream's length."""
+        """Return int64 [arrays + 1]: where in the stream each array starts, and the stream's length."""
         return np.cumsum([0] + [len(array) for array in self.arrays], dtype=np.int64)
 
     @functools.cached_property
@@ -63,20 +63,21 @@ class TokenStream:
 
     @functools.cached_property
     def _plain(self) -> list[np.ndarray | megatron.Ended | Mapped]:
-        """The arrays without np.memmap's bookkeeping, a third of the time of reading a short window."""
+        """Return the arrays without np.memmap's bookkeeping, a third of the time to read a short window."""
         return [
             np.asarray(array) if isinstance(array, np.ndarray) else array for array in self.arrays
         ]
 
     def __len__(self) -> int:
-        """Tokens in the stream."""
+        """Return the number of tokens in the stream."""
         return int(self.starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` (at least 0) to `stop - 1`, int32; fewer where the stream ends.
+        """Read tokens `start` (at least 0) to `stop - 1`, int32; fewer where the stream ends.
 
         Raises:
-            DataError: a shard holds an id that is not in the vocabulary; the message names the file and the byte.
+            DataError: a shard holds an id that is not in the vocabulary; the message names the file
+                and the byte.
         """
         pieces, starts = [], self._starts
         stop = min(stop, starts[-1])
@@ -91,7 +92,7 @@ class TokenStream:
         tokens, size = self._plain[which][first:last], self.tokenizer.vocab_size
         if tokens.max() >= size or (
             tokens.dtype.kind != "u" and tokens.min() < 0
-        ):  # JAX would clamp such an id in silence
+        ):  # JAX would clamp such an id silently
             bad = int(np.argmax((tokens >= size) | (tokens < 0)))
             at = (first + bad) * self.arrays[which].itemsize
             raise DataError(
@@ -110,15 +111,15 @@ class Source(NamedTuple):
 
 
 def load(data: DataConfig, split: str) -> TokenStream:
-    """One split of the configured sources, one after another; those that have no held-out split are left out of it.
+    """Load one split of the configured sources, one after another, without those that hold nothing out.
 
     Args:
         data: the `data` section of a config.
         split: 'train' or 'held_out'.
 
     Raises:
-        ConfigError: no such directory, a tokenizer other than the one it was prepared with, damaged files, or nothing
-            held out; the message names the file.
+        ConfigError: the directory does not exist, was prepared with another tokenizer, is damaged,
+            or holds nothing out; the message names the file.
     """
     names = [name for name, _ in parse_sources(data.source)]
     if split == "held_out":
@@ -138,7 +139,7 @@ def load(data: DataConfig, split: str) -> TokenStream:
 
 
 def load_each(data: DataConfig, split: str) -> list[Source]:
-    """One split of every configured source.
+    """Load one split of every configured source.
 
     Raises:
         ConfigError: as `load`.
@@ -152,12 +153,12 @@ def load_each(data: DataConfig, split: str) -> list[Source]:
 
 
 def load_held_out(data: DataConfig) -> list[tuple[str, TokenStream]]:
-    """Name and text of each part of `config.data.held_out`; one without a name for 'auto', none for 'none'.
+    """Return name and text of each part of `config.data.held_out`; one without a name for 'auto', none for 'none'.
 
-    Of a source of one's own what it holds out is read, or all of it where it holds nothing out.
+    A source that is named there gives its held-out split, or all of its text if it has none.
 
     Raises:
-        ConfigError: as `load`; or a part holds nothing out and is trained on.
+        ConfigError: as `load`; or a part without a held-out split is trained on.
     """
     if data.held_out == "auto":
         return [("", load(data, "held_out"))]
@@ -177,7 +178,8 @@ def check(data: DataConfig) -> None:
     """Check that what a run reads is there, without opening it.
 
     Raises:
-        ConfigError: a source or a held-out text that is no directory of token shards and no Megatron dataset.
+        ConfigError: a source or a held-out text is neither a directory of token shards nor a
+            Megatron dataset.
     """
     trained = [name for name, _ in parse_sources(data.source)]
     held_out = [source for _, source in parse_held_out(data.held_out)]
@@ -201,7 +203,7 @@ def _not_there(name: str) -> str:
 
 
 def held_out_parts(data: DataConfig) -> list[tuple[str, str, str]]:
-    """Return what held-out losses are taken of: names, sources, and 'held_out', 'train' or 'all' of each source.
+    """Return the parts for held-out losses: name, source, and 'held_out', 'train' or 'all' of that source.
 
     Raises:
         ConfigError: as `load_held_out`.
@@ -228,10 +230,10 @@ def held_out_parts(data: DataConfig) -> list[tuple[str, str, str]]:
 
 
 def holds_out(data: DataConfig) -> bool:
-    """True if one of the configured sources has a held-out split of its own.
+    """Return True if one of the configured sources has a held-out split of its own.
 
     Raises:
-        ConfigError: an index that cannot be read.
+        ConfigError: an index cannot be read.
     """
     return any(
         not is_directory(name) or shards.has_split(name, "held_out")
@@ -240,13 +242,13 @@ def holds_out(data: DataConfig) -> bool:
 
 
 def part_of(name: str, data: DataConfig, split: str) -> str:
-    """Return 'all' for a Megatron dataset that is trained on and of whose last documents no loss is taken, else the split."""
+    """Return 'all' for a Megatron dataset that is trained on and not evaluated, otherwise the split."""
     apart = data.held_out == "auto" or name in dict(parse_held_out(data.held_out)).values()
     return "all" if split == "train" and megatron.is_dataset(name) and not apart else split
 
 
 def is_directory(name: str) -> bool:
-    """Whether a source is a directory of token shards."""
+    """Return whether a source is a directory of token shards."""
     return name != "embedded" and not megatron.is_dataset(name)
 
 
@@ -267,7 +269,7 @@ def _load(name: str, tokenizer: tokenizers.Tokenizer, split: str, tolerant: bool
 
 
 def embedded_documents(split: str) -> list[bytes]:
-    """The embedded novels of a split, UTF-8, one document each."""
+    """Return the embedded novels of a split, UTF-8, one document each."""
     corpus = importlib.resources.files("fp8jax.data") / "corpus"
     return [lzma.decompress((corpus / f"{novel}.txt.xz").read_bytes()) for novel in NOVELS[split]]
 

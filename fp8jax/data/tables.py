@@ -1,12 +1,12 @@
-"""Tables of text or of token ids: Parquet files, and Arrow files of either kind (`datasets` writes the one, `feather` the other).
+"""Read tables of text or token ids: Parquet, and Arrow files and streams (as `feather` and `datasets` write).
 
     for piece in range(count(path)):                   # row groups, or record batches
         for number, text in texts(path, piece, "text", skip=None): ...
         for number, ids in id_lists(path, piece, "input_ids"): ...
 
-A column of text is one of strings, plain or dictionary-encoded, or of lists of strings, which are joined by line ends; 'a.b'
-is field b of a struct a. Values are taken one at a time and dictionaries are not expanded: a few bytes may stand for
-gigabytes.
+A text column holds strings, plain or dictionary-encoded, or lists of strings, which are joined by
+line ends; 'a.b' is field b of a struct a. Values are read one at a time and dictionaries are not
+expanded, because a few bytes may stand for gigabytes.
 """
 
 import functools
@@ -24,7 +24,7 @@ Skip = Callable[[str], None]
 
 
 def count(path: str) -> int:
-    """Row groups or record batches: what can be read by itself.
+    """Return the number of row groups or record batches, which can be read one by one.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -33,7 +33,7 @@ def count(path: str) -> int:
 
 
 def sizes(path: str) -> list[int]:
-    """Bytes of each of them, roughly.
+    """Return the approximate bytes of each row group or record batch.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -42,7 +42,7 @@ def sizes(path: str) -> list[int]:
 
 
 def rows(path: str, piece: int) -> int:
-    """Rows of one of them; of a stream of Arrow batches, which does not say, 1.
+    """Return the rows of one row group or record batch; 1 for a stream of Arrow batches, which has no counts.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -55,21 +55,23 @@ def rows(path: str, piece: int) -> int:
 
 
 def holds_ids(path: str, field: str) -> bool:
-    """Whether a column holds lists of integers."""
+    """Return whether a column holds lists of integers."""
     return _kind_of(_leaf(path, field)) == "ids"
 
 
 def texts(path: str, piece: int, field: str, skip: Skip | None = None) -> Iterator[tuple[int, str]]:
-    """Row number, from 1 in the file, and text of each row of a row group or record batch.
+    """Yield the row number, from 1 in the file, and text of each row of a row group or record batch.
 
     Args:
-        path: of the file.
-        piece: which of them.
+        path: path of the file.
+        piece: number of the row group or record batch.
         field: the column; 'a.b' is in a struct.
-        skip: receives a line for each row without text, which is then passed over; None: it is an error.
+        skip: receives a line for each row without text, which is then skipped; with None it is an
+            error.
 
     Raises:
-        ConfigError: no such column of text, a row without text, damage; the message names the file and row.
+        ConfigError: the column does not exist, a row has no text, or the file is damaged; the
+            message names file and row.
     """
     if _kind_of(_leaf(path, field)) != "text":
         raise ConfigError(
@@ -83,7 +85,7 @@ def texts(path: str, piece: int, field: str, skip: Skip | None = None) -> Iterat
             text = "\n".join(text) if isinstance(text, list) else text
         except UnicodeDecodeError:
             fault = f"{path}: row {number} is not UTF-8"
-        except TypeError:  # a null in a list
+        except TypeError:  # the list holds a null
             text = None
         if text is None:
             fault = fault or f"{path}: row {number} has no text in column {field!r}"
@@ -95,10 +97,10 @@ def texts(path: str, piece: int, field: str, skip: Skip | None = None) -> Iterat
 
 
 def id_lists(path: str, piece: int, field: str) -> Iterator[tuple[int, np.ndarray]]:
-    """Row number, from 1 in the file, and token ids, int64 [any], of each row.
+    """Yield the row number, from 1 in the file, and token ids, int64 [any], of each row.
 
     Raises:
-        ConfigError: a row without ids, damage; the message names the file and row.
+        ConfigError: a row has no ids, or the file is damaged; the message names file and row.
     """
     for number, value in _values(path, piece, field):
         ids = value.as_py()
@@ -108,7 +110,7 @@ def id_lists(path: str, piece: int, field: str) -> Iterator[tuple[int, np.ndarra
 
 
 def _values(path: str, piece: int, field: str) -> Iterator[tuple[int, Any]]:
-    """Row number and Arrow scalar of each row."""
+    """Yield row number and Arrow scalar of each row."""
     table = _open(path)
     number = 0
     try:
@@ -122,7 +124,7 @@ def _values(path: str, piece: int, field: str) -> Iterator[tuple[int, Any]]:
         OSError,
         MemoryError,
         ValueError,
-    ) as error:  # pyarrow's errors for damaged pages are one of these
+    ) as error:  # what pyarrow raises for damaged pages
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
@@ -131,15 +133,15 @@ def _values(path: str, piece: int, field: str) -> Iterator[tuple[int, Any]]:
 
 
 def _check(array: Any) -> None:
-    """Look at an array's offsets and indices, which a file may have made up: reading values would follow them anywhere.
+    """Check an array's offsets and indices, because a damaged file could make a read follow them anywhere.
 
     Raises:
-        ValueError: they lead out of the array.
+        ValueError: they point outside the array.
     """
     try:
         array.validate(full=True)
     except ValueError as error:
-        if "UTF8" not in str(error):  # looked at last, and told of the row that has it
+        if "UTF8" not in str(error):  # checked last, and reported with the row that has it
             raise
 
 
@@ -163,7 +165,7 @@ class _Parquet:
     def arrays(self, piece: int, field: str) -> Iterator[Any]:
         import pyarrow.parquet
 
-        # Dictionaries are read as such: expanded, one long text that is there often would fill the memory.
+        # Dictionaries are not expanded: one long text that occurs often would fill the memory.
         leaves = (self._file.schema.column(number).path for number in range(len(self._file.schema)))
         dictionaries = (
             [field] if field in leaves and _kind_of(_leaf(self._path, field)) == "text" else []
@@ -230,7 +232,7 @@ def _open(path: str) -> Any:
 
 
 def _leaf(path: str, field: str) -> Any:
-    """The Arrow type of a column, or of a field within one; None where there is none."""
+    """Return the Arrow type of a column, or of a field within one; None if it does not exist."""
     schema = _open(path).schema
     if schema.names.count(field) > 1:
         raise ConfigError(f"{path}: has {schema.names.count(field)} columns {field!r}; rename one")
@@ -267,7 +269,7 @@ def _columns(path: str) -> str:
 
 
 def _descend(array: Any, path: list[str]) -> Any:
-    """A field within a struct, null where the struct is."""
+    """Return a field within a struct, null where the struct is."""
     import pyarrow.compute
 
     return pyarrow.compute.struct_field(array, path) if path else array

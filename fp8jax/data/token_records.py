@@ -1,11 +1,12 @@
-"""Files of token ids as input of `prepare`: what another program has tokenised goes into shards as it is.
+"""Read files of token ids as input of `prepare`: text that another program tokenised goes into shards unchanged.
 
     for number, ids in documents("tokens.array_record", 0, count("tokens.array_record"), "", tokenizer): ...
     for number, ids in documents("tokens.parquet", 0, tables.count("tokens.parquet"), "input_ids", tokenizer): ...
 
-A record of an ArrayRecord file is the content of a .npy file of integers, or bare little-endian int32; a row of a table is a
-list of integers in the named column. It is a document, or several if it holds end-of-document ids; one at its end changes
-nothing. The ids must be those of the tokenizer that is named.
+A record of an ArrayRecord file is the content of a .npy file of integers, or bare little-endian
+int32; a row of a table is a list of integers in the named column. It is a document, or several if
+it holds end-of-document ids; one at its end is the same as none. The ids must be those of the named
+tokenizer.
 """
 
 import io
@@ -25,10 +26,11 @@ _TOGETHER = 256
 
 
 def count(path: str) -> int:
-    """Records of a file.
+    """Return the number of records of a file.
 
     Raises:
-        ConfigError: the package array_record is missing, or the file holds no records, as a damaged one seems to.
+        ConfigError: the package array_record is missing, or the file holds no records, as a damaged
+            one appears to.
     """
     if not (found := _reader(path).num_records()):
         raise ConfigError(
@@ -40,17 +42,18 @@ def count(path: str) -> int:
 def documents(
     path: str, start: int, stop: int, field: str, tokenizer: Tokenizer
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The documents of some records: the number of the record, from 0, and ids [any] without the end-of-document id.
+    """Yield the documents of a range of records: record number, from 0, and ids [any] without the end-of-document id.
 
     Args:
-        path: of an ArrayRecord file or a table.
+        path: path of an ArrayRecord file or a table.
         start: first record, or row group of a table.
         stop: one past the last.
-        field: of a table, the column of ids.
-        tokenizer: whose ids they are.
+        field: column of ids, for a table.
+        tokenizer: the tokenizer of the ids.
 
     Raises:
-        ConfigError: a record that cannot be read, is no array of ids, or has ids that are not the tokenizer's.
+        ConfigError: a record cannot be read, is not an array of ids, or has ids that are not the
+            tokenizer's.
     """
     records = (
         _records(path, start, stop)
@@ -68,7 +71,7 @@ def _records(path: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray
     for first in range(start, stop, _TOGETHER):
         try:
             records = reader.read(first, min(first + _TOGETHER, stop))
-        except Exception as error:  # the library's errors are of many kinds
+        except Exception as error:  # the library raises many kinds
             raise ConfigError(
                 f"{path}: cannot be read after record {first}: {str(error).splitlines()[0]}"
             ) from None
@@ -84,14 +87,14 @@ def _rows(path: str, start: int, stop: int, field: str) -> Iterator[tuple[int, n
 def _array(path: str, number: int, record: bytes) -> np.ndarray:
     try:
         return _npy(record) if record.startswith(_NPY) else np.frombuffer(record, "<i4")
-    except Exception:  # NumPy has the header, which is Python, tokenized and parsed
+    except Exception:  # NumPy parses the header as Python, with any of its errors
         raise ConfigError(
             f"{path}: record {number} is neither a .npy array nor little-endian int32"
         ) from None
 
 
 def _npy(record: bytes) -> np.ndarray:
-    """The array of a .npy file; its header is read before memory is asked for what it claims."""
+    """Return the array of a .npy file; its header is checked before memory is allocated for what it claims."""
     file = io.BytesIO(record)
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
@@ -116,7 +119,7 @@ def _checked(path: str, number: int, ids: np.ndarray, vocab_size: int) -> np.nda
 
 
 def _split(ids: np.ndarray, end_of_document: int) -> list[np.ndarray]:
-    """The documents of a record."""
+    """Split a record into its documents."""
     *ended, rest = np.split(ids, np.flatnonzero(ids == end_of_document) + 1)
     return [document[:-1] for document in ended] + ([rest] if len(rest) or not ended else [])
 

@@ -1,19 +1,21 @@
-"""Tokenizers: text to token ids and back, with the number of text bytes that every token stands for.
+"""Turn text into token ids and back, with the number of text bytes that every token stands for.
 
     tokenizer = load("byte")                        # ids 0 to 255 are bytes, 256 ends a document
     tokenizer = load("path/to/tokenizer.json")      # a Hugging Face file; needs `pip install tokenizers`
     tokenizer = load("tekken")                      # Mistral's; needs `pip install tiktoken mistral-common`
-    tokenizer = of(config.data)                     # as config.data.tokenizer says
+    tokenizer = of(config.data)                     # the one that config.data.tokenizer names
     ids = tokenizer.encode("Anne Elliot")           # numpy array, uint16 or uint32
     tokenizer.decode(ids)                           # str
-    tokenizer.token_bytes[ids].sum()                # 11: bytes of text, what bits per byte is taken over
+    tokenizer.token_bytes[ids].sum()                # 11: bytes of text, the denominator of bits per byte
 
-All kinds of tokenizer have the attributes of `ByteTokenizer`. Encoding never yields the end-of-document id: that one
-is added between documents, and text that spells a special token is encoded as ordinary text.
+All kinds of tokenizer have the attributes of `ByteTokenizer`. Encoding never yields the
+end-of-document id: that one is added between documents, and text that spells a special token is
+encoded as ordinary text.
 
-Only lossless, byte-level tokenizers are read (tokenizer.json files of Llama 3, OLMo 2, GPT-2; Mistral's tekken.json): with
-others, bits per byte is not defined; `lossless` tries each when it is read. One that normalises Unicode (Qwen's) is taken where
-`allow_normalisation` asks for it: the text is then the normalised one. Nothing is downloaded.
+Only lossless, byte-level tokenizers are read (tokenizer.json files of Llama 3, OLMo 2, GPT-2;
+Mistral's tekken.json): with others, bits per byte is not defined; `lossless` tries each when it is
+read. One that normalises Unicode (Qwen's) is accepted with `allow_normalisation`: the text is then
+the normalised one. No file is downloaded.
 """
 
 import base64
@@ -32,9 +34,10 @@ from fp8jax import files
 from fp8jax.config import Config, ConfigError, DataConfig, parse_sources, read_json
 from fp8jax.data import lossless, trial
 
-# Ids that a vocabulary may have; a larger one is a damaged file, for which no memory should be asked.
+# Ids that a vocabulary may have; a larger one is a damaged file, for which no memory should be
+# asked.
 _MOST_IDS = 1 << 24
-# Of a tokenizer's file, and of its values; the largest in use have 40 MB.
+# The most bytes of a tokenizer's file and of its values; the largest in use have 40 MB.
 _MOST_BYTES, _MOST_MEMORY = 1 << 28, 1 << 29
 END_OF_DOCUMENT_NAMES = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 
@@ -47,9 +50,10 @@ class ByteTokenizer:
         fingerprint: identifies the tokenizer; equal fingerprints mean equal ids for equal text.
         vocab_size: ids are 0 to vocab_size - 1.
         end_of_document: the id that ends every document.
-        token_bytes: int32 [vocab_size], bytes of text that a token stands for; 0 for special tokens.
-        file: that the tokenizer was read from, if any.
-        notes: what a user should know of how the file was read; a line each.
+        token_bytes: int32 [vocab_size], bytes of text that a token stands for; 0 for special
+            tokens.
+        file: path that the tokenizer was read from, if any.
+        notes: what a user should know about how the file was read; a line each.
     """
 
     fingerprint: str = "byte"
@@ -62,16 +66,16 @@ class ByteTokenizer:
     notes: tuple[str, ...] = ()
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Token ids, uint16 [bytes of text]. `bytes` need not be valid UTF-8."""
+        """Return token ids, uint16 [bytes of text]; `bytes` need not be valid UTF-8."""
         raw = text.encode("utf-8") if isinstance(text, str) else text
         return np.frombuffer(raw, np.uint8).astype(dtype(self.vocab_size))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of every text."""
+        """Return the token ids of every text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Any) -> str:
-        """Text of the ids; what is not UTF-8 becomes U+FFFD, end-of-document ids become nothing.
+        """Return the text of the ids, with U+FFFD for what is not UTF-8 and without end-of-document ids.
 
         Raises:
             ValueError: an id outside the vocabulary.
@@ -86,18 +90,19 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A byte-level tokenizer.json; attributes and methods as of `ByteTokenizer`."""
+    """A byte-level tokenizer.json; it has the attributes and methods of `ByteTokenizer`."""
 
     def __init__(self, path: str, *, allow_normalisation: bool = False):
-        """Reads the file.
+        """Read the file.
 
         Args:
-            path: of a tokenizer.json.
-            allow_normalisation: take one that brings text into a Unicode form, such as NFC, first.
+            path: path of a tokenizer.json.
+            allow_normalisation: accept one that first brings text into a Unicode form, such as NFC.
 
         Raises:
-            ConfigError: the `tokenizers` package is missing, the file cannot be read, is not byte-level, loses text, or
-                has no special token named like one of END_OF_DOCUMENT_NAMES.
+            ConfigError: the `tokenizers` package is missing, the file cannot be read, is not
+                byte-level, loses text, or has no special token named like one of
+                END_OF_DOCUMENT_NAMES.
         """
         self.file = pathlib.Path(path)
         self._tokenizer, spec, self.fingerprint = _read(path)
@@ -135,16 +140,16 @@ class HuggingFaceTokenizer:
         self.notes += tuple(f"its text is brought into {form} first" for form in forms)
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Token ids, uint16 or uint32 [tokens]; no special tokens are added.
+        """Return token ids, uint16 or uint32 [tokens]; no special tokens are added.
 
         Raises:
-            UnicodeDecodeError: `bytes` that are not UTF-8.
+            UnicodeDecodeError: `bytes` are not UTF-8.
         """
         text = text if isinstance(text, str) else text.decode("utf-8")
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of every text; faster than one by one."""
+        """Return the token ids of every text, faster than one by one."""
         kind = dtype(self.vocab_size)
         return [
             np.array(found.ids, kind)
@@ -152,7 +157,7 @@ class HuggingFaceTokenizer:
         ]
 
     def decode(self, ids: Any) -> str:
-        """Text of the ids; special tokens become nothing.
+        """Return the text of the ids, without special tokens.
 
         Raises:
             ValueError: an id outside the vocabulary.
@@ -163,13 +168,13 @@ class HuggingFaceTokenizer:
 
 
 class TekkenTokenizer:
-    """Mistral's tekken.json; attributes and methods as of `ByteTokenizer`. The first ids are special; 2 ends a document."""
+    """Mistral's tekken.json, with the interface of `ByteTokenizer`; its first ids are special, 2 ends a document."""
 
     end_of_document = 2
     notes: tuple[str, ...] = ()
 
     def __init__(self, path: str):
-        """Reads the file.
+        """Read the file.
 
         Raises:
             ConfigError: the `tiktoken` package is missing, or the file cannot be read.
@@ -212,18 +217,18 @@ class TekkenTokenizer:
         _check_lossless(path, self, "")
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Token ids, uint16 or uint32 [tokens]; no special tokens are added."""
+        """Return token ids, uint16 or uint32 [tokens]; no special tokens are added."""
         text = text if isinstance(text, str) else text.decode("utf-8")
         return (self._encoding.encode_to_numpy(text, disallowed_special=()) + self._special).astype(
             dtype(self.vocab_size)
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of every text."""
+        """Return the token ids of every text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Any) -> str:
-        """Text of the ids; what is not UTF-8 becomes U+FFFD, special tokens become nothing.
+        """Return the text of the ids, with U+FFFD for what is not UTF-8 and without special tokens.
 
         Raises:
             ValueError: an id outside the vocabulary.
@@ -237,14 +242,14 @@ Tokenizer = ByteTokenizer | HuggingFaceTokenizer | TekkenTokenizer
 
 @functools.lru_cache(maxsize=4)
 def load(name: str, *, allow_normalisation: bool = False) -> Tokenizer:
-    """The tokenizer called `name`. Read once a process.
+    """Return the tokenizer called `name`, which is read once per process.
 
     Args:
         name: 'byte', 'tekken' or the path of a tokenizer.json or tekken.json.
-        allow_normalisation: take one that brings text into a Unicode form first.
+        allow_normalisation: accept one that first brings text into a Unicode form.
 
     Raises:
-        ConfigError: no such file, or one that cannot be used.
+        ConfigError: the file does not exist or cannot be used.
     """
     if name == "byte":
         return ByteTokenizer()
@@ -255,10 +260,10 @@ def load(name: str, *, allow_normalisation: bool = False) -> Tokenizer:
 
 
 def of(data: DataConfig) -> Tokenizer:
-    """The tokenizer of a config's data; 'auto' is that of the first source's directory, and bytes for the embedded corpus.
+    """Return the tokenizer of a config's data; 'auto' is that of the first source, bytes for the embedded corpus.
 
     Raises:
-        ConfigError: as `load`, or 'auto' and no such directory.
+        ConfigError: as `load`, or the directory of 'auto' does not exist.
     """
     source = parse_sources(data.source)[0][0]
     if data.tokenizer != "auto":
@@ -275,9 +280,9 @@ def of(data: DataConfig) -> Tokenizer:
 
 
 def of_directory(directory: pathlib.Path, *, allow_normalisation: bool = False) -> Tokenizer:
-    """The tokenizer that lies in a directory of token shards; bytes where there is none.
+    """Return the tokenizer that lies in a directory of token shards; bytes if there is none.
 
-    Whoever prepared it has said whether text may be normalised; the index has their answer.
+    The index says whether text may be normalised, as given when it was prepared.
 
     Raises:
         ConfigError: as `load`.
@@ -291,16 +296,17 @@ def of_directory(directory: pathlib.Path, *, allow_normalisation: bool = False) 
 def _normalises(directory: pathlib.Path) -> bool:
     try:
         index = read_json(directory / "index.json")
-    except (OSError, ConfigError):  # what reads the shards says so
+    except (OSError, ConfigError):  # reported when the shards are read
         return False
     return isinstance(index, dict) and index.get("normalised") is True
 
 
 def train(texts: Iterable[str], vocab_size: int) -> str:
-    """Trains a byte-level BPE, with GPT-2's way of cutting text into words; the content of a tokenizer.json.
+    """Train a byte-level BPE, which cuts text into words as GPT-2's does; return the content of a tokenizer.json.
 
     Raises:
-        ConfigError: the `tokenizers` package is missing, or vocab_size does not hold all bytes and the end of document.
+        ConfigError: the `tokenizers` package is missing, or vocab_size is too small for all bytes
+            and the end of document.
     """
     if vocab_size < 257:
         raise ConfigError(
@@ -327,12 +333,12 @@ def train(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def dtype(vocab_size: int) -> np.dtype:
-    """The smallest little-endian dtype for token ids: uint16 up to 65536 ids, else uint32."""
+    """Return the smallest little-endian dtype for token ids: uint16 up to 65536 ids, otherwise uint32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def vocab_size(config: Config) -> int:
-    """Rows of the embedding: `config.model.vocab_size`, or the tokenizer's size rounded up to a multiple of 128.
+    """Return the embedding's rows: `config.model.vocab_size`, or the tokenizer's size rounded up to a multiple of 128.
 
     Raises:
         ConfigError: `config.model.vocab_size` is too small for the tokenizer.
@@ -349,7 +355,7 @@ def vocab_size(config: Config) -> int:
 
 
 def _read(path: str) -> tuple[Any, dict[str, Any], str]:
-    """The library's tokenizer, made to encode all of the text and nothing else, what the file says, and its fingerprint."""
+    """Return the library's tokenizer, set to encode the text and no more, the file's JSON, and its fingerprint."""
     try:
         import tokenizers
     except ImportError:
@@ -366,7 +372,7 @@ def _read(path: str) -> tuple[Any, dict[str, Any], str]:
         raise
     except (
         BaseException
-    ) as error:  # the library raises bare Exception, and panics are not even that
+    ) as error:  # the library raises bare Exception, and its panics are BaseExceptions
         raise _error(path, f"is not a tokenizer.json: {_first_line(error)}") from None
     if '"ByteLevel"' not in json.dumps(spec.get("decoder")):
         raise _error(
@@ -380,10 +386,10 @@ def _read(path: str) -> tuple[Any, dict[str, Any], str]:
 
 
 def _content(path: str) -> tuple[bytes, Any]:
-    """A file's bytes, and the JSON that they are.
+    """Return a file's bytes, and the JSON in them.
 
     Raises:
-        ConfigError: it cannot be read, is larger than tokenizers are, or is not JSON.
+        ConfigError: it cannot be read, is too large for a tokenizer, or is not JSON.
     """
     try:
         content = files.read_bytes(pathlib.Path(path), _MOST_BYTES)
@@ -399,7 +405,7 @@ def _content(path: str) -> tuple[bytes, Any]:
 
 
 def _without_dropout(tokenizer: Any) -> tuple[str, ...]:
-    """Switches a BPE's dropout off: equal text must give equal ids. What to say of it."""
+    """Switch a BPE's dropout off, because equal text must give equal ids, and return notes on it."""
     dropout = getattr(tokenizer.model, "dropout", None)
     if not dropout:
         return ()
@@ -425,7 +431,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _installed_tekken() -> str:
-    """The tekken.json of the package mistral-common, which need not be importable."""
+    """Return the path of the tekken.json of the package mistral-common, which need not be importable."""
     spec = importlib.util.find_spec("mistral_common")
     for directory in (spec.submodule_search_locations or []) if spec else []:
         path = pathlib.Path(directory) / "data" / "tekken_240718.json"

@@ -1,9 +1,10 @@
-"""A tokenizer.json tried out in a process of its own, before this one reads it.
+"""Try a tokenizer.json out in a process of its own, before this one reads it.
 
-    run("tokenizer.json", ["a text"])       # ValueError where the library does not survive it, or takes too long or too much memory
+    run("tokenizer.json", ["a text"])       # ValueError if it ends the process, or takes too long or too much memory
 
-The library `tokenizers` is native code, and its files hold regular expressions and tables that anyone may have written: one
-can end a process that reads it, or never come back. The child reads the file and encodes texts, under limits of time and memory.
+The library `tokenizers` is native code, and its files hold regular expressions and tables that
+anyone may have written: a file can end a process that reads it, or hang it. The child reads the
+file and encodes texts, under limits of time and memory.
 """
 
 import json
@@ -20,7 +21,7 @@ _WORDS = (
     + " " * 4096
     + "\n" * 512
 )
-# What the child runs: without our package, whose imports take longer than most files.
+# The child's program runs without our package, whose imports take longer than most files.
 _CHILD = """
 import json, resource, sys
 asked = json.load(sys.stdin)
@@ -35,14 +36,14 @@ for text in asked["texts"]:
 
 
 def run(path: str | pathlib.Path, texts: Iterable[str] = ()) -> None:
-    """Try a tokenizer.json out; nothing is said of one that works.
+    """Try a tokenizer.json out; return without a message if it works.
 
     Args:
-        path: of the file.
-        texts: to encode and decode, beside one of this module.
+        path: path of the file.
+        texts: texts to encode and decode, besides one of this module.
 
     Raises:
-        ValueError: what it did to its process, or the library's own words on what is wrong with it, in one line.
+        ValueError: the file ended its process or the library refused it; the message is one line.
     """
     asked = {"memory": MEMORY, "modules": sys.path, "path": str(path), "texts": [_WORDS, *texts]}
     command = [sys.executable, "-I", "-c", _CHILD]

@@ -1,17 +1,20 @@
-"""Text from a model: greedy or sampled, with a KV cache, in BF16.
+"""Generate text from a model: greedy or sampled, with a KV cache, in BF16.
 
     inference = Inference(load_run("runs/fp8_base-tiny")[0])
     generate(inference, ["Anne Elliot", "It was"], tokens=100)                     # greedy; a list of texts
     generate(inference, ["It was"] * 4, tokens=100, temperature=0.8, top_p=0.95)   # four different ones
     for piece in stream(inference, "It was", tokens=100): print(piece, end="", flush=True)
 
-A prompt follows an end-of-document token, as every document did in training, and a text ends where the model ends the
-document. A row's tokens depend on its prompt, the seed and its place in the batch, never on other rows (up to rounding).
+A prompt follows an end-of-document token, as every document did in training, and a text ends where
+the model ends the document. A row's tokens depend on its prompt, the seed and its place in the
+batch, never on other rows (up to rounding).
 
-The model looks back over its context, config.data.sequence_length tokens. A longer prompt is an error. A text that outgrows
-it goes on from its newest half context: those tokens are read anew as a prompt, and what came before them is forgotten.
+The model attends to its context, config.data.sequence_length tokens. A longer prompt is an error. A
+text that outgrows it continues from its newest half context: those tokens are read again as a
+prompt, and earlier ones are dropped.
 
-Tokens come in chunks of CHUNK, one jitted loop each; shapes are powers of two, so few programs are compiled.
+Tokens come in chunks of CHUNK, one jitted loop each; shapes are powers of two, so that few programs
+are compiled.
 """
 
 import functools
@@ -41,12 +44,12 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Continues prompts, all in one batch.
+    """Continue prompts, all in one batch.
 
     Args:
         inference: the model.
-        prompts: may be empty strings: a new document.
-        tokens: at most so many each.
+        prompts: texts; an empty string begins a new document.
+        tokens: the most new tokens of each.
         temperature: see Sampling.
         top_p: see Sampling.
         seed: see Sampling.
@@ -71,7 +74,7 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """As `generate` of one prompt, piece by piece; a character whose bytes are not all there yet waits for the next piece."""
+    """Continue one prompt as `generate` does, piece by piece; a character with missing bytes waits for the next piece."""
     given, text = 0, ""
     for (ids,) in generate_ids(
         inference, [document(inference, prompt)], tokens, Sampling(temperature, top_p, seed)
@@ -85,7 +88,7 @@ def stream(
 
 
 def document(inference: Inference, text: str) -> Ids:
-    """Token ids of a document's beginning: the end of the one before, then the text."""
+    """Return the token ids of a document's beginning: the end of the one before, then the text."""
     return [inference.tokenizer.end_of_document, *inference.tokenizer.encode(text).tolist()]
 
 
@@ -96,24 +99,24 @@ def generate_ids(
     sampling: Sampling,
     stop: Callable[[Ids], bool] = lambda ids: False,
 ) -> Iterator[list[Ids]]:
-    """Continues prompts of token ids.
+    """Continue prompts of token ids.
 
     Args:
         inference: the model.
-        prompts: none of them empty.
-        tokens: at most so many each.
-        sampling: how they are chosen.
-        stop: asked after each chunk whether a row, given its new ids, has enough.
+        prompts: token ids, none of them empty.
+        tokens: the most new tokens of each.
+        sampling: how tokens are chosen.
+        stop: called after each chunk with a row and its new ids; True ends the row.
 
     Yields:
-        After each chunk, all new ids of every row so far; a row that ended its document is without the end.
+        After each chunk, all new ids of every row so far, without the end of the document.
 
     Raises:
-        ValueError: no tokens asked for, or a prompt longer than the context.
+        ValueError: `tokens` is below 1, or a prompt is longer than the context.
     """
     _check(inference.context, prompts, tokens)
     rows, starts = [list(prompt) for prompt in prompts], [len(prompt) for prompt in prompts]
-    held = list(starts)  # how many of its newest tokens a row's context has
+    held = list(starts)  # how many of a row's newest tokens are in its context
     done = np.zeros(len(rows), bool)
     capacity = bucket(max(starts) + tokens, inference.context)
     state, count = None, 0
@@ -148,10 +151,11 @@ def generate_ids(
 
 
 def abstract_calls(inference: Inference) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """What generation of a text as long as the context runs, for tracing: jitted functions, and their arguments as shapes.
+    """Return what generating a text as long as the context runs, for tracing: jitted functions, and argument shapes.
 
     Returns:
-        `weights`, which are made ready once; `prompt`, which reads one into a cache; `decode`, which adds a chunk of tokens.
+        `weights`, which prepares them once; `prompt`, which reads one into a cache; `decode`, which
+        adds a chunk of tokens.
     """
     batch, capacity = inference.replicas, bucket(inference.context, inference.context)
     ids, lengths = (
@@ -168,18 +172,18 @@ def abstract_calls(inference: Inference) -> dict[str, tuple[Any, tuple[Any, ...]
 
 
 def bucket(length: int, most: int) -> int:
-    """The next power of two, from CHUNK up to `most`: so that few shapes are compiled."""
+    """Return the next power of two, from CHUNK up to `most`, so that few shapes are compiled."""
     return min(most, max(CHUNK, 1 << (length - 1).bit_length()))
 
 
 def next_token(
     logits_bv: jax.Array, keys_b: jax.Array, temperature: jax.Array, top_p: jax.Array
 ) -> jax.Array:
-    """Chooses a token a row, int32 [b].
+    """Choose a token per row, int32 [b].
 
     Args:
         logits_bv: float32; -inf where a token is not allowed.
-        keys_b: a PRNG key a row; not used at temperature 0.
+        keys_b: a PRNG key per row; not used at temperature 0.
         temperature: float32 scalar.
         top_p: float32 scalar, above 0.
     """
@@ -195,7 +199,7 @@ def next_token(
 
 
 def _nucleus(logits_bv: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The logits of the smallest set of likeliest tokens with probability top_p at least, and of their equals; -inf elsewhere."""
+    """Keep the logits of the smallest set of likeliest tokens with probability top_p, and of ties; -inf elsewhere."""
     descending = -jnp.sort(-logits_bv, axis=-1)
     probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -206,14 +210,14 @@ def _nucleus(logits_bv: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 class _State(NamedTuple):
-    """Between chunks: the cache, and each row's newest token, int32 [b], which is not in it yet."""
+    """The state between chunks: the cache, and each row's newest token, int32 [b], which is not in it yet."""
 
     cache: KVCache
     token: jax.Array
 
 
 class _Asked(NamedTuple):
-    """Of one chunk: tokens a row so far, tokens to add, how to choose them, the id that ends a document, and how many ids there are."""
+    """A chunk's request: tokens per row so far, tokens to add, how to choose them, the document's end, number of ids."""
 
     count: np.int32
     steps: np.int32
@@ -251,7 +255,7 @@ def _check(context: int, prompts: Sequence[Ids], tokens: int) -> None:
 
 
 def _read(inference: Inference, rows: list[Ids], capacity: int) -> _State:
-    """Runs prompts into a fresh cache."""
+    """Run prompts into a fresh cache."""
     padded = -(-len(rows) // inference.replicas) * inference.replicas
     longest = max(map(len, rows))
     ids = np.zeros((padded, bucket(longest, capacity)), np.int32)
@@ -266,7 +270,7 @@ def _reader(capacity: int) -> Callable:
     def read(bound: Bound, ids_bt: jax.Array, lengths_b: jax.Array) -> _State:
         cache = kv_cache.empty(bound.model.config, ids_bt.shape[0], capacity)
         _, cache = bound.model.extend(ids_bt, cache, bound.recipes, bound.prepared)
-        # The newest token goes in again with the first decoding step, which is what yields its logits.
+        # The newest token is processed again by the first decoding step, which yields its logits.
         token = jnp.take_along_axis(ids_bt, lengths_b[:, None] - 1, axis=1)[:, 0]
         return _State(kv_cache.pin(cache._replace(filled=lengths_b - 1)), pin_rows(token))
 
@@ -276,10 +280,11 @@ def _reader(capacity: int) -> Callable:
 def _decode(
     bound: Bound, state: _State, done_b: jax.Array, asked: _Asked
 ) -> tuple[_State, jax.Array, jax.Array]:
-    """Adds tokens to each row; rows that are done stay as they are.
+    """Add tokens to each row; rows that are done stay as they are.
 
     Returns:
-        New state; int32 [b, CHUNK] tokens, the first n of them new; n, an int32 scalar, below asked.steps if all rows are done.
+        The new state; int32 [b, CHUNK] tokens, the first n of them new; and n, int32, below
+        asked.steps if all rows are done.
     """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(asked.seed), jnp.arange(len(done_b))
@@ -290,7 +295,7 @@ def _decode(
         logits, cache = bound.model.extend(
             state.token[:, None], state.cache, bound.recipes, bound.prepared
         )
-        allowed = jnp.arange(logits.shape[-1]) < asked.ids  # the rest only fills the table up
+        allowed = jnp.arange(logits.shape[-1]) < asked.ids  # the rest pads the table
         of_step = jax.vmap(jax.random.fold_in, (0, None))(keys, asked.count + n)
         token = next_token(
             jnp.where(allowed, logits[:, 0], -jnp.inf), of_step, asked.temperature, asked.top_p

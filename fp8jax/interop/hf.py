@@ -1,12 +1,12 @@
-"""Model directories of Hugging Face transformers, in and out: the model types of hf_formats.FORMATS.
+"""Load and save model directories of Hugging Face transformers: the model types of hf_formats.FORMATS.
 
     found = load(directory)                            # found.model, found.params (float32 numpy), found.model_type
     save(out, model, vocab_size, params, "llama", np.dtype("float32"), max_shard_bytes=5 * 10**9)
 
-Weights are moved, never computed with: float32 in gives the same bits out, and so does bfloat16 through the float32
-parameters. Tensors are read and written one at a time; besides the parameters themselves there is never more than one in
-memory. What is not understood (a key of config.json, a tensor's name or shape) is an error that names it.
-docs/convert.md lists the keys and tensors.
+Weights are only moved: float32 in gives the same bits out, and so does bfloat16 through the float32
+parameters. Tensors are read and written one at a time; besides the parameters at most one is in
+memory. What is not understood (a key of config.json, a tensor's name or shape) is an error that
+names it. docs/convert.md lists the keys and tensors.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from fp8jax.models import architectures
 from fp8jax.models.definition import Params, define
 
 CONFIG, HEAD, EMBEDDING = "config.json", "lm_head.weight", "model.embed_tokens.weight"
-# Carried along as they are: no weights, no code.
+# These files are copied unchanged; they hold neither weights nor code.
 CARRIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,7 +48,8 @@ CARRIED = (
     "generation_config.json",
 )
 _LARGEST_CARRIED = 1 << 28
-# A key with one of these defaults (transformers' own) means nothing; others are carried from directory to directory.
+# A key with one of these defaults of transformers has no effect; other values are copied from
+# directory to directory.
 _OURS = (
     "architectures",
     "model_type",
@@ -62,7 +63,7 @@ _OURS = (
 
 
 class Loaded(NamedTuple):
-    """What a directory holds: resolved model config, vocabulary, float32 numpy parameters, model_type."""
+    """The content of a directory: resolved model config, vocabulary, float32 numpy parameters, model_type."""
 
     model: ModelConfig
     vocab_size: int
@@ -71,7 +72,7 @@ class Loaded(NamedTuple):
 
 
 def is_model_directory(directory: pathlib.Path) -> bool:
-    """Whether a directory's config.json is one of transformers' (a run's has no model_type)."""
+    """Return whether a directory's config.json is one of transformers' (a run's has no model_type)."""
     path = directory / CONFIG
     return path.exists() and "model_type" in read_json(path)
 
@@ -83,16 +84,16 @@ def load(
     ignore_keys: Collection[str] = (),
     note: Callable[[str], None] = lambda line: None,
 ) -> Loaded:
-    """Reads a directory.
+    """Read a directory.
 
     Args:
-        directory: with config.json and safetensors files.
-        allocate: makes an uninitialised float32 array of a shape; None: in memory.
-        ignore_keys: keys of config.json to pass over, whatever they say.
-        note: receives a line on what was passed over.
+        directory: a directory with config.json and safetensors files.
+        allocate: makes an uninitialised float32 array of a shape; None allocates in memory.
+        ignore_keys: keys of config.json to ignore, with any value.
+        note: receives a line on what was ignored.
 
     Raises:
-        HuggingFaceError: anything that is not understood, missing, misshapen or damaged.
+        HuggingFaceError: something is not understood, missing, damaged or of the wrong shape.
     """
     model, model_type = hf_config.from_config(read_json(directory / CONFIG), ignore_keys, note)
     vocab_size = model.vocab_size
@@ -134,21 +135,24 @@ def save(
     carried: pathlib.Path | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a directory that transformers loads; config.json comes last, so that a directory with one is whole.
+    """Write a directory that transformers loads; config.json comes last, so that a directory with one is complete.
 
     Args:
-        directory: made if missing; must be empty.
+        directory: created if missing; must be empty.
         model: any model config that the format can hold.
         vocab_size: rows of the embedding.
         params: numpy arrays, or jax arrays that are addressable here.
         model_type: one of hf_formats.FORMATS.
-        dtype: of the tensors, one of hf_safetensors.DTYPES' values.
-        max_shard_bytes: largest file.
-        carried: a directory with tokenizer files, and the config.json whose keys without influence are kept.
-        more: keys of config.json without influence on the numbers; those of `carried` come before them.
+        dtype: dtype of the tensors, one of hf_safetensors.DTYPES' values.
+        max_shard_bytes: size of the largest file.
+        carried: a directory with tokenizer files, and the config.json whose keys without influence
+            are kept.
+        more: keys of config.json without influence on the numbers; those of `carried` take
+            precedence.
 
     Raises:
-        HuggingFaceError: the format cannot hold the model; the directory is not empty; a weight overflows the dtype.
+        HuggingFaceError: the format cannot hold the model; the directory is not empty; a weight
+            overflows the dtype.
     """
     model = architectures.resolve(model)
     values = dict(more or {}) | hf_config.to_config(model, vocab_size, model_type)
@@ -186,10 +190,10 @@ def save(
 
 
 def carry(source: pathlib.Path, target: pathlib.Path) -> list[str]:
-    """Copies tokenizer and generation files; returns their names.
+    """Copy tokenizer and generation files, and return their names.
 
     Raises:
-        HuggingFaceError: one of them is larger than any tokenizer.
+        HuggingFaceError: a file is larger than any tokenizer.
     """
     found = [name for name in CARRIED if (source / name).is_file()]
     for name in found:
@@ -205,7 +209,7 @@ def carry(source: pathlib.Path, target: pathlib.Path) -> list[str]:
 def by_name(
     params: Params, model: ModelConfig, vocab_size: int, model_type: str
 ) -> dict[str, np.ndarray]:
-    """Arrays like the parameters (gradients, say) by tensor name, in Hugging Face's shapes; frozen tensors are left out."""
+    """Return arrays like the parameters (such as gradients) by tensor name, in Hugging Face's shapes, without frozen ones."""
     params = jax.tree.map(np.asarray, params)
     kept = (
         ("q_norm.weight", "k_norm.weight")
@@ -226,7 +230,11 @@ def _check_names(
     *,
     tied: bool,
 ) -> None:
-    """Every needed tensor is there in its shape and nothing else is."""
+    """Check that every needed tensor is there in its shape, and no others.
+
+    Raises:
+        HuggingFaceError: a tensor is missing, unknown, or of another shape or dtype.
+    """
     needed = {slot.name: slot.shape for slot in slots}
     expected = needed | {constant.name: constant.shape for constant in constants}
     if tied:
@@ -263,7 +271,7 @@ def _raise_first(names: Iterable[str], what: str, known: Iterable[str]) -> None:
 
 
 def _with_gains(model: ModelConfig, files: TensorFiles) -> ModelConfig:
-    """Return a model that keeps frozen gains of queries and keys, where they are not 1 as FOG's are."""
+    """Return a model that keeps frozen gains of queries and keys, if they are not 1 as FOG's are."""
     kind = architectures.resolve(model).qk_regulariser
     if kind not in hf_formats.KEPT:
         return model
@@ -289,7 +297,7 @@ def _check_constant(
     if constant.name not in files.entries:
         return
     tensor, value = files.read(constant.name), np.full(constant.shape, constant.value, np.float32)
-    # Files in float32 may hold what bfloat16 had made of xIELU's eps.
+    # Files in float32 may hold xIELU's eps as rounded to bfloat16.
     same = any(
         (tensor == value.astype(once).astype(tensor.dtype)).all()
         for once in (tensor.dtype, DTYPES["BF16"])

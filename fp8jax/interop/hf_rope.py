@@ -1,10 +1,10 @@
-"""RoPE as a Hugging Face config.json tells it, and back: unscaled, Llama-3, linear, dynamic (NTK) and YaRN.
+"""Read RoPE from a Hugging Face config.json and write it: unscaled, Llama-3, linear, dynamic (NTK) and YaRN.
 
     fields = read(values, "llama", theta=10000.0, left_out=None)     # {"rope_theta": ..., "rope_scaling": "yarn", ...}
     write(model, always=False)                                       # {"rope_type": "yarn", ...}
 
-Keys are those of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`, one for all layers or one a kind of layer).
-What they mean is in models/layers.py.
+Keys are those of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`, one for all
+layers or one per kind of layer). models/layers.py explains their meaning.
 """
 
 import math
@@ -36,7 +36,7 @@ _YARN = (
     "attention_factor",
     "truncate",
 )
-# Kind → keys that it must have, and others that it may have.
+# Scaling type → keys that it must have, and others that it may have.
 _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "llama3": (_LLAMA3, ()),
@@ -54,17 +54,18 @@ def read(
     context: int | None,
     layers: Collection[str] = (FULL,),
 ) -> dict[str, Any]:
-    """Fields of a model config.
+    """Return the RoPE fields of a model config.
 
     Args:
         values: the content of config.json.
-        theta: where config.json is silent.
-        left_out: the scaling of a model_type whose config.json says nothing of it; None: there is none.
-        context: the model's max_position_embeddings, if it is known.
-        layers: kinds of the model's layers; scaling in the keys of transformers 4 is that of FULL ones alone.
+        theta: the default if config.json has none.
+        left_out: the default scaling of the model_type; None if it is unscaled.
+        context: the model's max_position_embeddings, if known.
+        layers: kinds of the model's layers; scaling in the keys of transformers 4 applies to FULL
+            ones alone.
 
     Raises:
-        HuggingFaceError: keys that contradict each other, are missing, or are not understood.
+        HuggingFaceError: keys contradict each other, are missing, or are not understood.
     """
     key, scaling = _stated(values, left_out, layers)
     scaling = {name: value for name, value in scaling.items() if value is not None}
@@ -100,7 +101,7 @@ def read(
 
 
 def write(model: ModelConfig, *, always: bool) -> dict[str, Any] | None:
-    """The `rope_scaling` of a resolved model config; None where nothing is scaled, unless it must be said `always`."""
+    """Return the `rope_scaling` of a resolved model config; None without scaling, unless `always`."""
     if model.rope_scaling_factor == 1.0 and model.rope_attention_factor == 1.0:
         return {"rope_type": "default"} if always else None
     names = {"llama3": _LLAMA3, "linear": ("factor",), "dynamic": ("factor",), "yarn": _YARN}[
@@ -114,7 +115,7 @@ def write(model: ModelConfig, *, always: bool) -> dict[str, Any] | None:
 def _stated(
     values: Mapping[str, Any], left_out: Mapping[str, Any] | None, layers: Collection[str]
 ) -> tuple[str, dict[str, Any]]:
-    """The key that tells of scaling, and what it says of all the model's layers."""
+    """Return the key that describes the scaling, and its value for all the model's layers."""
     old, new = values.get("rope_scaling"), values.get("rope_parameters")
     if isinstance(new, dict) and (FULL in new or SLIDING in new):
         return "rope_parameters", _of_all(new, layers)
@@ -141,7 +142,7 @@ def _stated(
 
 
 def _of_all(nested: Mapping[str, Any], layers: Collection[str]) -> dict[str, Any]:
-    """The RoPE of all kinds of layers that the model has, which must be the same."""
+    """Return the RoPE of all kinds of layers that the model has, which must be the same."""
     found = [nested.get(kind) or {"rope_type": "default"} for kind in sorted(layers)]
     if any(one != found[0] for one in found) or not all(isinstance(one, dict) for one in found):
         raise HuggingFaceError(
@@ -163,7 +164,7 @@ def _check_names(key: str, kind: str, scaling: Mapping[str, Any]) -> None:
 
 
 def _settled_yarn(key: str, scaling: Mapping[str, Any], context: int | None) -> dict[str, Any]:
-    """YaRN's keys with what transformers makes of those that are left out."""
+    """Return YaRN's keys, with transformers' defaults for those that are left out."""
     if "original_max_position_embeddings" not in scaling:
         raise HuggingFaceError(
             f"config.json: {key}: original_max_position_embeddings is missing for type 'yarn'"
@@ -187,7 +188,7 @@ def _settled_yarn(key: str, scaling: Mapping[str, Any], context: int | None) -> 
 
 
 def _mscale(factor: float, weight: float) -> float:
-    """YaRN's factor on rotated queries and keys."""
+    """Return YaRN's factor on rotated queries and keys."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, one file or several with an index: read one at a time, written one at a time.
+"""Read and write tensors in safetensors files, one file or several with an index, one tensor at a time.
 
     files = TensorFiles(directory)                     # reads and checks headers only
     files.entries["lm_head.weight"].shape              # (vocab, embed)
@@ -6,9 +6,10 @@
 
     write_files(directory, {"lm_head.weight": ((96, 32), produce)}, np.float32, max_shard_bytes=5 * 10**9)
 
-A safetensors file is an 8-byte little-endian length, that many bytes of JSON (name → dtype, shape, byte range), and the
-bytes. Files may come from strangers: nothing is read before its range is known to lie inside the file, an index can name
-only files beside it, and pickled weights (pytorch_model.bin) are never opened. bfloat16 is `ml_dtypes.bfloat16`.
+A safetensors file is an 8-byte little-endian length, that many bytes of JSON (name → dtype, shape,
+byte range), and the bytes. Files are not trusted: a range is read only if it lies inside the file,
+an index can name only files beside it, and pickled weights (pytorch_model.bin) are never opened.
+bfloat16 is `ml_dtypes.bfloat16`.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ from fp8jax import files
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-# Bytes an element of what else may stand in a header; such tensors are refused when they are read.
+# Bytes per element of the other dtypes that a header may name; such tensors are refused when they
+# are read.
 _OTHER_SIZES = {
     "BOOL": 1,
     "U8": 1,
@@ -46,17 +48,17 @@ _MAX_JSON = 1 << 26  # of config.json and of an index, which has some 100 bytes 
 
 
 class HuggingFaceError(ValueError):
-    """A directory that cannot be converted. The message is one line: file, key or tensor, and what is wrong."""
+    """An error for a directory that cannot be converted; one line names the file, key or tensor, and the fault."""
 
     def __init__(self, message: str):
         super().__init__(
             "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-        )  # names in files may hold anything
+        )  # names in files may hold any characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: its file, safetensors' name of its dtype, its shape, its first byte."""
+    """A tensor's place: its file, safetensors' name of its dtype, its shape, its first byte."""
 
     path: pathlib.Path
     dtype: str
@@ -71,7 +73,7 @@ class TensorFiles:
         entries: tensor name → Entry.
 
     Raises:
-        HuggingFaceError: no safetensors there, or files that contradict themselves or each other.
+        HuggingFaceError: there are no safetensors, or files contradict themselves or each other.
     """
 
     def __init__(self, directory: pathlib.Path):
@@ -95,10 +97,10 @@ class TensorFiles:
             )
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, read from disk, in the file's dtype.
+        """Read a tensor from disk, in the file's dtype.
 
         Raises:
-            HuggingFaceError: a dtype other than F32, F16, BF16.
+            HuggingFaceError: its dtype is not F32, F16 or BF16.
         """
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
@@ -111,10 +113,10 @@ class TensorFiles:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        HuggingFaceError: no such file, or something else in it.
+        HuggingFaceError: the file does not exist or holds no JSON object.
     """
     try:
         return _json_object(path, files.read_bytes(path, _MAX_JSON))
@@ -132,13 +134,14 @@ def write_files(
     dtype: np.dtype,
     max_shard_bytes: int,
 ) -> None:
-    """Writes tensors into as few files as their limit allows, with an index if there are several.
+    """Write tensors into as few files as their limit allows, with an index if there are several.
 
     Args:
-        directory: where; exists.
-        tensors: name → shape and a function that makes the array, called once, when its bytes are due.
-        dtype: of all tensors, one of DTYPES.
-        max_shard_bytes: of a file's tensors; a larger tensor gets a file of its own.
+        directory: an existing directory.
+        tensors: name → shape and a function that makes the array, called once, when its bytes are
+            written.
+        dtype: dtype of all tensors, one of DTYPES.
+        max_shard_bytes: limit for a file's tensors; a larger tensor gets a file of its own.
     """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, _) in tensors.items()}
     shards: list[list[str]] = [[]]
@@ -190,11 +193,11 @@ def _write_file(
                     f"{name}: {array.shape} {array.dtype} was produced, {shape} {dtype} announced"
                 )
             file.write(np.ascontiguousarray(array).view(np.uint8).data)
-            del array  # before the next is made
+            del array  # free it before the next is made
 
 
 def _index(directory: pathlib.Path) -> dict[str, str]:
-    """Tensor name → file name, of a sharded directory; {} where there is no index."""
+    """Return tensor name → file name of a sharded directory; {} if there is no index."""
     path = directory / INDEX
     if not path.exists():
         if not (directory / SINGLE).exists():
@@ -220,7 +223,7 @@ def _index(directory: pathlib.Path) -> dict[str, str]:
 
 
 def _header(path: pathlib.Path) -> dict[str, Entry]:
-    """The checked header of a file."""
+    """Return the header of a file, checked."""
     try:
         total = path.stat().st_size
         with path.open("rb") as file:
@@ -252,7 +255,7 @@ def _header(path: pathlib.Path) -> dict[str, Entry]:
 
 
 def _range(path: pathlib.Path, name: str, spec: Any) -> tuple[int, int]:
-    """First byte and one past the last of a tensor, within the data."""
+    """Return the first byte and one past the last of a tensor, within the data."""
     try:
         dtype, shape, (start, stop) = spec["dtype"], spec["shape"], spec["data_offsets"]
         size = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_SIZES[dtype]

@@ -1,13 +1,14 @@
-"""Where each Hugging Face tensor lies in fp8jax's parameters, as a table that is read in both directions.
+"""Map each Hugging Face tensor to its place in fp8jax's parameters, as a table that is read in both directions.
 
     for slot in slots(model, vocab_size, "llama"):
         view = slot.view(params)                          # our array, its axes in Hugging Face's order; shares memory
         view[...] = tensor.reshape(view.shape)            # into our parameters
         tensor = view.reshape(slot.shape)                 # out of them
 
-Hugging Face stores a linear layer as [outputs, inputs]; heads are consecutive rows, query head n belonging to KV head
-n // groups. Here a projection is [inputs, outputs], blocks are stacked, and queries, keys and values are one array
-[d, k, g + 2, h] (models/attention.py). Rotary halves are laid out alike. Nothing is ever computed, only moved.
+Hugging Face stores a linear layer as [outputs, inputs]; heads are consecutive rows, query head n
+belonging to KV head n // groups. Here a projection is [inputs, outputs], blocks are stacked, and
+queries, keys and values are one array [d, k, g + 2, h] (models/attention.py). Rotary halves are
+laid out alike. Numbers are moved, never computed.
 """
 
 from collections.abc import Iterator
@@ -40,12 +41,12 @@ _NORMS = {
         "post_ffn": "feedforward_layernorm",
     },
 }
-# Tensors of old files that hold nothing but what the config says.
+# Tensors of old files that repeat what the config says.
 DERIVED_SUFFIXES = (".self_attn.rotary_emb.inv_freq",)
 
 
 class Slot(NamedTuple):
-    """A Hugging Face tensor: name and shape; and its place: parameter, index into it, order of the indexed axes."""
+    """A Hugging Face tensor's name and shape, and its place: parameter, index into it, order of the indexed axes."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,7 +55,7 @@ class Slot(NamedTuple):
     axes: tuple[int, ...]
 
     def view(self, params: Params) -> np.ndarray:
-        """The tensor's numbers within numpy parameters, axes in Hugging Face's order, not yet merged to `shape`."""
+        """Return the tensor's numbers within numpy parameters, axes in Hugging Face's order, not yet merged to `shape`."""
         array: Any = params
         for key in self.path:
             array = array[key]
@@ -62,7 +63,7 @@ class Slot(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A tensor that always holds one value and has no parameter here: may be missing in files, is always written.
+    """A tensor that always holds one value and has no parameter here; it may be missing in files, and is always written.
 
     unused: it may hold anything, since no number depends on it.
     """
@@ -74,7 +75,7 @@ class Constant(NamedTuple):
 
 
 def slots(model: ModelConfig, vocab_size: int, model_type: str) -> Iterator[Slot]:
-    """Every tensor of a resolved model config in the order of its computation."""
+    """Yield every tensor of a resolved model config in the order of its computation."""
     d = model.width
     yield Slot("model.embed_tokens.weight", (vocab_size, d), ("embedding", "w"), (), (0, 1))
     for layer in range(model.layers):
@@ -92,7 +93,7 @@ def slots(model: ModelConfig, vocab_size: int, model_type: str) -> Iterator[Slot
 
 
 def constants(model: ModelConfig, model_type: str) -> Iterator[Constant]:
-    """Every tensor that a format has and the model needs not: frozen gains, xIELU's constants."""
+    """Yield every tensor that a format has and the model does not need: frozen gains, xIELU's constants."""
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}."
         if model.qk_regulariser in (
@@ -158,5 +159,5 @@ def _norms(model: ModelConfig, layer: int, names: dict[str, str]) -> Iterator[Sl
 
 
 def _scalar(name: str, path: tuple[str, ...], layer: int) -> Slot:
-    """One number a layer, [1] in Hugging Face's files."""
+    """Return the slot of one number per layer, [1] in Hugging Face's files."""
     return Slot(name, (1,), path, (slice(layer, layer + 1),), (0,))

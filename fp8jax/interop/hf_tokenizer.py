@@ -1,11 +1,12 @@
-"""A run's tokenizer as the files that transformers reads: tokenizer.json, tokenizer_config.json, generation_config.json.
+"""Write a run's tokenizer as transformers reads it: tokenizer.json, tokenizer_config.json, generation_config.json.
 
     for name, content in files(tokenizer, context=4096).items():
         (directory / name).write_text(json.dumps(content))
 
-Any tokenizer of fp8jax becomes a tokenizer.json that gives the same ids: bytes as a vocabulary without merges, a tekken.json
-by the merges that its ranks imply. In training every document follows an end-of-document token, so that token is also what
-begins a text: the tokenizer puts it there, and what `generate()` continues is what was trained.
+Any tokenizer of fp8jax becomes a tokenizer.json that gives the same ids: bytes as a vocabulary
+without merges, a tekken.json by the merges that its ranks imply. In training every document follows
+an end-of-document token, so that token also begins a text: the tokenizer puts it there, and
+`generate()` continues texts as they were trained.
 """
 
 import base64
@@ -19,18 +20,19 @@ END = "<|endoftext|>"
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids that config.json and generation_config.json name: the end of a document begins, ends and pads texts."""
+    """Return the ids for config.json and generation_config.json: the end of a document begins, ends and pads texts."""
     end = tokenizer.end_of_document
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
 
 
 def files(tokenizer: Tokenizer, context: int, rows: int | None = None) -> dict[str, dict[str, Any]]:
-    """Name → JSON content of each file.
+    """Return name → JSON content of each file.
 
     Args:
-        tokenizer: of the run.
-        context: tokens that the model was trained to look back over.
-        rows: of the embedding; those beyond the tokenizer's ids are no tokens, and never generated. None: as many as ids.
+        tokenizer: the run's tokenizer.
+        context: tokens of the context that the model was trained with.
+        rows: rows of the embedding; those beyond the tokenizer's ids are never generated. None
+            means as many as ids.
     """
     content = _tokenizer_json(tokenizer)
     end = _text_of(content, tokenizer.end_of_document)
@@ -77,7 +79,7 @@ def _from_tekken(values: Mapping[str, Any], end_of_document: int) -> dict[str, A
 
 
 def _merges(texts: list[bytes]) -> list[list[str]]:
-    """The merges, first to last, by which byte-pair encoding makes each text of others of a lower rank."""
+    """Return the merges, first to last, by which byte-pair encoding makes each text from others of a lower rank."""
     ranks = {text: rank for rank, text in enumerate(texts)}
     found = []
     for text in texts:
@@ -94,9 +96,9 @@ def _byte_level(
     added: Iterable[tuple[str, int]],
     pattern: str | None,
 ) -> dict[str, Any]:
-    """A byte-level BPE; a word that is a token as a whole is not merged, as in tiktoken."""
+    """Return a byte-level BPE that does not merge a word that is a token as a whole, as in tiktoken."""
     added = list(added)
-    # The library numbers added tokens by itself unless the model knows them.
+    # The library numbers added tokens itself unless the model knows them.
     vocab = {text: index for text, index in added} | vocab
     bytes_of_words = {
         "type": "ByteLevel",
@@ -151,7 +153,7 @@ def _byte_level(
 
 
 def _begin_with(token: str, index: int) -> dict[str, Any]:
-    """A post-processor that puts a token before a text."""
+    """Return a post-processor that puts a token before a text."""
     begin = {"SpecialToken": {"id": token, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
@@ -167,7 +169,7 @@ def _text_of(content: Mapping[str, Any], index: int) -> str:
 
 
 def _characters() -> str:
-    """How byte-level vocabularies spell the bytes 0 to 255: printable ones as they are, others from U+0100 on."""
+    """Return the spelling of bytes 0 to 255 in byte-level vocabularies: printable ones unchanged, others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return "".join(chr(byte) if byte in printable else chr(next(others)) for byte in range(256))

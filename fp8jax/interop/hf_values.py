@@ -1,4 +1,4 @@
-"""Values of a Hugging Face config.json, which anyone may have written: of the right type, finite, or an error that names the key."""
+"""Read values of an untrusted Hugging Face config.json: of the right type and finite, or an error names the key."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,10 +7,10 @@ from fp8jax.interop.hf_safetensors import HuggingFaceError
 
 
 def number(values: Mapping[str, Any], key: str, kind: type = float) -> Any:
-    """The finite number of a key; an int is at least 1.
+    """Return the finite number of a key; an int is at least 1.
 
     Raises:
-        HuggingFaceError: it is anything else.
+        HuggingFaceError: the value is not one.
     """
     value = values[key]
     if type(value) is not kind and not (kind is float and type(value) is int):
@@ -23,10 +23,10 @@ def number(values: Mapping[str, Any], key: str, kind: type = float) -> Any:
 
 
 def boolean(values: Mapping[str, Any], key: str) -> bool:
-    """The truth value of a key.
+    """Return the truth value of a key.
 
     Raises:
-        HuggingFaceError: it is anything else.
+        HuggingFaceError: the value is not one.
     """
     if type(values[key]) is not bool:
         raise HuggingFaceError(f"config.json: {key}: {values[key]!r} is not true or false")

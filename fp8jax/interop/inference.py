@@ -1,4 +1,4 @@
-"""A loaded model and the tokenizer of its text: what generation.py and scoring.py compute with.
+"""A loaded model with the tokenizer of its text, for generation.py and scoring.py.
 
 inference = Inference(load_run("runs/fp8_base-tiny")[0])      # fp8jax.training.evaluation.load_run
 """
@@ -12,8 +12,8 @@ class Inference(Runner):
     """A runner in BF16 (models/runner.py).
 
     Attributes:
-        tokenizer: of the run.
-        context: tokens that the model was trained to see at once, config.data.sequence_length.
+        tokenizer: the run's tokenizer.
+        context: tokens of the context that the model was trained with, config.data.sequence_length.
     """
 
     def __init__(self, model: LoadedModel):

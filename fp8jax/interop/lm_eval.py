@@ -1,11 +1,12 @@
-"""lm-evaluation-harness on our models: its `LM` interface, its tasks, and one line for what stands in the way.
+"""Run lm-evaluation-harness on our models: its `LM` interface, its tasks, and one-line errors.
 
     tasks = load_tasks(["lambada_openai", "piqa"], task_dir=None)       # names of the harness; "fog" is FOG_TASKS
     evaluate(Inference(model), tasks)["results"]                        # {"piqa": {"acc,none": 0.6, ...}, ...}
 
-Needs the package lm_eval (requirements-eval.txt), which does not need torch, nor does anything here. The harness carries no
-data: its tasks download theirs once. Task files of one's own, with data beside them, go into a directory, `task_dir`; one
-named like a task of the harness takes its place. What is computed is in scoring.py.
+The module needs the package lm_eval (requirements-eval.txt); torch is not needed. The harness holds
+no data: its tasks download theirs once. Task files of your own, with data beside them, go into a
+directory, `task_dir`; one named like a task of the harness replaces it. scoring.py computes the
+answers.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from fp8jax.config import ConfigError, did_you_mean
 from fp8jax.interop import scoring
 from fp8jax.interop.inference import Inference
 
-# What the FOG paper evaluates.
+# The tasks that the FOG paper evaluates.
 FOG_TASKS = (
     "lambada_openai",
     "winogrande",
@@ -47,7 +48,7 @@ GROUPS = {"fog": FOG_TASKS}
 
 
 class Harness(LM):
-    """The harness's view of a model."""
+    """A model with the harness's interface."""
 
     def __init__(self, inference: Inference):
         super().__init__()
@@ -56,19 +57,19 @@ class Harness(LM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Of (context, continuation): log probability in nats, and whether greedy decoding would write it."""
+        """Return, for each (context, continuation), log probability in nats, and whether greedy decoding would write it."""
         return scoring.log_likelihoods(self.inference, [request.args for request in requests])
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of (text,): log probability in nats."""
+        """Return, for each (text,), its log probability in nats."""
         return scoring.rolling_log_likelihoods(
             self.inference, [request.args[0] for request in requests]
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Of (context, options): the text up to a stop string."""
+        """Return, for each (context, options), the text up to a stop string."""
         return scoring.generate_until(self.inference, [request.args for request in requests])
 
 
@@ -77,17 +78,19 @@ def evaluate(
     tasks: Sequence[Any],
     keep: Callable[[dict[str, Any]], object] = lambda found: None,
 ) -> dict[str, Any]:
-    """Run tasks from `load_tasks`, one after another; few-shot examples and metrics are as each task's file says.
+    """Run tasks from `load_tasks`, one after another, with the few-shot examples and metrics of each task's file.
 
     Args:
         inference: the model.
-        tasks: a task that cannot be run leaves the others as they are.
-        keep: given what is done after each task: what this returns in the end.
+        tasks: the tasks; one that cannot be run does not affect the others.
+        keep: called after each task with the results so far, in the form that is returned.
 
     Returns:
-        `results` (task → metric → value), `n-shot` and `versions` (by task), `lm_eval`, the harness's version, and `failed` (task → why).
+        `results` (task → metric → value), `n-shot` and `versions` (by task), `lm_eval`, the
+        harness's version, and `failed` (task → why).
     """
-    # Its bootstrap forks, and a fork of a process with JAX's threads may never return; in this process fewer draws must do.
+    # Its bootstrap forks, and a fork of a process with JAX's threads may never return; in this
+    # process we take fewer draws.
     os.environ["DISABLE_MULTIPROC"] = "1"
     done: dict[str, Any] = {
         "results": {},
@@ -108,7 +111,7 @@ def evaluate(
                 )
         except jax.errors.JaxRuntimeError:
             raise
-        except Exception as error:  # whatever a task's own code raises
+        except Exception as error:  # a task's own code may raise any
             done["failed"][_name(task)] = (
                 f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
             )
@@ -137,14 +140,15 @@ def _name(task: Any) -> str:
 
 
 def load_tasks(names: Sequence[str], task_dir: pathlib.Path | None = None) -> list[Any]:
-    """The harness's task objects, with their data.
+    """Return the harness's task objects, with their data.
 
     Args:
-        names: of tasks, the harness's groups and tags, or our GROUPS.
+        names: names of tasks, the harness's groups and tags, or our GROUPS.
         task_dir: directory with task files (YAML); paths of data in them are relative to it.
 
     Raises:
-        ConfigError: an unknown task; data that is neither here nor can be downloaded; no such directory.
+        ConfigError: a task is unknown, its data is neither here nor can be downloaded, or the
+            directory does not exist.
     """
     names = list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
     if task_dir is not None and not task_dir.is_dir():
@@ -160,7 +164,7 @@ def load_tasks(names: Sequence[str], task_dir: pathlib.Path | None = None) -> li
     for library in (
         "huggingface_hub",
         "lm_eval",
-    ):  # each retry and each default of a task file is a line otherwise
+    ):  # otherwise each retry and each default of a task file is a line
         logging.getLogger(library).setLevel(logging.ERROR)
     with contextlib.chdir(task_dir or "."):
         return _load(manager, names)
@@ -174,9 +178,9 @@ def _load(manager: TaskManager, names: list[str]) -> list[Any]:
             loaded += (task.get("groups") or task["tasks"]).values()
         except ConnectionError:
             missing.append(name)
-            # Asking the network for every other task as well would take half a minute each.
+            # Trying the network for every other task as well would take half a minute each.
             datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-        except Exception as error:  # its file may bring code of its own
+        except Exception as error:  # its file may hold code of its own
             reason = (str(error).splitlines() or [""])[0]
             raise ConfigError(
                 f"--tasks: {name}: its data cannot be read: {type(error).__name__}: {reason}"

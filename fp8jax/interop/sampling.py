@@ -1,4 +1,4 @@
-"""How the next token of a text is chosen. Imports no JAX: a command refuses wrong settings before it loads it."""
+"""Settings for choosing the next token. This module imports no JAX, so that commands refuse wrong settings early."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ class Fault(NamedTuple):
 
 
 def fault(temperature: float, top_p: float, seed: int) -> Fault | None:
-    """The first setting that is out of range, if one is."""
+    """Return the first setting that is out of range, if any."""
     if not 0 <= temperature < math.inf:
         return Fault("temperature", temperature, "is not a number of at least 0; 0 is greedy")
     if not 0 < top_p <= 1:
@@ -26,7 +26,7 @@ def fault(temperature: float, top_p: float, seed: int) -> Fault | None:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings for choosing the next token.
 
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token.
@@ -34,7 +34,7 @@ class Sampling:
         seed: equal seeds give equal texts.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     temperature: float = 0.0

@@ -1,13 +1,13 @@
-r"""Log-likelihoods of texts, and texts up to a stop string: the three questions of lm-evaluation-harness, without it.
+r"""Score texts and continue them up to a stop string: the three requests of lm-evaluation-harness, without it.
 
     log_likelihoods(inference, [("The capital of France is", " Paris")])      # [(log probability in nats, greedy?)]
     rolling_log_likelihoods(inference, ["A whole document."])                 # [log probability in nats]
     generate_until(inference, [("Q: 1 + 1?\nA:", {"until": ["\n"], "max_gen_toks": 8})])
 
-Requests of like length share a batch: lengths are rounded up to powers of two, so that few shapes are compiled. A context
-follows an end-of-document token, as every document did in training; where it does not fit, its oldest tokens are dropped.
-Splitting a text into context and continuation, and a long document into windows, is done as lm-evaluation-harness does it,
-so that figures compare.
+Requests of like length share a batch: lengths are rounded up to powers of two, so that few shapes
+are compiled. A context follows an end-of-document token, as every document did in training; if it
+does not fit, its oldest tokens are dropped. Texts are split into context and continuation, and long
+documents into windows, as in lm-evaluation-harness, so that figures are comparable.
 """
 
 import sys
@@ -25,7 +25,7 @@ from fp8jax.interop.generation import Ids, Sampling, bucket, document, generate_
 from fp8jax.interop.inference import Inference
 from fp8jax.models.runner import Bound
 
-DEFAULT_TOKENS = 256  # of generate_until, as in the harness
+DEFAULT_TOKENS = 256  # the default of generate_until, as in the harness
 LENGTHS = (
     "max_gen_toks",
     "max_new_tokens",
@@ -42,7 +42,7 @@ _KNOWN = (
     "length_penalty",
     "early_stopping",
 )
-# Other options, with the values at which they change nothing; the last two of those above do nothing without beams.
+# Other options, with the values at which they have no effect; without beams the last two of _KNOWN have none.
 _NEUTRAL = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -56,7 +56,8 @@ _NEUTRAL = {
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
 }
-# Of a batch, for each replica: enough to keep a device busy, and float32 logits of at most 4 GiB.
+# Limits of a batch, for each replica: enough to keep a device busy, and float32 logits of at most 4
+# GiB.
 BATCH_TOKENS, LOGITS_BYTES = 16384, 4 << 30
 
 
@@ -70,15 +71,15 @@ class Window(NamedTuple):
 def log_likelihoods(
     inference: Inference, requests: Sequence[tuple[str, str]]
 ) -> list[tuple[float, bool]]:
-    """For each (context, continuation): log probability of the continuation, and whether greedy decoding would write it.
+    """Return, for each (context, continuation), its log probability, and whether greedy decoding would write it.
 
-    Trailing white space of a context is taken for the continuation's.
+    Trailing white space of a context is moved to the continuation.
     """
     return score(inference, [encode_pair(inference, *request) for request in requests])
 
 
 def rolling_log_likelihoods(inference: Inference, texts: Sequence[str]) -> list[float]:
-    """Log probability of each text, every token of it scored once; long ones in windows of the model's context."""
+    """Return the log probability of each text, every token scored once, in windows of the model's context."""
     requests = [
         (document(inference, ""), inference.tokenizer.encode(text).tolist()) for text in texts
     ]
@@ -86,12 +87,13 @@ def rolling_log_likelihoods(inference: Inference, texts: Sequence[str]) -> list[
 
 
 def encode_pair(inference: Inference, context: str, continuation: str) -> tuple[Ids, Ids]:
-    """Token ids of a context, with the end of document before it, and of its continuation.
+    """Return the token ids of a context, with the end of document before it, and of its continuation.
 
-    Where a token spans both, so that none is left for the continuation, it is encoded alone: it must not score for nothing.
+    If one token spans both, so that none is left for the continuation, the continuation is encoded
+    alone: otherwise it would score 0.
 
     Raises:
-        ValueError: a continuation without a token.
+        ValueError: the continuation has no token.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
@@ -108,9 +110,10 @@ def encode_pair(inference: Inference, context: str, continuation: str) -> tuple[
 
 
 def windows(context: Ids, continuation: Ids, length: int) -> Iterator[Window]:
-    """Cuts a request into windows of at most `length` inputs that score each token of the continuation once.
+    """Cut a request into windows of at most `length` inputs that score each token of the continuation once.
 
-    Usually one. A longer continuation takes several, each but the last without context beyond the token before it.
+    One window is usual. A longer continuation takes several, each but the last without context
+    beyond the token before it.
     """
     whole, done = context + continuation, len(context)
     while done < len(whole):
@@ -120,7 +123,7 @@ def windows(context: Ids, continuation: Ids, length: int) -> Iterator[Window]:
 
 
 def score(inference: Inference, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
-    """Log probability in nats of each continuation, and whether each of its tokens is the likeliest.
+    """Return the log probability in nats of each continuation, and whether each of its tokens is the likeliest.
 
     Args:
         inference: the model.
@@ -151,7 +154,7 @@ def score(inference: Inference, requests: Sequence[tuple[Ids, Ids]]) -> list[tup
 def _score(
     bound: Bound, inputs_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array, ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """float32 [b] sums of log probabilities under the mask; bool [b], whether all were the likeliest of so many ids."""
+    """Return float32 [b] masked sums of log probabilities; bool [b], whether all tokens are the likeliest of `ids`."""
     logits, _ = bound.model({"inputs": inputs_bt}, bound.recipes, bound.prepared)
     chosen = jnp.take_along_axis(logits, targets_bt[..., None], axis=-1)[..., 0]
     total = jnp.sum(jnp.where(mask_bt, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0), axis=-1)
@@ -162,16 +165,17 @@ def _score(
 def generate_until(
     inference: Inference, requests: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> list[str]:
-    """Continues each context up to its first stop string, which is left out, or the end of the document.
+    """Continue each context up to its first stop string, which is left out, or the end of the document.
 
     Args:
         inference: the model.
-        requests: (context, options); options are the harness's `until` (a string or several), `max_gen_toks` (256) or another of
-            LENGTHS, `do_sample`, `temperature` and `top_p`. A context that would leave no room loses its oldest tokens, down to half
-            the model's context.
+        requests: (context, options); options are the harness's `until` (a string or several),
+            `max_gen_toks` (256) or another of LENGTHS, `do_sample`, `temperature` and `top_p`. A
+            context that would leave no room loses its oldest tokens, down to half the model's
+            context.
 
     Raises:
-        ValueError: an option that would change the text and is not supported.
+        ValueError: an option would change the text and is not supported.
     """
     out, alike = [""] * len(requests), defaultdict(list)
     for i, (context, options) in enumerate(requests):
@@ -185,7 +189,7 @@ def generate_until(
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Look at the options of a request.
+    """Check the options of a request.
 
     Raises:
         ValueError: as `generate_until`.
@@ -196,7 +200,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _generate_alike(
     inference: Inference, options: "_Options", rows: list[tuple[int, Ids]]
 ) -> Iterator[tuple[int, str]]:
-    """Each row's number and its text."""
+    """Yield each row's number and its text."""
     room = max(inference.context - options.tokens, inference.context // 2)
     rows = [(i, row[-room:]) for i, row in rows]
 
@@ -220,7 +224,7 @@ class _Options(NamedTuple):
 
     @staticmethod
     def read(options: Mapping[str, Any]) -> "_Options":
-        """From the harness's.
+        """Return the options from the harness's dictionary.
 
         Raises:
             ValueError: as `generate_until`.
@@ -248,14 +252,14 @@ class _Options(NamedTuple):
 
 
 def _before(text: str, stops: Iterable[str]) -> str:
-    """The text up to the first of any stop string."""
+    """Return the text up to the first of any stop string."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def _batches(
     inference: Inference, pieces: list, length: Any, what: str
 ) -> Iterator[tuple[list, int, int]]:
-    """(pieces, their bucket of length, rows of the batch), the longest first: what does not fit in memory fails at once."""
+    """Yield (pieces, their bucket of length, rows of the batch), the longest first, so that too little memory shows early."""
     buckets = defaultdict(list)
     for piece in sorted(pieces, key=length, reverse=True):
         buckets[bucket(length(piece), inference.context)].append(piece)

@@ -1,10 +1,10 @@
-"""Makes the six `*.txt.xz` files beside this script from the R package janeaustenr. Not needed to use fp8jax.
+"""Make the six `*.txt.xz` files beside this script from the R package janeaustenr. fp8jax runs without this script.
 
     python fp8jax/data/corpus/make_corpus.py PATH/janeaustenr/data/Rdata.rdb
 
-`Rdata.rdb` is the package's lazy-load database: one entry a novel, each a 4-byte big-endian length followed by a zlib
-stream of that length once decompressed, which holds an R vector of strings in XDR form, one string a line of text.
-The script reads that one layout and no other R data.
+`Rdata.rdb` is the package's lazy-load database: one entry a novel, each a 4-byte big-endian length
+followed by a zlib stream of that length once decompressed, which holds an R vector of strings in
+XDR form, one string a line of text. The script reads that one layout and no other R data.
 """
 
 import lzma
@@ -18,7 +18,7 @@ STRING_VECTOR = b"\0\0\0\x10"
 
 
 def entries(database: bytes) -> Iterator[bytes]:
-    """The decompressed entries of a lazy-load database, in order."""
+    """Yield the decompressed entries of a lazy-load database, in order."""
     while database:
         (length,) = struct.unpack(">I", database[:4])
         stream = zlib.decompressobj()
@@ -30,7 +30,7 @@ def entries(database: bytes) -> Iterator[bytes]:
 
 
 def lines(entry: bytes) -> Iterator[bytes]:
-    """The strings of an R vector of strings: after its type and count, (flags, length, bytes) for each."""
+    """Yield the strings of an R vector of strings: after its type and count, (flags, length, bytes) for each."""
     start = entry.index(STRING_VECTOR) + 4
     (count,) = struct.unpack_from(">I", entry, start)
     start += 4
@@ -41,7 +41,7 @@ def lines(entry: bytes) -> Iterator[bytes]:
 
 
 def main() -> None:
-    """Writes one file a novel, named after its first line."""
+    """Write one file per novel, named after its first line."""
     database = pathlib.Path(sys.argv[1]).read_bytes()
     for entry in entries(database):
         text = b"\n".join(lines(entry))

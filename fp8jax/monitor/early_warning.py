@@ -1,27 +1,30 @@
-"""Early warning: says from the log of a run, while it runs or afterwards, what is about to leave FP8's range or to break.
+"""Warn early, from the log of a run, while it runs or afterwards, of what is about to leave FP8's range or to diverge.
 
     watch = EarlyWarning()
     for entry in records("DIR/metrics.jsonl"):
         for alarm in watch.observe(entry):
             print(alarm.text())
 
-Evidence, from entries with statistics (every `monitor.every` steps) and, for gradient and loss, from every entry:
+Evidence, from entries with statistics (every `monitor.every` steps) and, for gradient and loss,
+from every entry:
 
 - **Range**: each tensor's load (loads.py) is fitted against tokens (growth.py) and forecast to 1, the edge of what FP8 holds.
-  A forecast is trusted no further than the window it was made from is long, and only once it has been made CONFIRMED times in
-  a row. `watch`: a layer leaves within that span and three doublings.
-- **Harm**: to leave the range is no harm by itself. `warn` where a fourth of the layers leaves within a third of the span and one
-  doubling, `act` within an eighth or left already, and the loss has come off its own trend (trend.py) or no longer falls; `warn`
-  also where a single layer has left and the loss has come off its trend.
-- **Breaks**: the gradient's norm, or the growth of many weights and activations at once, leaves what this run itself has shown
-  so far, by robust standard deviations; or the learning rate jumps. One gradient is to `watch`; gradients that stay high while the
-  loss comes off its trend, tensors, rates to `warn` of; `act` is for gradients and tensors together, and for a number that is not finite.
+  A forecast is trusted no further than the length of the window that it was made from, and only once it has been made CONFIRMED
+  times in a row. `watch`: a layer leaves within that span and three doublings.
+- **Harm**: leaving the range does no harm by itself. `warn` if a fourth of the layers leaves within a third of the span and one
+doubling, `act` within an eighth or if they have left, and the loss has left its own trend (trend.py) or no longer falls; `warn`
+also if a single layer has left and the loss has left its trend.
+- **Breaks**: the gradient's norm, or the growth of many weights and activations at once, is out of what this run has shown
+so far, by robust standard deviations; or the learning rate jumps. One gradient is `watch`; gradients that stay high while the
+loss leaves its trend, tensors and rates are `warn`; gradients and tensors together, and a number that is not finite, are `act`.
 - **Kurtosis** that grows exponentially in the last layers, long before anything else moves (FOG paper, section 4): `watch`.
 
-Late layers weigh more: what the first layer shows counts half of what the last one does, growing linearly between.
+Late layers weigh more: the first layer counts half as much as the last one, and weights grow
+linearly between.
 
-A pure function of the entries seen: a continued run that replays its log warns as one that was never stopped. What to do
-about an alarm is the loop's business (training/warning_actions.py).
+Alarms are a pure function of the entries seen: a continued run that replays its log warns as one
+that was never stopped. The training loop decides what follows an alarm
+(training/warning_actions.py).
 """
 
 import collections
@@ -38,18 +41,21 @@ from fp8jax.monitor.fp8_range import LOGITS, Place, loads
 from fp8jax.numerics.roles import OPERANDS
 
 WATCH, WARN, ACT = WARNING_LEVELS
-# Entries with statistics that are remembered, and entries at all. A continued run replays twice as many (training/warning_actions.py).
+# How many entries with statistics are kept, and how many entries of all. A continued run replays
+# twice as many (training/warning_actions.py).
 WINDOW, REMEMBERED = 48, trend.PAST + trend.RECENT
-SETTLED = 10  # of them before anything but a number that is not finite raises an alarm
+SETTLED = 10  # entries with statistics before any alarm but that of a number that is not finite
 CONFIRMED = 3
-GRADIENTS = 64  # entries whose gradient norm and learning rate are remembered
-RAISED, SOON = 1.75, 5  # times their median before: gradients of so many entries that stay high
-LAYERS = 0.25  # of a tensor's layers, by weight, that must leave the range for more than `watch`
-HARMED = 10  # entries for which a loss that has come off its trend is remembered
-JUMP = 4.0  # times the median: a learning rate that no warm-up explains, for a line from zero ends at twice its median
+GRADIENTS = 64  # entries whose gradient norm and learning rate are kept
+# Gradients stay high: above RAISED times the earlier median for SOON entries.
+RAISED, SOON = 1.75, 5
+LAYERS = 0.25  # share of a tensor's layers, by weight, that must leave for more than `watch`
+HARMED = 10  # entries for which a loss counts as off its trend
+JUMP = 4.0  # times the median: more than a warm-up, whose line from 0 ends at twice its median
 OUTLIER = 8.0  # robust standard deviations that make a break
-SHARE = 0.3  # of the tensors, by weight, that break at once
-# Changes below these are never a break, however quiet the run was: of the logarithm of a gradient norm, and of a tensor's size.
+SHARE = 0.3  # share of the tensors, by weight, that break at once
+# The least changes that are a break, however quiet the run was: of the logarithm of a gradient
+# norm, and of a tensor's size.
 LEAST_GRADIENT, LEAST_GROWTH = 0.7, 0.1
 GRADIENT, TENSORS, RATE = "gradient", "tensors", "learning rate"
 _SIZE = re.compile(r"(?:amax/(?P<weight>.+\.w)|rms/(?P<tap>\w+))_layer(?P<layer>\d+)")
@@ -60,8 +66,9 @@ _KURTOSIS = re.compile(r"kurtosis/(\w+)_layer(\d+)")
 class Alarm(NamedTuple):
     """One warning.
 
-    layer: None where it is no single one. steps, tokens: from now until the range is left; 0: it has been, None: no forecast.
-    fallback: roles that BF16 would help, as in `config.warning.fallback`; empty: it would not.
+    layer: None if it is not a single one. steps, tokens: from now until the range is left; 0 if it
+    is left already, None without a forecast. fallback: roles that BF16 would help, as in
+    `config.warning.fallback`; empty if it would not.
     """
 
     step: int
@@ -75,7 +82,7 @@ class Alarm(NamedTuple):
     fallback: str
 
     def text(self) -> str:
-        """One line for people."""
+        """Return the alarm as one readable line."""
         where = self.tensor if self.layer is None else f"{self.tensor} in layer {self.layer}"
         when = (
             ""
@@ -86,11 +93,11 @@ class Alarm(NamedTuple):
 
 
 class EarlyWarning:
-    """What was seen of a run, and what was said about it.
+    """The state of a run's early warning: entries seen and alarms raised.
 
     Args:
-        gradient_format: of the run, `config.fp8.gradient_format`.
-        losses: what `losses` returned when the run was saved; what was seen until then is in them.
+        gradient_format: the run's `config.fp8.gradient_format`.
+        losses: what `losses` returned when the run was saved, with the entries until then.
     """
 
     def __init__(self, *, gradient_format: str = "e5m2", losses: Mapping[str, Any] | None = None):
@@ -111,7 +118,7 @@ class EarlyWarning:
         self._gradient_broke = self._off_trend = -math.inf
 
     def observe(self, entry: Mapping[str, Any]) -> list[Alarm]:
-        """Alarms that this entry raises: those that are new, or of a higher level than before.
+        """Return the alarms that this entry raises: those that are new, or of a higher level than before.
 
         Args:
             entry: the next line of metrics.jsonl, as `read_metrics` returns it.
@@ -130,11 +137,11 @@ class EarlyWarning:
         return [alarm for alarm in found if self._is_news(alarm)]
 
     def losses(self) -> dict[str, Any]:
-        """The losses of the whole run, made few, for JSON: all else is seen again in the end of the log."""
+        """Return the losses of the whole run, condensed, for JSON; other state is read from the end of the log."""
         return self._course.saved()
 
     def _is_news(self, alarm: Alarm) -> bool:
-        """Whether this tensor was not spoken of at this level lately; notes that now it is."""
+        """Return True if the tensor was not reported at this level recently, and record that it is now."""
         level, step = self._said.get(alarm.tensor, (WATCH, -math.inf))
         quiet = self._steps and alarm.step - step > self._span() / 2
         news = (
@@ -150,7 +157,7 @@ class EarlyWarning:
         return self._steps[-1][0] - self._steps[0][0]
 
     def _loss(self, entry: Mapping[str, Any]) -> None:
-        """Notes the loss, and when it has come off its trend."""
+        """Record the loss, and when it has left its trend."""
         self._losses.append((entry["step"], entry.get("loss", math.nan)))
         if entry["step"] > self._known:
             self._course.add(*self._losses[-1])
@@ -161,7 +168,7 @@ class EarlyWarning:
         return self._entries - self._off_trend < HARMED
 
     def _ranges(self) -> list[Alarm]:
-        """Loads that have left the range or are going to: for each tensor, of its layers that which is worst."""
+        """Return alarms for loads that have left the range or will leave it: for each tensor, its worst layer."""
         places, values = self._loads.matrix()
         step, tokens = self._steps[-1]
         if not places:
@@ -197,13 +204,13 @@ class EarlyWarning:
         return alarms
 
     def _harm(self) -> str:
-        """What harm is seen by; empty: there is none."""
+        """Return the evidence of harm; empty if there is none."""
         if self._is_off_trend():
             return "the loss is above its trend"
         return "the loss no longer falls" if self._course.stands_still() else ""
 
     def _level(self, harm: str, distance: np.ndarray, load: np.ndarray, weights: np.ndarray) -> str:
-        """Of a tensor whose layers are so far from the edge."""
+        """Return the level for a tensor whose layers are at these distances from the edge."""
         near = _quantile(distance, weights)
         if harm and near <= 1 / 3 and -_quantile(-load, weights) >= 1 / 2:
             return WARN if near > 1 / 8 else ACT
@@ -234,7 +241,7 @@ class EarlyWarning:
         )
 
     def _gradient(self, entry: Mapping[str, Any]) -> list[Alarm]:
-        """Whether the gradient's norm is far above what it was."""
+        """Return alarms for a gradient norm that is far above earlier ones or not finite."""
         step, norm = entry["step"], entry.get("grad_norm", math.nan)
         bad = not all(math.isfinite(entry.get(name, 0.0)) for name in ("loss", "grad_norm"))
         if bad:
@@ -283,7 +290,7 @@ class EarlyWarning:
         ]
 
     def _rate(self, entry: Mapping[str, Any]) -> list[Alarm]:
-        """Whether the learning rate is far above what it was: a restart with another one, say."""
+        """Return alarms for a learning rate far above earlier ones, such as after a restart with another one."""
         rate, seen = entry.get("learning_rate", 0.0), np.array(self._rates)
         self._rates.append(rate)
         if len(seen) < GRADIENTS // 2 or rate <= JUMP * (usual := float(np.median(seen))):
@@ -292,7 +299,7 @@ class EarlyWarning:
         return [Alarm(entry["step"], WARN, RATE, None, evidence, None, None, *_advice(RATE))]
 
     def _break(self) -> list[Alarm]:
-        """Whether many weights and activations grow at once as they never did."""
+        """Return alarms for many weights and activations that grow at once as never before."""
         places, values = self._sizes.matrix()
         if not places:
             return []
@@ -319,7 +326,7 @@ class EarlyWarning:
         ]
 
     def _kurtosis(self) -> list[Alarm]:
-        """Whether kurtosis grows exponentially, more than three times within the window, in the last third of the layers."""
+        """Return alarms for kurtosis in the last third of the layers that grows exponentially, over three times a window."""
         places, values = self._kurtoses.matrix()
         late = [i for i, weight in enumerate(self._kurtoses.weights(places)) if weight > 5 / 6]
         if not late:
@@ -348,7 +355,7 @@ class EarlyWarning:
 
 
 class _History:
-    """The last WINDOW rows of numbers by place; only places that all of them have are looked at."""
+    """The last WINDOW rows of numbers by place; only places that occur in all of them count."""
 
     def __init__(self):
         self._rows: collections.deque[dict[Place, float]] = collections.deque(maxlen=WINDOW)
@@ -357,7 +364,7 @@ class _History:
         self._rows.append(row)
 
     def matrix(self) -> tuple[list[Place], np.ndarray]:
-        """Places, and their values [places, rows], finite."""
+        """Return places, and their values [places, rows], finite."""
         places = [
             p
             for p in self._rows[-1]
@@ -368,7 +375,7 @@ class _History:
         )
 
     def weights(self, places: list[Place]) -> np.ndarray:
-        """1/2 for the first layer to 1 for the last."""
+        """Return weights from 1/2 for the first layer to 1 for the last."""
         last = max((layer for _, layer in self._rows[-1]), default=0)
         return np.array([0.5 + 0.5 * layer / last if last else 1.0 for _, layer in places])
 
@@ -379,7 +386,7 @@ def _by_place(pattern: re.Pattern[str], entry: Mapping[str, Any]) -> dict[Place,
 
 
 def _sizes(entry: Mapping[str, Any]) -> dict[Place, float]:
-    """Largest weight and root mean square of activations."""
+    """Return each tensor's size: the largest weight, or the root mean square of activations."""
     matches = ((_SIZE.fullmatch(name), value) for name, value in entry.items())
     return {
         (match["weight"] or match["tap"], int(match["layer"])): value
@@ -389,14 +396,14 @@ def _sizes(entry: Mapping[str, Any]) -> dict[Place, float]:
 
 
 def _quantile(values: np.ndarray, weights: np.ndarray) -> float:
-    """The least value that LAYERS of the weight do not exceed."""
+    """Return the least value that LAYERS of the weight do not exceed."""
     order = np.argsort(values)
     share = np.cumsum(weights[order]) / weights.sum()
     return float(values[order][np.searchsorted(share, LAYERS - 1e-9)])
 
 
 def _spread(values: np.ndarray, axis: int | None = None) -> Any:
-    """Robust standard deviation."""
+    """Return the robust standard deviation."""
     median = np.median(values, axis=axis, keepdims=axis is not None)
     return 1.4826 * np.median(np.abs(values - median), axis=axis)
 
@@ -408,7 +415,7 @@ def advised_fallbacks(roles: Sequence[str]) -> list[str]:
 
 
 def _advice(tensor: str) -> tuple[str, str]:
-    """What to do, and which roles BF16 would help."""
+    """Return the advice for a tensor, and the roles that BF16 would help."""
     role, _, operand = tensor.partition(".")
     if tensor in (GRADIENT, TENSORS, RATE):
         return "lower the learning rate, or roll back", ""

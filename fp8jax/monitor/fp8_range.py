@@ -1,18 +1,19 @@
-"""How much of FP8's room each tensor of a logged step uses: loads, where 1 is the edge of the range in which FP8 holds it.
+"""Measure how much of FP8's range each tensor of a logged step uses: its load, where 1 is the edge of the range.
 
     loads(entry)      # {("mlp_down.x", 3): 0.27, ("attention_logits", 0): 0.61, ...} by tensor and layer
 
-Two things end a tensor's stay in FP8, and both have a unit of their own:
+A tensor leaves FP8's range in two ways, and each has a unit of its own:
 
-- **Its cast loses a bit.** In range, the error of a cast is the rounding of its mantissa, whatever the tensor: about 31.5 dB below
-  the signal for e4m3, 25.5 dB for e5m2. What is clipped or flushed to zero comes on top. At 6 dB below that, the format has lost
-  one bit of its mantissa to the range.
-- **Attention's logits lose their meaning.** A softmax takes differences of logits, so what counts is their absolute error, in nats:
-  at 1, a weight is off by a factor of e. Errors of rounding are relative, so this one grows with queries times keys, however
-  well each of the two is held. Queries and keys are rounded twice: as products of a rounded input and a rounded weight, and when
-  they are cast themselves. With all four errors independent of the directions of q and k, a logit's has the standard deviation
-  rms(q) rms(k) softmax_scale sqrt(head_dim) sqrt(1/snr_q + 1/snr_k + 2/snr_x + 2/snr_w); the log does not say the two factors in
-  the middle, whose product is 1 unless the config says otherwise.
+- **Its cast loses a bit.** In range, the error of a cast is the rounding of its mantissa, for every
+tensor: about 31.5 dB below the signal for e4m3, 25.5 dB for e5m2. Clipping and flushing to zero add
+to it. At 6 dB less, the format has lost one bit of its mantissa to the range. - **Attention's
+logits lose their meaning.** A softmax takes differences of logits, so their absolute error counts,
+in nats: at 1, a weight is off by a factor of e. Errors of rounding are relative, so this one grows
+with queries times keys, however well each of the two is held. Queries and keys are rounded twice:
+as products of a rounded input and a rounded weight, and when they are cast themselves. With all
+four errors independent of the directions of q and k, a logit's has the standard deviation rms(q)
+rms(k) softmax_scale sqrt(head_dim) sqrt(1/snr_q + 1/snr_k + 2/snr_x + 2/snr_w); the two factors in
+the middle are not logged, and their product is 1 unless the config sets it otherwise.
 """
 
 import math
@@ -21,7 +22,8 @@ from collections.abc import Mapping
 from typing import Any
 
 LOGITS = "attention_logits"
-# Signal to noise of rounding a Gaussian tensor, in decibels; the output gradients' names end in these operands.
+# Signal-to-noise ratio of rounding a Gaussian tensor, in decibels; the output gradients' names end
+# in these operands.
 ROUNDING = {"e4m3": 31.5, "e5m2": 25.5, "bf16": 55.6}
 GRADIENTS = (".g", ".ds", ".do")
 BIT = 20 * math.log10(2)
@@ -32,11 +34,11 @@ Place = tuple[str, int]
 
 
 def loads(entry: Mapping[str, Any], gradient_format: str = "e5m2") -> dict[Place, float]:
-    """Loads by tensor and layer; nothing for tensors that are not in FP8, or not in the log.
+    """Return loads by tensor and layer, without tensors that are not in FP8 or not in the log.
 
     Args:
         entry: a line of metrics.jsonl, as `read_metrics` returns it.
-        gradient_format: of output gradients, "e4m3" or "e5m2"; everything else is in e4m3.
+        gradient_format: format of output gradients, "e4m3" or "e5m2"; everything else is in e4m3.
     """
     out: dict[Place, float] = {}
     for name, value in entry.items():
@@ -53,7 +55,7 @@ def loads(entry: Mapping[str, Any], gradient_format: str = "e5m2") -> dict[Place
 
 
 def _logit_error(entry: Mapping[str, Any], layer: str) -> float:
-    """Standard deviation of a logit's error in nats; what is not in FP8 rounds to BF16."""
+    """Return the standard deviation of a logit's error in nats; what is not in FP8 rounds to BF16."""
     noise = 0.0
     for operand, times in (
         ("attention_scores.q", 1),
@@ -68,5 +70,5 @@ def _logit_error(entry: Mapping[str, Any], layer: str) -> float:
 
 
 def _ratio(decibels: float) -> float:
-    """Of powers."""
+    """Return the ratio of powers for a level in dB."""
     return 10 ** (min(decibels, 3000.0) / 10)

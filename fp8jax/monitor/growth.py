@@ -1,13 +1,14 @@
-"""How series grow against tokens, and when they will reach a limit: constant, logarithm, power law or exponential.
+"""Fit how series grow with tokens (constant, logarithm, power law or exponential), and when they reach a limit.
 
     growth = fit(tokens, values)                       # values [k, w]: k positive series observed w times
-    reached = growth.reaches(limits)                   # [k] tokens at which each gets there, inf if it never does
+    reached = growth.reaches(limits)                   # [k] tokens at which each reaches it, inf if never
 
-Healthy kurtosis grows with the logarithm of tokens or slower than linearly (FOG paper, section 4); what ends badly grows
-exponentially. Which law a series follows is chosen by prediction, not by fit: each law is fitted to the first part of the
-window and judged by its squared error on the rest, in logarithms of the values, so that factors count and sizes do not. A
-law that explains the past and misses what came next is of no use to a forecast; neighbours in time are alike, which
-criteria that count independent errors (AIC, BIC) would take for certainty.
+Healthy kurtosis grows with the logarithm of tokens or slower than linearly (FOG paper, section 4);
+in runs that diverge it grows exponentially. The law of a series is chosen by prediction, not by
+fit: each law is fitted to the first part of the window and judged by its squared error on the rest,
+in logarithms of the values, so that factors count and sizes do not. A law that explains the past
+and misses what came next cannot forecast; neighbours in time are alike, which criteria that count
+independent errors (AIC, BIC) would take for certainty.
 """
 
 from typing import NamedTuple
@@ -15,16 +16,17 @@ from typing import NamedTuple
 import numpy as np
 
 LAWS = ("constant", "logarithmic", "power", "exponential")
-TRAINED = 2 / 3  # of the window is fitted when laws are compared
-FAR = 60.0  # in the coordinates of a law: where a forecast is never
+TRAINED = 2 / 3  # part of the window that is fitted when laws are compared
+FAR = 60.0  # in the coordinates of a law: a forecast beyond this counts as never
 SIMPLER = 1.5  # a slower law is taken if its squared error is at most this multiple of the best
 
 
 class Growth(NamedTuple):
     """Laws of k series, fitted to their whole windows.
 
-    law: int [k], index into LAWS. intercept, slope: float64 [k], in the coordinates of `_coordinates`. unit: tokens that count as 1.
-    error: float64 [k], root mean squared error of the law's predictions in logarithms; 0.1 is 10%.
+    law: int [k], index into LAWS. intercept, slope: float64 [k], in the coordinates of
+    `_coordinates`. unit: tokens that count as 1. error: float64 [k], root mean squared error of the
+    law's predictions in logarithms; 0.1 is 10%.
     """
 
     law: np.ndarray
@@ -34,14 +36,14 @@ class Growth(NamedTuple):
     error: np.ndarray
 
     def at(self, tokens: float) -> np.ndarray:
-        """What the laws say of a moment, float64 [k]."""
+        """Return the values that the laws predict at a number of tokens, float64 [k]."""
         x = np.stack([_coordinates(law, np.array(tokens / self.unit)) for law in LAWS])[self.law]
         y = self.intercept + self.slope * x
         with np.errstate(over="ignore"):
             return np.where(self.law == LAWS.index("logarithmic"), y, np.exp(np.minimum(y, 700.0)))
 
     def reaches(self, limits: np.ndarray) -> np.ndarray:
-        """Tokens at which each series grows past its limit, float64 [k]; inf for those that do not grow."""
+        """Return the tokens at which each series grows past its limit, float64 [k]; inf for those that do not grow."""
         y = np.where(self.law == LAWS.index("logarithmic"), limits, np.log(limits))
         x = np.divide(
             y - self.intercept, self.slope, out=np.full(len(y), np.inf), where=self.slope > 1e-300
@@ -53,7 +55,7 @@ class Growth(NamedTuple):
 
 
 def fit(tokens: np.ndarray, values: np.ndarray) -> Growth:
-    """The law of each series that predicts best.
+    """Fit to each series the law that predicts best.
 
     Args:
         tokens: [w], ascending, above 0; w at least 4.
@@ -70,7 +72,7 @@ def fit(tokens: np.ndarray, values: np.ndarray) -> Growth:
 
 
 def _error(law: str, t: np.ndarray, values: np.ndarray, split: int) -> np.ndarray:
-    """Mean squared error in logarithms on what comes after `split`, [k]."""
+    """Return the mean squared error in logarithms on what comes after `split`, [k]."""
     intercept, slope = _line(law, t[:split], values[:, :split])
     y = intercept[:, None] + slope[:, None] * _coordinates(law, t[split:])
     actual = np.log(values[:, split:])
@@ -80,7 +82,7 @@ def _error(law: str, t: np.ndarray, values: np.ndarray, split: int) -> np.ndarra
 
 
 def _coordinates(law: str, t: np.ndarray) -> np.ndarray:
-    """What the law is a straight line in; the other axis is the value for `logarithmic`, its logarithm for the rest."""
+    """Return the coordinate in which a law is linear in the value (`logarithmic`) or in its logarithm (others)."""
     return {
         "constant": np.zeros_like,
         "logarithmic": np.log,
@@ -90,7 +92,7 @@ def _coordinates(law: str, t: np.ndarray) -> np.ndarray:
 
 
 def _line(law: str, t: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Intercepts and slopes [k] of least squares; of `logarithmic`, which is fitted to values, with relative errors."""
+    """Return intercepts and slopes [k] of least squares, of relative errors for `logarithmic`, fitted to values."""
     x = np.broadcast_to(_coordinates(law, t), values.shape)
     y, weight = (
         (values, values**-2.0) if law == "logarithmic" else (np.log(values), np.ones_like(values))

@@ -1,11 +1,11 @@
-"""Values of layers as they lie in a line of `metrics.jsonl`: an array a statistic, not a name a layer.
+"""Pack the values of layers as in a line of `metrics.jsonl`: an array per statistic, not a name per layer.
 
     pack({"loss": 2.3, "kurtosis/qkv_layer000": 3.1, "kurtosis/qkv_layer001": 3.3})
     # {"loss": 2.3, "kurtosis/qkv_layers": [3.1, 3.3]}
     unpack({"kurtosis/qkv_layers": [3.1, 3.3]})     # the other way
 
-A layer that has no value is None. A line of a 390m model has 22 kB instead of 127, one of a 70b model
-106 kB instead of 669. Whoever gets values in Python gets names: only files hold arrays.
+A layer without a value is None. A line of a 390m model has 22 kB instead of 127, one of a 70b model
+106 kB instead of 669. In Python, values have names: only files hold arrays.
 """
 
 import functools
@@ -15,13 +15,13 @@ from typing import Any
 
 SUFFIX = "_layers"
 DIGITS = 6
-LAYERS = 10_000  # that a model may have: what says that it is of others is a value like any other
+LAYERS = 10_000  # the most layers of a model: a name with a higher layer number is an ordinary name
 _LAYER = re.compile(r"(.+)_layer(\d{3,5})")
-_EXACT = "scale/"  # powers of two
+_EXACT = "scale/"  # these are powers of two
 
 
 def rounded(values: Mapping[str, float]) -> dict[str, float]:
-    """Return statistics in as many digits as they are logged in, so that a log says what the run itself saw."""
+    """Return statistics rounded to the digits that are logged, so that a log holds what the run itself saw."""
     return {
         name: value if name.startswith(_EXACT) else float(f"{value:.{DIGITS}g}")
         for name, value in values.items()
@@ -29,7 +29,7 @@ def rounded(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def pack(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same values, those of layers in one list a statistic, in the place of its first."""
+    """Return the same values, with those of layers in one list per statistic, in the place of its first."""
     places, lengths = _places(tuple(values))
     out: dict[str, Any] = {}
     for (key, layer), value in zip(places, values.values(), strict=True):
@@ -58,13 +58,13 @@ def unpack(record: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4096)
 def layer_names(statistic: str, layers: int) -> list[str]:
-    """Return `STATISTIC_layerNNN` of so many layers."""
+    """Return `STATISTIC_layerNNN` for each of `layers` layers."""
     return [f"{statistic}_layer{layer:03d}" for layer in range(layers)]
 
 
 @functools.lru_cache(maxsize=16)
 def _places(names: tuple[str, ...]) -> tuple[list[tuple[str, int | None]], dict[str, int]]:
-    """Where each name goes, list and layer, or the name itself; and the lists' lengths."""
+    """Return the place of each name (its list and layer, or the name itself) and the lists' lengths."""
     matches = [
         match if (match := _LAYER.fullmatch(name)) and int(match[2]) < LAYERS else None
         for name in names

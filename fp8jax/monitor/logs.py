@@ -1,12 +1,12 @@
-"""Reads a run's `metrics.jsonl` and `events.jsonl`: whole, one line after another, or only the last lines.
+"""Read a run's `metrics.jsonl` and `events.jsonl`: whole, one line after another, or only the last lines.
 
     read_metrics("DIR/metrics.jsonl")               # [{"step": 10, "loss": 2.3, "kurtosis/qkv_layer000": 3.1}, ...]
     for entry in records("DIR/metrics.jsonl"): ...  # the same in bounded memory
     for entry in tail("DIR/metrics.jsonl", entries=100, statistics=50): ...
-    cut("DIR/metrics.jsonl", 1000)                  # for a run that continues at step 1000
+    cut("DIR/metrics.jsonl", 1000)                  # before a run continues at step 1000
 
-A log may have gigabytes. `tail` and `cut` read it from its end, so they take as long for a long one as for
-a short one. A last line that a crash cut short is no line.
+A log may have gigabytes. `tail` and `cut` read it from its end, so they take as long for a long one
+as for a short one. A last line that a crash cut short is ignored.
 """
 
 import functools
@@ -21,34 +21,36 @@ from fp8jax import files
 from fp8jax.monitor import layered
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-STATISTICS = b'"rms/'  # what a line with statistics has, and no other
-LINE = 1 << 26  # bytes of one that are read at all: a thousand times those of a 70b model
+STATISTICS = b'"rms/'  # only lines with statistics have it
+LINE = 1 << 26  # the most bytes of a line that are read: a thousand times those of a 70b model
 _BLOCK = 1 << 20
 _STEP = re.compile(rb'\{"step": (\d{1,18})[,}]')
 
 
 class MetricsError(ValueError):
-    """A log that cannot be read. The message is one line: path, line number, what is wrong."""
+    """An error for a log that cannot be read; one line names path, line number and fault."""
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the logged steps in order, with Python numbers; "nan", "inf" and "-inf" are floats again.
 
-    A last line cut short by a crash, or not yet fully written, is left out. Reads `events.jsonl` as well.
+    A last line cut short by a crash, or not yet fully written, is left out. `events.jsonl` can be
+    read as well.
 
     Raises:
-        MetricsError: no such file, or a line that is not a JSON object with an integer `step`.
+        MetricsError: the file does not exist, or a line is not a JSON object with an integer
+            `step`.
     """
     return list(records(path))
 
 
 def records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """As `read_metrics`, one step after another: a log with statistics of many layers is large."""
+    """Yield what `read_metrics` returns, one step after another: a log with statistics of many layers is large."""
     return map(_entry, lines(path))
 
 
 def lines(path: str | os.PathLike, start: int = 0) -> Iterator[dict[str, Any]]:
-    """Return the object of each line as it is in the file, values of layers in arrays, from byte `start` on.
+    """Yield the object of each line as it is in the file, values of layers in arrays, from byte `start` on.
 
     Raises:
         MetricsError: as `read_metrics`.
@@ -61,13 +63,13 @@ def ended_lines(
     start: int = 0,
     damaged: Callable[[Callable[[], MetricsError]], object] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """As `lines`, with the byte from which to go on after each: its end, but its beginning where its newline is not there yet.
+    """Yield what `lines` does, with the byte to continue from: the line's end, or its start if it has no newline.
 
     Args:
-        path: of the log.
+        path: path of the log.
         start: byte to begin at.
-        damaged: receives what makes the error of each line that cannot be read, and is passed over then; None: it is raised. Making one
-            reads the log up to there.
+        damaged: receives what makes the error of each line that cannot be read, and is passed over
+            then; None: it is raised. Making one reads the log up to there.
     """
     with _open(pathlib.Path(path)) as file:
         file.seek(start)
@@ -88,16 +90,16 @@ def ended_lines(
 def tail(
     path: str | os.PathLike, *, entries: int, statistics: int = 0, last_step: float = math.inf
 ) -> Iterator[dict[str, Any]]:
-    """Yield the last steps in order, as `read_metrics` returns them: at least so many, as far as there are any.
+    """Yield the last steps in order, as `read_metrics` returns them: at least `entries`, if the log has as many.
 
     Args:
-        path: of the log.
+        path: path of the log.
         entries: how many steps.
         statistics: how many of them with statistics of tensors.
-        last_step: steps after this one count as not there.
+        last_step: steps after this one are ignored.
 
     Raises:
-        MetricsError: as `read_metrics`, of what is read.
+        MetricsError: as `read_metrics`, for the lines that are read.
     """
     start, found, with_statistics = 0, 0, 0
     with _open(pathlib.Path(path)) as file:
@@ -117,10 +119,10 @@ def tail(
 
 
 def cut(path: str | os.PathLike, last_step: float) -> None:
-    """Drop a last line cut short, and the lines of steps after `last_step`; nothing where there is no file.
+    """Drop a last line cut short, and the lines of steps after `last_step`, if the file exists.
 
     Raises:
-        MetricsError: a line that is dropped, or one of the last ones that stay, cannot be read.
+        MetricsError: a line that is dropped, or one of the last lines that stay, cannot be read.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -165,7 +167,7 @@ def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     at, after = (
         file.seek(0, os.SEEK_END),
         [],
-    )  # `after`: what of the line that crosses `at` has been read, the last block first
+    )  # `after`: the part of the line across `at` that has been read, the last block first
     while at > 0:
         size = min(_BLOCK, at)
         at -= size
@@ -178,7 +180,7 @@ def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         text = b"".join(reversed(after))
         after.clear()
         *whole, rest = text.split(b"\n")
-        del text  # a block is all the memory that a long log takes
+        del text  # so a long log takes the memory of one block
         pieces = [line + b"\n" for line in whole] + [rest] * bool(rest)
         place = at + sum(map(len, pieces))
         for piece in reversed(pieces[1:]):
@@ -190,7 +192,7 @@ def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _step(line: bytes) -> int | None:
-    """Return the step of a line, None where it is none; does not look at the rest of a line that is whole."""
+    """Return the step of a line, None if it has none; the rest of a complete line is not parsed."""
     match = _STEP.match(line)
     if match and line.endswith(b"}\n"):
         return int(match[1])

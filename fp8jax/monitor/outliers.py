@@ -1,10 +1,10 @@
-"""Names of outlier statistics in logs, and their average over layers.
+"""Name outlier statistics for logs, and average them over layers.
 
     flatten({"qkv": {"kurtosis": [3.1, 3.3]}})
     # {"kurtosis/qkv_avg": 3.2, "kurtosis/qkv_layer000": 3.1, "kurtosis/qkv_layer001": 3.3}
 
-What the numbers are is said in numerics/statistics.py; activations' are taken by models/taps.py, those of casts ('qkv.x',
-'qkv.w', 'qkv.g', 'attention_scores.ds', ...) come back through the GEMMs' tokens.
+numerics/statistics.py defines the numbers; models/taps.py takes those of activations, those of
+casts ('qkv.x', 'qkv.w', 'qkv.g', 'attention_scores.ds', ...) come back through the GEMMs' tokens.
 """
 
 import functools
@@ -18,15 +18,18 @@ _OF_CASTS = frozenset(HEALTH) - {"amax"}
 
 
 def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Log entries of one step; what is not known, because nothing entered or nothing was cast, has none.
+    """Return the log entries of one step; a value that is unknown, because nothing entered or was cast, has none.
 
     Args:
-        taps: tensor → statistic → value a layer, and how many `tokens` and `rows` it is of (statistics.WEIGHTS).
+        taps: tensor → statistic → value per layer, and the number of `tokens` and `rows` in it
+            (statistics.WEIGHTS).
 
     Returns:
         `STATISTIC/TENSOR_layerNNN` and `STATISTIC/TENSOR_avg`; amax and max_logit have a maximum, `amax/TENSOR_max`, instead
-        of an average; `snr`, in decibels, in place of signal and noise, infinite for an exact cast; and, where anything is cast to
-        FP8, `fp8/saturated_fraction` and `fp8/underflow_fraction`: averages over all cast operands and layers.
+        of an average; `snr`, in decibels, in place of signal and noise, infinite for an exact cast;
+            and, where anything is cast to
+        FP8, `fp8/saturated_fraction` and `fp8/underflow_fraction`: averages over all cast operands
+            and layers.
     """
     out: dict[str, float] = {}
     of_casts: dict[str, list[np.ndarray]] = {"overflow": [], "underflow": []}
@@ -52,7 +55,7 @@ def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
 
 
 def _known(stats: Mapping[str, np.ndarray], statistic: str, values: np.ndarray) -> np.ndarray:
-    """In which layers something entered a statistic, and was cast where it is of casts; a signal of nothing has no ratio to noise."""
+    """Return the layers in which a statistic is known: values entered it, were cast for those of casts, and are not all 0."""
     known = np.ones(len(values), bool)
     if statistic == "snr":
         known &= stats["signal"] != 0
@@ -68,7 +71,7 @@ def _names(statistic: str, name: str, layers: int) -> list[str]:
 
 
 def _with_snr(stats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What is logged: without weights, with the signal-to-noise ratio of a cast."""
+    """Return the statistics to log: without weights, with the signal-to-noise ratio of a cast."""
     logged = {
         name: values for name, values in stats.items() if name not in ("signal", "noise", *WEIGHTS)
     }

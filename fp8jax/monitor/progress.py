@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a live view on a terminal, plain lines anywhere else.
+"""Show a run while it trains: a live view on a terminal, plain lines anywhere else.
 
     with Progress(total_steps=600, start_step=0) as progress:
         progress.update(120, {"loss": 1.234, "tokens_per_second": 2.1e4, "learning_rate": 1e-3, "step_seconds": 0.27})
@@ -8,12 +8,13 @@ Away from a terminal, each update is a line:
 
     step 120/600  loss 1.234  2.1e4 tok/s  lr 1.0e-3  ETA 2m10s
 
-On one, a bar and below it the same with the course of the loss, MFU where a device's peak is known, and a light for FP8: green,
-yellow where casts clip more than a thousandth or a warning says so, red in a bad step or where a warning asks to act, grey
-before anything is known.
+A terminal shows a bar and below it the same with the course of the loss, MFU if the device's peak
+is known, and a light for FP8: green; yellow if casts clip more than a thousandth or at a warning;
+red in a bad step or at a warning to act; grey before the first statistics.
 
-The remaining time is that of the steps alone, as measured by the caller: compilation, evaluation and checkpoints to
-come are not foreseen. Nothing is kept; the record of a run is `metrics.jsonl`.
+The remaining time is that of the steps alone, as measured by the caller, without future
+compilation, evaluation and checkpoints. The view is not saved; the record of a run is
+`metrics.jsonl`.
 """
 
 import collections
@@ -26,9 +27,9 @@ import rich.live
 import rich.progress
 import rich.text
 
-RECENT = 10  # logged steps whose time makes the forecast: follows a change of speed, smooths a single slow step
+RECENT = 10  # logged steps that the remaining time is computed from: follows changes of speed, smooths a single slow step
 COURSE = 32  # logged losses that are drawn
-SATURATED = 1e-3  # of all elements that are cast
+SATURATED = 1e-3  # share of all elements that are cast
 BARS = "▁▂▃▄▅▆▇█"
 LIGHTS = {
     "": ("○", "bright_black"),
@@ -40,13 +41,13 @@ LIGHTS = {
 
 
 class Progress:
-    """Progress of a run on the terminal.
+    """The progress of a run on the terminal.
 
     Args:
         total_steps: steps at which the run ends.
         start_step: steps already taken.
         console: where to print; standard output by default.
-        seconds_at_peak: what a step would take at the devices' peak rate, from which comes the MFU; None: not known.
+        seconds_at_peak: time of a step at the devices' peak rate, for the MFU; None if unknown.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class Progress:
             console=self._console,
         )
         self._task = self._bar.add_task("", total=total_steps, completed=start_step)
-        # No refresh thread: the view moves when a step is logged, and costs the host nothing in between.
+        # No refresh thread: the view changes when a step is logged, and costs the host no time in
+        # between.
         self._live = rich.live.Live(
             self._view(f"step {start_step}/{total_steps}"),
             console=self._console,
@@ -81,9 +83,10 @@ class Progress:
 
         Args:
             step: steps taken so far.
-            metrics: shown where present: `loss`, `tokens_per_second`, `learning_rate`; `step_seconds`, the time of
-                one step without compilation, evaluation and checkpoints, gives the remaining time; `bad_step` and
-                `fp8/saturated_fraction` set the light.
+            metrics: shown where present: `loss`, `tokens_per_second`, `learning_rate`;
+                `step_seconds`, the time of one step without compilation, evaluation and
+                checkpoints, gives the remaining time; `bad_step` and `fp8/saturated_fraction` set
+                the light.
         """
         if math.isfinite(metrics.get("step_seconds", math.nan)):
             self._recent.append(metrics["step_seconds"])
@@ -91,7 +94,7 @@ class Progress:
             self._losses.append(metrics["loss"])
         if metrics.get("bad_step"):
             self._light = "act"
-        elif "fp8/saturated_fraction" in metrics:  # a NaN is no health
+        elif "fp8/saturated_fraction" in metrics:  # a NaN is not healthy
             self._light = self._warned or (
                 "ok" if metrics["fp8/saturated_fraction"] <= SATURATED else "warn"
             )
@@ -106,9 +109,9 @@ class Progress:
             self.message(text)
 
     def warn(self, level: str) -> None:
-        """Sets the light to a warning's level, `watch`, `warn` or `act`, or leaves a higher one, until the next statistics say otherwise.
+        """Raise the light to a warning's level, `watch`, `warn` or `act`, until the next statistics.
 
-        To be called before `update` with the statistics that it is of.
+        Call it before `update` with the statistics that raised the warning.
         """
         self._light = self._warned = max(level, self._warned, key=list(LIGHTS).index)
 
@@ -117,7 +120,7 @@ class Progress:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> "Progress":
-        """Nothing yet: the view is there from the first update on, so that the start has the terminal to itself."""
+        """Return itself; the view begins with the first update, so that the start has the terminal to itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -154,15 +157,16 @@ class Progress:
 
 
 def standard_output(**options: Any) -> rich.console.Console:
-    """Return a console that is a terminal only where standard output is one.
+    """Return a console that is a terminal only if standard output is one.
 
-    rich takes a pipe for a terminal where FORCE_COLOR is set, and writes HTML under a notebook's kernel.
+    rich takes a pipe for a terminal if FORCE_COLOR is set, and writes HTML under a notebook's
+    kernel.
     """
     return rich.console.Console(force_terminal=sys.stdout.isatty(), force_jupyter=False, **options)
 
 
 def _course(values: collections.deque[float]) -> str:
-    """Values as a line of bars; an x for one that is not finite."""
+    """Draw values as a line of bars, with an x for one that is not finite."""
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < 2:
         return ""

@@ -1,10 +1,11 @@
-"""A file to append to that outlasts storage that fails: what cannot be written waits in memory, in order.
+"""Append to a file on storage that may fail: what cannot be written waits in memory, in order.
 
     file = RetryingFile("metrics.jsonl")
-    file.write(content)         # never raises for storage's sake
+    file.write(content)         # does not raise when storage fails
     file.reason                 # why some of it is not on disk yet, "" if all is; the next write tries again
 
-Nothing is given up while the process lives, so an outage of storage costs the memory of what was written meanwhile.
+Content is kept while the process lives, so an outage of storage costs the memory of what was
+written meanwhile.
 """
 
 import os
@@ -14,7 +15,7 @@ class RetryingFile:
     """An append-only binary file.
 
     Args:
-        path: of the file; made at the first write that succeeds.
+        path: path of the file, which is created by the first write that succeeds.
         fresh: start with an empty file.
     """
 
@@ -28,12 +29,12 @@ class RetryingFile:
         self.reason = ""
 
     def write(self, content: bytes) -> None:
-        """Appends, as much as storage takes; `reason` says why not all."""
+        """Append as much as storage takes; `reason` says why not all."""
         self._pending += content
         self.flush()
 
     def flush(self) -> None:
-        """Tries again to write what waits; goes on in the middle of a line where storage stopped there."""
+        """Write what waits, continuing in the middle of a line if storage stopped there."""
         try:
             if self._file is None:
                 self._file = os.open(self._path, self._flags, 0o644)
@@ -44,7 +45,7 @@ class RetryingFile:
             self.reason = f"{self._path}: {error.strerror}"
 
     def close(self) -> None:
-        """Tries once more, and closes; what still waits is lost."""
+        """Try once more, and close; what still waits is lost."""
         self.flush()
         if self._file is not None:
             os.close(self._file)

@@ -1,4 +1,4 @@
-"""Says what a program is doing before each part of its work that may take seconds.
+"""Print what a program is doing before each part of its work that may take seconds.
 
     stage = Stages()
     with stage("compiling the training step"):
@@ -6,9 +6,9 @@
     with stage("evaluating") as note:
         note("batch 3 of 12")
 
-prints `start    compiling the training step`, at once, so that nobody waits without knowing what for, and every half minute how long it
-has taken. On a terminal the line counts the seconds and ends as `start    compiling the training step: 12.3 s`. Imports nothing:
-loading JAX is such a part, too.
+prints `start    compiling the training step` at once, so that users know what they wait for, and every half minute how long it
+has taken. On a terminal the line counts the seconds and ends as `start    compiling the training step: 12.3 s`. The module
+imports no JAX, because loading JAX is such a part, too.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class Stages:
     """Announces the parts of a start, one after another.
 
     Args:
-        shown: False: says nothing, as all processes but the first.
+        shown: False prints nothing, for all processes but the first.
         out: where to print; standard output by default.
     """
 
@@ -56,7 +56,7 @@ class Stages:
 
 
 class _Line:
-    """What is shown of one part: on a terminal a line that is rewritten, elsewhere one at the start and one every half minute."""
+    """The lines of one part: on a terminal one that is rewritten, elsewhere one at the start and one every half minute."""
 
     def __init__(self, out: TextIO, what: str):
         self.out, self.what, self.noted, self.done = out, what, "", threading.Event()
@@ -67,7 +67,7 @@ class _Line:
         self.noted = f", {text}"
 
     def count(self) -> None:
-        """Until the part is done."""
+        """Count the seconds until the part is done."""
         if self.live:
             self._rewrite(" ... 0 s")
         while not self.done.wait(1.0 if self.live else QUIET):

@@ -1,8 +1,8 @@
-"""Whether a loss still goes where it was going: a power law of the run's recent past, and how far above it the loss has come.
+"""Judge whether a loss follows its trend: a power law of the run's recent past, and how far above it the loss is.
 
-A tensor that has left FP8's range does not always hurt: many a run trains on with logits off by nats, or weights that have lost
-bits. It hurts where the loss leaves its own way. That shows long before the loss rises above all that it was, when a loss
-that should fall by a tenth stays where it is.
+A tensor outside FP8's range does not always hurt: many runs train on with logits off by nats, or
+weights that have lost bits. It hurts if the loss leaves its trend. That shows long before the loss
+rises above all earlier ones, when a loss that should fall by a tenth does not fall.
 """
 
 import math
@@ -12,32 +12,31 @@ from typing import Any
 
 import numpy as np
 
-PAST, RECENT = (
-    64,
-    12,
-)  # entries that the law is fitted to, and those after them that are compared with it
-LEAST = 24  # of the former before anything is said
-ABOVE = 4.0  # standard errors above the law, at least: more than batches that are harder than others explain
-BY_CHANCE = 0.01  # of a healthy run being found above its law once, however long it is
-FREEDOM = 24  # degrees of it that a robust deviation of PAST numbers has: its relative variance is 1 / (2 * FREEDOM)
+# Entries that the law is fitted to, and those after them that are compared with it.
+PAST, RECENT = 64, 12
+LEAST = 24  # the least PAST entries before a judgement
+ABOVE = 4.0  # standard errors above the law, at least: more than harder batches explain
+BY_CHANCE = 0.01  # probability that a healthy run is ever found above its law, however long it is
+FREEDOM = 24  # degrees of freedom of a robust deviation of PAST numbers: its relative variance is 1 / (2 * FREEDOM)
 IMPROVES = -1.0  # standard errors of a slope: above it a loss has not fallen
-RISES = 4.0  # standard errors of a slope that is up, whatever went before
-HALF = 1.8  # times the steps at its beginning: what counts as half of a run
-EXPECTED = 6.0  # standard errors that a loss must be expected to fall within a window, before it is looked for
-BUCKETS, FEWEST = 512, 32  # of the whole past, and of a window
+RISES = 4.0  # standard errors of a slope that counts as rising, whatever went before
+HALF = 1.8  # a window is half of a run if its last step is this multiple of its first
+EXPECTED = 6.0  # standard errors that a loss must be expected to fall in a window to be judged
+BUCKETS, FEWEST = 512, 32  # the most buckets of the whole past, and the fewest of a window
 
 
 def excess(steps: Sequence[float], losses: Sequence[float]) -> float:
-    """How far the last RECENT losses lie above a power law of the steps, fitted to the PAST before them, in standard errors.
+    """Return how far the last RECENT losses lie above a power law of the steps, fitted to the PAST before.
 
-    The noise is that of single losses about the law, robust. A past that rises counts as constant: that is nothing to go on with.
+    The noise is the robust deviation of single losses from the law. A past that rises counts as
+    constant: it cannot be extrapolated.
 
     Args:
-        steps: one an entry, oldest first, above 0.
-        losses: one a step; those that are not finite count as infinite.
+        steps: one per entry, oldest first, above 0.
+        losses: one per step; those that are not finite count as infinite.
 
     Returns:
-        0 where there are too few; inf where a recent loss is not finite.
+        Standard errors; 0 if there are too few entries, inf if a recent loss is not finite.
     """
     x, y = (
         np.log(np.maximum(np.asarray(values, float)[-(PAST + RECENT) :], 1e-9))
@@ -57,11 +56,12 @@ def excess(steps: Sequence[float], losses: Sequence[float]) -> float:
 
 
 def above(entries: int) -> float:
-    """What `excess` must reach after so many entries: who looks often enough sees everything once.
+    """Return the threshold for `excess` after `entries` entries: many looks make a chance excess likely, so it grows.
 
-    The quantile of Student's t at which all looks together reach it with the probability BY_CHANCE, by the expansion of Cornish and
-    Fisher: 4.3 after 300 entries, 5.2 after 3,000, 6.5 after 100,000. Windows overlap: four entries count as one look, so that of 300
-    made-up runs of 300 entries 2%, of 3,000 entries 1% are found above.
+    The quantile of Student's t at which all looks together reach it with the probability BY_CHANCE,
+    by the expansion of Cornish and Fisher: 4.3 after 300 entries, 5.2 after 3,000, 6.5 after
+    100,000. Windows overlap, so four entries count as one look: of 300 synthetic runs, 2% of 300
+    entries and 1% of 3,000 entries are found above.
     """
     z = statistics.NormalDist().inv_cdf(1 - BY_CHANCE / max(entries / 4, 1))
     wider = (z**3 + z) / (4 * FREEDOM) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * FREEDOM**2)
@@ -71,21 +71,22 @@ def above(entries: int) -> float:
 class Course:
     """The losses of a whole run in at most BUCKETS numbers, and whether they still fall.
 
-    A bucket is a mean over as many entries as the next; where there are too many, pairs of them become one. So a window that is a
-    part of the run has as many buckets late as early, and a mean of so many losses that noise does not hide what it falls by: windows of
-    a fixed number of entries grow short in a long run, and a healthy loss does not visibly fall within them.
+    All buckets are means over equally many entries; when there are too many, pairs of them become
+    one. So a window that is a fixed part of the run has as many buckets late as early, and means
+    over so many losses that noise does not hide how far they fall. Windows of a fixed number of
+    entries are short beside a long run, and a healthy loss does not visibly fall within them.
     """
 
     def __init__(self, saved: Mapping[str, Any] | None = None):
-        """Nothing yet; or what `saved` returned before."""
+        """Begin without losses, or with what `saved` returned before."""
         self._each, self._entries, self._bad, self.last = 1, 0, -PAST, 0.0
         self._steps, self._means = [], []
-        self._open: list[list[float]] = []  # of the bucket under way
+        self._open: list[list[float]] = []  # entries of the unfinished bucket
         for name, value in (saved or {}).items():
             setattr(self, name if name == "last" else f"_{name}", value)
 
     def saved(self) -> dict[str, Any]:
-        """What is remembered, for JSON: a few thousand numbers at most."""
+        """Return the state for JSON: a few thousand numbers at most."""
         return {
             "each": self._each,
             "entries": self._entries,
@@ -98,11 +99,11 @@ class Course:
 
     @property
     def entries(self) -> int:
-        """How many there were."""
+        """Return how many entries were added."""
         return self._entries
 
     def add(self, step: float, loss: float) -> None:
-        """The next entry's; what is not finite is remembered as such. A step that is not new has been taken back, and all after it."""
+        """Add the next entry's loss, finite or not; a step that is not new replaces that step and all after it."""
         if step <= self.last:
             keep = sum(x < np.log(step) for x in self._steps)
             self._steps, self._means, self._open = self._steps[:keep], self._means[:keep], []
@@ -125,11 +126,12 @@ class Course:
             )
 
     def stands_still(self) -> bool:
-        """Whether the loss has not fallen where it should have, as far as its noise lets one tell.
+        """Return True if the loss has not fallen although it should have, as far as its noise shows.
 
-        Over the last half of the run every loss should have fallen. Over a shorter part it should have if it fell in the part before,
-        which is as long, so fast that going on like that would show: EXPECTED standard errors. A loss that rises shows in any part. One
-        that was not finite within the last PAST entries stands still.
+        Over the last half of the run every loss should have fallen. Over a shorter part it should
+        have if it fell in the equally long part before so fast that falling on would show: EXPECTED
+        standard errors. A rising loss shows in any part. A loss that was not finite within the last
+        PAST entries stands still.
         """
         if self._entries - self._bad < PAST:
             return True
@@ -143,7 +145,7 @@ class Course:
 
     @staticmethod
     def _stands(x: np.ndarray, y: np.ndarray, size: int) -> bool:
-        """Whether the last `size` buckets stand still."""
+        """Return whether the last `size` buckets stand still."""
         slope, spread, variance = _line(x[-size:], y[-size:])
         error = spread / np.sqrt(variance)
         half = x[-1] - x[-size] >= np.log(HALF)
@@ -158,7 +160,7 @@ class Course:
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Slope, robust standard deviation about the line, sum of squares of x about its mean."""
+    """Return the slope, the robust standard deviation about the line, and the sum of squares of x about its mean."""
     centred = x - x.mean()
     variance = float((centred**2).sum())
     slope = float((centred * y).sum()) / variance

@@ -1,10 +1,10 @@
-"""Weights & Biases, for those who ask for it with `config.log.wandb=PROJECT`; offline too. The package is optional.
+"""Log to Weights & Biases with `config.log.wandb=PROJECT`, also offline. The package is optional.
 
-    sink = open_sink(config.log, workdir, config_dict)        # None where it is not asked for
+    sink = open_sink(config.log, workdir, config_dict)        # None if it is not configured
     sink.write(10, {"loss": 2.3})
 
-The run's id lies in WORKDIR/wandb_id, so a continued run goes on in the same place. Steps that a rollback repeats are logged
-again: the charts' axis is the step that is logged, not the number of the call.
+The run's id lies in WORKDIR/wandb_id, so a continued run continues in the same place. Steps that a
+rollback repeats are logged again: the charts' axis is the logged step, not the number of the call.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from fp8jax.config import ConfigError, LogConfig
 
 
 class WandbSink:
-    """Sends logged steps to a run of Weights & Biases, or, offline, to WORKDIR/wandb for `wandb sync`."""
+    """A sink of logged steps: a run of Weights & Biases or, offline, WORKDIR/wandb for `wandb sync`."""
 
     def __init__(self, run: Any):
         self._run = run
@@ -25,21 +25,21 @@ class WandbSink:
         run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """One logged step."""
+        """Log one step."""
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
-        """Waits until all is sent or written."""
+        """Wait until all is sent or written."""
         self._run.finish()
 
 
 def open_sink(
     config: LogConfig, workdir: pathlib.Path, values: Mapping[str, Any]
 ) -> WandbSink | None:
-    """The sink that `config.log` asks for, if it does.
+    """Open the sink that `config.log` asks for, if any.
 
     Args:
-        config: of logging.
+        config: the `log` section.
         workdir: directory of the run.
         values: the run's configuration, to be shown.
 

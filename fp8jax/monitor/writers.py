@@ -1,18 +1,21 @@
-"""What a run leaves to read: `metrics.jsonl` and TensorBoard files for logged steps, `events.jsonl` for incidents.
+"""Write a run's logs: `metrics.jsonl` and TensorBoard files for logged steps, `events.jsonl` for incidents.
 
     with MetricsWriter(workdir, start_step=0) as writer:
         writer.write(10, {"loss": 2.3, "tokens": 40960})
         writer.event("early_warning", 10, tensor="qkv", layer=3)
     read_metrics(f"{workdir}/metrics.jsonl")            # logs.py: [{"step": 10, "loss": 2.3, "tokens": 40960}]
 
-`metrics.jsonl` is the source of truth: one strict JSON object a logged step, `step` first; JSON has no word for a
-non-finite number, so it is the string "nan", "inf" or "-inf". Values of layers are one array a statistic (layered.py).
-The TensorBoard files say the same, a name a layer.
+`metrics.jsonl` is the source of truth: one strict JSON object per logged step, `step` first; JSON
+has no word for a non-finite number, so it is the string "nan", "inf" or "-inf". Values of layers
+are one array per statistic (layered.py). The TensorBoard files hold the same values, with a name
+per layer.
 
-Storage that fails does not fail the run: lines wait in memory until they can be written (`retrying_file.py`).
+Storage that fails does not fail the run: lines wait in memory until they can be written
+(`retrying_file.py`).
 
-One process of a run writes, the others are `Silent`; nothing here decides which. Nothing is averaged or computed here. Followers,
-such as the report and Weights & Biases, get what is written and are closed with the writer.
+One process of a run writes, the others are `Silent`; the caller decides which, and computes all
+values. Followers, such as the report and Weights & Biases, get what is written and are closed with
+the writer.
 """
 
 import json
@@ -32,14 +35,15 @@ from fp8jax.monitor import layered
 from fp8jax.monitor.logs import MetricsError, cut, read_metrics
 from fp8jax.monitor.retrying_file import RetryingFile
 
-# tensorboardX prints a warning for every NaN. A diverging run has many, and its own log already says so.
+# tensorboardX prints a warning for every NaN. A diverging run has many, and its own log already has
+# them.
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 _RETRYING = "retrying"
-_KEPT_SUMMARIES = 8  # sets of names: steps with statistics, without, with an evaluation
+_KEPT_SUMMARIES = 8  # sets of names: steps with statistics, without them, with an evaluation
 
 
 class _RetryingFiles:
-    """Opens TensorBoard files called `retrying:PATH`: a full disk would end tensorboardX's thread, and the next step wait for it for ever."""
+    """A factory of TensorBoard files `retrying:PATH`: a full disk would end tensorboardX's thread and block a step."""
 
     def open(self, path: str) -> RetryingFile:
         return RetryingFile(path.partition(":")[2], fresh=True)
@@ -52,28 +56,30 @@ record_writer.register_writer_factory(_RETRYING, _RetryingFiles())
 
 
 class Follower(Protocol):
-    """Who wants every logged step."""
+    """A receiver of every logged step."""
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
-        """Takes one step's values, Python numbers."""
+        """Receive one step's values, Python numbers."""
 
     def close(self) -> None:
-        """The run ends."""
+        """Handle the end of the run."""
 
 
 class MetricsWriter:
-    """Appends to the logs of a run, new or continued.
+    """A writer that appends to the logs of a run, new or continued.
 
-    Continuing from a checkpoint repeats the steps that were logged after it. Their old lines are dropped first, so the
-    log of an interrupted run equals that of an uninterrupted one. Events are a history: they stay.
+    Continuing from a checkpoint repeats the steps that were logged after it. Their old lines are
+    dropped first, so the log of an interrupted run equals that of an uninterrupted one. Events are
+    a history: they stay.
 
     Args:
-        workdir: directory of the run; made if missing.
+        workdir: directory of the run; created if missing.
         start_step: steps already taken: 0 for a new run, the checkpoint's step for a continued one.
-        followers: others who want every logged step.
+        followers: other receivers of every logged step.
 
     Raises:
-        MetricsError: an existing log has, among the last it keeps, an unreadable line other than one cut short by a crash.
+        MetricsError: an existing log has, among the last it keeps, an unreadable line other than
+            one cut short by a crash.
     """
 
     def __init__(
@@ -89,13 +95,13 @@ class MetricsWriter:
         self._summaries: dict[tuple[str, ...], Summary] = {}
         self._board = tensorboardX.SummaryWriter(
             f"{_RETRYING}:{workdir / 'tensorboard'}",
-            purge_step=start_step + 1,  # TensorBoard hides what earlier files hold from here on
+            purge_step=start_step + 1,  # TensorBoard hides earlier files from here on
             filename_suffix=f".{start_step:09}",  # names hold seconds only: a quick restart would overwrite a file
             flush_secs=10,
         )
 
     def write(self, step: int, metrics: dict[str, float | int]) -> None:
-        """Log one step; the line is on disk, as far as this process decides, when this returns.
+        """Log one step; when this returns, the line is handed to the operating system.
 
         Args:
             step: steps taken so far.
@@ -108,9 +114,10 @@ class MetricsWriter:
             follower.write(int(step), values)
 
     def _summary(self, values: dict[str, float | int]) -> Summary:
-        """All values as one event: a call of add_scalar a value takes longer than a small model's step where there are thousands.
+        """Return all values as one event: thousands of calls of add_scalar take longer than a small model's step.
 
-        Steps log the same names again and again, so what they are put into is kept; add_summary copies it.
+        Steps log the same names repeatedly, so the summary that holds them is kept; add_summary
+        copies it.
         """
         names = tuple(values)
         if names not in self._summaries:
@@ -134,11 +141,11 @@ class MetricsWriter:
         _append(self._events, {"step": int(step), "kind": kind, **values})
 
     def waiting(self) -> str | None:
-        """Why lines wait to be written, None where none does."""
+        """Return why lines wait to be written, None if none does."""
         return self._metrics.reason or self._events.reason or None
 
     def close(self) -> None:
-        """Close the files; the writer is of no use afterwards."""
+        """Close the files; the writer cannot be used afterwards."""
         self._metrics.close()
         self._events.close()
         self._board.close()
@@ -159,7 +166,7 @@ def _append(file: RetryingFile, record: dict[str, Any]) -> None:
         line = json.dumps(record, allow_nan=False)
     except (
         ValueError
-    ):  # seldom: looking at each of thousands of values beforehand takes as long as writing them
+    ):  # rare: checking each of thousands of values beforehand takes as long as writing them
         line = json.dumps(files.strict(record), allow_nan=False)
     file.write((line + "\n").encode())
 
@@ -170,7 +177,7 @@ def _plain(value: Any) -> Any:
 
 
 class Silent:
-    """Takes the place of whatever writes or shows something, in processes that do not: any method of it does nothing."""
+    """A stand-in for what writes or shows, in processes that do not: each of its methods does nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None
@@ -180,7 +187,7 @@ class Silent:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 __all__ = ["MetricsError", "MetricsWriter", "Silent", "read_metrics"]

@@ -25,7 +25,7 @@ from fp8jax.audit import targets
 from fp8jax.cli.flags import read_config
 from fp8jax.training.fit import Ranking
 from fp8jax.training.fit_options import gigabytes
-from fp8jax.training.fit_target import TargetFit, compile_plan, fit_target
+from fp8jax.training.fit_target import TargetFit, compile_option, fit_target
 
 RESULTS = ROOT / "benchmarks/results/fit.json"
 ALLOWED = 1.1
@@ -41,7 +41,7 @@ def main() -> int:
     config = config_lib.from_dict(read_config("config", options.config))
     target = targets.resolve(options.target)
     found = fit_target(config, target, lambda line: print(line, flush=True))
-    if found.limit is None or found.choice.plan.seconds is None:
+    if found.limit is None or found.choice.best.seconds is None:
         print(
             f"error: --target={options.target}: its memory or rates are not known", file=sys.stderr
         )
@@ -52,7 +52,7 @@ def main() -> int:
     fitting = [
         row["seconds"] for row in rows if row["seconds"] and row["bytes"] <= found.limit.usable
     ]
-    chosen = found.choice.plan
+    chosen = found.choice.best
     slower = chosen.seconds / min([*fitting, chosen.seconds])
     print(
         f"chosen: {chosen.option}, {chosen.seconds:.3f} s: {slower:.3f} times the best of {len(rows)}"
@@ -68,7 +68,7 @@ def _options(found: TargetFit, config: config_lib.Config, nearest: int) -> list[
     """All options; or of each kind those whose microbatches are around the fewest that should fit."""
     if not nearest or found.limit is None:
         return found.options
-    ranking = Ranking(config, found.definition, found.mesh, found.options)
+    ranking = Ranking(found.plan.change(config), found.options)
     chosen = []
     for kind in dict.fromkeys((option.remat, option.loss_chunk) for option in found.options):
         same = [option for option in found.options if (option.remat, option.loss_chunk) == kind]
@@ -80,13 +80,13 @@ def _options(found: TargetFit, config: config_lib.Config, nearest: int) -> list[
 def _row(
     found: TargetFit, target: targets.Target, option: Any, config: config_lib.Config
 ) -> dict[str, Any]:
-    plan = compile_plan(option.of(config), found.definition, found.mesh, target)
-    fits = plan.needs <= found.limit.usable
+    compiled = compile_option(found.plan.change(option.of(config)), target)
+    fits = compiled.needs <= found.limit.usable
     print(
-        f"{option}: {gigabytes(plan.needs)}, {plan.seconds or 0:.3f} s{'' if fits else ', does not fit'}",
+        f"{option}: {gigabytes(compiled.needs)}, {compiled.seconds or 0:.3f} s{'' if fits else ', does not fit'}",
         flush=True,
     )
-    return {"option": str(option), "bytes": plan.needs, "seconds": plan.seconds}
+    return {"option": str(option), "bytes": compiled.needs, "seconds": compiled.seconds}
 
 
 if __name__ == "__main__":

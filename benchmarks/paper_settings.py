@@ -29,13 +29,12 @@ import numpy as np
 
 from configs import fog_paper, fp8_base
 from fp8jax import config as config_lib
-from fp8jax.data import pipeline, tokenizer
+from fp8jax.data import pipeline
 from fp8jax.models import attention as attention_module
 from fp8jax.models import gemms
-from fp8jax.models.definition import define
 from fp8jax.numerics import formats
 from fp8jax.numerics.compiling import compiler_options
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training import state_formats
 from fp8jax.training.evaluation import Evaluator
 from fp8jax.training.state import TrainState
@@ -65,8 +64,7 @@ def config_of(preset: Any, changes: dict[str, Any]) -> config_lib.Config:
 
 def program_of(config: config_lib.Config) -> TrainProgram:
     """The programs of a run on one device."""
-    definition = define(config.model, tokenizer.vocab_size(config))
-    return TrainProgram(config, definition, make_mesh(config, jax.devices()[:1]))
+    return TrainProgram(make_plan(config, jax.devices()[:1]))
 
 
 def train(config: config_lib.Config) -> tuple[float, TrainState]:
@@ -78,7 +76,7 @@ def train(config: config_lib.Config) -> tuple[float, TrainState]:
         state, metrics, _ = program.step(state, program.put(batches[step]))
         if step % 10 == 9:
             print(f"step {step + 1}: {float(metrics['loss']):.4f}", flush=True)
-    return Evaluator(config, program.definition, program.mesh)(state.params)["loss"], state
+    return Evaluator(program.plan.change(config))(state.params)["loss"], state
 
 
 def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

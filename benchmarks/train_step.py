@@ -29,7 +29,7 @@ from configs import common as configs
 from fp8jax import config as config_lib
 from fp8jax.models.definition import define
 from fp8jax.models.flops import model_flops
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training.state import initial_state
 from fp8jax.training.step import TrainProgram
 
@@ -53,9 +53,7 @@ def make_program(
         )
     config = config_lib.from_dict(values)
     return TrainProgram(
-        config,
-        define(config.model, config.model.vocab_size or VOCABULARY),
-        make_mesh(config, jax.devices()[:1]),
+        make_plan(config, jax.devices()[:1], vocab_size=config.model.vocab_size or VOCABULARY)
     )
 
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from fp8jax import config as config_lib
-from fp8jax.models.definition import define
 from fp8jax.numerics import formats
 from fp8jax.numerics.recipes import GemmRecipe
-from fp8jax.parallel import mesh as mesh_lib
+from fp8jax.plan import make_plan
 from fp8jax.training.step import TrainProgram
 
 SMALL = {
@@ -110,9 +109,7 @@ def test_at_its_ends_a_number_is_taken_or_refused_in_one_line(section, field, ki
 
 
 def traced(config):
-    program = TrainProgram(
-        config, define(config.model, 128), mesh_lib.make_mesh(config, jax.devices()[:1])
-    )
+    program = TrainProgram(make_plan(config, jax.devices()[:1], vocab_size=128))
     state, metrics, taps = jax.eval_shape(
         program.jitted_step(collect=True), program.abstract_state, program.abstract_batch
     )

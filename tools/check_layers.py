@@ -13,15 +13,16 @@ from collections.abc import Iterator, Mapping
 # Each part, top first, and what it may import beside itself. A module directly in fp8jax is a part of its own.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "cli": frozenset(
-        "training monitor audit interop data models parallel config hardware numerics files".split()
+        "training monitor audit interop plan data models parallel config hardware numerics files".split()
     ),
     "training": frozenset(
-        "monitor audit interop data models parallel config numerics files".split()
+        "monitor audit interop plan data models parallel config numerics files".split()
     ),
     "monitor": frozenset("config numerics files".split()),
     "audit": frozenset("config".split()),
     "presets": frozenset("data config hardware".split()),
-    "interop": frozenset("models data config numerics files".split()),
+    "interop": frozenset("plan models data config numerics files".split()),
+    "plan": frozenset("models parallel data config numerics".split()),
     "data": frozenset("config files".split()),
     "models": frozenset("parallel config numerics".split()),
     "parallel": frozenset("config".split()),

@@ -14,13 +14,13 @@ _SHOWN = 20  # options in the table
 
 def fit_json(found: TargetFit) -> dict[str, Any]:
     """The choice and every option as plain values: bytes of one device, seconds of a step at peak rates."""
-    option = found.choice.plan.option
+    option = found.choice.best.option
     limit = found.limit
     return {
         "microbatches": option.microbatches,
         "loss_chunk": option.loss_chunk,
         "remat": option.remat,
-        "bytes_per_device": found.choice.plan.needs,
+        "bytes_per_device": found.choice.best.needs,
         "usable_bytes_per_device": None if limit is None else limit.usable,
         "limit": None if limit is None else limit.source,
         "text": describe(found.choice, limit).removeprefix("fit").strip(),

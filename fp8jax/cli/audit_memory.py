@@ -15,10 +15,8 @@ from fp8jax import config as config_lib
 from fp8jax.audit import program, targets
 from fp8jax.cli.audit_tables import bytes_text, new_table
 from fp8jax.config import Config, ConfigError
-from fp8jax.data import tokenizer
-from fp8jax.models.definition import define
 from fp8jax.monitor.progress import standard_output
-from fp8jax.parallel import mesh as mesh_lib
+from fp8jax.plan import make_plan
 from fp8jax.training.step import TrainProgram
 
 Changes = Mapping[str, Any]
@@ -39,10 +37,7 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
 
 def traced_step(config: Config, target: targets.Target) -> tuple[TrainProgram, Any]:
     """A config's training step on a target, traced."""
-    definition = define(config.model, tokenizer.vocab_size(config))
-    step = TrainProgram(
-        config, definition, mesh_lib.make_mesh(definition.complete(config), target.devices)
-    )
+    step = TrainProgram(make_plan(config, target.devices))
     return step, step.jitted_step().trace(step.abstract_state, step.abstract_batch)
 
 

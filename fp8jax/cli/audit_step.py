@@ -88,7 +88,7 @@ def audit(config: Config, target: targets.Target) -> dict[str, Any]:
 
 
 def _report(found: TargetFit, target: targets.Target) -> dict[str, Any]:
-    compiled, config = found.compiled, found.config
+    compiled, config = found.compiled, found.plan.config
     step, traced, mesh = compiled.step, compiled.traced, compiled.step.mesh
     sequences, length = config.training.batch_size, config.data.sequence_length
     flops = model_flops(
@@ -105,7 +105,7 @@ def _report(found: TargetFit, target: targets.Target) -> dict[str, Any]:
         ATTENTION_ROLES,
         dataclasses.asdict(flops),
         sequences * length,
-        step.emulated,
+        step.plan.emulated,
     )
     reading = program.read(compiled.executable, mesh, compiled.text)
     if (
@@ -122,7 +122,7 @@ def _report(found: TargetFit, target: targets.Target) -> dict[str, Any]:
 
 def _memory(options: argparse.Namespace, overrides: Sequence[str], target: targets.Target) -> int:
     config = config_lib.from_dict(read_config("config", options.config, overrides))
-    found = memory_report(fit_target(config, target).config, target)
+    found = memory_report(fit_target(config, target).plan.config, target)
     show_memory(found)
     _write(
         options,

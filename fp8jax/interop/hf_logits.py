@@ -15,7 +15,8 @@ import numpy as np
 
 from fp8jax.config import Config, Fp8Config, ModelConfig
 from fp8jax.models import gemms
-from fp8jax.models.definition import Params, define
+from fp8jax.models.definition import Params
+from fp8jax.plan import make_plan
 
 
 def compute(
@@ -55,9 +56,12 @@ def compute(
         raise ValueError(
             f"tokens: ids from {tokens_bt.min()} to {tokens_bt.max()}; the model's are 0 to {vocab_size - 1}"
         )
-    config = Config(model=dataclasses.replace(model, dtype="float32"), fp8=Fp8Config(recipe="bf16"))
-    definition = define(config.model, vocab_size)
-    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
+    config = Config(
+        model=dataclasses.replace(model, dtype="float32"),
+        fp8=Fp8Config(recipe="bf16", backend="emulated"),
+    )
+    plan = make_plan(config, jax.devices()[:1], vocab_size=vocab_size)
+    definition, recipes = plan.definition, plan.recipes
     tokens = jnp.asarray(tokens_bt, jnp.int32)
 
     def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:

@@ -9,11 +9,10 @@ Parameters travel as plain nested dictionaries; NNX modules exist only inside a 
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from fp8jax.config import Config, ModelConfig
 from fp8jax.models import architectures
@@ -66,15 +65,6 @@ class Definition:
     def gated(self) -> bool:
         """Whether the FFN has a gate GEMM."""
         return architectures.gated(self.config)
-
-
-class LoadedModel(NamedTuple):
-    """Parameters and all that is needed to compute with them: what reads a run or another program's files returns."""
-
-    config: Config
-    definition: Definition
-    params: Params
-    mesh: Mesh
 
 
 def define(config: ModelConfig, vocab_size: int) -> Definition:

@@ -1,6 +1,6 @@
 """A loaded model made ready to compute with, and nothing more: weights cast to BF16 once, rows spread over the mesh.
 
-runner = Runner(model)                                        # a LoadedModel (definition.py)
+runner = Runner(definition, params, mesh, recipes)
 logits = runner.call(function, runner.put(ids_bt))            # function(Bound, ids_bt), compiled once
 runner.fetch(logits)                                          # a numpy array, on every process
 """
@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fp8jax.models import gemms
-from fp8jax.models.definition import LoadedModel
+from fp8jax.models.definition import Definition, Params
 from fp8jax.models.gemms import ModelRecipes
 from fp8jax.models.transformer import PreparedGemms, Transformer
 from fp8jax.numerics.compiling import compiler_options
-from fp8jax.parallel.mesh import emulates_fp8
+from fp8jax.parallel.mesh import replicas
 from fp8jax.parallel.sharding import RULES, constrain
 
 
@@ -34,22 +33,26 @@ class Bound(NamedTuple):
 class Runner:
     """A loaded model and its compiled functions.
 
+    Args:
+        definition: of the model.
+        params: its parameters, or their shapes where nothing is run.
+        mesh: their devices.
+        recipes: of the GEMMs, without scaling state.
+
     Attributes:
-        config: of the run.
         replicas: a batch must have a multiple of so many rows.
         vocab_size: logits of a token: rows of the table, padding included.
     """
 
-    def __init__(self, model: LoadedModel):
-        self.config, self._definition, self._params, self._mesh = model
-        self.vocab_size = self._definition.vocab_size
-        self.replicas = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        emulated = emulates_fp8(self.config, self._mesh.devices.flat[0])
-        self._recipes = gemms.model_recipes(
-            self.config, gated=self._definition.gated(), emulated=emulated, recipe="bf16"
-        )
+    def __init__(self, definition: Definition, params: Params, mesh: Mesh, recipes: ModelRecipes):
+        self.vocab_size = definition.vocab_size
+        self.replicas = replicas(mesh)
+        self._definition = definition
+        self._params = params
+        self._mesh = mesh
+        self._recipes = recipes
         self._compiled: dict[Callable, Any] = {}
-        self._options = compiler_options(self._mesh.devices.flat[0].platform)
+        self._options = compiler_options(mesh.devices.flat[0].platform)
         self._prepare = jax.jit(
             lambda params: self._definition.bind(params).prepare(self._recipes, {}, {}),
             compiler_options=self._options,

@@ -105,6 +105,11 @@ def _nodes(devices: Sequence[jax.Device]) -> dict[int, list[jax.Device]]:
     return found
 
 
+def replicas(mesh: Mesh) -> int:
+    """Return how many parts the rows of a microbatch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def describe(mesh: Mesh) -> str:
     """Like 'data 2 x fsdp 4 (8 devices on 2 nodes; data goes between nodes)'; axes of size 1 are left out."""
     parts = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]

@@ -44,7 +44,7 @@ def describe(program: TrainProgram) -> list[str]:
     share = audit.fp8_share(_traced(program), BLOCK_ROLES)
     how = (
         f"emulated: {device.device_kind} has no FP8 units"
-        if program.emulated
+        if program.plan.emulated
         else f"native on {device.device_kind}"
     )
     model = program.definition.config
@@ -123,7 +123,7 @@ def describe_compiled(program: TrainProgram) -> list[str]:
     parts = [f"{name} {_mib(size)}" for name, size in memory.arguments.items() if size >= 2**20]
     parts.append(f"temporaries {_mib(memory.temporary_bytes)}")
     lines = [f"memory   {_mib(memory.peak_bytes)} a device: {', '.join(parts)}"]
-    if program.emulated:
+    if program.plan.emulated:
         return lines
     lost = audit.fallbacks(_traced(program), found.gemms)
     return lines + [f"warning  not compiled to an FP8 GEMM: {line}" for line in lost]
@@ -149,7 +149,7 @@ def facts(program: TrainProgram) -> dict[str, Any]:
         "model": f"{model.architecture}, {model.layers} layers of width {model.width}",
         "parameters": program.definition.parameter_count(),
         "fp8_share": audit.fp8_share(_traced(program), BLOCK_ROLES),
-        "gemms": "emulated" if program.emulated else "native",
+        "gemms": "emulated" if program.plan.emulated else "native",
         "mesh": mesh_lib.describe(program.mesh),
         "devices": program.mesh.size,
         "device": device.device_kind,

@@ -1,6 +1,6 @@
 """What a training step would need and take with other microbatches, loss chunks and rematerialisation, by closed formula.
 
-    formula = Formula(config, definition, mesh)
+    formula = Formula(plan)
     formula.temporary_bytes(option), formula.seconds(option)
 
 A ranking, so that few programs need be compiled: the planner (fit.py) trusts compiled plans alone. Bytes are of one device, seconds
@@ -11,13 +11,12 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import Mesh
 
 from fp8jax.audit.roofline import DEVICES, Device, device_of
 from fp8jax.config import Config, head_dim
 from fp8jax.models.architectures import ffn_hidden
-from fp8jax.models.definition import Definition
 from fp8jax.models.flops import model_flops
+from fp8jax.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +41,20 @@ class Formula:
     """Bytes and seconds of a config's step on a mesh.
 
     Args:
-        config: of the run.
-        definition: its model.
-        mesh: its devices, which may be compile-only.
+        plan: of the run; its devices may be compile-only.
     """
 
-    def __init__(self, config: Config, definition: Definition, mesh: Mesh):
+    def __init__(self, plan: Plan):
+        config, definition, mesh = plan.config, plan.definition, plan.mesh
         self._config = config
         self._model = definition.config
         self._vocab = definition.vocab_size
-        self._replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._replicas = plan.replicas
         self._tensor = mesh.shape["tensor"] * mesh.shape["sequence"]
         self._fsdp = mesh.shape["fsdp"]
         self._devices = mesh.size
         self._parameters = definition.parameter_count()
-        self._device: Device = device_of(mesh.devices.flat[0].device_kind) or DEVICES["h100"]
+        self._device: Device = device_of(plan.device.device_kind) or DEVICES["h100"]
         self._flops = model_flops(
             self._model,
             self._vocab,

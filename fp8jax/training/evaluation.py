@@ -1,6 +1,6 @@
 """Held-out loss, perplexity and bits per byte, computed in BF16 as in the paper.
 
-    evaluator = Evaluator(config, definition, mesh)
+    evaluator = Evaluator(plan)
     evaluator.describe()   # "held-out 192 of 1,824 sequences, every 200 steps and at the end: about 2.0% of the time; ..."
     evaluator(params)      # {"loss": ..., "perplexity": ..., "bits_per_byte": ..., "tokens": ..., "bytes": ...}
 
@@ -19,19 +19,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax import files
 from fp8jax.config import Config, ConfigError, settled
-from fp8jax.data import pipeline, run_tokenizer, tokenizer
-from fp8jax.models import gemms
-from fp8jax.models.definition import Definition, LoadedModel, Params, define
+from fp8jax.data import pipeline, run_tokenizer
+from fp8jax.models.definition import Params
 from fp8jax.monitor.stages import Stages
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel import distributed
-from fp8jax.parallel.mesh import emulates_fp8, fitting_mesh
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
+from fp8jax.plan import LoadedModel, Plan, make_plan
 from fp8jax.training import manifest, state_formats
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.step import TrainProgram, token_losses
@@ -48,8 +47,9 @@ class Evaluator:
         all_sequences: how many the text has.
     """
 
-    def __init__(self, config: Config, definition: Definition, mesh: Mesh):
-        self.config, self.mesh = config, mesh
+    def __init__(self, plan: Plan):
+        config, definition, mesh = plan.config, plan.definition, plan.mesh
+        self.plan, self.config = plan, config
         self.texts = pipeline.held_out_streams(config)
         self.parts = _parts(
             config,
@@ -59,10 +59,7 @@ class Evaluator:
         self.sequences = sum(read for read, _ in self.parts.values())
         self.sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["sequence"]))
         self.abstract_batch = self._abstract_batch()
-        emulated = emulates_fp8(config, mesh.devices.flat[0])
-        recipes = gemms.model_recipes(
-            config, gated=definition.gated(), emulated=emulated, recipe="bf16"
-        )
+        recipes = plan.bf16_recipes
 
         def total_loss(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -80,15 +77,13 @@ class Evaluator:
         self.total_loss = jax.jit(
             total_loss,
             out_shardings=NamedSharding(mesh, PartitionSpec()),
-            compiler_options=compiler_options(mesh.devices.flat[0].platform),
+            compiler_options=compiler_options(plan.device.platform),
         )
 
     def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         training, data = self.config.training, self.config.data
         # A run that has not been fitted yet, as a converted model: one row on a device fits, whatever the model.
-        parts = training.microbatches or training.batch_size // (
-            self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        )
+        parts = training.microbatches or training.batch_size // self.plan.replicas
         shape = training.batch_size // parts, data.sequence_length
         dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
         if data.document_masks:
@@ -222,8 +217,9 @@ def evaluate_run(
         ConfigError: no held-out text, or none that can be read.
     """
     model, step = load_run(workdir, step, stage=stage)
+    config = model.plan.config
     config = dataclasses.replace(
-        model.config, evaluation=dataclasses.replace(model.config.evaluation, batches=0)
+        config, evaluation=dataclasses.replace(config.evaluation, batches=0)
     )
     if held_out is not None:
         config = dataclasses.replace(
@@ -235,7 +231,7 @@ def evaluate_run(
             progress(done, of)
             note(f"batch {done + 1} of {of}")
 
-        evaluator = Evaluator(config, model.definition, model.mesh)
+        evaluator = Evaluator(model.plan.change(config))
         if not evaluator.sequences:
             raise ConfigError(
                 f"config.data.held_out: the run in {workdir} has no held-out text; give some with eval.py --held_out=DIR"
@@ -269,21 +265,20 @@ def load_run(
     if not (workdir / "config.json").exists():
         raise CheckpointError(f"{workdir}: no config.json there; give the --workdir of a run")
     config = _elsewhere(settled(run_config(workdir)))
-    definition = define(config.model, tokenizer.vocab_size(config))
-    mesh = fitting_mesh(definition.complete(config), devices)
+    plan = make_plan(config, devices, other_mesh=True)
     with (
         Checkpoints(workdir) as checkpoints,
         stage(f"restoring the checkpoint of step {(step := checkpoints.chosen(step))}"),
     ):
         saved = state_formats.saved_as(config.optimizer, checkpoints.dtypes(step))
-        program = TrainProgram(dataclasses.replace(config, optimizer=saved), definition, mesh)
+        program = TrainProgram(plan.change(dataclasses.replace(config, optimizer=saved)))
         state, _ = checkpoints.restore(
             step, {"params": program.abstract_state.params}, partial=True
         )
     params = jax.jit(as_float32, donate_argnums=0, out_shardings=program.state_shardings.params)(
         state["params"]
     )
-    return LoadedModel(config, definition, params, mesh), step
+    return LoadedModel(plan, params), step
 
 
 def run_config(workdir: pathlib.Path) -> Config:

@@ -1,6 +1,6 @@
 """Choose microbatches, chunked loss and rematerialisation, where the config leaves them open, so that a run fits its devices.
 
-    fitted = fit(config, definition, mesh, workdir)     # before the first step; compiles, allocates nothing
+    fitted = fit(plan, workdir)     # before the first step; compiles, allocates nothing
     fitted.config, fitted.program, fitted.lines
 
 A closed formula (estimates.py) ranks the options by their time at peak rates, and says which should fit; compiled plans decide.
@@ -15,18 +15,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
 from fp8jax import config as config_lib
 from fp8jax.audit import limits, program
 from fp8jax.audit.limits import Limit
 from fp8jax.config import Config, ConfigError
-from fp8jax.models.definition import Definition
 from fp8jax.parallel import distributed
+from fp8jax.plan import Plan
 from fp8jax.training.checkpoint import load_config
 from fp8jax.training.estimates import Formula, Option, state_bytes
 from fp8jax.training.fit_advice import nothing_fits
-from fp8jax.training.fit_options import OPEN, Plan, candidates, gigabytes, open_fields
+from fp8jax.training.fit_options import OPEN, Compiled, candidates, gigabytes, open_fields
 from fp8jax.training.step import TrainProgram
 
 UNKNOWN = 1 << 50
@@ -36,10 +35,10 @@ _TIGHT = 0.8  # part of the limit from which on the step with statistics is comp
 
 
 class Choice(NamedTuple):
-    """The plan to run with, all that were compiled, in order, and whether it fits."""
+    """The option to run with, all that were compiled, in order, and whether it fits."""
 
-    plan: Plan
-    tried: list[Plan]
+    best: Compiled
+    tried: list[Compiled]
     fits: bool
 
 
@@ -51,59 +50,54 @@ class Fitted(NamedTuple):
     lines: list[str]
 
 
-def fit(
-    config: Config, definition: Definition, mesh: Mesh, workdir: pathlib.Path | None = None
-) -> Fitted:
+def fit(plan: Plan, workdir: pathlib.Path | None = None) -> Fitted:
     """Find what fits the devices at hand.
 
     Args:
-        config: of the run; what it sets is kept.
-        definition: its model.
-        mesh: devices at hand, of all processes. Every process calls this and gets the same.
+        plan: of the run; what its config sets is kept. Devices are at hand, those of all processes, which all call this and get
+            the same.
         workdir: of a run, whose choice is kept if it was made for such devices.
 
     Raises:
         ConfigError: nothing fits; says what it would take.
     """
     lines: list[str] = []
-    limit = _agreed(limits.of_devices(list(mesh.devices.flat)))
-    hardware = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    config, earlier = _reopened(config, workdir if distributed.is_first() else None)
+    limit = _agreed(limits.of_devices(list(plan.mesh.devices.flat)))
+    hardware = f"{plan.mesh.size} x {plan.device.device_kind}"
+    config, earlier = _reopened(plan.config, workdir if distributed.is_first() else None)
     first = _from_first(_earlier_option(config, earlier, hardware, lines.append))
 
-    def compiled(option: Option) -> Plan:
-        return compile_plan(option.of(config), definition, mesh, limit)
+    opened = plan.change(config)
 
-    found = choose(config, definition, mesh, limit, compiled, first)
+    def compiled(option: Option) -> Compiled:
+        return compile_option(opened.change(option.of(config)), limit)
+
+    found = choose(opened, limit, compiled, first)
     if not found.fits and limit is not None:
-        raise ConfigError(nothing_fits(config, definition, mesh, limit, found.plan))
-    if found.tried[0].option == first and found.plan.option != first:
+        raise ConfigError(nothing_fits(opened, limit, found.best))
+    if found.tried[0].option == first and found.best.option != first:
         lines.append(f"fit      {first}, with which the run began, does not fit here any more")
     if open_fields(config):
         lines.append(describe(found, limit))
-    return Fitted(_recorded(config, found.plan.option, hardware), found.plan.program, lines)
+    return Fitted(_recorded(config, found.best.option, hardware), found.best.program, lines)
 
 
 def choose(
-    config: Config,
-    definition: Definition,
-    mesh: Mesh,
+    plan: Plan,
     limit: Limit | None,
-    compiled: Callable[[Option], Plan],
+    compiled: Callable[[Option], Compiled],
     first: Option | None = None,
 ) -> Choice:
     """The fastest option that fits, by the formula's ranking and compiled plans.
 
     Args:
-        config: of the run.
-        definition: its model.
-        mesh: its devices.
+        plan: of the run.
         limit: what one of them has; None: not known, then the first is taken.
         compiled: compiles an option.
         first: an option that is taken if it fits, whatever the others are.
     """
-    options = candidates(config, definition, mesh)
-    ranking = Ranking(config, definition, mesh, options)
+    options = candidates(plan)
+    ranking = Ranking(plan, options)
     usable = _usable(limit, options)
     if first in options:
         ranking.add(compiled(first))
@@ -116,31 +110,29 @@ def choose(
         ranking.add(compiled(option))
     best = ranking.best(usable)
     if best is None:
-        return Choice(min(ranking.tried, key=lambda plan: plan.needs), ranking.tried, False)
+        return Choice(min(ranking.tried, key=lambda tried: tried.needs), ranking.tried, False)
     return Choice(best, ranking.tried, True)
 
 
 class Ranking:
     """Options by estimated time; estimates of memory follow what compiled programs turned out to need."""
 
-    def __init__(
-        self, config: Config, definition: Definition, mesh: Mesh, options: Sequence[Option]
-    ):
-        formula = Formula(config, definition, mesh)
+    def __init__(self, plan: Plan, options: Sequence[Option]):
+        formula = Formula(plan)
         self._seconds = {option: formula.seconds(option) for option in options}
         self._temporaries = {option: formula.temporary_bytes(option) for option in options}
-        self._state = state_bytes(TrainProgram(config, definition, mesh).abstract_state)
-        self._host = self._state if mesh.devices.flat[0].platform == "cpu" else 0
+        self._state = state_bytes(TrainProgram(plan).abstract_state)
+        self._host = self._state if plan.device.platform == "cpu" else 0
         self._factors: dict[tuple, float] = {}
-        self.tried: list[Plan] = []
+        self.tried: list[Compiled] = []
 
-    def add(self, plan: Plan) -> None:
-        """Takes note of a compiled plan."""
-        self.tried.append(plan)
-        if plan.needs == UNKNOWN:
+    def add(self, compiled: Compiled) -> None:
+        """Take note of what an option needs."""
+        self.tried.append(compiled)
+        if compiled.needs == UNKNOWN:
             return
-        factor = (plan.needs - self._state - self._host) / self._temporaries[plan.option]
-        self._factors[_kind(plan.option)] = self._factors[()] = max(factor, 0.01)
+        factor = (compiled.needs - self._state - self._host) / self._temporaries[compiled.option]
+        self._factors[_kind(compiled.option)] = self._factors[()] = max(factor, 0.01)
 
     def needs(self, option: Option) -> float:
         """Estimated bytes of a device."""
@@ -150,7 +142,7 @@ class Ranking:
     def next(self, usable: float) -> Option | None:
         """What should be compiled next: the fastest that should fit; None where none is worth it."""
         best = self.best(usable)
-        compiled = {plan.option for plan in self.tried}
+        compiled = {tried.option for tried in self.tried}
         left = [
             option
             for option in self._seconds
@@ -170,33 +162,33 @@ class Ranking:
             return None
         return least
 
-    def best(self, usable: float) -> Plan | None:
-        """The fastest compiled plan that fits."""
-        fitting = [plan for plan in self.tried if plan.needs <= usable]
-        return min(fitting, key=lambda plan: self._seconds[plan.option], default=None)
+    def best(self, usable: float) -> Compiled | None:
+        """Return the fastest compiled option that fits."""
+        fitting = [tried for tried in self.tried if tried.needs <= usable]
+        return min(fitting, key=lambda tried: self._seconds[tried.option], default=None)
 
     def _hopeless(self, option: Option, usable: float) -> bool:
-        """True if a compiled plan that differs in having smaller microbatches did not fit."""
+        """True if a compiled option that differs in having smaller microbatches did not fit."""
         return any(
-            plan.needs > usable
-            and _kind(plan.option) == _kind(option)
-            and plan.option.microbatches >= option.microbatches
-            for plan in self.tried
+            tried.needs > usable
+            and _kind(tried.option) == _kind(option)
+            and tried.option.microbatches >= option.microbatches
+            for tried in self.tried
         )
 
 
-def compile_plan(config: Config, definition: Definition, mesh: Mesh, limit: Limit | None) -> Plan:
+def compile_option(plan: Plan, limit: Limit | None) -> Compiled:
     """Compile a run's step for the devices at hand and read what one of them needs."""
-    step, training = TrainProgram(config, definition, mesh), config.training
+    step, training = TrainProgram(plan), plan.config.training
     option = Option(training.microbatches, training.loss_chunk, training.remat)
     try:
         needs = _most(_needed(step, collect=False))
-        if needs_statistics(config, Plan(option, needs), limit):
+        if needs_statistics(plan.config, needs, limit):
             needs = max(needs, _most(_needed(step, collect=True)))
     except jax.errors.JaxRuntimeError as error:
         if (needs := bytes_of_failure(error)) is None:
             raise
-    return Plan(option, needs, step)
+    return Compiled(option, needs, step)
 
 
 def _needed(step: TrainProgram, *, collect: bool) -> int:
@@ -205,14 +197,14 @@ def _needed(step: TrainProgram, *, collect: bool) -> int:
 
 def needed_bytes(step: TrainProgram, memory: program.Memory) -> int:
     """Bytes of one device for a step; on a CPU with the copy that saving makes of the state."""
-    on_cpu = step.mesh.devices.flat[0].platform == "cpu"
+    on_cpu = step.plan.device.platform == "cpu"
     return memory.peak_bytes + (state_bytes(step.abstract_state) if on_cpu else 0)
 
 
-def needs_statistics(config: Config, plan: Plan, limit: Limit | None) -> bool:
-    """True if the step with statistics might not fit where a plan does."""
+def needs_statistics(config: Config, needs: int, limit: Limit | None) -> bool:
+    """Return whether the step with statistics might not fit where a step that needs so many bytes does."""
     collects = 0 < config.monitor.every <= config.training.steps
-    return collects and limit is not None and _TIGHT * limit.usable < plan.needs <= limit.usable
+    return collects and limit is not None and _TIGHT * limit.usable < needs <= limit.usable
 
 
 def bytes_of_failure(error: Exception) -> int | None:
@@ -231,12 +223,12 @@ def bytes_of_failure(error: Exception) -> int | None:
 
 def describe(found: Choice, limit: Limit | None) -> str:
     """The one line about a choice."""
-    needs = f"needs {gigabytes(found.plan.needs)} a device"
+    needs = f"needs {gigabytes(found.best.needs)} a device"
     there = "what there is is not known"
     if limit is not None:
         there = f"there are {gigabytes(limit.usable)} ({limit.source})"
     others = f"; {len(found.tried)} programs compiled" if len(found.tried) > 1 else ""
-    return f"fit      {found.plan.option}: {needs}, {there}{others}"
+    return f"fit      {found.best.option}: {needs}, {there}{others}"
 
 
 def _kind(option: Option) -> tuple:

@@ -6,49 +6,44 @@ By closed formula (estimates.py); nothing is compiled.
 import dataclasses
 from typing import Any
 
-from jax.sharding import Mesh
-
 from fp8jax.audit.limits import Limit
 from fp8jax.config import Config, ConfigError
-from fp8jax.models.definition import Definition
+from fp8jax.plan import Plan
 from fp8jax.training.estimates import Formula, state_bytes
-from fp8jax.training.fit_options import OPEN, Plan, candidates, gigabytes
+from fp8jax.training.fit_options import OPEN, Compiled, candidates, gigabytes
 from fp8jax.training.step import TrainProgram
 
 _SMALLER = {"master_dtype": "float16", "first_moment": "fp8", "second_moment": "float16"}
 
 
-def nothing_fits(
-    config: Config, definition: Definition, mesh: Mesh, limit: Limit, least: Plan
-) -> str:
+def nothing_fits(plan: Plan, limit: Limit, least: Compiled) -> str:
     """One line: the need, what each option would save, the number of devices that would do."""
     there = f"there are {gigabytes(limit.usable)} ({limit.source})"
     what = f"{least.option} needs {gigabytes(least.needs)} a device, and {there}"
-    saved = savings(config, definition, mesh, least)
+    saved = savings(plan, least)
     advice = [
         f"{flag} saves {gigabytes(size)}" for flag, size in saved if size > 0.01 * least.needs
     ]
-    count = devices_that_do(config, definition, mesh, limit, least)
+    count = devices_that_do(plan, limit, least)
     if count:
         advice.append(f"{count} such devices would do")
     return f"config.training: the run does not fit: {what}; {', '.join(advice) or 'use a smaller model'}"
 
 
-def savings(
-    config: Config, definition: Definition, mesh: Mesh, least: Plan
-) -> list[tuple[str, float]]:
+def savings(plan: Plan, least: Compiled) -> list[tuple[str, float]]:
     """Flags and the bytes of a device that they save, by closed formula; the largest first."""
-    before = state_bytes(TrainProgram(config, definition, mesh).abstract_state)
+    config = plan.config
+    before = state_bytes(TrainProgram(plan).abstract_state)
     rows = []
     for name, value in _SMALLER.items():
         if getattr(config.optimizer, name) == "float32":
             changed = _with(config, "optimizer", name, value)
-            after = state_bytes(TrainProgram(changed, definition, mesh).abstract_state)
+            after = state_bytes(TrainProgram(plan.change(changed)).abstract_state)
             rows.append((f"--config.optimizer.{name}={value}", before - after))
-    formula = Formula(config, definition, mesh)
+    formula = Formula(plan)
     now = formula.temporary_bytes(least.option)
     opened = dataclasses.replace(config, training=dataclasses.replace(config.training, **OPEN))
-    options = candidates(opened, definition, mesh)
+    options = candidates(plan.change(opened))
     for name in OPEN:
         others = [
             dataclasses.replace(least.option, **{name: getattr(option, name)}) for option in options
@@ -57,32 +52,24 @@ def savings(
         saved = now - formula.temporary_bytes(best)
         rows.append((f"--config.training.{name}={getattr(best, name)}", saved))
     length = max(config.data.sequence_length // 2, 1)
-    shorter = Formula(_with(config, "data", "sequence_length", length), definition, mesh)
+    shorter = Formula(plan.change(_with(config, "data", "sequence_length", length)))
     saved = now - shorter.temporary_bytes(least.option)
     rows.append((f"--config.data.sequence_length={length}", saved))
     return sorted(rows, key=lambda row: -row[1])
 
 
-def devices_that_do(
-    config: Config, definition: Definition, mesh: Mesh, limit: Limit, least: Plan
-) -> int | None:
+def devices_that_do(plan: Plan, limit: Limit, least: Compiled) -> int | None:
     """The least multiple of the devices, a power of two, over which the sharded part would fit; None if no number would."""
-    formula = Formula(config, definition, mesh)
-    state = state_bytes(TrainProgram(config, definition, mesh).abstract_state)
+    formula = Formula(plan)
+    state = state_bytes(TrainProgram(plan).abstract_state)
     sharded = min(state + formula.fixed_bytes(), least.needs)
-    rows = (
-        config.training.batch_size
-        // (mesh.shape["data"] * mesh.shape["fsdp"])
-        // least.option.microbatches
-    )
+    batch_size, devices = plan.config.training.batch_size, plan.mesh.size
+    rows = batch_size // plan.replicas // least.option.microbatches
     for doublings in range(1, 11):
         times = 2**doublings
         activations = (least.needs - sharded) / min(times, rows)
-        if (
-            sharded / times + activations <= limit.usable
-            and config.training.batch_size % (mesh.size * times) == 0
-        ):
-            return mesh.size * times
+        if sharded / times + activations <= limit.usable and batch_size % (devices * times) == 0:
+            return devices * times
     return None
 
 

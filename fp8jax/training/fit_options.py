@@ -1,16 +1,14 @@
 """What a run may choose by itself: microbatches, rows of a loss chunk, what is recomputed.
 
-for option in candidates(config, definition, mesh): ...     # all that the config leaves open
+for option in candidates(plan): ...     # all that the config leaves open
 """
 
 import itertools
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh
-
 from fp8jax import config as config_lib
 from fp8jax.config import AUTO, CHUNK_AUTO, Config
-from fp8jax.models.definition import Definition
+from fp8jax.plan import Plan
 from fp8jax.training.estimates import Option
 
 OPEN = {"microbatches": 0, "loss_chunk": CHUNK_AUTO, "remat": AUTO}
@@ -18,8 +16,8 @@ CHUNK = 8192  # rows of a vocabulary; fewer make GEMMs too small for a GPU
 _REMATS = ("none", "save_fp8", "full")  # offload_fp8 needs memory of the host that nobody plans
 
 
-class Plan(NamedTuple):
-    """A compiled option: bytes that one device needs, seconds at peak rates where they were read, and what was compiled."""
+class Compiled(NamedTuple):
+    """An option, the bytes that one device needs, what was compiled, and its seconds at peak rates where they were read."""
 
     option: Option
     needs: int
@@ -32,13 +30,13 @@ def open_fields(config: Config) -> list[str]:
     return [name for name, value in OPEN.items() if getattr(config.training, name) == value]
 
 
-def candidates(config: Config, definition: Definition, mesh: Mesh) -> list[Option]:
+def candidates(plan: Plan) -> list[Option]:
     """Every option that the config leaves open and the model allows; the plainest first."""
-    training, model = config.training, config.model
-    rows = training.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    config, training = plan.config, plan.config.training
+    rows = training.batch_size // plan.replicas
     splits = [count for count in range(1, rows + 1) if rows % count == 0]
     blockwise_head = config.fp8.head and config.fp8.scaling == "blockwise"
-    chunks = [0, CHUNK] if definition.vocab_size > 2 * CHUNK and not blockwise_head else [0]
+    chunks = [0, CHUNK] if plan.definition.vocab_size > 2 * CHUNK and not blockwise_head else [0]
     remats = [remat for remat in _REMATS if remat != "save_fp8" or config.fp8.recipe != "bf16"]
     microbatches = (
         splits if training.microbatches == OPEN["microbatches"] else [training.microbatches]
@@ -46,7 +44,7 @@ def candidates(config: Config, definition: Definition, mesh: Mesh) -> list[Optio
     chunks = chunks if training.loss_chunk == OPEN["loss_chunk"] else [training.loss_chunk]
     remats = (
         remats
-        if training.remat == OPEN["remat"] and model.layers > 1
+        if training.remat == OPEN["remat"] and config.model.layers > 1
         else [config_lib.settled(config).training.remat]
     )
     return [Option(*values) for values in itertools.product(microbatches, chunks, remats)]

@@ -1,7 +1,7 @@
 """Choose what a run would choose on devices that need not be there, and compile it for them.
 
 found = fit_target(config, target)          # the audit's; compiles as many programs as a run would
-found.config, found.compiled, found.rows()
+found.plan, found.compiled, found.rows()
 """
 
 import dataclasses
@@ -10,25 +10,22 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
 from fp8jax import config as config_lib
 from fp8jax.audit import limits, program, targets
 from fp8jax.audit.limits import Limit
 from fp8jax.audit.roofline import DEVICES, estimate
 from fp8jax.config import Config
-from fp8jax.data import tokenizer
-from fp8jax.models.definition import Definition, define
 from fp8jax.models.flops import model_flops
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import Plan, make_plan
 from fp8jax.training import fit
 from fp8jax.training.estimates import Formula, Option
 from fp8jax.training.fit_advice import nothing_fits
-from fp8jax.training.fit_options import Plan, candidates
+from fp8jax.training.fit_options import Compiled, candidates
 from fp8jax.training.step import TrainProgram
 
 
-class Compiled(NamedTuple):
+class CompiledStep(NamedTuple):
     """A step compiled for a target: the program, its trace, the executable, its text where it has none itself, seconds.
 
     statistics: the executable of the step with statistics, where it was needed to know what fits.
@@ -46,7 +43,7 @@ class Compiled(NamedTuple):
 class TargetFit:
     """What a run would run with on a target.
 
-    config: nothing is left open in it.
+    plan: nothing is left open in its config.
     compiled: its step; None where the compiler refuses it for its size.
     choice: how it was found; None where nothing was compiled.
     limit: what a device has; None where that is not known.
@@ -54,10 +51,8 @@ class TargetFit:
     options: all there were.
     """
 
-    config: Config
-    definition: Definition
-    mesh: Mesh
-    compiled: Compiled | None
+    plan: Plan
+    compiled: CompiledStep | None
     choice: fit.Choice | None
     limit: Limit | None
     advice: str
@@ -65,24 +60,24 @@ class TargetFit:
 
     def rows(self) -> list[dict[str, Any]]:
         """Every option as plain values: estimates of all, what was found for those that were compiled; the fastest first."""
-        formula = Formula(self.config, self.definition, self.mesh)
-        ranking = fit.Ranking(self.config, self.definition, self.mesh, self.options)
-        for plan in self.choice.tried:
-            ranking.add(plan)
-        tried = {plan.option: plan for plan in self.choice.tried}
+        formula = Formula(self.plan)
+        ranking = fit.Ranking(self.plan, self.options)
+        for each in self.choice.tried:
+            ranking.add(each)
+        tried = {each.option: each for each in self.choice.tried}
         rows = []
         for option in self.options:
-            plan = tried.get(option)
+            found = tried.get(option)
             compiled = None
-            if plan is not None:
-                compiled = {"bytes_per_device": plan.needs, "step_seconds": plan.seconds}
+            if found is not None:
+                compiled = {"bytes_per_device": found.needs, "step_seconds": found.seconds}
             rows.append(
                 dataclasses.asdict(option)
                 | {
                     "estimated_bytes_per_device": int(ranking.needs(option)),
                     "estimated_seconds": formula.seconds(option),
                     "compiled": compiled,
-                    "chosen": option == self.choice.plan.option,
+                    "chosen": option == self.choice.best.option,
                 }
             )
         return sorted(rows, key=lambda row: row["estimated_seconds"])
@@ -106,46 +101,42 @@ def fit_target(
     Raises:
         ConfigError: the mesh does not fit the target or the model.
     """
-    definition = define(config.model, tokenizer.vocab_size(config))
-    mesh = make_mesh(definition.complete(config), target.devices)
+    plan = make_plan(config, target.devices)
     limit = limits.of_target(target)
 
-    def compiled(option: Option) -> Plan:
+    def compiled(option: Option) -> Compiled:
         say(f"compiling the step with {option}")
-        plan = compile_plan(option.of(config), definition, mesh, target)
-        if with_statistics and fit.needs_statistics(config, plan, limit):
+        found = compile_option(plan.change(option.of(config)), target)
+        if with_statistics and fit.needs_statistics(config, found.needs, limit):
             say(f"compiling the step with {option} and statistics")
-            return _with_statistics(plan, target)
-        return plan
+            return _with_statistics(found, target)
+        return found
 
-    found = fit.choose(config, definition, mesh, limit, compiled)
+    choice = fit.choose(plan, limit, compiled)
     advice = ""
-    if limit is not None and not found.fits:
-        advice = nothing_fits(config, definition, mesh, limit, found.plan)
-    chosen = found.plan.option.of(config)
-    options = candidates(config, definition, mesh)
-    return TargetFit(chosen, definition, mesh, found.plan.program, found, limit, advice, options)
+    if limit is not None and not choice.fits:
+        advice = nothing_fits(plan, limit, choice.best)
+    chosen = plan.change(choice.best.option.of(config))
+    return TargetFit(chosen, choice.best.program, choice, limit, advice, candidates(plan))
 
 
-def compile_plan(
-    config: Config, definition: Definition, mesh: Mesh, target: targets.Target
-) -> Plan:
+def compile_option(plan: Plan, target: targets.Target) -> Compiled:
     """Compile a step for a target and read what a device needs, and its seconds where the rates are known."""
-    training = config_lib.settled(config).training
+    training = config_lib.settled(plan.config).training
     option = Option(training.microbatches, training.loss_chunk, training.remat)
     try:
-        compiled = compile_step(config, definition, mesh, target)
+        compiled = compile_step(plan, target)
     except jax.errors.JaxRuntimeError as error:
         if (needs := fit.bytes_of_failure(error)) is None:
             raise
-        return Plan(option, needs)
+        return Compiled(option, needs)
     needs = fit.needed_bytes(compiled.step, program.read_memory(compiled.executable))
-    return Plan(option, needs, compiled, roofline_seconds(compiled, target))
+    return Compiled(option, needs, compiled, roofline_seconds(compiled, target))
 
 
-def _with_statistics(plan: Plan, target: targets.Target) -> Plan:
-    """The plan with what the step with statistics needs, where that is more."""
-    compiled = plan.program
+def _with_statistics(found: Compiled, target: targets.Target) -> Compiled:
+    """Return an option with what the step with statistics needs, where that is more."""
+    compiled = found.program
     step = compiled.step
     traced = step.jitted_step(collect=True).trace(step.abstract_state, step.abstract_batch)
     try:
@@ -153,24 +144,22 @@ def _with_statistics(plan: Plan, target: targets.Target) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         if (needs := fit.bytes_of_failure(error)) is None:
             raise
-        return plan._replace(needs=max(plan.needs, needs))
+        return found._replace(needs=max(found.needs, needs))
     needs = fit.needed_bytes(step, program.read_memory(executable))
     both = compiled._replace(statistics=executable)
-    return plan._replace(needs=max(plan.needs, needs), program=both)
+    return found._replace(needs=max(found.needs, needs), program=both)
 
 
-def compile_step(
-    config: Config, definition: Definition, mesh: Mesh, target: targets.Target
-) -> Compiled:
+def compile_step(plan: Plan, target: targets.Target) -> CompiledStep:
     """Trace and compile a training step for a target."""
     started = time.perf_counter()
-    step = TrainProgram(config, definition, mesh)
+    step = TrainProgram(plan)
     traced = step.jitted_step().trace(step.abstract_state, step.abstract_batch)
     executable, text = targets.compile_step(traced, target)
-    return Compiled(step, traced, executable, text, time.perf_counter() - started)
+    return CompiledStep(step, traced, executable, text, time.perf_counter() - started)
 
 
-def roofline_seconds(compiled: Compiled, target: targets.Target) -> float | None:
+def roofline_seconds(compiled: CompiledStep, target: targets.Target) -> float | None:
     """Seconds of a step at peak rates; None where they, or the program, are not known."""
     if target.kind not in DEVICES:
         return None

@@ -20,7 +20,6 @@ import fp8jax
 from fp8jax import config as config_lib
 from fp8jax.config import Config, DataError
 from fp8jax.data import fingerprints, pipeline, run_tokenizer, tokenizer
-from fp8jax.models.definition import define
 from fp8jax.monitor import layered, outliers
 from fp8jax.monitor.progress import Progress
 from fp8jax.monitor.report import Refresher
@@ -28,7 +27,7 @@ from fp8jax.monitor.stages import Stages
 from fp8jax.monitor.wandb_sink import open_sink
 from fp8jax.monitor.writers import MetricsWriter, Silent
 from fp8jax.parallel import distributed
-from fp8jax.parallel import mesh as mesh_lib
+from fp8jax.plan import make_plan
 from fp8jax.training.banner import (
     check_fallbacks,
     describe_compiled,
@@ -86,9 +85,8 @@ def train(
     """
     workdir, first, stage = pathlib.Path(workdir), True, Stages(distributed.is_first())
     config = run_tokenizer.found(config, workdir)
-    definition = define(config.model, tokenizer.vocab_size(config))
-    mesh = mesh_lib.make_mesh(definition.complete(config), devices)
-    check_fallbacks(TrainProgram(config, definition, mesh))
+    plan = make_plan(config, devices)
+    check_fallbacks(TrainProgram(plan))
     origin = {
         "config": config_lib.digest(config),
         "tokenizer": tokenizer.of(config.data).fingerprint,
@@ -119,7 +117,7 @@ def train(
             stage.message(how_to_go_on(workdir, step, config.training.steps))
             return FINISHED
         with stage("compiling the training step, finding what fits"):
-            config, program, lines = fit(config, definition, mesh, workdir)
+            config, program, lines = fit(plan, workdir)
         for line in lines:
             stage.message(line)
         if _must_stop(stop, stage):
@@ -242,7 +240,7 @@ class _Run:
             gradient_format=config.fp8.gradient_format,
         )
         self.decision: Decision | None = None
-        self.evaluator = Evaluator(config, self.program.definition, self.program.mesh)
+        self.evaluator = Evaluator(self.program.plan)
         self.profile = (
             ProfileWindow(config.profile, workdir / "profile")
             if distributed.is_first()

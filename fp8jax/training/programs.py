@@ -1,6 +1,6 @@
 """Every program that a run executes, by name: to be traced, compiled or measured before the run begins.
 
-    for name, program in programs(config, definition, mesh).items():
+    for name, program in programs(plan).items():
         traced = program.trace()                  # allocates nothing
         compiled = traced.lower().compile()
 
@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from fp8jax.config import Config
+from fp8jax.config import Config, settled
 from fp8jax.interop import generation
 from fp8jax.interop.inference import Inference
-from fp8jax.models.definition import Definition, LoadedModel
+from fp8jax.plan import LoadedModel, Plan
 from fp8jax.training.evaluation import Evaluator
 from fp8jax.training.step import TrainProgram
 from fp8jax.training.warning_actions import fallbacks
@@ -41,20 +40,19 @@ class Program(NamedTuple):
         return function.trace(*arguments)
 
 
-def programs(config: Config, definition: Definition, mesh: Mesh) -> dict[str, Program]:
+def programs(plan: Plan) -> dict[str, Program]:
     """Return what a run and the commands after it execute: training, fallbacks if they are on, evaluation, sampling.
 
     Args:
-        config: of the run.
-        definition: of its model.
-        mesh: devices, at hand or not.
+        plan: of the run; its devices are at hand or not.
 
     Returns:
         `init`, `calibration` (with delayed scaling), `step`, `statistics` (a step with them), for each fallback that a warning can
         ask for `fallback OVERRIDES` and `fallback OVERRIDES, statistics`, `evaluation`, `sampling weights`, `sampling prompt`,
         `sampling`.
     """
-    run = TrainProgram(config, definition, mesh)
+    config = settled(plan.config)
+    run = TrainProgram(plan.change(config))
     found = {"init": Program(lambda: (run.jitted_init(), (None,)))}
     if run.abstract_state.scaling:
         found["calibration"] = Program(
@@ -92,7 +90,7 @@ def _steps(
 
 
 def _evaluation(run: TrainProgram) -> Call:
-    evaluator = Evaluator(run.config, run.definition, run.mesh)
+    evaluator = Evaluator(run.plan)
     return evaluator.total_loss, (run.abstract_state.params, evaluator.abstract_batch)
 
 
@@ -102,7 +100,7 @@ def _sampling(run: TrainProgram) -> dict[str, Program]:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding),
             run.abstract_state.params,
         )
-        return Inference(LoadedModel(run.config, run.definition, params, run.mesh))
+        return Inference(LoadedModel(run.plan, params))
 
     names = {"sampling weights": "weights", "sampling prompt": "prompt", "sampling": "decode"}
     return {

@@ -20,10 +20,9 @@ from fp8jax.audit.limits import Limit
 from fp8jax.audit.roofline import DEVICES
 from fp8jax.config import Config, DataConfig, MeshConfig, settled
 from fp8jax.data import pipeline, tokenizer
-from fp8jax.models.definition import define
 from fp8jax.models.flops import model_flops
 from fp8jax.numerics.recipes import ROLES
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training.banner import check_attention, check_fallbacks
 from fp8jax.training.estimates import state_bytes
 from fp8jax.training.fit_options import gigabytes
@@ -110,7 +109,7 @@ def rehearse(
     rows = list(_programs(chosen, target, compiling, say))
     if compiling:
         checks += _limits(chosen, target, {row.name: row for row in rows})
-    return Rehearsal(chosen.config, rows, checks, chosen.limit)
+    return Rehearsal(chosen.plan.config, rows, checks, chosen.limit)
 
 
 def _without(
@@ -134,13 +133,12 @@ def _without(
 
 def _traced(config: Config, target: targets.Target) -> TargetFit:
     """The plainest option, which has the largest arrays, not compiled."""
-    definition = define(config.model, tokenizer.vocab_size(config))
-    mesh = make_mesh(definition.complete(config), target.devices)
-    return TargetFit(settled(config), definition, mesh, None, None, None, "", [])
+    plan = make_plan(settled(config), target.devices)
+    return TargetFit(plan, None, None, None, "", [])
 
 
 def _program(found: TargetFit) -> TrainProgram:
-    return TrainProgram(found.config, found.definition, found.mesh)
+    return TrainProgram(found.plan)
 
 
 def _programs(
@@ -148,7 +146,7 @@ def _programs(
 ) -> Iterator[Rehearsed]:
     """Every program of the run; the step is not compiled twice."""
     state = state_bytes(_program(found).abstract_state)
-    for name, each in programs(found.config, found.definition, found.mesh).items():
+    for name, each in programs(found.plan).items():
         say(f"{'compiling' if compiling else 'tracing'} {name}")
         started, share, peak = time.perf_counter(), None, None
         try:
@@ -217,12 +215,12 @@ def _limits(
     found: TargetFit, target: targets.Target, rows: dict[str, Rehearsed]
 ) -> Iterator[Rehearsed]:
     """Times against the limits after which a run ends itself: what compiling took here, and times at peak rates."""
-    training, evaluation = found.config.training, rows.get("evaluation")
+    training, evaluation = found.plan.config.training, rows.get("evaluation")
     steps = [row for row in rows.values() if "sampling" not in row.name]
     start = sum(row.seconds or 0 for row in steps if row.name in ("init", "calibration", "step"))
     slowest = max((row.seconds or 0 for row in steps if row.name != "step"), default=0)
-    step = _seconds(found, target, found.config.training.batch_size)
-    parts = found.config.training.batch_size // found.config.training.microbatches
+    step = _seconds(found, target, found.plan.config.training.batch_size)
+    parts = found.plan.config.training.batch_size // found.plan.config.training.microbatches
     batch = _seconds(found, target, parts) * _FORWARD
     yield _within("start", "training.start_limit", training.start_limit, start, "compiling")
     yield _within("step", "training.step_limit", training.step_limit, step + slowest, "a step")
@@ -243,13 +241,13 @@ def _within(name: str, field: str, limit: int, seconds: float, what: str) -> Reh
 def _seconds(found: TargetFit, target: targets.Target, sequences: int) -> float:
     """Of training on so many sequences, at peak rates: those of the device, or what this machine reaches."""
     flops = model_flops(
-        found.definition.config,
-        found.definition.vocab_size,
+        found.plan.definition.config,
+        found.plan.definition.vocab_size,
         sequences=sequences,
-        sequence_length=found.config.data.sequence_length,
+        sequence_length=found.plan.config.data.sequence_length,
     ).total
     device = DEVICES.get(target.kind)
-    rate = device.fp8 * found.mesh.size if device else _measured_rate()
+    rate = device.fp8 * found.plan.mesh.size if device else _measured_rate()
     return flops / rate
 
 

@@ -1,6 +1,6 @@
 """One training step as a pure function of (state, batch), and the calibration pass before the first.
 
-    program = TrainProgram(config, definition, mesh)
+    program = TrainProgram(plan)                             # of plan.make_plan(config, devices)
     state = program.init()                                   # sharded
     state = program.calibrate(state, batch)                  # fills empty amax histories; no update
     state, metrics, taps = program.step(state, batch)        # jitted, donates the state
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax.config import Config, OptimizerConfig, settled
 from fp8jax.models import gemms
@@ -31,9 +31,9 @@ from fp8jax.models.taps import Packed, Taps, pack
 from fp8jax.models.transformer import ForwardOptions, PreparedGemms, Transformer
 from fp8jax.numerics import statistics
 from fp8jax.numerics.compiling import compiler_options
-from fp8jax.parallel.mesh import emulates_fp8, has_cudnn_attention, runs_kernels
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
+from fp8jax.plan import Plan
 from fp8jax.training import bad_steps, state_formats
 from fp8jax.training.gradients import GradientSums, gradient_view
 from fp8jax.training.optimizer import learning_rate, make_transform
@@ -75,39 +75,27 @@ class TrainProgram:
     """The jitted functions of a run: init, calibrate, step, step with statistics.
 
     Args:
-        config: validated configuration; what it leaves to be fitted is taken to be the plainest (config.settled).
-        definition: the model.
-        mesh: devices; may be compile-only ones, then only `lower_step` is of use.
+        plan: of the run. What its config leaves to be fitted is taken to be the plainest (config.settled). Where its devices are
+            compile-only, only `lower_step` is of use.
     """
 
-    def __init__(self, config: Config, definition: Definition, mesh: Mesh):
-        config = settled(config)
-        self.config, self.definition, self.mesh = config, definition, mesh
-        self.emulated = emulates_fp8(config, mesh.devices.flat[0])
-        self.recipes = self._recipes(config)
-        self.abstract_state = abstract_state(definition, self.recipes, config, mesh)
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.config = settled(plan.config)
+        self.definition, self.mesh, self.recipes = plan.definition, plan.mesh, plan.recipes
+        self.abstract_state = abstract_state(self.definition, self.recipes, self.config, self.mesh)
         self.batch_sharding = NamedSharding(
-            mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"])
+            self.mesh, PartitionSpec(None, RULES["batch"], RULES["sequence"])
         )
         self.abstract_batch = self._abstract_batch()
         self.state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.bad_names = bad_steps.names(
-            jax.eval_shape(lambda: gemms.zero_tokens(self.recipes)), definition.shapes
+            jax.eval_shape(lambda: gemms.zero_tokens(self.recipes)), self.definition.shapes
         )
-        self._options = compiler_options(mesh.devices.flat[0].platform)
+        self._options = compiler_options(plan.device.platform)
         self._compiled: dict[bool, Any] = {}
         self._is_finite: Any = None
-
-    def _recipes(self, config: Config) -> ModelRecipes:
-        device = self.mesh.devices.flat[0]
-        fused, cudnn = (
-            not self.emulated and runs_kernels(device),
-            has_cudnn_attention(config, device),
-        )
-        return gemms.model_recipes(
-            config, gated=self.definition.gated(), emulated=self.emulated, fused=fused, cudnn=cudnn
-        )
 
     def _abstract_batch(self) -> Batch:
         training, data = self.config.training, self.config.data
@@ -173,11 +161,11 @@ class TrainProgram:
 
     def fallen_back(self, overrides: str) -> "TrainProgram":
         """The program of the same run with more exceptions, written as `config.fp8.overrides`; itself if there are none."""
-        return type(self)(self._with(overrides), self.definition, self.mesh) if overrides else self
+        return type(self)(self.plan.change(self._with(overrides))) if overrides else self
 
     def check_fallback(self, overrides: str) -> None:
         """Raise ConfigError if the program with these exceptions cannot be built."""
-        self._recipes(self._with(overrides))
+        self.plan.change(self._with(overrides))
 
     def _with(self, overrides: str) -> Config:
         together = ",".join(part for part in (self.config.fp8.overrides, overrides) if part)

@@ -8,8 +8,7 @@ from configs import fog_paper
 from fp8jax import config as config_lib
 from fp8jax.audit import program, targets
 from fp8jax.cli.audit_step import audit
-from fp8jax.models.definition import define
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training.step import TrainProgram
 
 pytestmark = pytest.mark.audit
@@ -159,7 +158,7 @@ def test_what_two_nodes_of_h100s_send_each_other(make_config, mesh):
     config = make_config("390m", **FEW, **mesh)
     target = targets.resolve("h100:2x4")
     vocab_size = config.model.vocab_size
-    step = TrainProgram(config, define(config.model, vocab_size), make_mesh(config, target.devices))
+    step = TrainProgram(make_plan(config, target.devices, vocab_size=vocab_size))
     compiled, _ = targets.compile_step(
         step.jitted_step().trace(step.abstract_state, step.abstract_batch), target
     )

@@ -8,9 +8,7 @@ import pytest
 from fp8jax.audit import program, targets
 from fp8jax.audit.gemms import Gemm
 from fp8jax.cli.audit_step import audit
-from fp8jax.data import tokenizer
-from fp8jax.models.definition import define
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training.step import TrainProgram
 
 SMALL = dict(
@@ -29,9 +27,7 @@ def test_memory_and_flops_of_a_compiled_step(make_config):
     config = make_config(
         "tiny", **SMALL, training__microbatches=2, mesh__data=2, mesh__fsdp=2, mesh__tensor=2
     )
-    step = TrainProgram(
-        config, define(config.model, tokenizer.vocab_size(config)), make_mesh(config)
-    )
+    step = TrainProgram(make_plan(config))
     reading = program.read(step.compiled_step(), step.mesh)
     traced = program.traced_gemms(
         step.jitted_step().trace(step.abstract_state, step.abstract_batch).jaxpr

@@ -18,13 +18,12 @@ from fp8jax import config as config_lib
 from fp8jax.audit import hlo, program
 from fp8jax.audit.compiled_gemms import compiled_gemms
 from fp8jax.audit.gemms import fp8_share
-from fp8jax.models.definition import define
 from fp8jax.numerics.attention.definition import BACKENDS, SCORES, VALUES, attention
 from fp8jax.numerics.attention.self_check import self_check, true_attention
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.recipes import OPERANDS, ROLES, GemmRecipe
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training.step import TrainProgram
 
 pytestmark = [
@@ -262,7 +261,7 @@ def steps_of(backend):
     values.training.batch_size = 4
     values.optimizer.warmup_steps = 1
     config = config_lib.from_dict(values)
-    run = TrainProgram(config, define(config.model, 512), make_mesh(config, jax.devices()[:1]))
+    run = TrainProgram(make_plan(config, jax.devices()[:1], vocab_size=512))
     tokens = np.random.default_rng(0).integers(0, 512, size=(4, 256), dtype=np.int32)
     batch = run.put(
         {

@@ -4,10 +4,8 @@ import jax
 import numpy as np
 
 from fp8jax import config as config_lib
-from fp8jax.data import tokenizer
-from fp8jax.models.definition import define
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training import loop
 from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.step import TrainProgram
@@ -53,11 +51,7 @@ def train(config, workdir):
 
 def program_of(config) -> TrainProgram:
     """The program of a config on those devices."""
-    return TrainProgram(
-        config,
-        define(config.model, tokenizer.vocab_size(config)),
-        make_mesh(config, devices_of(config)),
-    )
+    return TrainProgram(make_plan(config, devices_of(config)))
 
 
 def saved(config, workdir):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from fp8jax.interop.inference import Inference
-from fp8jax.models.definition import LoadedModel
+from fp8jax.plan import LoadedModel
 from tests.interop.hf_directories import DATA
 
 from .micro_model import load

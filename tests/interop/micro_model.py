@@ -6,10 +6,7 @@ import jax
 import numpy as np
 
 from fp8jax import config as config_lib
-from fp8jax.data import tokenizer
-from fp8jax.models import gemms
-from fp8jax.models.definition import LoadedModel, define
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import LoadedModel, make_plan
 
 MICRO = {
     "layers": 2,
@@ -30,25 +27,24 @@ def load(context: int = 64, mesh: dict | None = None, **model) -> LoadedModel:
     config = config_lib.from_dict(
         {"model": MICRO | model, "data": {"sequence_length": context}, "mesh": mesh}
     )
-    definition = define(config.model, tokenizer.vocab_size(config))
-    params = jax.tree.map(lambda p: p * 10 if p.ndim > 1 else p, definition.init(1))
     count = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("tensor", 1)
-    return LoadedModel(config, definition, params, make_mesh(config, jax.devices()[:count]))
+    plan = make_plan(config, jax.devices()[:count])
+    params = jax.tree.map(lambda p: p * 10 if p.ndim > 1 else p, plan.definition.init(1))
+    return LoadedModel(plan, params)
 
 
 def uncached(model: LoadedModel) -> Callable[[list[int]], np.ndarray]:
     """ids → logits of what follows each of them, float32 [t, v]: the forward pass over at most a whole context."""
-    recipes = gemms.model_recipes(
-        model.config, gated=model.definition.gated(), emulated=True, recipe="bf16"
-    )
+    plan = model.plan
+    recipes = plan.bf16_recipes
 
     @jax.jit
     def forward(params, ids):
-        bound = model.definition.bind(params)
+        bound = plan.definition.bind(params)
         return bound({"inputs": ids}, recipes, bound.prepare(recipes, {}, {}))[0]
 
     def logits(ids):
-        padded = np.zeros((1, model.config.data.sequence_length), np.int32)
+        padded = np.zeros((1, plan.config.data.sequence_length), np.int32)
         padded[0, : len(ids)] = ids
         return np.asarray(forward(model.params, padded)[0, : len(ids)])
 

@@ -62,7 +62,7 @@ def test_a_converted_model_is_evaluated_trained_and_exported(source, tmp_path, c
     config.evaluation.batches, config.log.report_minutes = 2, 0
     config = config_lib.from_dict(config)
     model, step = load_run(run)
-    before = Evaluator(config, model.definition, model.mesh)(model.params)
+    before = Evaluator(model.plan.change(config))(model.params)
     allowed = ["training.batch_size", "data.sequence_length"]
     assert step == 0 and loop.train(config, run, allow_config_change=allowed) == 0
     events = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]

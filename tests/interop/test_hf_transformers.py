@@ -206,12 +206,12 @@ def test_an_export_stands_alone(tmp_path):
     model = micro_model.load(64)
     prompts = ["Anne", "It was a truth", "x"]
     expected = generation.generate(Inference(model), prompts, tokens=12)
-    byte, rows = tokenizer.load("byte"), model.definition.vocab_size
+    byte, rows = tokenizer.load("byte"), model.plan.definition.vocab_size
     assert rows > byte.vocab_size
     more = {"max_position_embeddings": 64, **hf_tokenizer.token_ids(byte)}
     hf.save(
         tmp_path / "out",
-        model.definition.config,
+        model.plan.definition.config,
         rows,
         model.params,
         "llama",
@@ -241,7 +241,7 @@ def test_an_export_stands_alone(tmp_path):
 def test_generate_stops_at_a_forced_end(tmp_path):
     """As ours does: the end of document is made the likeliest id after the prompt, so nothing follows it."""
     model = micro_model.load(64)
-    byte, rows = tokenizer.load("byte"), model.definition.vocab_size
+    byte, rows = tokenizer.load("byte"), model.plan.definition.vocab_size
     head = np.array(model.params["head"]["w"])
     best = int(micro_model.uncached(model)([256, *b"Anne"])[-1].argmax())
     assert best != 256
@@ -253,7 +253,7 @@ def test_generate_stops_at_a_forced_end(tmp_path):
     more = {"max_position_embeddings": 64, **hf_tokenizer.token_ids(byte)}
     hf.save(
         tmp_path / "out",
-        model.definition.config,
+        model.plan.definition.config,
         rows,
         model.params,
         "llama",

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fp8jax import config as config_lib
-from fp8jax.models.definition import define
 from fp8jax.models.embedding import lookup
 from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training import step
 from fp8jax.training.step import TrainProgram
 
@@ -78,7 +78,9 @@ def test_rows_and_gradient_equal_numpy(mesh):
 def gradients_on(mesh):
     """Loss and gradients of one batch with an uneven mask."""
     config = config_of(mesh)
-    program = TrainProgram(config, define(config.model, VOCAB), mesh_of(mesh))
+    program = TrainProgram(
+        make_plan(config, jax.devices()[: np.prod(list(mesh.values()))], vocab_size=VOCAB)
+    )
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, VOCAB, (BATCH, LENGTH + 1)).astype(np.int32)
     batch = program.put(

@@ -11,11 +11,11 @@ import pytest
 from fp8jax import config as config_lib
 from fp8jax.config import ConfigError
 from fp8jax.models import gemms, layers
-from fp8jax.models.definition import define
 from fp8jax.monitor import outliers
 from fp8jax.numerics import statistics
 from fp8jax.numerics.gemm import dot_general
 from fp8jax.parallel import mesh as mesh_lib
+from fp8jax.plan import make_plan
 from fp8jax.training.step import TrainProgram
 
 # No two weights have the same shape, and no weight that of an activation.
@@ -210,9 +210,7 @@ def batch_for(program):
 
 
 def program_of(config):
-    return TrainProgram(
-        config, define(config.model, 128), mesh_lib.make_mesh(config, jax.devices()[:1])
-    )
+    return TrainProgram(make_plan(config, jax.devices()[:1], vocab_size=128))
 
 
 def test_a_step_reports_the_health_of_every_operand():

@@ -6,8 +6,7 @@ import jax
 import pytest
 
 from fp8jax import config as config_lib
-from fp8jax.models.definition import define
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training.step import TrainProgram
 
 MODEL = {
@@ -55,7 +54,7 @@ def precise(attention_backend="composed", loss_chunk=0, **fp8):
             "optimizer": {"warmup_steps": 0},
         }
     )
-    program = TrainProgram(config, define(config.model, 128), make_mesh(config, jax.devices()[:1]))
+    program = TrainProgram(make_plan(config, jax.devices()[:1], vocab_size=128))
     found = {}
     for name, eqn in dots(
         program.jitted_step().trace(program.abstract_state, program.abstract_batch).jaxpr.jaxpr

@@ -8,10 +8,9 @@ import pytest
 from fp8jax import config as config_lib
 from fp8jax.models import attention, transformer
 from fp8jax.models import taps as taps_lib
-from fp8jax.models.definition import define
 from fp8jax.monitor import outliers
 from fp8jax.numerics import statistics
-from fp8jax.parallel import mesh as mesh_lib
+from fp8jax.plan import make_plan
 from fp8jax.training.state_statistics import state_statistics
 from fp8jax.training.step import TrainProgram
 from tests.numerics.reference import spread_of
@@ -53,7 +52,7 @@ def program_of(
         }
     )
     devices = jax.devices()[: 8 if mesh is EIGHT else 1]
-    return TrainProgram(config, define(config.model, 128), mesh_lib.make_mesh(config, devices))
+    return TrainProgram(make_plan(config, devices, vocab_size=128))
 
 
 def batch_for(program):

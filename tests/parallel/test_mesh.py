@@ -10,11 +10,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax import config as config_lib
 from fp8jax.config import MESH_AXES, ConfigError
-from fp8jax.models.definition import define
 from fp8jax.parallel import distributed
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import activation_specs, attention_axes, partition_spec
+from fp8jax.plan import make_plan
 from fp8jax.training.step import TrainProgram
 
 MODEL = {
@@ -145,9 +145,7 @@ def test_what_devices_have(platform, fields, emulated, kernels):
 def test_every_matrix_is_split_over_fsdp_and_tensor():
     """Parameters and both moments: each device holds a fourth of every matrix, by the dimensions that belong together."""
     config = config_of({"fsdp": 2, "tensor": 2, "sequence": 2})
-    program = TrainProgram(
-        config, define(config.model, 24), mesh_lib.make_mesh(config, jax.devices()[:8])
-    )
+    program = TrainProgram(make_plan(config, jax.devices()[:8], vocab_size=24))
     state, seen = program.abstract_state, set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(
         {"params": state.params, "opt_state": state.opt_state}

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fp8jax.data import pipeline, tokenizer
+from fp8jax.data import pipeline
 from fp8jax.models import gemms
-from fp8jax.models.definition import define
 from fp8jax.numerics import formats
 from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
 from fp8jax.numerics.compiling import compiler_options
@@ -21,7 +20,9 @@ from fp8jax.numerics.gemm_sharding import Partition, Placement
 from fp8jax.numerics.recipes import GemmRecipe
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.parallel.sharding import RULES, activation_specs, attention_axes
+from fp8jax.plan import make_plan
 from fp8jax.training.step import TrainProgram
+from tests.helpers.runs import devices_of
 from tests.helpers.runs import on_mesh as config_of
 
 MESHES = {
@@ -38,15 +39,12 @@ over_meshes = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 
 
 def mesh_of(config):
-    sizes = config.mesh
-    return make_mesh(
-        config, jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor * sizes.sequence]
-    )
+    return make_mesh(config, devices_of(config))
 
 
 @functools.cache
 def program_of(config):
-    return TrainProgram(config, define(config.model, tokenizer.vocab_size(config)), mesh_of(config))
+    return TrainProgram(make_plan(config, devices_of(config)))
 
 
 def check_copies(found, expected=None):

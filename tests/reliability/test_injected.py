@@ -92,9 +92,7 @@ def inject(monkeypatch, break_program):
             return original(self, state, batch, collect=collect)
         with monkeypatch.context() as patch:
             break_program(patch)
-            return original(
-                TrainProgram(self.config, self.definition, self.mesh), state, batch, collect=collect
-            )
+            return original(TrainProgram(self.plan), state, batch, collect=collect)
 
     monkeypatch.setattr(TrainProgram, "step", step)
 

@@ -69,7 +69,7 @@ def test_a_part_is_the_same_whatever_the_microbatches():
             evaluation={"batches": 3},
         )
         program = program_of(config)
-        found.append(Evaluator(config, program.definition, program.mesh)(program.init().params))
+        found.append(Evaluator(program.plan.change(config))(program.init().params))
     assert found[0]["tokens"] == found[1]["tokens"] == 3 * 16 * 32 and found[0]["sequences"] == 48
     assert found[0]["all_sequences"] == -(-466854 // 32)
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
@@ -120,9 +120,10 @@ def test_a_run_is_evaluated_on_its_own_mesh_and_on_any_number_of_devices(tmp_pat
     shapes, losses = [], []
     for count in (8, 4, 3, 1):
         model, step = evaluation.load_run(tmp_path, devices=jax.devices()[:count])
-        shapes.append((model.mesh.shape["fsdp"], model.mesh.shape["tensor"], model.mesh.size))
+        mesh = model.plan.mesh
+        shapes.append((mesh.shape["fsdp"], mesh.shape["tensor"], mesh.size))
         losses.append(
-            Evaluator(config, model.definition, model.mesh)(model.params)["loss"]
+            Evaluator(model.plan.change(config))(model.params)["loss"]
             if count in (8, 3)
             else losses[0]
         )
@@ -147,9 +148,7 @@ def test_a_run_of_a_gpu_is_evaluated_on_a_cpu(tmp_path, changes):
     save_untrained(micro(), tmp_path)
     save_config(tmp_path, config)
     model, step = evaluation.load_run(tmp_path, devices=jax.devices()[:1])
-    assert step == 1 and np.isfinite(
-        Evaluator(model.config, model.definition, model.mesh)(model.params)["loss"]
-    )
+    assert step == 1 and np.isfinite(Evaluator(model.plan)(model.params)["loss"])
 
 
 def held_out_directories(tmp_path):
@@ -170,7 +169,7 @@ def test_several_texts_have_losses_of_their_own_and_one_together(tmp_path):
     for held_out in (f"{wiki},c={code}", wiki, code):
         config = micro(data={"sequence_length": 32, "held_out": held_out}, **settings)
         program = program_of(config)
-        found.append(Evaluator(config, program.definition, program.mesh)(program.init().params))
+        found.append(Evaluator(program.plan.change(config))(program.init().params))
     both, alone = found[0], found[1:]
     assert list(both["texts"]) == ["wiki", "c"] and "texts" not in alone[0]
     for text, one in zip(both["texts"].values(), alone, strict=True):

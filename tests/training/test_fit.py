@@ -11,13 +11,11 @@ from fp8jax import config as config_lib
 from fp8jax.audit import limits
 from fp8jax.audit.limits import Limit
 from fp8jax.config import ConfigError
-from fp8jax.data import tokenizer
-from fp8jax.models.definition import define
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training import fit, fit_advice, fit_options, loop
 from fp8jax.training.checkpoint import save_config
 from fp8jax.training.estimates import Formula, Option, state_bytes
-from fp8jax.training.fit_options import Plan
+from fp8jax.training.fit_options import Compiled
 from fp8jax.training.step import TrainProgram
 
 MODEL = {"layers": 2, "width": 32, "ffn_width": 32, "heads": 2, "kv_heads": 1}
@@ -39,9 +37,8 @@ def config_of(**changes):
     )
 
 
-def parts_of(config, count=1):
-    definition = define(config.model, tokenizer.vocab_size(config))
-    return config, definition, make_mesh(definition.complete(config), jax.devices()[:count])
+def plan_of(config, count=1):
+    return make_plan(config, jax.devices()[:count])
 
 
 def limit_of(size):
@@ -51,13 +48,13 @@ def limit_of(size):
 class Compiler:
     """Stands for the compiler: programs need what the formula says, times a factor that it does not know."""
 
-    def __init__(self, parts, factor=1.0):
-        self.formula, self.factor, self.asked = Formula(*parts), factor, []
-        self.state = state_bytes(TrainProgram(*parts).abstract_state)
+    def __init__(self, plan, factor=1.0):
+        self.formula, self.factor, self.asked = Formula(plan), factor, []
+        self.state = state_bytes(TrainProgram(plan).abstract_state)
 
     def __call__(self, option):
         self.asked.append(option)
-        return Plan(option, self.needs(option))
+        return Compiled(option, self.needs(option))
 
     def needs(self, option):
         # Twice the state: on a CPU a save holds a copy.
@@ -65,48 +62,48 @@ class Compiler:
 
 
 @pytest.fixture(scope="module")
-def parts():
-    return parts_of(config_of())
+def plan():
+    return plan_of(config_of())
 
 
-def test_where_memory_is_no_matter_the_plainest_is_compiled_and_nothing_else(parts):
-    compiler = Compiler(parts)
-    found = fit.choose(*parts, limit_of(1 << 40), compiler)
-    assert found.fits and compiler.asked == [Option(1, 0, "none")] == [found.plan.option]
-    assert fit.choose(*parts, None, compiler).plan.option == Option(1, 0, "none")
+def test_where_memory_is_no_matter_the_plainest_is_compiled_and_nothing_else(plan):
+    compiler = Compiler(plan)
+    found = fit.choose(plan, limit_of(1 << 40), compiler)
+    assert found.fits and compiler.asked == [Option(1, 0, "none")] == [found.best.option]
+    assert fit.choose(plan, None, compiler).best.option == Option(1, 0, "none")
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.3, 3.0])
-def test_the_fewest_microbatches_that_fit_whatever_the_formula_is_off_by(parts, factor):
+def test_the_fewest_microbatches_that_fit_whatever_the_formula_is_off_by(plan, factor):
     config = dataclasses.replace(
-        parts[0], training=dataclasses.replace(parts[0].training, remat="none", loss_chunk=0)
+        plan.config, training=dataclasses.replace(plan.config.training, remat="none", loss_chunk=0)
     )
-    parts = (config, *parts[1:])
-    compiler = Compiler(parts, factor)
+    plan = plan.change(config)
+    compiler = Compiler(plan, factor)
     limit = limit_of(compiler.needs(Option(4, 0, "none")) + 100)
-    found = fit.choose(*parts, limit, compiler)
-    assert found.fits and found.plan.needs <= limit.usable
-    assert found.plan.option == Option(4, 0, "none")
+    found = fit.choose(plan, limit, compiler)
+    assert found.fits and found.best.needs <= limit.usable
+    assert found.best.option == Option(4, 0, "none")
     assert len(compiler.asked) <= 4
 
 
-def test_what_the_user_sets_stays(parts):
+def test_what_the_user_sets_stays(plan):
     set_by_user = config_of(training={"microbatches": 2, "remat": "full", "loss_chunk": 64})
-    options = fit_options.candidates(set_by_user, *parts[1:])
+    options = fit_options.candidates(plan.change(set_by_user))
     assert options == [Option(2, 64, "full")]
-    options = fit_options.candidates(config_of(training={"remat": "full"}), *parts[1:])
+    options = fit_options.candidates(plan.change(config_of(training={"remat": "full"})))
     assert {option.remat for option in options} == {"full"}
     assert {option.microbatches for option in options} == {1, 2, 4, 8, 16}
 
 
 def test_microbatches_divide_the_rows_of_a_replica():
     config = config_of(training={"batch_size": 24}, mesh={"fsdp": 2})
-    options = fit_options.candidates(*parts_of(config, 2))
+    options = fit_options.candidates(plan_of(config, 2))
     assert {option.microbatches for option in options} == {1, 2, 3, 4, 6, 12}
 
 
-def test_the_state_is_what_a_program_takes(parts):
-    program = TrainProgram(*parts)
+def test_the_state_is_what_a_program_takes(plan):
+    program = TrainProgram(plan)
     taken = sum(
         np.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(program.abstract_state)
     )
@@ -119,7 +116,7 @@ def run(config, workdir):
 
 
 def test_a_run_keeps_its_choice_and_makes_it_anew_elsewhere(tmp_path, monkeypatch, capsys):
-    program = TrainProgram(*parts_of(config_of()))
+    program = TrainProgram(plan_of(config_of()))
     needs = fit._needed(program, collect=False)
     monkeypatch.setattr(limits, "of_devices", lambda devices: limit_of(needs - 1000))
     chosen = run(config_of(), tmp_path)
@@ -167,12 +164,12 @@ def test_a_value_of_the_users_that_does_not_fit_is_refused_with_what_to_change(
         loop.train(config_of(training=values), tmp_path, jax.devices()[:1])
 
 
-def test_the_number_of_devices_that_would_do_does(parts):
+def test_the_number_of_devices_that_would_do_does(plan):
     limit = limit_of(600_000)
-    compiler = Compiler(parts)
-    least = Plan(Option(16, 0, "full"), compiler.needs(Option(16, 0, "full")))
+    compiler = Compiler(plan)
+    least = Compiled(Option(16, 0, "full"), compiler.needs(Option(16, 0, "full")))
     assert least.needs > limit.usable
-    count = fit_advice.devices_that_do(*parts, limit, least)
+    count = fit_advice.devices_that_do(plan, limit, least)
     assert count in (2, 4, 8, 16)
 
 

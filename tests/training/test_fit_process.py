@@ -10,9 +10,7 @@ import pytest
 
 from fp8jax import config as config_lib
 from fp8jax.cli.flags import read_config
-from fp8jax.data import tokenizer
-from fp8jax.models.definition import define
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training.estimates import Formula, Option
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -40,9 +38,8 @@ def test_the_run_needs_12_gib_with_one_microbatch(monkeypatch):
 
     monkeypatch.chdir(ROOT)
     config = config_lib.from_dict(read_config("config", "configs/bf16_base.py:tiny", words()))
-    definition = define(config.model, tokenizer.vocab_size(config))
-    mesh = make_mesh(definition.complete(config), jax.devices()[:1])
-    assert Formula(config, definition, mesh).temporary_bytes(Option(1, 0, "none")) > 12 * GIB
+    plan = make_plan(config, jax.devices()[:1])
+    assert Formula(plan).temporary_bytes(Option(1, 0, "none")) > 12 * GIB
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ import pytest
 
 from configs import common
 from fp8jax import config as config_lib
-from fp8jax.models.definition import define
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training.step import TrainProgram
 
 
@@ -20,9 +19,7 @@ def losses(backend, steps, devices, mesh):
     values.fp8.attention_backend = backend
     values.mesh.update(mesh)
     config = config_lib.from_dict(values)
-    program = TrainProgram(
-        config, define(config.model, 128), make_mesh(config, jax.devices()[:devices])
-    )
+    program = TrainProgram(make_plan(config, jax.devices()[:devices], vocab_size=128))
     tokens = np.random.default_rng(0).integers(0, 128, (8, 130), dtype=np.int32)
     batch = program.put(
         {

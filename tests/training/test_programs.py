@@ -6,10 +6,8 @@ import pytest
 from configs import common
 from fp8jax import config as config_lib
 from fp8jax.config import ARCHITECTURES, ConfigError
-from fp8jax.data import tokenizer
-from fp8jax.models.definition import define
 from fp8jax.numerics.roles import RECIPES
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training.programs import programs
 
 ALWAYS = {
@@ -33,10 +31,7 @@ def programs_of(size, architecture="fog_max", recipe="fp8_dpa", devices=1, **fie
         section, _, field = name.partition("__")
         values[section][field] = value
     config = config_lib.from_dict(values)
-    definition = define(config.model, tokenizer.vocab_size(config))
-    return programs(
-        config, definition, make_mesh(definition.complete(config), jax.devices()[:devices])
-    )
+    return programs(make_plan(config, jax.devices()[:devices]))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

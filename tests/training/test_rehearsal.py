@@ -115,8 +115,7 @@ def test_data_faults_do_not_hide_those_of_programs(two, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def traced(two):
     """What a rehearsal knows of a run, without the compiler."""
-    found = rehearsal._traced(config_of(training={"evaluation_limit": 2, "start_limit": 30}), two)
-    return dataclasses.replace(found, config=config_lib.settled(found.config))
+    return rehearsal._traced(config_of(training={"evaluation_limit": 2, "start_limit": 30}), two)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ import pytest
 
 from fp8jax import config as config_lib
 from fp8jax.data import pipeline
-from fp8jax.models.definition import define
 from fp8jax.numerics import low_bit_state
-from fp8jax.parallel.mesh import make_mesh
+from fp8jax.plan import make_plan
 from fp8jax.training import loop, scaling_state, state_formats
 from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.evaluation import load_run
@@ -70,9 +69,7 @@ def micro(optimizer, devices=1, **training):
 
 @functools.cache
 def program_of(config):
-    return TrainProgram(
-        config, define(config.model, 384), make_mesh(config, jax.devices()[: config.mesh.fsdp])
-    )
+    return TrainProgram(make_plan(config, jax.devices()[: config.mesh.fsdp], vocab_size=384))
 
 
 def advance(program, state, first, last):

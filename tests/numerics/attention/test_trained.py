@@ -30,22 +30,22 @@ def trained(workdir, steps=34):
     values.mesh.fsdp = 1
     assert train(config_lib.from_dict(values), workdir) == 0
     model, step = load_run(workdir, devices=jax.devices()[:1])
-    batch = pipeline.train_batches(model.config)[step + 3]
+    batch = pipeline.train_batches(model.plan.config)[step + 3]
     return model, {name: jnp.asarray(batch[name][:4]) for name in ("inputs", "targets", "mask")}
 
 
 def gradient_of_qkv(model, batch, recipe, overrides=""):
     """float64 [layers, features, KV heads, query heads and k and v, h]."""
     config = dataclasses.replace(
-        model.config,
+        model.plan.config,
         fp8=dataclasses.replace(
-            model.config.fp8, recipe=recipe, scaling="current", overrides=overrides
+            model.plan.config.fp8, recipe=recipe, scaling="current", overrides=overrides
         ),
     )
-    recipes = gemms.model_recipes(config, gated=model.definition.gated(), emulated=True)
+    recipes = gemms.model_recipes(config, gated=model.plan.definition.gated(), emulated=True)
 
     def loss(params):
-        bound = model.definition.bind(params)
+        bound = model.plan.definition.bind(params)
         logits, _ = bound(batch, recipes, bound.prepare(recipes, {}, {}))
         return jnp.sum(token_losses(logits, batch["targets"]) * batch["mask"]) / batch["mask"].sum()
 

@@ -1,0 +1,118 @@
+"""What follows from a config and its devices, derived once and read everywhere below.
+
+    plan = make_plan(config)                        # over all devices; allocates nothing
+    plan = make_plan(config, devices)               # over some, or over compile-only ones
+    plan.definition, plan.mesh, plan.recipes, plan.emulated
+
+A program (training/step.py), an evaluation, a fit and a rehearsal all take a plan, so that none of them asks the device again
+what it can do, or the tokenizer how large it is.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from fp8jax.config import Config, settled
+from fp8jax.data import tokenizer
+from fp8jax.models import gemms
+from fp8jax.models.definition import Definition, Params, define
+from fp8jax.models.gemms import ModelRecipes
+from fp8jax.parallel.mesh import (
+    emulates_fp8,
+    fitting_mesh,
+    has_cudnn_attention,
+    make_mesh,
+    replicas,
+    runs_kernels,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """A run on its devices.
+
+    Attributes:
+        config: of the run; fit.py chooses what it leaves open.
+        definition: the model, every switch filled, and the structure of its parameters.
+        mesh: the devices, which may be compile-only.
+        recipes: of a training step's GEMMs.
+        bf16_recipes: of evaluation and sampling, which have nothing in FP8.
+        emulated: True where FP8 GEMMs are emulated, as the config asks or for want of FP8 units.
+    """
+
+    config: Config
+    definition: Definition
+    mesh: Mesh
+    recipes: ModelRecipes
+    bf16_recipes: ModelRecipes
+    emulated: bool
+
+    @property
+    def device(self) -> jax.Device:
+        """One of the devices, which are all of a kind."""
+        return self.mesh.devices.flat[0]
+
+    @property
+    def replicas(self) -> int:
+        """Return how many parts the rows of a microbatch are split into."""
+        return replicas(self.mesh)
+
+    def change(self, config: Config) -> "Plan":
+        """Plan a config that differs, but not in its model or mesh.
+
+        Raises:
+            ConfigError: the recipes or the backend of attention cannot be had on these devices.
+        """
+        return _planned(config, self.definition, self.mesh)
+
+
+class LoadedModel(NamedTuple):
+    """Parameters and the plan to compute with them: what reads a run or another program's files returns."""
+
+    plan: Plan
+    params: Params
+
+
+def make_plan(
+    config: Config,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    vocab_size: int | None = None,
+    other_mesh: bool = False,
+) -> Plan:
+    """Derive everything that follows from a config and its devices.
+
+    Args:
+        config: validated configuration.
+        devices: of all processes; None: all that JAX has.
+        vocab_size: rows of the embedding; None: as the config or its tokenizer says.
+        other_mesh: where the devices do not allow the config's mesh, take the nearest that they do.
+
+    Raises:
+        ConfigError: the vocabulary is too small for the tokenizer, the mesh does not suit the devices, the model or the batch,
+            or the recipes or the backend of attention cannot be had on these devices.
+    """
+    if vocab_size is None:
+        vocab_size = tokenizer.vocab_size(config)
+    definition = define(config.model, vocab_size)
+    make = fitting_mesh if other_mesh else make_mesh
+    return _planned(config, definition, make(definition.complete(config), devices))
+
+
+def _planned(config: Config, definition: Definition, mesh: Mesh) -> Plan:
+    device = mesh.devices.flat[0]
+    plain = settled(config)
+    gated = definition.gated()
+    emulated = emulates_fp8(config, device)
+    recipes = gemms.model_recipes(
+        plain,
+        gated=gated,
+        emulated=emulated,
+        fused=not emulated and runs_kernels(device),
+        cudnn=has_cudnn_attention(config, device),
+    )
+    bf16_recipes = gemms.model_recipes(plain, gated=gated, emulated=emulated, recipe="bf16")
+    return Plan(config, definition, mesh, recipes, bf16_recipes, emulated)

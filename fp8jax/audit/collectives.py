@@ -1,9 +1,10 @@
-"""Lists the collectives of a compiled program: kind, dtype, mesh axes, bytes.
+"""List the collectives of a compiled program: kind, dtype, mesh axes, bytes.
 
     collectives(module, {"fsdp": 8})        # [Collective("all-gather", "float8_e4m3fn", ("fsdp",), 8, ...), ...]
 
-Mesh axes are found by comparing replica groups with the groups that each set of axes makes, devices numbered along the
-mesh. A combined collective is one entry a dtype. It does not say which collectives overlap with computation.
+Mesh axes are found by comparing replica groups with the groups that each set of axes makes, devices
+numbered along the mesh. A combined collective is one entry per dtype. The list does not say which
+collectives overlap with computation.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-# Part of the whole array that each device sends in a ring of n.
+# The part of the whole array that each device sends in a ring of n.
 _SENT = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "collective-permute": lambda n: 1.0,
@@ -42,15 +43,12 @@ _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,{}\s]*)\}
 class Collective:
     """One collective on arrays of one dtype.
 
-    kind: one of KINDS.
-    dtype: of the arrays.
-    axes: mesh axes that the groups span; `?` where they fit none.
-    group_size: devices that take part together.
-    bytes: of the whole arrays, after gathering or before scattering, one execution.
-    sent: bytes that one device sends in a ring, one execution.
-    count: executions in a step.
-    scope: name stack of the JAX operation.
-    reduction: opcode that combines the parts of a reduction, such as `add` or `maximum`; empty where nothing is reduced.
+    kind: one of KINDS. dtype: dtype of the arrays. axes: mesh axes that the groups span; `?` if
+    they fit none. group_size: devices that take part together. bytes: bytes of the whole arrays,
+    after gathering or before scattering, one execution. sent: bytes that one device sends in a
+    ring, one execution. count: executions in a step. scope: name stack of the JAX operation.
+    reduction: opcode that combines the parts of a reduction, such as `add` or `maximum`; empty
+    without one.
     """
 
     kind: str
@@ -65,7 +63,7 @@ class Collective:
 
 
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
-    """Every collective that the program runs on more than one device; `mesh`: sizes of the axes, in the mesh's order."""
+    """Return every collective that runs on more than one device; `mesh` gives the sizes of the axes, in order."""
     names = _axes_by_groups(mesh)
     found = []
     for run in hlo.executed(module):
@@ -116,7 +114,7 @@ def _read(
 
 
 def replica_groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
-    """Groups of device numbers, from any of the ways in which XLA writes them; none written: all devices."""
+    """Return groups of device numbers from any form in which XLA writes them; without one, all devices."""
     listed, iota, mesh = (
         _LISTED.search(attributes),
         _IOTA.search(attributes),
@@ -149,14 +147,14 @@ def replica_groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    """All device numbers, laid out in `dims` and transposed."""
+    """Return all device numbers, laid out in `dims` and transposed."""
     sizes = [int(n) for n in dims.split(",")]
     ids = np.arange(math.prod(sizes)).reshape(sizes)
     return ids.transpose([int(n) for n in order.split(",")]) if order else ids
 
 
 def _joined(pairs: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Source and target pairs as the groups that they connect."""
+    """Return the groups that source and target pairs connect."""
     groups: list[set[int]] = []
     for pair in pairs:
         touching = [group for group in groups if group & set(pair)]
@@ -165,7 +163,7 @@ def _joined(pairs: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def _axes_by_groups(mesh: Mapping[str, int]) -> dict[frozenset, tuple[str, ...]]:
-    """Set of groups → the mesh axes that make them."""
+    """Return a dictionary from sets of groups to the mesh axes that make them."""
     names, sizes = [n for n, s in mesh.items() if s > 1], [s for s in mesh.values() if s > 1]
     ids = np.arange(math.prod(sizes)).reshape(sizes)
     found = {}

@@ -1,10 +1,11 @@
-"""Lists the GEMMs of a compiled program: what the compiler made of each dot, with which operands, by which kernel.
+"""List the GEMMs of a compiled program: what the compiler made of each dot, with which operands and kernel.
 
     gemms = compiled_gemms(hlo.parse(compiled.as_text()))
 
-Shapes and FLOPs are those of one device. Knows cuBLASLt and cuBLAS calls, cuDNN attention, dots inside fusions (Triton,
-CPU) and the convolutions into which XLA turns dots for a TPU. A Pallas kernel is listed with the GEMMs and FLOPs that its
-named scope tells (gemms.py), or with 0 FLOPs.
+Shapes and FLOPs are those of one device. The module knows cuBLASLt and cuBLAS calls, cuDNN
+attention, dots inside fusions (Triton, CPU) and the convolutions into which XLA turns dots for a
+TPU. A Pallas kernel is listed with the GEMMs and FLOPs that its named scope gives (gemms.py), or
+with 0 FLOPs.
 """
 
 import math
@@ -21,7 +22,7 @@ Shape = tuple[int, int, int, int]
 
 
 def compiled_gemms(module: Module) -> list[Gemm]:
-    """Every GEMM that the program runs, in program order; those in loops once, with `count` executions."""
+    """Return every GEMM that the program runs, in program order; those in loops once, with `count` executions."""
     found = []
     for run in hlo.executed(module):
         inside = [
@@ -38,7 +39,7 @@ def compiled_gemms(module: Module) -> list[Gemm]:
 
 
 def is_gemm(module: Module, run: Executed) -> bool:
-    """Whether an executed instruction is, or holds, a GEMM."""
+    """Return whether an executed instruction is, or holds, a GEMM."""
     if run.instruction.opcode == "custom-call":
         return bool(_library_call(run))
     return any(
@@ -70,7 +71,7 @@ def _cublas(run: Executed) -> Gemm:
 
 
 def _dot(run: Executed, kernel: Instruction) -> Gemm:
-    """A dot, alone or inside the fusion `kernel`."""
+    """Return the GEMM of a dot, alone or inside the fusion `kernel`."""
     lhs, rhs = (operand.shapes[0] for operand in run.operands()[:2])
     if run.instruction.opcode == "convolution":
         return _gemm(run, _convolution_shape(run), "MXU")
@@ -83,10 +84,11 @@ def _dot(run: Executed, kernel: Instruction) -> Gemm:
 
 
 def _convolution_shape(run: Executed) -> Shape:
-    """(batch, m, n, k) of a matrix product written as a convolution.
+    """Return (batch, m, n, k) of a matrix product written as a convolution.
 
-    Each operand and the result has the batch dimensions and two of m, n, k, so their sizes tell all but the batch. That
-    is a window over a dilated operand that meets each element once, or groups.
+    Each operand and the result has the batch dimensions and two of m, n, k, so their sizes
+    determine all but the batch, which is a window over a dilated operand that meets each element
+    once, or groups.
     """
     lhs, rhs = (operand.shapes[0].size for operand in run.operands()[:2])
     out, attributes = run.instruction.shapes[0].size, run.instruction.attributes
@@ -106,7 +108,7 @@ def _convolution_shape(run: Executed) -> Shape:
 
 
 def _fused_attention(run: Executed) -> Gemm:
-    """Attention by cuDNN, whole square: two GEMMs forward, five backward."""
+    """Return the GEMM of attention by cuDNN, over the whole square: two GEMMs forward, five backward."""
     config = run.instruction.backend_config().get("cudnn_fmha_backend_config", {})
     scores = [
         int(n) for n in config.get("intermediate_tensor_shape", {}).get("dimensions", [])
@@ -119,7 +121,7 @@ def _fused_attention(run: Executed) -> Gemm:
 
 
 def _pallas(run: Executed) -> list[Gemm]:
-    """Of a fused kernel the GEMMs that its scope names; its first operand is a vector of factors."""
+    """Return the GEMMs that a fused kernel's scope names; its first operand is a vector of factors."""
     dtypes = [operand.shapes[0].dtype for operand in run.operands()]
     return [
         _kernel(run, dtypes[1], dtypes[2], **given) for given in read_fused(run.instruction.scope)

@@ -1,12 +1,13 @@
-"""What the audit knows of one GEMM, and sums over many: the FP8 share, FLOPs by role and pass.
+"""Describe one GEMM for the audit, and sum over many: the FP8 share, FLOPs by role and pass.
 
     gemms = program.traced_gemms(jaxpr)             # or program.compiled_gemms(hlo_text)
     fp8_share(gemms, roles)                         # 1.0: all block GEMM FLOPs are FP8
     for row in summary(gemms, roles): ...
 
-Role and pass come from the named scope `fp8jax.gemm[ROLE.PASS]` around a GEMM; the innermost one counts. A GEMM under
-none has the role `other`. A kernel that computes several is under `fp8jax.fused[ROLE.PASS+ROLE.PASS*][FLOPS]`, FLOPs of each on
-one device, a star behind what another kernel computes, too. Knows nothing of where the list came from: jaxpr.py and program.py make it.
+Role and pass come from the named scope `fp8jax.gemm[ROLE.PASS]` around a GEMM; the innermost one
+counts. A GEMM without one has the role `other`. A kernel that computes several is under
+`fp8jax.fused[ROLE.PASS+ROLE.PASS*][FLOPS]`, FLOPs of each on one device, with a star after what
+another kernel computes, too. The lists come from jaxpr.py and program.py.
 """
 
 import dataclasses
@@ -23,16 +24,14 @@ _SCOPE = re.compile(r"fp8jax\.gemm\[(\w+)(?:\.(\w+))?\]")
 class Gemm:
     """One matrix multiplication of a program; a fused attention kernel is one Gemm too.
 
-    role, pass_name: from the named scope; `other` and "" without one.
-    shape: (batch, m, n, k).
-    lhs_dtype, rhs_dtype: of the operands' values: `float8_e4m3fn` also where an exact upcast stands before the dot.
-    out_dtype: as the dot writes it.
-    kernel: who computes it: `dot`, `dot (FP8 emulated)`, `cuBLASLt FP8`, `cuBLASLt BF16`, `Triton FP8`, `cuDNN FP8` ...
-    flops: of one execution; of one device in a compiled program, of all devices in a traced one.
-    count: executions in a step.
-    count_known: False if it stands in a loop of unknown length, which `count` takes as one pass.
-    repeated: a forward GEMM done again in the backward pass: rematerialisation, or the scores of flash attention.
-    scope: the whole name stack.
+    role, pass_name: from the named scope; `other` and "" without one. shape: (batch, m, n, k).
+    lhs_dtype, rhs_dtype: dtypes of the operands' values: `float8_e4m3fn` also if an exact upcast
+    stands before the dot. out_dtype: dtype that the dot writes. kernel: what computes it: `dot`,
+    `dot (FP8 emulated)`, `cuBLASLt FP8`, `cuBLASLt BF16`, `Triton FP8`, `cuDNN FP8` ... flops:
+    FLOPs of one execution; of one device in a compiled program, of all devices in a traced one.
+    count: executions in a step. count_known: False if it stands in a loop of unknown length, which
+    `count` takes as one pass. repeated: True for a forward GEMM done again in the backward pass:
+    rematerialisation, or the scores of flash attention. scope: the whole name stack.
     """
 
     role: str
@@ -50,17 +49,17 @@ class Gemm:
 
     @property
     def fp8(self) -> bool:
-        """Whether both operands are FP8."""
+        """Return whether both operands are FP8."""
         return is_fp8(self.lhs_dtype) and is_fp8(self.rhs_dtype)
 
     @property
     def total_flops(self) -> int:
-        """FLOPs of all executions."""
+        """Return the FLOPs of all executions."""
         return self.flops * self.count
 
 
 class Row(NamedTuple):
-    """FLOPs of one role and pass, in all and in FP8, the executions, and the kernels that compute it."""
+    """The FLOPs of one role and pass, in all and in FP8, the executions, and the kernels that compute it."""
 
     role: str
     pass_name: str
@@ -72,15 +71,16 @@ class Row(NamedTuple):
 
 
 def is_fp8(dtype: str) -> bool:
-    """Whether a dtype's name is that of an 8-bit float."""
+    """Return whether a dtype's name is that of an 8-bit float."""
     return dtype.startswith("float8_")
 
 
 def read_scope(scope: str) -> dict[str, str | bool]:
-    """`role`, `pass_name`, `repeated` and `scope` of a Gemm, from its name stack.
+    """Return `role`, `pass_name`, `repeated` and `scope` of a Gemm, from its name stack.
 
-    A forward GEMM below a `transpose(...)` or a `rematted_computation` is a repetition. (The gradient that JAX itself
-    derives of a plain dot keeps the forward name and so counts as one too; GEMMs with their own VJP name their passes.)
+    A forward GEMM below a `transpose(...)` or a `rematted_computation` is a repetition. (The
+    gradient that JAX itself derives of a plain dot keeps the forward name and so counts as one too;
+    GEMMs with their own VJP name their passes.)
     """
     found = _SCOPE.findall(scope)
     role, pass_name = found[-1] if found else (OTHER, "")
@@ -94,7 +94,7 @@ def read_scope(scope: str) -> dict[str, str | bool]:
 
 
 def read_fused(scope: str) -> list[dict[str, Any]]:
-    """`role`, `pass_name`, `repeated`, `scope` and `flops` of each GEMM of a fused kernel; none under another scope."""
+    """Return `role`, `pass_name`, `repeated`, `scope` and `flops` of each GEMM of a fused kernel; [] without its scope."""
     found = _FUSED.findall(scope)
     if not found:
         return []
@@ -114,14 +114,14 @@ def read_fused(scope: str) -> list[dict[str, Any]]:
 
 
 def fp8_share(gemms: Iterable[Gemm], roles: Collection[str]) -> float:
-    """FP8 FLOPs over all FLOPs of the GEMMs with one of these roles; 0.0 if there are none."""
+    """Return FP8 FLOPs over all FLOPs of the GEMMs with one of these roles; 0.0 if there are none."""
     block = [gemm for gemm in gemms if gemm.role in roles]
     total = sum(gemm.total_flops for gemm in block)
     return sum(gemm.total_flops for gemm in block if gemm.fp8) / total if total else 0.0
 
 
 def summary(gemms: Iterable[Gemm], roles: Collection[str]) -> list[Row]:
-    """One row a role, pass and repetition: the roles in the order given, then the rest as `other`."""
+    """Return one row per role, pass and repetition: the roles in the order given, then the rest as `other`."""
     groups: dict[tuple[str, str, bool], list[Gemm]] = {}
     for gemm in gemms:
         key = (

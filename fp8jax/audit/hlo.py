@@ -1,11 +1,11 @@
-"""Parses the text of an optimized XLA program (`compiled.as_text()`) and walks what it executes.
+"""Parse the text of an optimized XLA program (`compiled.as_text()`) and walk what it executes.
 
     module = hlo.parse(text)
     for run in hlo.executed(module):                 # entry, loop bodies, branches; fusions are one instruction
         run.instruction.opcode, run.count, ...
 
-Only what the audit reads is kept: names, shapes, operands, and the rest of a line as text. It interprets nothing; an
-instruction that it does not know is kept like any other.
+Only what the audit reads is kept: names, shapes, operands, and the rest of a line as text. The
+parser interprets nothing; an unknown instruction is kept like any other.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _TRIPS = re.compile(r'known_trip_count[":{\s]*n[":\s]*(\d+)')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Shape of one array. `layout` lists dimensions from the fastest-varying one; empty: unknown."""
+    """The shape of one array; `layout` lists dimensions from the fastest-varying one, and is empty if unknown."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -45,12 +45,12 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Return the number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        """Bytes, without padding by the layout's tiles."""
+        """Return the bytes, without padding by the layout's tiles."""
         digits = re.findall(r"(?:int|float|complex)(\d+)", self.dtype)
         bits = {"bool": 8, "bfloat16": 16}.get(self.dtype, int(digits[0]) if digits else 0)
         return self.size * bits // 8
@@ -58,10 +58,11 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. `shapes` are the leaves of its result; `attributes`: all after the operands.
+    """One line of a computation; `shapes` are the leaves of its result, `attributes` all text after the operands.
 
-    An operand `tuple.3#2` is an element of `tuple.3`, as newer compilers write `get-tuple-element(%tuple.3), index=2`; `parse` puts
-    that instruction before its first user. `result`: the text that `shapes` was read from.
+    An operand `tuple.3#2` is an element of `tuple.3`, as newer compilers write
+    `get-tuple-element(%tuple.3), index=2`; `parse` puts that instruction before its first user.
+    `result` is the text that `shapes` was read from.
     """
 
     name: str
@@ -75,40 +76,40 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of the result, all leaves."""
+        """Return the bytes of the result, all leaves."""
         return sum(shape.bytes for shape in self.shapes)
 
     @property
     def scope(self) -> str:
-        """The name stack of the JAX operation that it came from."""
+        """Return the name stack of the JAX operation that it came from."""
         found = _OP_NAME.search(self.attributes)
         return found.group(1) if found else ""
 
     @property
     def target(self) -> str:
-        """Of a custom call; else empty."""
+        """Return the target of a custom call, otherwise an empty string."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     def called(self, key: str) -> str | None:
-        """Name of the computation called as `calls`, `body`, `condition` or `to_apply`."""
+        """Return the name of the computation called as `calls`, `body`, `condition` or `to_apply`."""
         found = _CALLED[key].search(self.attributes)
         return found.group(1) if found else None
 
     def branches(self) -> list[str]:
-        """Computations of a conditional."""
+        """Return the computations of a conditional."""
         found = [a or b for a, b in _BRANCHES.findall(self.attributes)]
         return [
             name.strip().lstrip("%") for part in found for name in part.split(",") if name.strip()
         ]
 
     def dimensions(self, key: str) -> tuple[int, ...]:
-        """An attribute such as `dimensions={0,1}`; empty if there is none."""
+        """Return an attribute such as `dimensions={0,1}`; empty if there is none."""
         found = re.search(rf"\b{key}=\{{([\d,]*)\}}", self.attributes)
         return tuple(int(n) for n in found.group(1).split(",") if n) if found else ()
 
     def backend_config(self) -> dict[str, Any]:
-        """Backend's JSON; empty where it is none."""
+        """Return the backend's JSON; empty if there is none."""
         start = self.attributes.find("backend_config={")
         if start < 0:
             return {}
@@ -123,7 +124,7 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Computations by name, and the name of the entry."""
+    """The computations of a program by name, and the name of the entry."""
 
     computations: dict[str, Computation]
     entry: str
@@ -139,19 +140,19 @@ class Executed:
     known: bool = True
 
     def operands(self) -> list[Instruction]:
-        """Where the operands come from."""
+        """Return the instructions that the operands come from."""
         return [
             self.computation[name] for name in self.instruction.operands if name in self.computation
         ]
 
 
 def root(computation: Computation) -> Instruction:
-    """The instruction whose result is the computation's."""
+    """Return the instruction whose result is the computation's."""
     return next((i for i in computation.values() if i.root), list(computation.values())[-1])
 
 
 def parse(text: str) -> Module:
-    """Reads a module's text.
+    """Parse a module's text.
 
     Raises:
         ValueError: there is no entry computation.
@@ -178,12 +179,12 @@ def parse(text: str) -> Module:
 
 
 def executed(module: Module) -> Iterator[Executed]:
-    """Every instruction that runs, loops multiplied out; of a conditional, every branch. A fusion is one instruction."""
+    """Yield every instruction that runs, loops multiplied out, every branch of a conditional, a fusion as one."""
     yield from _executed(module, module.entry, 1, True)
 
 
 def nested(module: Module, run: Executed) -> Iterator[Executed]:
-    """What an instruction has inside: of a fusion, an asynchronous start or a kernel that XLA wrote, at all depths."""
+    """Yield what is inside a fusion, an asynchronous start or a kernel that XLA wrote, at all depths."""
     if run.instruction.opcode in ("async-update", "async-done"):
         return
     for single, several in _NESTED.findall(run.instruction.attributes):
@@ -217,7 +218,7 @@ def _executed(module: Module, name: str, count: int, known: bool) -> Iterator[Ex
 
 
 def _trips(module: Module, run: Executed) -> int | None:
-    """How often a loop runs: as the compiler noted it, else by the one constant that its condition compares with."""
+    """Return how often a loop runs: the compiler's note, or the one constant that its condition compares with."""
     loop = run.instruction
     noted = _TRIPS.search(loop.attributes)
     if noted:
@@ -239,7 +240,7 @@ def _trips(module: Module, run: Executed) -> int | None:
 
 
 def _counter(module: Module, run: Executed, compared: Executed) -> tuple[int, int]:
-    """Where a loop's counter begins and what is added to it, if constants say so; else 0 and 1, as of JAX's own loops."""
+    """Return a loop counter's start and increment, if they are constants, otherwise JAX's own 0 and 1."""
     index = next(
         (
             number(i.attributes, "index", -1)
@@ -268,7 +269,7 @@ def _tuple_element(
 
 
 def _constant(value: Instruction | None, computation: Computation) -> int | None:
-    """A whole number; None for anything else."""
+    """Return a whole number; None for anything else."""
     while value and value.opcode in ("copy", "bitcast"):
         value = computation.get(value.operands[0])
     return (
@@ -279,7 +280,7 @@ def _constant(value: Instruction | None, computation: Computation) -> int | None
 
 
 def _elements(operands: tuple[str, ...], computation: Computation) -> Computation:
-    """Instructions that take elements of tuples, for operands written `name#index`."""
+    """Return instructions that take elements of tuples, for operands written `name#index`."""
     found = {}
     for name in operands:
         base, _, index = name.partition("#")
@@ -299,7 +300,7 @@ def _elements(operands: tuple[str, ...], computation: Computation) -> Computatio
 
 
 def _split(shape: str) -> list[str]:
-    """The elements of a tuple's shape, which may be tuples again."""
+    """Return the elements of a tuple's shape, which may be tuples again."""
     parts, depth, start = [], 0, 1
     for i, letter in enumerate(shape):
         depth += (letter in "({[") - (letter in ")}]")
@@ -333,7 +334,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(line: str, start: int) -> int:
-    """Position after the parenthesis that closes the one at `start`."""
+    """Return the position after the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(line)):
         depth += (line[i] == "(") - (line[i] == ")")
@@ -365,12 +366,12 @@ def _dtype(kind: str) -> str:
 
 
 def window(attributes: str) -> dict[str, str]:
-    """Fields of a convolution's `window={...}`."""
+    """Return the fields of a convolution's `window={...}`."""
     found = re.search(r"\bwindow=\{([^}]*)\}", attributes)
     return dict(part.split("=") for part in found.group(1).split()) if found else {}
 
 
 def number(attributes: str, key: str, default: int = 1) -> int:
-    """A numeric attribute, as `key=3` or in JSON."""
+    """Return a numeric attribute, as `key=3` or in JSON."""
     found = re.search(rf'\b{key}"?[=:]\s*"?(\d+)', attributes)
     return int(found.group(1)) if found else default

@@ -1,13 +1,15 @@
-"""Lists the GEMMs of a traced program (a jaxpr), before any compiler has seen it.
+"""List the GEMMs of a traced program (a jaxpr), before compilation.
 
     traced = jax.jit(step).trace(state, batch)
     gemms = traced_gemms(traced.jaxpr)
 
-Cheap (no compilation) and the same on every device. On a device without FP8 units, FP8 arrays are widened just before
-the dot, so an operand counts as FP8 if only exact widening and movement of data stand between it and a float8 array.
+The list is cheap (no compilation) and the same on every device. On a device without FP8 units, FP8
+arrays are widened just before the dot, so an operand counts as FP8 if only exact widening and
+movement of data stand between it and a float8 array.
 
-What it does not do: say what the compiler makes of a dot (two e5m2 operands count as FP8 here, but no GPU multiplies
-them so: read the compiled program), or see through arithmetic (`q.astype(bfloat16) * scale` is not FP8).
+The list does not say what the compiler makes of a dot (two e5m2 operands count as FP8 here, but no
+GPU multiplies them so: read the compiled program), and does not see through arithmetic
+(`q.astype(bfloat16) * scale` is not FP8).
 """
 
 import math
@@ -61,7 +63,7 @@ Origins = list[str | None]  # for each value: the float8 dtype that it came from
 
 
 class _Place(NamedTuple):
-    """Where a jaxpr runs: its name stack, how often, and whether that is certain."""
+    """The place where a jaxpr runs: its name stack, how often it runs, and whether that number is certain."""
 
     scope: str = ""
     count: int = 1
@@ -69,10 +71,10 @@ class _Place(NamedTuple):
 
 
 def traced_gemms(closed_jaxpr: core.ClosedJaxpr) -> list[Gemm]:
-    """Every dot_general and fused attention of a program, in program order.
+    """Return every dot_general and fused attention of a program, in program order.
 
-    Lengths of scans are multiplied out, and the shards of shard_map; of a conditional, the branch with most FLOPs
-    counts; a while loop counts as one pass, with `count_known` False.
+    Lengths of scans and the shards of shard_map are multiplied out; the branch of a conditional
+    with most FLOPs counts; a while loop counts as one pass, with `count_known` False.
 
     Args:
         closed_jaxpr: `jax.jit(f).trace(...).jaxpr` or `jax.make_jaxpr(f)(...)`.
@@ -127,7 +129,7 @@ def _equation(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> tuple[list[
 
 
 def _moved(eqn: core.JaxprEqn, inputs: Origins) -> str | None:
-    """Origin of the result of a primitive without inner jaxprs."""
+    """Return the origin of the result of a primitive without inner jaxprs."""
     name = eqn.primitive.name
     if name == "convert_element_type":
         return inputs[0] if jnp.issubdtype(eqn.params["new_dtype"], jnp.floating) else None
@@ -153,7 +155,7 @@ def _opened(jaxpr: Any) -> core.Jaxpr:
 def _call(
     eqn: core.JaxprEqn, inner: list[core.Jaxpr], inputs: Origins, place: _Place
 ) -> tuple[list[Gemm], Origins]:
-    """Walk what runs inner jaxprs once: jit, custom VJP, remat, shard_map; or once a grid point: Pallas."""
+    """Walk what runs inner jaxprs once (jit, custom VJP, remat, shard_map) or once per grid point (Pallas)."""
     nothing = [None] * len(eqn.outvars)
     if eqn.primitive.name == "shard_map":
         place = place._replace(count=place.count * _shards(eqn))
@@ -187,7 +189,8 @@ def _scan(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> tuple[list[Gemm
         _opened(eqn.params["jaxpr"]),
         place._replace(count=place.count * eqn.params["length"]),
     )
-    # By shapes, because JAX's versions name these numbers differently: what is stacked has one dimension more outside.
+    # The kinds are found by shape, because JAX's versions name these numbers differently: stacked
+    # values have one dimension more outside.
     slices = sum(
         _ndim(outer) != _ndim(inner) for outer, inner in zip(eqn.invars, body.invars, strict=True)
     )
@@ -250,7 +253,7 @@ def _dot(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> Gemm:
 
 
 def _fused_attention(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> Gemm:
-    """Attention by cuDNN: two GEMMs forward, five backward. FLOPs of the whole square, also where a mask hides half."""
+    """Return the GEMM of attention by cuDNN: two forward, five backward, with FLOPs of the whole square despite masks."""
     query, key = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
     by_head = eqn.params.get("layout") in (1, "BNTH")
     batch, heads, time = query[0], query[1 if by_head else 2], query[2 if by_head else 1]
@@ -261,7 +264,7 @@ def _fused_attention(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> Gemm
 
 
 def _fused_kernel(eqn: core.JaxprEqn, place: _Place) -> list[Gemm]:
-    """The GEMMs that a kernel's scope names; its first operand is a vector of factors."""
+    """Return the GEMMs that a kernel's scope names; its first operand is a vector of factors."""
     lhs, rhs = (str(v.aval.dtype) for v in eqn.invars[1:3])
     return [
         Gemm(
@@ -305,7 +308,7 @@ def _gemm(
 def gemm_shape(
     lhs: Sequence[int], rhs: Sequence[int], dimension_numbers: tuple
 ) -> tuple[int, int, int, int]:
-    """(batch, m, n, k) of a dot_general of operands of these shapes."""
+    """Return (batch, m, n, k) of a dot_general of operands of these shapes."""
     (lhs_contract, rhs_contract), (lhs_batch, _) = dimension_numbers
     batch = math.prod(lhs[i] for i in lhs_batch)
     k = math.prod(lhs[i] for i in lhs_contract)

@@ -1,11 +1,12 @@
-"""How much memory a run may plan with: of a device at hand, of this machine, of a device that is only compiled for.
+"""Find how much memory a run may use: on a device at hand, on this machine, on a device that is only compiled for.
 
-    limit = limits.of_target(target)        # of the audit
-    limit = limits.of_devices(devices)      # at hand; None where neither the device nor the system tells
+    limit = limits.of_target(target)        # for the audit
+    limit = limits.of_devices(devices)      # devices at hand; None if unknown
     limit.usable                            # bytes that a program may need on one device
 
-A GPU or TPU reports what its allocator may take (`memory_stats()`). On a CPU it is what is free: of the machine, of the cgroups
-that this process is in, and of its own address space (`ulimit -v`), shared by the devices of the process. Nothing is allocated.
+A GPU or TPU reports what its allocator may take (`memory_stats()`). On a CPU the limit is what is
+free on the machine, in the cgroups that this process is in, and in its own address space (`ulimit
+-v`), shared by its devices. No memory is allocated.
 """
 
 import dataclasses
@@ -19,23 +20,25 @@ import jax
 from fp8jax.audit.roofline import DEVICES
 from fp8jax.audit.targets import Target
 
-# Part of a GPU's memory that JAX's allocator takes. JAX's own default, 3/4, leaves 20 GB of an H100 unused; what is left here
-# is for the CUDA context, NCCL's buffers and libraries.
+# The part of a GPU's memory that JAX's allocator takes. JAX's own default, 3/4, leaves 20 GB of an
+# H100 unused; the rest here is for the CUDA context, NCCL's buffers and libraries.
 MEMORY_FRACTION = 0.92
-# Part of the allocator's memory that a program may be planned to need: the rest is lost between arrays.
+# Part of the allocator's memory that a program may be planned to need: the rest is lost between
+# arrays.
 _PLANNED = {"gpu": 0.96, "tpu": 0.96, "cpu": 0.9}
-# Bytes of address space that a run takes beside its arrays: stacks and heaps of threads that begin later (measured: 1.2 GB).
+# Bytes of address space that a run takes beside its arrays: stacks and heaps of threads that begin
+# later (measured: 1.2 GB).
 _THREADS = 5 << 28
 _FRACTIONS = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
 
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """Memory of one device.
+    """The memory of one device.
 
-    bytes: what there is for arrays.
-    usable: what a program may be planned to need.
-    source: who says so, for people.
+    bytes: memory for arrays.
+    usable: bytes that a program may be planned to need.
+    source: where the number comes from, readable.
     """
 
     bytes: int
@@ -44,13 +47,13 @@ class Limit:
 
 
 def set_memory_fraction(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let JAX's allocator take MEMORY_FRACTION of a GPU, unless the user says otherwise. Call it before JAX starts."""
+    """Let JAX's allocator take MEMORY_FRACTION of a GPU, unless the user sets it; call this before JAX starts."""
     if not any(environment.get(name) for name in _FRACTIONS):
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(MEMORY_FRACTION)
 
 
 def of_target(target: Target) -> Limit | None:
-    """What a target's device has; None where that is not known."""
+    """Return the memory of a target's device; None if unknown."""
     if target.kind not in DEVICES:
         return of_devices(target.devices)
     device = DEVICES[target.kind]
@@ -63,7 +66,7 @@ def of_target(target: Target) -> Limit | None:
 
 
 def of_devices(devices: Sequence[jax.Device]) -> Limit | None:
-    """The least that any of this process's devices has free; None where that is not known."""
+    """Return the least free memory of this process's devices; None if unknown."""
     mine = [device for device in devices if device.process_index == jax.process_index()]
     if not mine:
         return None
@@ -87,10 +90,10 @@ def _limit(size: float, platform: str, source: str) -> Limit:
 
 
 def free_memory(root: pathlib.Path = pathlib.Path("/")) -> tuple[int, str]:
-    """Bytes that this process can still take of the host's memory, and what sets that bound.
+    """Return the bytes of host memory that this process can still take, and what sets that bound.
 
     Args:
-        root: where proc/ and sys/ are.
+        root: directory of proc/ and sys/.
     """
     bounds = [*_of_machine(root), *_of_cgroups(root), *_of_process(root)]
     return min(bounds, default=(1 << 62, "no bound known"))
@@ -103,7 +106,7 @@ def _of_machine(root: pathlib.Path) -> Iterable[tuple[int, str]]:
 
 
 def _of_cgroups(root: pathlib.Path) -> Iterable[tuple[int, str]]:
-    """Of every cgroup from this process's own up to the root: in a container the root is the container's."""
+    """Yield the bounds of every cgroup from this process's own up to the root, in a container the container's."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers == "":
@@ -141,7 +144,7 @@ def _of_process(root: pathlib.Path) -> Iterable[tuple[int, str]]:
 
 
 def _fields(path: pathlib.Path) -> Mapping[str, int]:
-    """Names and numbers of lines such as `MemAvailable:   1234 kB`."""
+    """Return names and numbers of lines such as `MemAvailable:   1234 kB`."""
     words = [line.replace(":", " ").split() for line in _lines(path)]
     return {found[0]: int(found[1]) for found in words if len(found) > 1 and found[1].isdigit()}
 

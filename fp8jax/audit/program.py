@@ -1,12 +1,12 @@
-"""Reads a program: its GEMMs and their dtypes, its collectives, its memory and the traffic beside the GEMMs.
+"""Read a program: its GEMMs and their dtypes, its collectives, its memory and the traffic besides the GEMMs.
 
     gemms = program.traced_gemms(traced.jaxpr)                # before compilation, the same on every device
     reading = program.read(compiled, mesh)                    # what the compiler made of it, on one device
     print(program.fp8_share(reading.gemms, {"qkv", "mlp_up", ...}), reading.memory.peak_bytes)
     for line in program.fallbacks(gemms, reading.gemms): ...  # asked for in FP8, compiled to something else
 
-Reading takes a fraction of a second; nothing is compiled or run. A plan is read, not a run: speed, autotuning and what a
-library does inside a call are not in it.
+Reading takes a fraction of a second; nothing is compiled or run. The program is a plan, not a run:
+speed, autotuning and what a library does inside a call are not in it.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class UnreadableError(ValueError):
-    """A compiled program without a text; the message is one line."""
+    """An error for a compiled program without a text; the message is one line."""
 
 
 # Opcodes whose results are names of other arrays, or are not arrays at all.
@@ -60,14 +60,14 @@ _PARTS = {"params": "params", "scaling": "scaling", "opt_state": "optimizer"}
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, as the compiler has planned them.
+    """The bytes on one device, as the compiler has planned them.
 
     arguments: part of the arguments → bytes: `params`, `optimizer`, `scaling`, `counters`, `batch`.
-    argument_bytes: of all arguments, padding included.
-    temporary_bytes: activations, gradients, workspaces: the arena that the compiler lays them out in.
-    output_bytes: of results that are not written over a donated argument.
-    details: `arguments` with the optimizer's parts: `first moment`, `second moment`, `scales of moments`, `remainders of params`.
-    host_bytes: of temporaries that wait in the host's memory.
+    argument_bytes: bytes of all arguments, padding included. temporary_bytes: activations,
+    gradients, workspaces: the arena that the compiler lays them out in. output_bytes: bytes of
+    results that are not written over a donated argument. details: `arguments` with the optimizer's
+    parts: `first moment`, `second moment`, `scales of moments`, `remainders of params`. host_bytes:
+    bytes of temporaries that wait in the host's memory.
     """
 
     arguments: Mapping[str, int]
@@ -79,13 +79,13 @@ class Memory:
 
     @property
     def peak_bytes(self) -> int:
-        """What a device must have free beside the runtime's own memory."""
+        """Return the bytes that a device must have free besides the runtime's own memory."""
         return self.argument_bytes + self.temporary_bytes + self.output_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A compiled program, of one device.
+    """A compiled program as one device runs it.
 
     wide: names of instructions with a 64-bit float result; there should be none.
     """
@@ -98,15 +98,17 @@ class Reading:
 
 
 def read(compiled: Any, mesh: Mesh, text: str | None = None) -> Reading:
-    """Reads an executable.
+    """Read an executable.
 
     Args:
         compiled: `jax.jit(step).lower(...).compile()`.
         mesh: the devices that it runs on.
-        text: the optimized program, where `compiled.as_text()` cannot give it (see targets.compile_step).
+        text: the optimized program, if `compiled.as_text()` cannot give it (see
+            targets.compile_step).
 
     Raises:
-        UnreadableError: the runtime cannot write the program as text (known of some TPU7x programs).
+        UnreadableError: the runtime cannot write the program as text (known of some TPU7x
+            programs).
     """
     try:
         module = hlo.parse(text or compiled.as_text())
@@ -129,14 +131,15 @@ def read(compiled: Any, mesh: Mesh, text: str | None = None) -> Reading:
 
 
 def largest_arrays(text: str, count: int = 12) -> list[dict[str, Any]]:
-    """The largest arrays that a program writes, equal ones together.
+    """Return the largest arrays that a program writes, equal ones together.
 
     Args:
         text: the optimized program.
         count: how many.
 
     Returns:
-        `dtype`, `dims`, `bytes` of one, `writers` (instructions that write one), `where` (the part of the step of the first).
+        For each, `dtype`, `dims`, `bytes` of one, `writers` (instructions that write one), `where`
+        (the first one's part of the step).
     """
     rows: dict[tuple, dict[str, Any]] = {}
     for run in hlo.executed(hlo.parse(text)):
@@ -160,7 +163,7 @@ def largest_arrays(text: str, count: int = 12) -> list[dict[str, Any]]:
 
 
 def fallbacks(asked: Iterable[Gemm], found: Iterable[Gemm]) -> list[str]:
-    """GEMMs, as 'role.pass: dtypes, kernel', that the traced program has in FP8 and the compiled one has not, or not at all."""
+    """Return GEMMs, as 'role.pass: dtypes, kernel', that are FP8 in the traced program and not so in the compiled one."""
     wanted = {(gemm.role, gemm.pass_name) for gemm in asked if gemm.fp8}
     by_name: dict[tuple[str, str], list[Gemm]] = {}
     for gemm in found:
@@ -178,7 +181,7 @@ def fallbacks(asked: Iterable[Gemm], found: Iterable[Gemm]) -> list[str]:
 
 
 def read_memory(compiled: Any) -> Memory:
-    """Of an executable."""
+    """Return the planned memory of an executable."""
     plan = compiled.memory_analysis()
     parts: dict[str, int] = {}
     details: dict[str, int] = {}
@@ -218,6 +221,6 @@ def _optimizer_part(path: tuple) -> str:
 
 
 def _part(path: tuple) -> str:
-    """Field of the state that an argument belongs to; the small ones are `counters`."""
+    """Return the field of the state that an argument belongs to; the small ones are `counters`."""
     name = next((key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)), None)
     return _PARTS.get(name, "counters") if name else "batch"

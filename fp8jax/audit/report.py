@@ -1,10 +1,11 @@
-"""The audit as one dictionary of plain values: what is written to JSON and printed as tables.
+"""Return the audit as one dictionary of plain values, which is written to JSON and printed as tables.
 
     found = report(step, target, reading, seconds)
     found["fp8_share"], found["memory"]["peak_bytes_per_device"], ...
 
-Units: bytes, FLOPs and seconds of one training step. `gemms`, `non_gemm_bytes`, `collectives` and `memory` are of one device;
-`block_gemm_flops` and `estimate.model_flops` are summed over all devices. docs/audit.md explains every key.
+Units: bytes, FLOPs and seconds of one training step. `gemms`, `non_gemm_bytes`, `collectives` and
+`memory` are of one device; `block_gemm_flops` and `estimate.model_flops` are summed over all
+devices. docs/audit.md explains every key.
 """
 
 import dataclasses
@@ -23,11 +24,12 @@ from fp8jax.audit.targets import Target
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What the audit must be told of a step, as it knows no model.
+    """A step's facts for the audit, which knows no model.
 
-    asked: GEMMs of the traced program. block_roles: the roles of a block's GEMMs; attention_roles: those among them whose
-    GEMMs may compute masked scores. model_flops: `linear`, `attention`, `head`: what the step must compute, by closed
-    formula. tokens: of one step. emulated: the target has no FP8 units.
+    asked: GEMMs of the traced program. block_roles: the roles of a block's GEMMs; attention_roles:
+    those among them whose GEMMs may compute masked scores. model_flops: `linear`, `attention`,
+    `head`: what the step must compute, by closed formula. tokens: of one step. emulated: the target
+    has no FP8 units.
     """
 
     mesh: Mesh
@@ -42,14 +44,14 @@ class Step:
 def report(
     step: Step, target: Target, reading: Reading, seconds: float, limit: Limit | None = None
 ) -> dict[str, Any]:
-    """All findings but `config`, which the caller knows.
+    """Return all findings but `config`, which the caller knows.
 
     Args:
-        step: what was compiled.
-        target: for which devices.
+        step: the step that was compiled.
+        target: the devices that it was compiled for.
         reading: the compiled step.
-        seconds: that tracing and compiling took.
-        limit: what a device has; None: not known.
+        seconds: seconds that tracing and compiling took.
+        limit: a device's memory; None if unknown.
     """
     count = len(target.devices)
     block = [gemm for gemm in reading.gemms if gemm.role in step.block_roles]
@@ -76,7 +78,7 @@ def report(
 
 
 def _gemm_rows(gemms: Sequence[Gemm]) -> list[dict[str, Any]]:
-    """Equal GEMMs as one row, in program order."""
+    """Return equal GEMMs as one row, in program order."""
     rows: dict[tuple, dict[str, Any]] = {}
     for g in gemms:
         key = (
@@ -125,7 +127,7 @@ def _traffic(reading: Reading) -> dict[str, Any]:
 
 
 def _collective_rows(reading: Reading) -> list[dict[str, Any]]:
-    """Summed by kind, dtype and axes: `bytes` of the whole arrays, `sent` by one device in a ring."""
+    """Return collectives summed by kind, dtype and axes: `bytes` of the whole arrays, `sent` by one device in a ring."""
     rows: dict[tuple, dict[str, Any]] = {}
     for c in reading.collectives:
         row = rows.setdefault(
@@ -161,7 +163,7 @@ def _memory(reading: Reading, target: Target, limit: Limit | None) -> dict[str, 
 
 
 def _estimate(step: Step, target: Target, reading: Reading) -> dict[str, Any]:
-    """FLOPs against the closed formula, and the roofline where the device's rates are known."""
+    """Return FLOPs against the closed formula, and the roofline if the device's rates are known."""
     found: dict[str, Any] = {
         "label": "an estimate at peak rates, not a measurement",
         "model_flops": _flops(step, reading, len(target.devices)),
@@ -188,7 +190,7 @@ def _estimate(step: Step, target: Target, reading: Reading) -> dict[str, Any]:
 
 
 def _flops(step: Step, reading: Reading, devices: int) -> dict[str, int]:
-    """What the compiled step's GEMMs compute beside the model's own FLOPs; `counted` is the sum of the rest."""
+    """Return what the compiled step's GEMMs compute besides the model's own FLOPs; `counted` is the sum of the rest."""
 
     def summed(*, repeated: bool, attention: bool | None = None) -> int:
         chosen = [

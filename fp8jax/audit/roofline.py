@@ -1,12 +1,13 @@
-"""How long a step could take at best, from a compiled program and a device's peak rates. An estimate, not a measurement.
+"""Estimate the least time of a step from a compiled program and a device's peak rates; nothing is measured.
 
     found = estimate(reading, DEVICES["h100"], mesh, per_node=8, model_flops=flops_of_one_device)
     found.step_seconds, found.mfu_bf16, found.mfu_fp8
 
-Each GEMM takes the longer of its FLOPs at the peak of its dtype and its bytes at the memory's bandwidth; everything else its
-bytes; a collective the bytes that a ring sends at the rate of the links, between nodes at that of all their ports. Kernels
-are taken to run one after another, at peak rates, collectives hidden behind them as far as they go. Real kernels do not
-reach peak rates, so a real step is slower.
+A GEMM takes the longer of its FLOPs at the peak of its dtype and its bytes at the memory's
+bandwidth; other instructions take the time of their bytes; a collective takes that of the bytes
+that a ring sends, at the rate of the links, between nodes at that of all their ports. Kernels are
+assumed to run one after another, at peak rates, with collectives hidden behind them where possible.
+Real kernels do not reach peak rates, so a real step is slower.
 """
 
 import dataclasses
@@ -24,10 +25,10 @@ from fp8jax.audit.traffic import total
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Peak rates of one device, dense (without structured sparsity). `fp8` is `bf16` where there are no FP8 units.
+    """The peak rates of one device, dense (without structured sparsity); `fp8` equals `bf16` without FP8 units.
 
-    bf16, fp8: FLOP/s. memory: bytes/s. link: bytes/s that a device can send to others nearby. network: bytes/s to other
-    nodes. capacity: bytes of memory.
+    bf16, fp8: FLOP/s. memory: bytes/s. link: bytes/s that a device can send to others nearby.
+    network: bytes/s to other nodes. capacity: bytes of memory.
     """
 
     name: str
@@ -99,7 +100,7 @@ DEVICES = {
 
 
 def device_of(kind: str) -> Device | None:
-    """Peak rates of a device by what JAX calls it ('NVIDIA H100 80GB HBM3'), where they are known."""
+    """Return the peak rates of a device by JAX's name of it ('NVIDIA H100 80GB HBM3'); None if unknown."""
     return next(
         (device for name, device in DEVICES.items() if name in kind.lower().replace(" ", "-")), None
     )
@@ -107,7 +108,7 @@ def device_of(kind: str) -> Device | None:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds on one device at peak rates, and the utilisation that they would mean."""
+    """The seconds on one device at peak rates, and the utilisation that they would mean."""
 
     gemm_seconds: float
     memory_seconds: float
@@ -121,14 +122,14 @@ class Estimate:
 def estimate(
     reading: Reading, device: Device, mesh: Mesh, *, per_node: int, model_flops: float
 ) -> Estimate:
-    """Roofline of one step.
+    """Return the roofline of one step.
 
     Args:
         reading: the compiled step.
         device: peak rates.
-        mesh: of the step.
+        mesh: the step's mesh.
         per_node: devices, in mesh order, that share fast links.
-        model_flops: what one device's share of the step must compute.
+        model_flops: FLOPs that one device's share of the step must compute.
     """
     gemm = sum(_gemm_seconds(g, device) for g in reading.gemms)
     memory = total(reading.traffic) / device.memory
@@ -166,7 +167,7 @@ def _collective_seconds(
 
 
 def _rate(axes: tuple[str, ...], device: Device, mesh: Mesh, per_node: int) -> float:
-    """Bytes/s of a collective along these mesh axes: of the links inside a node, or of all network ports of its members there."""
+    """Return bytes/s of a collective along mesh axes: of a node's links, or of all network ports of its members there."""
     ids = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
     group = ids[
         tuple(slice(None) if axis in axes or "?" in axes else 0 for axis in mesh.shape)

@@ -1,4 +1,4 @@
-"""Names of the devices that targets.py can find. Imports no JAX."""
+"""The names of the devices that targets.py can find; this module imports no JAX."""
 
 GPUS = ("h100", "h200", "b200")
 # Name → libtpu's name of the generation, dimensions of a topology, chips of the host-sized one.

@@ -1,12 +1,12 @@
-"""Devices to compile for, at hand or not: `h100:8`, `h100:64x8`, `h200:8`, `b200:8`, `tpu-v5p:4`, `tpu7x:4`, `local`.
+"""Find devices to compile for, at hand or not: `h100:8`, `h100:64x8`, `h200:8`, `b200:8`, `tpu-v5p:4`, `tpu7x:4`, `local`.
 
     target = resolve("h100:8")
     mesh = make_mesh(config, target.devices)
     executable, text = compile_step(jitted.trace(...), target)
 
-GPUs come from target texts (target_texts/), TPUs from libtpu's topologies; neither needs the device, both need the
-plugins of requirements-audit.txt. Import JAX with JAX_PLATFORMS=cpu, or it looks for the devices first. A program
-compiled for a target cannot be run here.
+GPUs come from target texts (target_texts/), TPUs from libtpu's topologies; neither needs the
+device, both need the plugins of requirements-audit.txt. Import JAX with JAX_PLATFORMS=cpu, or it
+looks for the devices first. A program compiled for a target cannot be run here.
 """
 
 import dataclasses
@@ -24,7 +24,8 @@ from jax.experimental import topologies
 
 from fp8jax.audit.target_names import FORMS, GPUS, TPUS
 
-# Keeps libtpu from asking Google Cloud which machine this is, and from complaining that it is none; any known type will do.
+# This keeps libtpu from asking Google Cloud which machine this is, and from complaining that it is
+# none; any known type works.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -35,12 +36,12 @@ _INSTALL = "pip install -r requirements-audit.txt"
 
 
 class TargetError(ValueError):
-    """A target that cannot be compiled for; the message is one line."""
+    """An error for a target that cannot be compiled for; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices of one kind.
+    """The devices of one kind.
 
     kind: key of roofline.DEVICES: `h100`, `tpu7x` ...; `local`.
     devices: in mesh order; compile-only unless local.
@@ -55,10 +56,10 @@ class Target:
 
 
 def resolve(name: str) -> Target:
-    """Finds a target's devices.
+    """Find a target's devices.
 
     Raises:
-        TargetError: an unknown target or size, or a plugin that is not installed.
+        TargetError: the target or size is unknown, or a plugin is not installed.
     """
     kind, _, size = name.partition(":")
     if kind == "local":
@@ -74,7 +75,7 @@ def resolve(name: str) -> Target:
 
 
 def _local(name: str, size: str) -> Sequence[jax.Device]:
-    """All devices that are here, or as many of them as the target says."""
+    """Return all devices that are here, or as many of them as the target names."""
     devices = jax.devices()
     if not size:
         return devices
@@ -91,18 +92,21 @@ def _local(name: str, size: str) -> Sequence[jax.Device]:
 
 
 def compile_step(traced: Any, target: Target) -> tuple[Any, str | None]:
-    """Compiles a traced step for a target.
+    """Compile a traced step for a target.
 
     Returns:
-        The executable, and the optimized program's text where the executable's own `as_text()` is not to be relied on.
+        The executable, and the optimized program's text if the executable's own `as_text()` is not
+        reliable.
     """
     if target.platform == "gpu" and target.kind != "local":
-        # Without a device there is nothing to tune on; the library's first choice stands for its kernels.
+        # Without a device there is nothing to tune on; the library's first choice stands for its
+        # kernels.
         return traced.lower(lowering_platforms=("cuda",)).compile(
             compiler_options={"xla_gpu_autotune_level": "0"}
         ), None
     if target.platform == "tpu":
-        # libtpu's text of programs with SparseCore collectives cannot be read back (jax 0.10.2); what it dumps can.
+        # libtpu's text of programs with SparseCore collectives cannot be read back (jax 0.10.2);
+        # what it dumps can.
         with tempfile.TemporaryDirectory() as directory:
             options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
             executable = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=options)
@@ -147,7 +151,7 @@ def _tpus(name: str, kind: str, size: str) -> Target:
 
 
 def _tpu_shape(name: str, chips: int, axes: int) -> str:
-    """The most even topology of this many chips, the largest size last but at least 2x2."""
+    """Return the most even topology of this many chips, the largest size last but at least 2x2."""
     shape = [1] * axes
     if chips < 4 or chips & (chips - 1):
         raise TargetError(

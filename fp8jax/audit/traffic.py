@@ -1,10 +1,11 @@
-"""Counts what moves through a device's memory beside the GEMMs: bytes that fusions, copies and transposes read and write.
+"""Count what moves through a device's memory besides the GEMMs: bytes that fusions, copies and transposes read and write.
 
     rows = traffic(module)                          # [Traffic("fusion", "attention", read, written, executions), ...]
 
-A fusion reads each of its inputs once and writes its results once; of an array that it only slices, or updates in
-place, it touches the slice. Caches are not modelled. FP8 arrays written transposed, which tensor cores that want both
-operands contraction-major need, are rows of their own (TRANSPOSED_FP8).
+A fusion reads each of its inputs once and writes its results once; of an array that it only slices,
+or updates in place, it touches the slice. Caches are not modelled. FP8 arrays written transposed,
+as tensor cores need them that take both operands contraction-major, are rows of their own
+(TRANSPOSED_FP8).
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ _FREE = frozenset(
 _FUSIONS = (
     "fusion",
     "fusion-start",
-)  # the latter goes on beside others, as XLA of jax 0.11 runs loops' slices and updates
+)  # the latter runs beside others, as XLA of jax 0.11 runs loops' slices and updates
 _CALLS = ("async-start", "call")
 _NO_WORK = ("AllocateBuffer", "ConcatBitcast", "Sharding", "annotate_device_placement")
 _SAME = ("bitcast", "copy", "reshape")
@@ -57,7 +58,7 @@ _PLACES = ("quantise_weight", "optimizer", "loss", "attention", "feed_forward")
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes of all executions in a step, on one device. `where`: the part of the step, by its named scope."""
+    """The bytes of all executions in a step, on one device; `where` is the part of the step, by its named scope."""
 
     kind: str
     where: str
@@ -67,7 +68,7 @@ class Traffic:
 
 
 class _Moved(NamedTuple):
-    """Bytes of one execution; of those written, the FP8 bytes that are transposed, and whether that is all it does."""
+    """The bytes of one execution; of those written, the FP8 bytes that are transposed, and whether that is all it does."""
 
     read: int
     written: int
@@ -76,7 +77,7 @@ class _Moved(NamedTuple):
 
 
 def traffic(module: Module) -> list[Traffic]:
-    """Every executed instruction that is neither a GEMM nor a collective, summed by kind and place."""
+    """Return every executed instruction that is neither a GEMM nor a collective, summed by kind and place."""
     totals: dict[tuple[str, str], list[int]] = {}
     for run in hlo.executed(module):
         if _is_free(run.instruction) or _is_collective(module, run) or is_gemm(module, run):
@@ -102,7 +103,7 @@ def traffic(module: Module) -> list[Traffic]:
 
 
 def total(rows: Iterable[Traffic]) -> int:
-    """Bytes read and written."""
+    """Return the bytes read and written."""
     return sum(row.read + row.written for row in rows)
 
 
@@ -131,7 +132,7 @@ def _kind(instruction: Instruction) -> str:
 
 
 def place(scope: str) -> str:
-    """Part of the step that a name stack lies in, the innermost one."""
+    """Return the part of the step that a name stack lies in, the innermost one."""
     parts = [part for part in scope.replace("(", "/").replace(")", "/").split("/") if part]
     return next(
         (place for part in reversed(parts) for place in _PLACES if part.startswith(place)), ""
@@ -163,7 +164,7 @@ def _moved(module: Module, run: Executed) -> _Moved:
 
 
 def _called(module: Module, body: Computation) -> _Moved:
-    """All of a computation."""
+    """Return the bytes of a whole computation."""
     work = [i for i in body.values() if i.opcode in _CALLS or not _is_free(i)]
     parts = [_moved(module, Executed(i, body)) for i in work]
     read, written, transposed = (sum(part[n] for part in parts) for n in range(3))
@@ -173,7 +174,7 @@ def _called(module: Module, body: Computation) -> _Moved:
 
 
 def _reorders(instruction: Instruction, operands: list[Instruction]) -> bool:
-    """Whether a copy or transpose writes FP8 bytes in another order than it reads them."""
+    """Return whether a copy or transpose writes FP8 bytes in another order than it reads them."""
     if (
         instruction.opcode not in ("copy", "transpose")
         or not operands
@@ -228,7 +229,7 @@ def _parameters(body: Computation) -> dict[int, Instruction]:
 
 
 def _read(value: Instruction, users: dict[str, list[Instruction]], module: Module) -> int:
-    """Bytes of a fusion's input that are read: only slices of it, where only slices are used."""
+    """Return the bytes of a fusion's input that are read: only slices of it, if only slices are used."""
     needed = 0
     for user in users.get(value.name, []):
         body = (
@@ -240,7 +241,7 @@ def _read(value: Instruction, users: dict[str, list[Instruction]], module: Modul
             needed += user.bytes
         elif not user.root and (
             user.opcode in _SAME or body and _only_renames(body)
-        ):  # for TPUs in other tiles
+        ):  # on TPUs in other tiles
             needed += _read(user, users, module)
         elif body:
             needed += _read(
@@ -256,7 +257,7 @@ def _only_renames(body: Computation) -> bool:
 
 
 def _written(leaf: Instruction, body: Computation) -> int:
-    """Bytes that a fusion writes for one result: of an update in place, the update."""
+    """Return the bytes that a fusion writes for one result; for an update in place, those of the update."""
     origin = leaf
     while origin.opcode in _RENAMES and origin.operands and origin.operands[0] in body:
         origin = body[origin.operands[0]]
@@ -266,7 +267,7 @@ def _written(leaf: Instruction, body: Computation) -> int:
 
 
 def _transposed(leaf: Instruction, body: Computation) -> bool:
-    """Whether a fusion's FP8 result comes out of a transpose."""
+    """Return whether a fusion's FP8 result comes out of a transpose."""
     if not _one_byte(leaf.shapes[0]):
         return False
     origin = leaf
@@ -278,5 +279,5 @@ def _transposed(leaf: Instruction, body: Computation) -> bool:
 
 
 def _one_byte(array: Array) -> bool:
-    """FP8, or its bytes as integers, as which quantised tensors are saved for the backward pass."""
+    """Return whether an array is FP8, or its bytes as integers, as quantised tensors are saved for the backward pass."""
     return (is_fp8(array.dtype) or array.dtype == "uint8") and array.size > 1

@@ -1,4 +1,4 @@
-"""Entries of a log in a bounded number of buckets, whatever the log's length."""
+"""Gather the entries of a log in a bounded number of buckets, however long the log is."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def _last_known(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """The last value of each bucket that is known, NaN where none is."""
+    """Return the last known value of each bucket, NaN where none is."""
     places = np.maximum.accumulate(np.where(np.isnan(values), -1, np.arange(len(values))))
     ends = places[np.append(starts[1:], len(values)) - 1]
     return np.where(ends >= starts, values[ends], np.nan)
@@ -21,7 +21,7 @@ def _last(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return values[np.append(starts[1:], len(values)) - 1]
 
 
-# How the entries of a bucket that begins at each of `starts` become one; NaN is a value that is not known.
+# How the entries of a bucket that begins at each of `starts` become one; NaN is an unknown value.
 FIRST, LAST, LAST_KNOWN = _first, _last, _last_known
 LEAST, MOST, ANY, SUM = (
     np.fmin.reduceat,
@@ -32,11 +32,11 @@ LEAST, MOST, ANY, SUM = (
 
 
 class Buckets:
-    """Entries in buckets of equally many: when there are too many buckets, neighbours become one.
+    """Entries in buckets of equal size: when there are too many buckets, neighbours become one.
 
     Args:
-        kinds: of each column, how entries of a bucket become one.
-        most: buckets that are kept; even.
+        kinds: for each column, how entries of a bucket become one.
+        most: the number of buckets that are kept; even.
 
     Attributes:
         count: entries so far.
@@ -48,7 +48,7 @@ class Buckets:
         self._rest: dict[str, np.ndarray] = {}  # fewer entries than make a bucket
 
     def add(self, entries: dict[str, np.ndarray]) -> None:
-        """Take entries: columns [entries] or [entries, layers]."""
+        """Add entries: columns [entries] or [entries, layers]."""
         self.count += len(entries["from"])
         rest = {name: _joined([self._rest.get(name), values]) for name, values in entries.items()}
         while (room := min(len(rest["from"]) // self._each, self._most - self._size())) > 0:
@@ -75,7 +75,7 @@ class Buckets:
         return {name: self._kinds[name](values, starts) for name, values in columns.items()}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return all that they hold, for `restore`."""
+        """Return the whole content, for `restore`."""
         parts = {"whole": self._whole, "rest": self._rest}
         columns = {
             f"{part} {name}": values
@@ -94,7 +94,7 @@ class Buckets:
         self._whole, self._rest = parts
 
     def reduced(self, points: int) -> dict[str, np.ndarray]:
-        """At most `points` buckets, of equally many entries as nearly as those that are kept allow."""
+        """Return at most `points` buckets, of as equal size as the kept ones allow."""
         rest = len(self._rest["from"])
         last = self._merged(self._rest, np.zeros(1, int)) if rest else self._rest
         columns = {name: _joined([self._whole.get(name), values]) for name, values in last.items()}
@@ -104,7 +104,7 @@ class Buckets:
 
 
 def _joined(parts: list[np.ndarray | None]) -> np.ndarray:
-    """Rows of two arrays, one after another, as wide as the wider one."""
+    """Concatenate rows of several arrays, as wide as the widest."""
     there = [part for part in parts if part is not None]
     if there[-1].ndim == 1:
         return np.concatenate(there)
@@ -115,6 +115,6 @@ def _joined(parts: list[np.ndarray | None]) -> np.ndarray:
 
 
 def wider(values: np.ndarray, width: int, fill: Any) -> np.ndarray:
-    """An array with so many columns, new ones filled."""
+    """Return an array widened to `width` columns, new ones filled with `fill`."""
     missing = [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])]
     return np.pad(values, missing, constant_values=fill) if width > values.shape[-1] else values

@@ -1,4 +1,4 @@
-"""What a log says up to a byte: lines and tables, and what could not be read."""
+"""Gather what a log holds up to a byte: lines and tables, and what could not be read."""
 
 import math
 import pathlib
@@ -35,23 +35,24 @@ MAPS = {
     "snr": True,
     "rms": False,
 }
-# Layers of all tensors and statistics, twice as many as a model of 126 layers has; and a bound of steps: what JavaScript counts exactly.
+# Layers of all tensors and statistics, twice as many as a model of 126 layers has; and a bound of
+# steps: what JavaScript counts exactly.
 ROWS, STEPS = 100_000, 2**53
 
 
 class Damage:
-    """Lines of a log that cannot be read: how many, and the first of them."""
+    """The lines of a log that cannot be read: how many, and the first of them."""
 
     def __init__(self):
         self._count, self._first = 0, ""
 
     def add(self, error: Callable[[], MetricsError]) -> None:
-        """Count a line; the first error is made."""
+        """Count a line; only for the first one is the error made."""
         self._first = self._first or str(error())
         self._count += 1
 
     def lines(self) -> list[str]:
-        """What to say of them."""
+        """Return the problems to report."""
         if not self._count:
             return []
         more = f", and {self._count - 1:,} more" if self._count > 1 else ""
@@ -59,7 +60,7 @@ class Damage:
 
 
 class Gathered:
-    """What a log says up to a byte.
+    """The content of a log up to a byte.
 
     Attributes:
         end: the byte.
@@ -75,20 +76,20 @@ class Gathered:
         self.maps: dict[str, dict[str, Table]] = {name: {} for name in MAPS}
 
     def read(self, path: pathlib.Path) -> None:
-        """Go on from `end` to the end of the log.
+        """Read from `end` to the end of the log.
 
         Raises:
             MetricsError: there is no log.
         """
         damage = Damage()
         for end, record in ended_lines(path, self.end, damage.add):
-            if end > self.end:  # else a last line that is still being written
+            if end > self.end:  # otherwise a last line that is still being written
                 self._add(record)
             self.end = end
         self.problems.update(damage.lines())
 
     def restored(self, end: int, problems: list[str]) -> None:
-        """Take what was gathered up to a byte, beside lines and tables."""
+        """Restore what was gathered up to a byte, besides lines and tables."""
         self.end, self.problems = end, set(problems)
         self._rows = sum(table.layers for tables in self.maps.values() for table in tables.values())
 
@@ -110,7 +111,7 @@ class Gathered:
                 self._add_layers(statistic, tensor, record["step"], value)
 
     def _add_layers(self, statistic: str, tensor: str, step: int, values: list[Any]) -> None:
-        """Take values of layers; of more layers and tensors than any model has, the first ones."""
+        """Add values of layers; beyond ROWS layers of all tensors, only those that came first."""
         layers, found = _layers(values)
         known = self.maps[statistic].get(tensor)
         more = len(values) - (known.layers if known else 0)
@@ -125,16 +126,16 @@ class Gathered:
         self.table(statistic, tensor).add(step, layers, found)
 
     def line(self, name: str) -> Line:
-        """Return a line, a new one where there is none."""
+        """Return a line, a new one if there is none."""
         return self.series.get(name) or self.series.setdefault(name, Line())
 
     def table(self, statistic: str, tensor: str) -> Table:
-        """Return a table, a new one where there is none."""
+        """Return a table, a new one if there is none."""
         return self.maps[statistic].get(tensor) or self.maps[statistic].setdefault(tensor, Table())
 
 
 def _layers(values: list[float | str | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Layers that have a value, and the values; "inf" and "-inf" are NaN as well."""
+    """Return the layers that have a value, and the values; "inf" and "-inf" become NaN."""
     try:
         found = np.asarray(values, np.float64)
         if found.ndim == 1:
@@ -147,7 +148,7 @@ def _layers(values: list[float | str | None]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _number(value: Any) -> float:
-    """A float; NaN for what is none."""
+    """Return the value as a float; NaN if it is none."""
     try:
         return float(value) if isinstance(value, int | float) else math.nan
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Numbers of a log in bounded memory: one a step (Line), or one a layer and step (Table)."""
+"""Keep numbers of a log in bounded memory: one per step (Line), or one per layer and step (Table)."""
 
 import base64
 import math
@@ -9,14 +9,15 @@ import numpy as np
 from fp8jax.monitor.buckets import ANY, FIRST, LAST, LAST_KNOWN, LEAST, MOST, SUM, Buckets, wider
 
 POINTS, MAP_POINTS = 600, 240
-# Buckets kept while a log is read, from which at last so many are made; entries that wait to be put into them.
+# Buckets that are kept while a log is read, buckets that are made from them in the end, and entries
+# that wait to be added.
 FINE, FINE_MAP = 8 * POINTS, 2 * MAP_POINTS
 _WAITING, _WAITING_ROWS = 1024, 32
 MISSING, NON_FINITE, FIRST_CODE, LAST_CODE = 0, 1, 2, 65535
 
 
 class Line:
-    """One number a logged step, in bounded memory."""
+    """One number per logged step, in bounded memory."""
 
     def __init__(self):
         self._steps, self._values, self._total, self._last = [], [], 0.0, 0
@@ -33,7 +34,7 @@ class Line:
         )
 
     def add(self, step: int, value: float) -> None:
-        """Take a logged step's value."""
+        """Add a logged step's value."""
         self._steps.append(step)
         self._values.append(value)
         if len(self._steps) >= _WAITING:
@@ -55,7 +56,7 @@ class Line:
         self._steps, self._values = [], []
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return all that it holds, for `restore`."""
+        """Return the whole content, for `restore`."""
         self._flush()
         return {"sums": np.asarray([self._total, self._last]), **self._buckets.arrays()}
 
@@ -65,12 +66,12 @@ class Line:
         self._buckets.restore(arrays)
 
     def total(self) -> float | None:
-        """Sum over all steps, those between logged ones too; None where it has become none."""
+        """Return the sum over all steps, those between logged ones too; None if it is not a number."""
         self._flush()
         return self._total if math.isfinite(self._total) else None
 
     def reduced(self, points: int) -> dict[str, list]:
-        """Of each bucket: first and last step; smallest, largest and last finite value; how many were not finite."""
+        """Return for each bucket its first and last step, smallest, largest and last finite value, and non-finite count."""
         self._flush()
         found = self._buckets.reduced(points)
         out: dict[str, list] = {name: found[name].tolist() for name in ("from", "to")}
@@ -82,7 +83,7 @@ class Line:
 
 
 class Table:
-    """A value a layer, of each logged step that has them, in bounded memory."""
+    """One value per layer and logged step, in bounded memory."""
 
     def __init__(self):
         self.layers, self._steps, self._rows = 0, [], []
@@ -92,7 +93,7 @@ class Table:
         )
 
     def add(self, step: int, layers: np.ndarray, values: np.ndarray) -> None:
-        """Take values of some layers, in one step."""
+        """Add one step's values of some layers."""
         self._steps.append(step)
         self._rows.append((layers, values))
         self.layers = max(self.layers, int(layers.max()) + 1)
@@ -119,7 +120,7 @@ class Table:
         self._steps, self._rows = [], []
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return all that it holds, for `restore`."""
+        """Return the whole content, for `restore`."""
         self._flush()
         return {"finite": self._ever_finite, **self._buckets.arrays()}
 
@@ -129,7 +130,7 @@ class Table:
         self._buckets.restore(arrays)
 
     def reduced(self, points: int, *, smallest: bool) -> dict[str, Any]:
-        """Buckets' steps; `cells`: layers x buckets of 16-bit codes, base64, between `low` and `high`, of logarithms if `log`."""
+        """Return buckets' steps, and `cells`: layers x buckets of 16-bit codes in base64, `low` to `high`, in logs if `log`."""
         self._flush()
         found = self._buckets.reduced(points)
         worst = found["min" if smallest else "max"].T
@@ -145,7 +146,7 @@ class Table:
 
 
 def _coded(values: np.ndarray, bad: np.ndarray) -> dict[str, Any]:
-    """Values in 16 bits: MISSING, NON_FINITE, or from FIRST_CODE up between low and high; of logarithms where all are positive."""
+    """Encode values in 16 bits: MISSING, NON_FINITE, or from FIRST_CODE up, low to high; logarithms if all are positive."""
     finite = values[np.isfinite(values)]
     positive = finite[finite > 0]
     log = bool(positive.size) and bool((finite >= 0).all())
@@ -162,7 +163,7 @@ def _coded(values: np.ndarray, bad: np.ndarray) -> dict[str, Any]:
             (known - bottom) / (top - bottom or 1.0) * (LAST_CODE - FIRST_CODE)
         ).astype(np.uint16)
         zero = log and bool((finite == 0).any())
-        if zero:  # the code of the smallest stands for 0: below everything that is not
+        if zero:  # the code of the smallest stands for 0, below all other values
             codes[seen] = np.where(
                 values[seen] == 0, FIRST_CODE, np.maximum(codes[seen], FIRST_CODE + 1)
             )
@@ -179,5 +180,5 @@ def _coded(values: np.ndarray, bad: np.ndarray) -> dict[str, Any]:
 
 
 def _short(value: float) -> float | None:
-    """Six digits: what a chart can show, in half the bytes; None where nothing is known."""
+    """Round to the six digits that a chart can show, in half the bytes; None if the value is unknown."""
     return None if math.isnan(value) else float(f"{value:.6g}")

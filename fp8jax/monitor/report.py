@@ -1,9 +1,10 @@
-"""One page that shows runs: self-contained HTML, opened from disk or sent by mail, without network.
+"""Write one page that shows runs: self-contained HTML, opened from disk or sent by mail, without network.
 
     write_report(["runs/fp8", "runs/bf16"], "report.html")
 
-What is read of a run, and how it is made small, is in report_data.py; the page itself, plain JavaScript of our own that draws
-on canvases, in report_page/. While a run trains, `Refresher` has another process write its page now and then.
+report_data.py reads and reduces a run's data; the page itself, plain JavaScript of our own that
+draws on canvases, is in report_page/. While a run trains, `Refresher` lets another process write
+its page from time to time.
 """
 
 import contextlib
@@ -21,10 +22,10 @@ import fp8jax
 from fp8jax.monitor import log_series, report_data
 
 PAGE = pathlib.Path(__file__).parent / "report_page"
-# In this order they are one script: what is said at the top level uses what stands above it.
+# In this order they form one script: top-level code uses what stands above it.
 SCRIPTS = ("axes.js", "charts.js", "cards.js", "page.js")
-CELLS = 1_350_000  # of all maps of all runs, 2.7 bytes each in the page
-SHARE = 20  # a refresh that took a second comes again after as many seconds at the earliest
+CELLS = 1_350_000  # cells of all maps of all runs, 2.7 bytes each in the page
+SHARE = 20  # a refresh waits at least this multiple of the time that the last one took
 
 
 def write_report(
@@ -34,11 +35,11 @@ def write_report(
     remember: bool = False,
     note: Callable[[str], object] = lambda line: None,
 ) -> pathlib.Path:
-    """Writes the page, whole or not at all; returns its path. It shows what there is, and says what is missing.
+    """Write the page atomically and return its path; it shows what there is, and says what is missing.
 
     Args:
-        workdirs: of runs.
-        out: the page.
+        workdirs: directories of runs.
+        out: path of the page.
         remember: as in `report_data.read_run`.
         note: receives a line on each thing that is missing.
 
@@ -96,11 +97,12 @@ def _page(data: dict) -> str:
 
 
 class Refresher:
-    """Keeps WORKDIR/report.html up to date while a run trains, in another process of low priority.
+    """A writer that keeps WORKDIR/report.html up to date while a run trains, in another process of low priority.
 
     Args:
-        workdir: of the run.
-        minutes: between refreshes, or more where writing the page takes long; 0: never.
+        workdir: directory of the run.
+        minutes: least time between refreshes, longer if writing the page takes long; 0 never
+            refreshes.
     """
 
     def __init__(self, workdir: str | pathlib.Path, minutes: float):
@@ -109,7 +111,7 @@ class Refresher:
         self._due = self._started = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
-        """Called after each logged step: starts a refresh if one is due; takes no time."""
+        """Start a refresh if one is due, without waiting for it; called after each logged step."""
         now = time.monotonic()
         if self._process is not None and self._process.poll() is not None:
             self._pause, self._process = SHARE * (now - self._started), None
@@ -137,14 +139,14 @@ class Refresher:
             )
 
     def close(self) -> None:
-        """Writes the page a last time; a page that cannot be written is told, and stops nothing."""
+        """Write the page a last time; a page that cannot be written is logged and not raised."""
         try:
             if self._process is not None:
                 self._process.terminate()
                 self._process.wait()
             if self._minutes and (self._workdir / "metrics.jsonl").exists():
                 write_report([self._workdir], self._workdir / "report.html", remember=True)
-        except Exception as error:  # whatever is in the logs: a run does not fail by its picture
+        except Exception as error:  # a run must not fail because of its report
             logging.getLogger(__name__).warning(
                 "report.html was not written: %s: %s", type(error).__name__, error
             )

@@ -1,10 +1,10 @@
-"""What a report has gathered of a run's log, kept in WORKDIR/report.npz: the next one reads only what was logged since.
+"""Keep what a report gathered of a run's log in WORKDIR/report.npz, so that the next one reads only what was logged since.
 
-    load(workdir, gathered)         # nothing where there is no such file, or the log is another one
+    load(workdir, gathered)         # does nothing if there is no such file, or the log is another one
     gathered.read(workdir / "metrics.jsonl")
     save(workdir, gathered)
 
-Only the report that a run keeps up to date has it. It may be deleted at any time.
+Only the report that a run keeps up to date writes this file. It may be deleted at any time.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ import numpy as np
 
 NAME = "report.npz"
 VERSION = 2
-_BEFORE = 1 << 16  # bytes of the log before the place where it goes on, by which it is known again
+_BEFORE = 1 << 16  # bytes of the log before the place to continue at, by which it is recognised
 
 
 def load(workdir: pathlib.Path, gathered: Any) -> None:
-    """Restore a `gathered.Gathered` that is new, if what was kept is of the log that is there."""
+    """Restore a new `gathered.Gathered`, if the file was kept for this log."""
     try:
         with np.load(workdir / NAME, allow_pickle=False) as kept:
             about = json.loads(str(kept["about"]))
@@ -39,7 +39,7 @@ def load(workdir: pathlib.Path, gathered: Any) -> None:
 
 
 def save(workdir: pathlib.Path, gathered: Any) -> None:
-    """Keep it, whole or not at all; a directory that cannot be written to is no error."""
+    """Write the file atomically; a directory that cannot be written to is not an error."""
     lines = [(("line", name), line) for name, line in gathered.series.items()]
     tables = [
         (("table", statistic, tensor), table)
@@ -70,7 +70,7 @@ def save(workdir: pathlib.Path, gathered: Any) -> None:
 
 
 def _known_by(workdir: pathlib.Path, end: int) -> str:
-    """A digest of what the log holds before a byte."""
+    """Return a digest of the log before a byte."""
     with (workdir / "metrics.jsonl").open("rb") as file:
         file.seek(max(0, end - _BEFORE))
         return hashlib.blake2b(file.read(min(end, _BEFORE)), digest_size=16).hexdigest()

@@ -1,12 +1,13 @@
-"""What the report shows of a run, read from its directory and made small: plain numbers and strings, ready for JSON.
+"""Read what the report shows of a run, reduced to plain numbers and strings, ready for JSON.
 
     run = read_run("runs/mine", cells=1_500_000)
     run["series"]["loss"]["last"], run["maps"]["kurtosis"]["qkv"]["cells"]
 
-Steps are gathered in buckets of as many logged steps each, while the log is read: memory does not grow with it. A line keeps
-the smallest, the largest and the last value of each bucket; a cell of a layer x step map the worst of them: the largest, but for
-the signal-to-noise ratio the smallest. What is not finite is counted, never hidden. Reads JSON and nothing else; neither JAX nor
-the run's device is touched.
+Steps are gathered in buckets of equally many logged steps while the log is read, so memory does not
+grow with it. A line keeps the smallest, the largest and the last value of each bucket; a cell of a
+layer x step map keeps the worst: the largest, but for the signal-to-noise ratio the smallest.
+Values that are not finite are counted, never hidden. Only JSON is read; neither JAX nor the run's
+device is used.
 """
 
 import collections
@@ -25,15 +26,17 @@ EVENTS = 400
 
 
 def read_run(workdir: str | pathlib.Path, *, cells: int, remember: bool = False) -> dict[str, Any]:
-    """The run in a directory.
+    """Read the run in a directory.
 
     Args:
-        workdir: it must hold a `metrics.jsonl`.
-        cells: how many cells its maps may have in all.
-        remember: keep what was gathered in WORKDIR/report.npz, and read only what was logged since it was kept.
+        workdir: the run's directory, which must hold a `metrics.jsonl`.
+        cells: the most cells that its maps may have in all.
+        remember: keep what was gathered in WORKDIR/report.npz, and read only what was logged since
+            it was kept.
 
     Raises:
-        MetricsError: there is no log. What of it cannot be read is left out, and named in `problems`.
+        MetricsError: there is no log. Lines that cannot be read are left out, and named in
+            `problems`.
     """
     workdir = pathlib.Path(workdir)
     gathered = Gathered()
@@ -74,7 +77,7 @@ def read_run(workdir: str | pathlib.Path, *, cells: int, remember: bool = False)
 
 
 def _shown(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events as the report lists them: neighbours alike but for the step are one with a count, and the oldest of too many are left out."""
+    """Return the events to list: neighbours equal but for the step become one with a count, and the oldest are cut."""
     out: collections.deque[dict[str, Any]] = collections.deque(maxlen=EVENTS)
     for event in events:
         alike = ("kind", "level", "tensor", "layer", "first")
@@ -90,7 +93,7 @@ def _shown(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _events(path: pathlib.Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Events that have a kind and a step; what is wrong with others is added to `problems` at the end."""
+    """Yield events that have a kind and a step; faults of others are added to `problems` at the end."""
     if not path.exists():
         return
     damage, nameless = Damage(), 0
@@ -107,7 +110,7 @@ def _events(path: pathlib.Path, problems: list[str]) -> Iterator[dict[str, Any]]
 
 
 def _plain(value: Any) -> Any:
-    """The same with numbers that are not finite as text, as in logs, and integers that JavaScript has."""
+    """Return the value with numbers that are not finite as text, as in logs, and integers that JavaScript has."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -118,7 +121,7 @@ def _plain(value: Any) -> Any:
 
 
 def _state(events: list[dict[str, Any]]) -> str:
-    """What the run is doing, as far as its last events say: running, finished, stopped, ended by bad numbers."""
+    """Return the run's state as its last events show it: running, finished, stopped, ended by bad numbers."""
     names = {
         "finished": "finished",
         "stopped": "stopped",
@@ -132,7 +135,7 @@ def _state(events: list[dict[str, Any]]) -> str:
 
 
 def _json(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none, and a problem where there is something else. Values that are not finite are left out."""
+    """Read a JSON object without non-finite values; {} if there is no file, and a problem if it holds something else."""
     try:
         found = files.read_json(path)
         if not isinstance(found, dict):

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# HLO's names of dtypes → NumPy's, as the rest of fp8jax writes them; bits of an element.
+# HLO's names of dtypes → NumPy's names, as the rest of fp8jax writes them, and bits of an element.
 _DTYPES = {"pred": "bool", "bf16": "bfloat16", "f8e4m3fn": "float8_e4m3fn", "f8e5m2": "float8_e5m2"}
 _LETTERS = {"f": "float", "s": "int", "u": "uint", "c": "complex"}
 

@@ -5,8 +5,8 @@
     limit.usable                            # bytes that a program may need on one device
 
 A GPU or TPU reports what its allocator may take (`memory_stats()`). On a CPU the limit is what is
-free on the machine, in the cgroups that this process is in, and in its own address space (`ulimit
--v`), shared by its devices. No memory is allocated.
+free on the machine, in the cgroups that this process is in, and in its own address space
+(`ulimit -v`), shared by its devices. No memory is allocated.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from fp8jax.audit.targets import Target
 # The part of a GPU's memory that JAX's allocator takes. JAX's own default, 3/4, leaves 20 GB of an
 # H100 unused; the rest here is for the CUDA context, NCCL's buffers and libraries.
 MEMORY_FRACTION = 0.92
-# Part of the allocator's memory that a program may be planned to need: the rest is lost between
+# The part of the allocator's memory that a program may be planned to need: the rest is lost between
 # arrays.
 _PLANNED = {"gpu": 0.96, "tpu": 0.96, "cpu": 0.9}
-# Bytes of address space that a run takes beside its arrays: stacks and heaps of threads that begin
+# Bytes of address space that a run takes besides its arrays: stacks and heaps of threads that begin
 # later (measured: 1.2 GB).
 _THREADS = 5 << 28
 _FRACTIONS = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")

@@ -43,7 +43,7 @@ class UnreadableError(ValueError):
     """An error for a compiled program without a text; the message is one line."""
 
 
-# Opcodes whose results are names of other arrays, or are not arrays at all.
+# Opcodes whose results are names of other arrays, or are not arrays.
 _NOT_WRITTEN = (
     "parameter",
     "get-tuple-element",

@@ -99,14 +99,13 @@ def compile_step(traced: Any, target: Target) -> tuple[Any, str | None]:
         reliable.
     """
     if target.platform == "gpu" and target.kind != "local":
-        # Without a device there is nothing to tune on; the library's first choice stands for its
-        # kernels.
+        # Without a device, kernels cannot be tuned; the library's first choice stands for them.
         return traced.lower(lowering_platforms=("cuda",)).compile(
             compiler_options={"xla_gpu_autotune_level": "0"}
         ), None
     if target.platform == "tpu":
         # libtpu's text of programs with SparseCore collectives cannot be read back (jax 0.10.2);
-        # what it dumps can.
+        # its dump can.
         with tempfile.TemporaryDirectory() as directory:
             options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
             executable = traced.lower(lowering_platforms=("tpu",)).compile(compiler_options=options)

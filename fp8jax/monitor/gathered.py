@@ -35,8 +35,8 @@ MAPS = {
     "snr": True,
     "rms": False,
 }
-# Layers of all tensors and statistics, twice as many as a model of 126 layers has; and a bound of
-# steps: what JavaScript counts exactly.
+# The most layers of all tensors and statistics, twice those of a model of 126 layers; and the
+# largest step, up to which JavaScript counts exactly.
 ROWS, STEPS = 100_000, 2**53
 
 

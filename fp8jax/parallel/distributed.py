@@ -1,16 +1,17 @@
-"""Several processes as one run: start-up, who writes, what all must agree on, and the end of all when one is lost.
+"""Run several processes as one: start-up, who writes, what all must agree on, and the end of all when one is lost.
 
     with start(launch, start_timeout=300, heartbeat_timeout=100):       # before anything that starts JAX; launchers.find() gives `launch`
         if is_first(): ...                                              # only process 0 writes logs
-        step = from_first(step)                                         # its word, on every process
-        reason = from_any(reason)                                       # what the first process that has something to say says
+        step = from_first(step)                                         # process 0's value, on every process
+        reason = from_any(reason)                                       # the text of the first process that has one
         agreement = Agreement(2)
         stop, save = agreement((stop, save))                            # true everywhere once it is true anywhere
 
-Each process keeps a connection to process 0, at the port after the coordinator's. When a process is killed or its machine
-fails, the connection ends, process 0 tells the others, and all end with a message that names it; a launcher then restarts the job.
-JAX's own heartbeats come to the same end later, and at once where process 0 is gone, with less to say. Where JAX finds the
-coordinator by itself (TPU pods) there are only those.
+Each process keeps a connection to process 0, at the port after the coordinator's. When a process is
+killed or its machine fails, the connection ends, process 0 informs the others, and all end with a
+message that names it; a launcher then restarts the job. JAX's own heartbeats end the run later, or
+at once if process 0 is gone, with less information. If JAX finds the coordinator itself (TPU pods),
+only the heartbeats are used.
 """
 
 import contextlib
@@ -36,20 +37,20 @@ from fp8jax.config import ConfigError
 from fp8jax.parallel.launchers import Launch
 
 _TEXT = 500
-_PATIENCE = 5.0  # seconds in which a process that ends in good order may take the others along
+_PATIENCE = 5.0  # seconds for an orderly ending process to inform the others
 
 
 @contextlib.contextmanager
 def start(launch: Launch | None, *, start_timeout: int, heartbeat_timeout: int) -> Iterator[None]:
-    """Joins the other processes; alone, does nothing.
+    """Join the other processes; a process alone continues at once.
 
     Args:
-        launch: of this process.
+        launch: this process's launch.
         start_timeout: seconds to wait for all processes.
         heartbeat_timeout: seconds after which JAX gives up a silent process.
 
     Raises:
-        ConfigError: the others did not come in time; says which.
+        ConfigError: other processes did not connect in time; the message names them.
     """
     if launch is None:
         yield
@@ -77,12 +78,12 @@ def start(launch: Launch | None, *, start_timeout: int, heartbeat_timeout: int) 
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Return whether this process writes what is written once."""
     return jax.process_index() == 0
 
 
 def from_first(value: int) -> int:
-    """The number that process 0 has; every process must ask."""
+    """Return the number that process 0 has; every process must call this."""
     return (
         value
         if jax.process_count() == 1
@@ -91,7 +92,7 @@ def from_first(value: int) -> int:
 
 
 def from_any(text: str | None) -> str | None:
-    """Return the text of the first process that has one, cut to 500 bytes, None where none has; every process must ask."""
+    """Return the text of the first process that has one, cut to 500 bytes, or None; every process must call this."""
     if jax.process_count() == 1:
         return text
     mine = np.zeros(_TEXT, np.uint8)
@@ -105,7 +106,7 @@ def from_any(text: str | None) -> str | None:
 
 
 def least(value: int) -> int:
-    """The smallest of all processes' numbers, each within an int32; every process must ask."""
+    """Return the smallest of all processes' numbers, each within an int32; every process must call this."""
     return (
         value
         if jax.process_count() == 1
@@ -116,10 +117,11 @@ def least(value: int) -> int:
 class Agreement:
     """Flags that are set on all processes, at the same call, soon after they are set on one.
 
-    The answer is that of the call before last, so that no device waits for it; alone it is immediate.
+    The answer is that of the call before last, so that no device waits for it; in a process alone
+    it is immediate.
 
     Args:
-        flags: how many.
+        flags: number of flags.
     """
 
     def __init__(self, flags: int):
@@ -131,7 +133,7 @@ class Agreement:
         )
 
     def __call__(self, flags: tuple[bool, ...]) -> tuple[bool, ...]:
-        """The flags of all processes, each the `or` of theirs."""
+        """Return the flags of all processes, each combined by `or`."""
         if jax.process_count() == 1:
             return flags
         mine = np.asarray([flags], np.int32)
@@ -147,12 +149,12 @@ class Agreement:
         return tuple(bool(flag) for flag in np.asarray(self._asked.pop(0)))
 
     def forget(self) -> None:
-        """Leaves unanswered what was asked before: it has been done."""
+        """Drop the pending answers, because the action is done."""
         self._asked.clear()
 
 
 class _Peers:
-    """The connections between process 0 and the others; a context that tells the others how it was left."""
+    """The connections between process 0 and the others, as a context that informs the others how it ended."""
 
     def __init__(self, launch: Launch, timeout: float):
         self._launch, self._deadline, self._timeout = launch, time.monotonic() + timeout, timeout
@@ -175,7 +177,8 @@ class _Peers:
             ).start()
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        # An error here may be what the loss of another process looks like; whoever listens to that one knows better.
+        # An error here may be an effect of losing another process; the thread that listens to that
+        # one reports it.
         if error is not None and not isinstance(error, (SystemExit, ConfigError)):
             time.sleep(_PATIENCE)
         self._ended = True
@@ -252,7 +255,7 @@ class _Peers:
         )
 
     def _listen(self, number: int, connection: socket.socket) -> None:
-        """Ends this process when the one at the other end is gone, or says that another is."""
+        """End this process when the one at the other end is gone, or reports that another is."""
         while message := _receive(connection):
             if "lost" in message:
                 self._end(message["lost"])
@@ -283,10 +286,11 @@ class _Peers:
 
 
 def _delay_abort() -> None:
-    """Leaves `_listen` time to say which process is lost before JAX aborts this one.
+    """Give `_listen` time to report which process is lost before JAX aborts this one.
 
-    A thread of JAX's calls abort() as soon as it misses process 0, mostly before Python has its turn. The C library's own `sleep`
-    becomes the handler of SIGABRT and takes the signal's number, 6, for seconds; then the process ends as without it.
+    A thread of JAX calls abort() as soon as it misses process 0, mostly before Python runs. The C
+    library's own `sleep` becomes the handler of SIGABRT and takes the signal's number, 6, for
+    seconds; then the process ends as it would without it.
     """
     library = ctypes.CDLL(None)
     library.signal.argtypes, library.signal.restype = (
@@ -301,7 +305,7 @@ def _own_name() -> str:
 
 
 def _keep_alive(connection: socket.socket) -> None:
-    """Notices within a minute a machine that has stopped answering."""
+    """Make the connection detect within a minute that a machine has stopped answering."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
@@ -314,7 +318,7 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _receive(connection: socket.socket) -> dict[str, Any] | None:
-    """The next message; None when the connection has ended."""
+    """Return the next message; None when the connection has ended."""
     line = b""
     while not line.endswith(b"\n"):
         try:

@@ -1,9 +1,10 @@
-"""Finds out who started this process and which of how many it is, from flags or from what the launcher left in the environment.
+"""Find what started this process and which of how many it is, from flags or from the launcher's environment variables.
 
     found = find(os.environ, coordinator_address=None, num_processes=None, process_id=None)     # None: alone
 
-Known: Slurm (`srun`), Open MPI, Kubernetes (an Indexed Job, alone or in a JobSet), Cloud TPU machines, and three flags for
-everything else. Nothing is contacted here, and JAX is not started.
+Slurm (`srun`), Open MPI, Kubernetes (an Indexed Job, alone or in a JobSet) and Cloud TPU machines
+are supported, and three flags for all others. No other machine is contacted here, and JAX is not
+started.
 """
 
 import importlib.util
@@ -21,10 +22,9 @@ _PORT = 8476
 class Launch(NamedTuple):
     """One process among others.
 
-    by: who started them.
-    address: HOST:PORT of process 0; None: JAX finds it by `method`, and number and count as well.
-    devices: numbers of the local devices that are this process's; None: all.
-    method: of `jax.distributed.initialize`, where JAX is to find out more.
+    by: name of the launcher. address: HOST:PORT of process 0; with None, JAX finds it by `method`,
+    and number and count as well. devices: numbers of the local devices that are this process's;
+    None for all. method: method of `jax.distributed.initialize`, if JAX is to find the rest.
     """
 
     by: str
@@ -42,10 +42,10 @@ def find(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Launch | None:
-    """The launch that this process belongs to; None where it is alone.
+    """Return the launch that this process belongs to; None if it is alone.
 
     Raises:
-        ConfigError: flags that say only half, or a launcher that does not say enough.
+        ConfigError: the flags or the launcher's variables are incomplete.
     """
     given = coordinator_address or environment.get("JAX_COORDINATOR_ADDRESS")
     if num_processes is not None or process_id is not None:
@@ -86,7 +86,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def _slurm(environment: Mapping[str, str], given: str | None) -> Launch | None:
-    """A step started by `srun`; a batch script or a shell by itself has no step's node list."""
+    """Return the launch of a step started by `srun`; a batch script or a shell by itself has no step's node list."""
     nodes = environment.get("SLURM_STEP_NODELIST")
     if not nodes or "SLURM_PROCID" not in environment:
         return None
@@ -111,13 +111,13 @@ def _slurm(environment: Mapping[str, str], given: str | None) -> Launch | None:
 
 
 def _first_node(nodes: str) -> str:
-    """Of a list as Slurm writes it: 'gpu1,gpu7', 'gpu[07-09,12],x1', 'rack1-gpu[3]-ib'."""
+    """Return the first node of a list as Slurm writes it: 'gpu1,gpu7', 'gpu[07-09,12],x1', 'rack1-gpu[3]-ib'."""
     found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
     return "".join(part or "" for part in found.groups()) if found else nodes
 
 
 def _bound(environment: Mapping[str, str]) -> bool:
-    """Whether the launcher shows each process one GPU already."""
+    """Return whether the launcher shows each process one GPU already."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     return visible is not None and "," not in visible
 
@@ -133,7 +133,7 @@ def _open_mpi(environment: Mapping[str, str], given: str | None) -> Launch | Non
         environment
     )
     devices = [_number(environment, "OMPI_COMM_WORLD_LOCAL_RANK")] if several else None
-    # Open MPI 4 tells where mpirun runs, on the node of process 0; its successor does not.
+    # Open MPI 4 exports where mpirun runs, on the node of process 0; its successor does not.
     address = given or _mpirun_address(environment.get("OMPI_MCA_orte_hnp_uri", ""))
     if count > 1 and address is None:
         raise ConfigError(
@@ -143,7 +143,7 @@ def _open_mpi(environment: Mapping[str, str], given: str | None) -> Launch | Non
 
 
 def _mpirun_address(uri: str) -> str | None:
-    """From '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911'; the job's number makes the port."""
+    """Return the address in '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911'; the job's number makes the port."""
     found = re.match(r"(\d+)\.\d+;(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
     if not found:
         return None
@@ -152,7 +152,7 @@ def _mpirun_address(uri: str) -> str | None:
 
 
 def _kubernetes(environment: Mapping[str, str], given: str | None) -> Launch | None:
-    """A pod of an Indexed Job. Kubernetes tells a pod its index but not how many there are: JAX_PROCESS_COUNT must."""
+    """Return the launch of a pod of an Indexed Job; it has its index, and JAX_PROCESS_COUNT must give the count."""
     if "JOB_COMPLETION_INDEX" not in environment:
         return None
     if "JAX_PROCESS_COUNT" not in environment:
@@ -174,7 +174,7 @@ def _kubernetes(environment: Mapping[str, str], given: str | None) -> Launch | N
 
 
 def _first_pod(name: str) -> str:
-    """Pod 0's address from a pod's full name: 'run-workers-0-3.run.ns.svc.cluster.local' → 'run-workers-0-0.run.ns...'."""
+    """Return pod 0's address from a pod's name: 'run-workers-0-3.run.ns.svc.cluster.local' → 'run-workers-0-0.run.ns...'."""
     pod, dot, domain = name.partition(".")
     if not dot or not re.search(r"-\d+$", pod):
         raise ConfigError(
@@ -184,7 +184,7 @@ def _first_pod(name: str) -> str:
 
 
 def _tpu(environment: Mapping[str, str], given: str | None) -> Launch | None:
-    """A Cloud TPU machine: GKE says in the environment which others there are, else Google's metadata server does, and JAX asks it."""
+    """Return the launch of a Cloud TPU machine: GKE's environment names the others, or JAX asks Google's server."""
     there = any(pathlib.Path("/dev", name).exists() for name in ("accel0", "vfio/0"))
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     if (

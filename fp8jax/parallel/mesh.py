@@ -1,11 +1,11 @@
-"""The device mesh: axes `data`, `fsdp`, `tensor` and `sequence`.
+"""Make the device mesh with axes `data`, `fsdp`, `tensor` and `sequence`.
 
     mesh = make_mesh(config)              # over all devices
     mesh = make_mesh(config, devices)     # over some, or over compile-only ones
 
-Sizes come from `config.mesh`; one of them may be -1 and takes what is left. The axes are laid out node by node, `data`
-outermost and `sequence` innermost: what crosses the slow links between nodes is `data` first, `fsdp` next. Says nothing about
-what is sharded: see sharding.py.
+Sizes come from `config.mesh`; one of them may be -1 and takes what is left. The axes are laid out
+node by node, `data` outermost and `sequence` innermost: `data` crosses the slow links between nodes
+first, `fsdp` next. sharding.py decides what is sharded.
 """
 
 import dataclasses
@@ -20,19 +20,20 @@ from jax.sharding import AxisType, Mesh
 
 from fp8jax.config import MESH_AXES, Config, ConfigError, MeshConfig, head_dim
 
-HOST_MEMORY = "pinned_host"  # JAX's name of the memory of the host that devices copy to and from by themselves
+HOST_MEMORY = "pinned_host"  # JAX's name of host memory that devices copy to and from directly
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh over the given devices (default: all).
+    """Return the mesh over the given devices (default: all).
 
     Args:
-        config: as `Definition.complete` returns it, so that the FFN's and the vocabulary's sizes are known too.
-        devices: of all processes.
+        config: as `Definition.complete` returns it, so that the FFN's and the vocabulary's sizes
+            are known too.
+        devices: devices of all processes.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices, the mesh does not divide the model or batch, or the devices
-            have no memory to offload to.
+        ConfigError: the sizes do not multiply to the number of devices, the mesh does not divide
+            the model or batch, or the devices have no memory to offload to.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(config, devices)
@@ -46,14 +47,14 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def fitting_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The config's own mesh where these devices allow it, else the nearest that they do, over as many of them as it can have.
+    """Return the config's mesh if these devices allow it, otherwise the nearest, over as many of them as it can have.
 
     Args:
         config: as for `make_mesh`.
-        devices: of all processes; where there are several, all are used.
+        devices: devices of all processes; with several processes, all are used.
 
     Raises:
-        ConfigError: no mesh does.
+        ConfigError: no mesh is possible.
     """
     devices = list(jax.devices() if devices is None else devices)
     try:
@@ -69,7 +70,7 @@ def fitting_mesh(config: Config, devices: Sequence[jax.Device] | None = None) ->
 
 
 def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-    """Devices as an array of this shape: neighbours in the inner axes, nodes or TPU slices along the outer ones."""
+    """Arrange devices in this shape: neighbours in the inner axes, nodes or TPU slices along the outer ones."""
     nodes = _nodes(devices)
     if devices[0].platform == "tpu" and len(nodes) > 1:
         if shape[0] % len(nodes):
@@ -82,12 +83,13 @@ def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
         )
     if devices[0].platform == "tpu":
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    # A launcher may deal processes out to nodes in turn, so that numbers alone do not say who is near.
+    # A launcher may deal processes out to nodes in turn, so numbers alone do not show which are
+    # near.
     return np.asarray([device for node in nodes.values() for device in node]).reshape(shape)
 
 
 def _nodes(devices: Sequence[jax.Device]) -> dict[int, list[jax.Device]]:
-    """Devices that share fast links: a TPU slice; a host of GPUs, as its slice index tells, or a process of them."""
+    """Group devices that share fast links: a TPU slice; a host of GPUs, by its slice index, or a process of them."""
     slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
     by_slice = len(slices) > 1 or devices[0].platform == "tpu"
     found: dict[int, list[jax.Device]] = {}
@@ -111,7 +113,7 @@ def replicas(mesh: Mesh) -> int:
 
 
 def describe(mesh: Mesh) -> str:
-    """Like 'data 2 x fsdp 4 (8 devices on 2 nodes; data goes between nodes)'; axes of size 1 are left out."""
+    """Describe a mesh without axes of size 1, as 'data 2 x fsdp 4 (8 devices on 2 nodes; data goes between nodes)'."""
     parts = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
     nodes = _nodes(list(mesh.devices.flat))
     count = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
@@ -126,7 +128,7 @@ def describe(mesh: Mesh) -> str:
 
 
 def _crosses(devices: np.ndarray, axis: int, nodes: Mapping[int, list[jax.Device]]) -> bool:
-    """Whether neighbours along an axis are on different nodes."""
+    """Return whether neighbours along an axis are on different nodes."""
     node = {device: name for name, members in nodes.items() for device in members}
     lines = np.moveaxis(devices, axis, -1).reshape(-1, devices.shape[axis])
     return any(len({node[device] for device in line}) > 1 for line in lines)
@@ -149,7 +151,7 @@ def _sizes(config: Config, devices: Sequence[jax.Device]) -> dict[str, int]:
 
 
 def _more_on_a_cpu(config: Config, devices: Sequence[jax.Device]) -> str:
-    """How to try a mesh on a CPU, if that is where we are."""
+    """Return how to try a mesh on a CPU, if the devices are CPUs."""
     asked = math.prod(max(getattr(config.mesh, axis), 1) for axis in MESH_AXES)
     if devices[0].platform != "cpu" or asked <= len(devices):
         return ""
@@ -167,11 +169,10 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
 
 
 def _divided(config: Config) -> list[tuple[str, int, tuple[str, ...]]]:
-    """Fields, their values, and the mesh axes that must divide them."""
+    """Return fields, their values, and the mesh axes that must divide them."""
     model, training = config.model, config.training
-    microbatches = (
-        training.microbatches or 1
-    )  # left open: as many as the mesh allows will be chosen
+    # If not set, as many microbatches as the mesh allows will be chosen.
+    microbatches = training.microbatches or 1
     hidden = "ffn_width" if model.ffn_hidden is None else "ffn_hidden"
     found = [
         (
@@ -192,7 +193,7 @@ def _divided(config: Config) -> list[tuple[str, int, tuple[str, ...]]]:
 
 
 def _nearest(config: Config, asked: Mapping[str, int], count: int) -> str:
-    """The mesh of this many devices that works and is nearest to what was asked for, as words."""
+    """Describe the mesh of this many devices that works and is nearest to the configured one."""
     best = _nearest_sizes(config, asked, count)
     if best is None:
         return f"no mesh of {count} devices divides this model and batch: change training.batch_size or the number of devices"
@@ -202,7 +203,7 @@ def _nearest(config: Config, asked: Mapping[str, int], count: int) -> str:
 
 
 def _nearest_sizes(config: Config, asked: Mapping[str, int], count: int) -> dict[str, int] | None:
-    """The mesh of this many devices that the model and batch allow and whose sizes differ least from those asked for."""
+    """Return the mesh of this many devices that model and batch allow, with sizes nearest to the configured ones."""
 
     def works(sizes: dict[str, int]) -> bool:
         return all(
@@ -229,7 +230,7 @@ def _check_offloads(config: Config, devices: Sequence[jax.Device]) -> None:
     )
     memories = {
         memory.kind for memory in device.addressable_memories()
-    }  # none: a device to compile for, which does not tell
+    }  # empty for a compile-only device, which does not report its memories
     if config.training.remat == "offload_fp8" and memories and HOST_MEMORY not in memories:
         raise ConfigError(
             f"config.training.remat: offload_fp8 needs {HOST_MEMORY} memory, which {device.device_kind} does not have; "
@@ -238,9 +239,9 @@ def _check_offloads(config: Config, devices: Sequence[jax.Device]) -> None:
 
 
 def emulates_fp8(config: Config, device: jax.Device) -> bool:
-    """Whether FP8 GEMMs run emulated on a device: as `config.fp8.backend` says, `auto` by what the device has.
+    """Return whether FP8 GEMMs run emulated on a device, by `config.fp8.backend` and, for `auto`, by its units.
 
-    FP8 units: NVIDIA from compute capability 8.9 (Ada, Hopper, Blackwell), TPU from v7.
+    NVIDIA has FP8 units from compute capability 8.9 (Ada, Hopper, Blackwell), TPU from v7.
     """
     if config.fp8.backend != "auto":
         return config.fp8.backend == "emulated"
@@ -250,15 +251,15 @@ def emulates_fp8(config: Config, device: jax.Device) -> bool:
 
 
 def runs_kernels(device: jax.Device) -> bool:
-    """Whether a device runs our attention kernels: NVIDIA's Hopper (compute capability 9)."""
+    """Return whether a device runs our attention kernels: NVIDIA's Hopper (compute capability 9)."""
     return device.platform == "gpu" and getattr(device, "compute_capability", "").startswith("9.")
 
 
 def has_cudnn_attention(config: Config, device: jax.Device) -> bool:
-    """Whether a config's attention, were it BF16, can be cuDNN's on a device; one at hand, as JAX asks its cuDNN while tracing.
+    """Return whether cuDNN can compute a config's attention in BF16 on a device at hand, as JAX asks while tracing.
 
     Raises:
-        ConfigError: it is asked for and cannot.
+        ConfigError: cuDNN is configured and cannot be used.
     """
     features = head_dim(config.model)
     suits = (

@@ -1,11 +1,11 @@
-"""A process's share of a batch: which rows its devices need, and how they get there.
+"""Find a process's share of a batch: which rows its devices need, and put them there.
 
     rows = Rows((microbatches, batch, t), sharding)
-    rows.numbers                 # of the whole batch's rows, those to load here; all of them where there is one process
-    array = rows.put(loaded)     # [len(rows.numbers), t] to the global array [microbatches, batch, t]
+    rows.numbers                 # numbers of the rows of the whole batch to load here; all of them in a single process
+    array = rows.put(loaded)     # from [len(rows.numbers), t] to the global array [microbatches, batch, t]
 
-Processes that share a row, because `tensor` or `sequence` spans them, both load it. Whatever the processes, the global array is the
-same.
+Processes that share a row, because `tensor` or `sequence` spans them, both load it. The global
+array is the same for any number of processes.
 """
 
 import math
@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 
 
 class Rows:
-    """Rows of arrays of this shape, the last dimension of which are tokens, that lie on this process's devices."""
+    """The rows of arrays of this shape, whose last dimension is tokens, that lie on this process's devices."""
 
     def __init__(self, shape: tuple[int, ...], sharding: Sharding):
         self._shape, self._sharding = shape, sharding
@@ -29,7 +29,7 @@ class Rows:
         self.numbers: list[int] = np.unique(np.concatenate(needed)).tolist()
 
     def put(self, loaded: np.ndarray) -> jax.Array:
-        """The global array, from the rows loaded here."""
+        """Return the global array, from the rows loaded here."""
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             return loaded[np.searchsorted(self.numbers, self._all[index[:-1]]), index[-1]]

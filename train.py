@@ -1,4 +1,4 @@
-"""Trains a model, or continues a run: `python train.py --help`. What it does is in fp8jax/cli/train.py and fp8jax/training/loop.py."""
+"""Train a model, or continue a run (`python train.py --help`), by fp8jax/cli/train.py and fp8jax/training/loop.py."""
 
 import sys
 

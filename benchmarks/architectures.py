@@ -1,11 +1,12 @@
-"""Every architecture of the paper at `tiny`, in BF16 and in FP8 with FP8 attention: one table and one plot.
+"""Train every architecture of the paper at `tiny`, in BF16 and in FP8 with FP8 attention, for one table and one plot.
 
     python benchmarks/architectures.py                                  # 200 steps each; about 20 minutes on 2 cores
     python benchmarks/architectures.py --name=architectures_hot --config.optimizer.learning_rate=1e-2 --config.training.steps=300
     python benchmarks/architectures.py --plot-only
 
-Runs land in runs/NAME/, the plot in docs/NAME.png, the table in benchmarks/results/NAME.json; docs/architectures.md says what they
-show. Kurtosis is of the paper's tensors (FOG paper, section 4), averaged over layers, in the last step in which it was measured.
+Runs are written to runs/NAME/, the plot to docs/NAME.png, the table to
+benchmarks/results/NAME.json; docs/architectures.md discusses them. Kurtosis is that of the paper's
+tensors (FOG paper, section 4), averaged over layers, in the last step that has it.
 """
 
 import argparse
@@ -31,7 +32,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 
 
 def run(workdir: pathlib.Path, architecture: str, recipe: str, extra: list[str]) -> list[dict]:
-    """Trains one run, or continues it; its log. A run that stops on bad numbers (exit code 3) is a result, too."""
+    """Train one run, or continue it, and return its log; a run that stops on bad numbers (exit code 3) is a result, too."""
     command = [
         sys.executable,
         "train.py",
@@ -51,7 +52,7 @@ def run(workdir: pathlib.Path, architecture: str, recipe: str, extra: list[str])
 
 
 def row(architecture: str, recipe: str, log: list[dict]) -> dict:
-    """One line of the table."""
+    """Return one line of the table."""
     measured = [entry for entry in log if f"kurtosis/{KURTOSES[0]}_avg" in entry]
     out = {
         "architecture": architecture,
@@ -68,7 +69,7 @@ def row(architecture: str, recipe: str, log: list[dict]) -> dict:
 
 
 def plot(logs: dict[tuple[str, str], list[dict]], path: pathlib.Path) -> None:
-    """Loss and kurtosis against steps; BF16 dashed, FP8 solid."""
+    """Plot loss and kurtosis against steps; BF16 dotted, FP8 solid."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     keys = {"loss": "training loss, nats a byte"} | {
         f"kurtosis/{name}_avg": f"kurtosis of {name}, mean of layers" for name in KURTOSES
@@ -91,7 +92,7 @@ def plot(logs: dict[tuple[str, str], list[dict]], path: pathlib.Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs what is missing, then writes table and plot."""
+    """Run what is missing, then write table and plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,11 @@
-"""Times causal FP8 attention, forward and with its backward pass, against BF16 (cuDNN's flash attention on a GPU).
+"""Time causal FP8 attention, forward and with its backward pass, against BF16 (cuDNN's flash attention on a GPU).
 
     python benchmarks/attention.py --size=8b --lengths=4096,8192
     python benchmarks/attention.py --size=tiny --rounds=2
 
-Heads are the size's. Every backend in turns with BF16, so that `speed`, relative to BF16 in the same run, holds. FLOPs are
-those of causal attention, 2 GEMMs forward and 5 backward over half the square. A backend that fails is a row that says so.
+Heads are the size's. Every backend takes turns with BF16, so that `speed`, relative to BF16 in the
+same run, holds. FLOPs are those of causal attention, 2 GEMMs forward and 5 backward over half the
+square. A backend that fails is a row with its error.
 """
 
 import argparse
@@ -26,7 +27,7 @@ PASSES = {"forward": 2, "forward+backward": 7}
 
 
 def bf16(q, k, v, scale: float):
-    """BF16 attention by jax.nn, q [b, t, k, g, h]."""
+    """Compute BF16 attention by jax.nn, q [b, t, k, g, h]."""
     b, t, kv, groups, h = q.shape
     kind = "cudnn" if common.on_gpu() else None
     o = jax.nn.dot_product_attention(
@@ -36,7 +37,7 @@ def bf16(q, k, v, scale: float):
 
 
 def fp8(q, k, v, scale: float, backend: str, scaling: str, fast: str = "fprop"):
-    """FP8 attention; its scales, under delayed scaling, are constants."""
+    """Compute FP8 attention; its scales, under delayed scaling, are constants."""
     recipes = {
         role: GemmRecipe(scaling, emulated=not common.on_gpu(), fast_accumulation=fast)
         for role in (SCORES, VALUES)
@@ -46,7 +47,7 @@ def fp8(q, k, v, scale: float, backend: str, scaling: str, fast: str = "fprop"):
 
 
 def jitted(forward: Callable[..., jax.Array], passes: str) -> Callable[..., Any]:
-    """(q, k, v, do) → output, or output and gradients."""
+    """Return a jitted function of (q, k, v, do) that returns the output, or output and gradients."""
 
     def run(q, k, v, do):
         if passes == "forward":
@@ -58,7 +59,7 @@ def jitted(forward: Callable[..., jax.Array], passes: str) -> Callable[..., Any]
 
 
 def candidates(head: int, scalings: Sequence[str]) -> dict[str, Callable[..., jax.Array]]:
-    """Name → attention of q, k, v. `emulated` is a definition, not a contender, where there are FP8 units."""
+    """Return name → attention of q, k, v; with FP8 units, `emulated` is left out, as it is a definition."""
     backends = [backend for backend in BACKENDS if backend != "emulated" or not common.on_gpu()]
     found = {"bf16": functools.partial(bf16, scale=head**-0.5)}
     for scaling in scalings:
@@ -76,7 +77,7 @@ def candidates(head: int, scalings: Sequence[str]) -> dict[str, Callable[..., ja
 
 
 def measure(length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one length."""
+    """Return the rows of one length."""
     s = configs.SIZES[args.size]
     kv, head = s["kv_heads"], s["width"] // s["heads"]
     many, few = (args.batch, length, kv, s["heads"] // kv, head), (args.batch, length, kv, head)
@@ -112,7 +113,7 @@ def measure(length: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
-    """Prints the table and writes the results; returns their file."""
+    """Print the table, write the results, and return their file."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="example: python benchmarks/attention.py --size=tiny",

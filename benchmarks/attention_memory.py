@@ -1,21 +1,21 @@
-"""Memory and GEMMs of FP8 attention, forward and backward, from compiled programs: nothing is run.
+"""Print memory and GEMMs of FP8 attention, forward and backward, from compiled programs, without running them.
 
     python benchmarks/attention_memory.py                                   # for the device at hand
     python benchmarks/attention_memory.py --target=h100.txtpb               # for one H100 that is not there
     python benchmarks/attention_memory.py --lengths=4096,32768 --scaling=current
 
 A target is XLA's text of a GPU's properties; compiling for it takes jax's CUDA plugin, and
-JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 in the environment of a machine without a GPU. One sequence, 8 KV heads with 4 query
-heads each, heads of 128 (8b's). Prints a table: MiB of temporaries, ratio to the row before, FP8 and other GEMMs in
-the program. `emulated`, which keeps all scores, stands beside `composed`. How fast any of it is needs a device, and
-another script.
+JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 in the environment of a machine without a GPU. One sequence, 8 KV
+heads with 4 query heads each, heads of 128 (8b's). The table has MiB of temporaries, ratio to the
+row before, FP8 and other GEMMs in the program. `emulated`, which keeps all scores, stands beside
+`composed`. attention.py measures speed, on a device.
 """
 
 import argparse
 import pathlib
 import re
 
-import common  # noqa: F401  finds fp8jax
+import common  # noqa: F401  puts fp8jax on the path
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +30,7 @@ OPTIONS = {"xla_gpu_autotune_level": "0", "xla_gpu_enable_triton_gemm": False}
 
 
 def target_device(path: str | None) -> jax.Device:
-    """The first local device, or an H100 as the text at `path` describes it."""
+    """Return the first local device, or the one that the text at `path` describes."""
     if path is None:
         return jax.devices()[0]
     text = pathlib.Path(path).read_text()
@@ -41,7 +41,7 @@ def target_device(path: str | None) -> jax.Device:
 
 
 def compiled(device: jax.Device, backend: str, scaling: str, length: int) -> jax.stages.Compiled:
-    """Forward and backward pass of one attention, for a device; FP8 GEMMs unless that is a CPU."""
+    """Compile forward and backward pass of one attention for a device, with FP8 GEMMs unless it is a CPU."""
     sharding = NamedSharding(Mesh(np.array([device]), ("data",)), PartitionSpec())
     recipes = {
         role: GemmRecipe(scaling, emulated=device.platform == "cpu") for role in (SCORES, VALUES)
@@ -81,7 +81,7 @@ def _platform(device: jax.Device) -> str:
 
 
 def gemm_counts(text: str) -> tuple[int, int]:
-    """FP8 GEMMs and others in a compiled program; a loop's body counts once."""
+    """Count FP8 GEMMs and others in a compiled program; a loop's body counts once."""
     targets = re.findall(r'custom_call_target="(__cublas[^"]*|__onednn[^"]*)"|= \S+ (dot)\(', text)
     names = [a or b for a, b in targets]
     fp8 = sum(name.endswith("$f8") for name in names)
@@ -89,7 +89,7 @@ def gemm_counts(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="example: python benchmarks/attention_memory.py --lengths=1024,4096",

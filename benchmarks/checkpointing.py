@@ -1,10 +1,11 @@
-"""What saving costs a run: steps with a checkpoint every 50 beside steps without, in turns; and a restart to its first step.
+"""Measure what saving costs a run: steps with a checkpoint every 50 and steps without, in turns; and a restart's time.
 
     python benchmarks/checkpointing.py                      # tiny, a checkpoint every 50 steps
     python benchmarks/checkpointing.py --every=10 --rounds=2
 
-A round is `every` steps after which a save begins, with its files written in the background while the next round's steps run,
-and as many steps of another state without any. `blocks_ms` is how long a save keeps the loop from its next step.
+A round is `every` steps after which a save begins, with its files written in the background while
+the next round's steps run, and as many steps of another state without saves. `blocks_ms` is how
+long a save delays the next step.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from fp8jax.training.step import TrainProgram
 
 
 class Run:
-    """A run in memory, calibrated, on one batch over and over; a call is a step."""
+    """A calibrated run in memory that repeats one batch; a call is a step."""
 
     def __init__(self, program: TrainProgram):
         config = program.config
@@ -45,13 +46,13 @@ class Run:
         self.state = program.calibrate(program.init(), self._batch)
 
     def __call__(self) -> Any:
-        """The step's metrics."""
+        """Take a step and return its metrics."""
         self.state, metrics, _ = self._step(self.state, self._batch)
         return metrics
 
 
 def timed(call: Any) -> float:
-    """Seconds of a call, its arrays included."""
+    """Return the seconds of a call until its arrays are ready."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
@@ -60,7 +61,7 @@ def timed(call: Any) -> float:
 def measure(
     run: Run, plain: Run, checkpoints: Checkpoints, every: int, rounds: int
 ) -> dict[str, Any]:
-    """Takes turns step by step, so that whatever else the machine does falls on both."""
+    """Measure step by step in turns, so that other load of the machine falls on both."""
     with_saves, without, blocks, unready = [], [], [], 0
     for step in range(1, every * rounds + 1):
         with_saves.append(timed(run))
@@ -86,7 +87,7 @@ def measure(
 
 
 def restart(size: str, workdir: pathlib.Path, starts: int = 3) -> list[float]:
-    """Seconds from the start of the process to the end of its first step, of runs that continue; the first fills the cache."""
+    """Return the seconds from process start to the end of the first step of continued runs; the first fills the cache."""
     found = []
     for start in range(1, starts + 1):
         command = [
@@ -111,7 +112,7 @@ def restart(size: str, workdir: pathlib.Path, starts: int = 3) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
-    """Prints the table and writes the results; returns their file."""
+    """Print the table, write the results, and return their file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="tiny")
     parser.add_argument("--model", default="fog_max:fp8_dpa", help="architecture:recipe")

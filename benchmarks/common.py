@@ -1,10 +1,10 @@
-"""What the benchmarks share: interleaved timing, versions, results files, tables.
+"""Share code between the benchmarks: interleaved timing, versions, results files, tables.
 
     seconds = interleaved({"bf16": step_a, "fp8": step_b}, rounds=10)     # name -> median seconds of one call
     save("train_step", rows)                                              # benchmarks/results/train_step-DEVICE.json
 
-Candidates take turns in one process, so that whatever else the machine does falls on all of them: ratios hold where times do not.
-A benchmark imports this file before anything of fp8jax.
+Candidates take turns in one process, so that other load of the machine falls on all of them: ratios
+hold where times do not. A benchmark imports this file before any module of fp8jax.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # `python benchmarks/X.py` works where fp8jax is not installed
+sys.path.insert(0, str(ROOT))  # `python benchmarks/X.py` works without installing fp8jax
 
 from fp8jax.audit.roofline import Device, device_of
 
@@ -38,11 +38,11 @@ PACKAGES = (
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of a call, each candidate once a round, after one call that is not counted.
+    """Return the median seconds of a call, each candidate once per round, after one call that is not counted.
 
     Args:
         calls: name → function that starts the work and returns its arrays.
-        rounds: calls counted of each.
+        rounds: calls of each that count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
@@ -57,9 +57,9 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 def surviving(
     calls: Mapping[str, Callable[[], Any]], rounds: int, *, tell: bool = False
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """`interleaved` of the candidates whose first call succeeds, and what the others died of: a failure is a result.
+    """Return `interleaved` of the candidates whose first call succeeds, and the errors of others: a failure is a result.
 
-    With `tell`, says of each when its first call is over.
+    With `tell`, print for each when its first call is over.
     """
     working, failed = {}, {}
     for name, call in calls.items():
@@ -67,7 +67,7 @@ def surviving(
         try:
             jax.block_until_ready(call())
             working[name] = call
-        except Exception as error:  # noqa: BLE001  compilers and devices raise what they like
+        except Exception as error:  # noqa: BLE001  compilers and devices raise many kinds
             failed[name] = one_line(error)
         if tell:
             print(
@@ -78,12 +78,12 @@ def surviving(
 
 
 def peak() -> Device | None:
-    """Peak rates of the device at hand, where they are known."""
+    """Return the peak rates of the device at hand; None if unknown."""
     return device_of(jax.devices()[0].device_kind)
 
 
 def on_gpu() -> bool:
-    """Whether the default device is a GPU."""
+    """Return whether the default device is a GPU."""
     return jax.default_backend() == "gpu"
 
 
@@ -95,7 +95,7 @@ def save(
     show: bool = True,
     **more: Any,
 ) -> pathlib.Path:
-    """Writes rows with device, versions and command as JSON, and prints them as a table, unless more is to come; returns the file."""
+    """Write rows with device, versions and command as JSON, print them if `show`, and return the file."""
     device = jax.devices()[0].device_kind
     record = {
         "device": device,
@@ -114,12 +114,12 @@ def save(
 
 
 def one_line(error: Exception) -> str:
-    """An error as a cell of a table."""
+    """Return an error as a cell of a table."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def versions() -> dict[str, str]:
-    """Installed packages that matter to a result."""
+    """Return the versions of installed packages that matter to a result."""
     found = {}
     for package in PACKAGES:
         try:
@@ -130,7 +130,7 @@ def versions() -> dict[str, str]:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as Markdown, columns in the order of their first appearance."""
+    """Print rows as Markdown, columns in the order of their first appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:

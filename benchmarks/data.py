@@ -1,11 +1,12 @@
-"""How fast text becomes token shards, and token shards become batches.
+"""Measure how fast text becomes token shards, and token shards become batches.
 
     python benchmarks/data.py                        # 1 GB of text; 20 minutes on 2 cores
     python benchmarks/data.py --megabytes=20         # under a minute
 
-The text is passages of the embedded novels in random order, in a .jsonl made on the spot; the tokenizer a byte-level BPE
-trained on them. `prepare` stands beside the tokenizer library alone, on text that is already in memory. Batches are read by
-one core without reading ahead, as tokens a second of CPU time, at step 10,000,000: resuming there is reading there.
+The text is passages of the embedded novels in random order, in a .jsonl made by the script; the
+tokenizer is a byte-level BPE trained on them. `prepare` is compared with the tokenizer library
+alone, on text that is already in memory. Batches are read by one core without reading ahead, as
+tokens per second of CPU time, at step 10,000,000, because a resumed run reads there.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from fp8jax.data import pipeline, sources, tokenizer
 
 STEP = 10_000_000
 VOCABULARY, LENGTH = 8192, 4096
-BATCH = 1000  # documents that the library gets at once
+BATCH = 1000  # documents per call of the library
 KINDS = {
     "concat": {},
     "concat, document masks": {"document_masks": True},
@@ -41,7 +42,7 @@ KINDS = {
 
 
 def passages(megabytes: float) -> Iterator[str]:
-    """Passages of 200 to 20,000 characters, mostly short, together about so many megabytes."""
+    """Yield passages of 200 to 20,000 characters, mostly short, together about `megabytes`."""
     random = np.random.default_rng(0)
     novels = [document.decode() for document in sources.embedded_documents("train")]
     left = megabytes * 1e6
@@ -54,7 +55,7 @@ def passages(megabytes: float) -> Iterator[str]:
 
 
 def library_alone(file: pathlib.Path, texts: list[str]) -> dict[str, Any]:
-    """The tokenizer library on text in memory, with all cores."""
+    """Measure the tokenizer library on text in memory, with all cores."""
     library = tokenizers.Tokenizer.from_file(str(file))
     start, cpu, tokens = time.perf_counter(), time.process_time(), 0
     for first in range(0, len(texts), BATCH):
@@ -72,7 +73,7 @@ def library_alone(file: pathlib.Path, texts: list[str]) -> dict[str, Any]:
 def prepare(
     file: pathlib.Path, text: pathlib.Path, out: pathlib.Path, texts: list[str]
 ) -> dict[str, Any]:
-    """`python -m fp8jax prepare` from the .jsonl to finished shards, best fit included, and its peak memory."""
+    """Measure `python -m fp8jax prepare` from the .jsonl to finished shards, best fit included, and its peak memory."""
     command = [
         sys.executable,
         "-m",
@@ -115,7 +116,7 @@ def _rate(what: str, texts: list[str], seconds: float, cpu: float) -> dict[str, 
 
 
 class _Peak(threading.Thread):
-    """Samples the memory of a session of processes, shared pages once; 0 where the system has no /proc."""
+    """A sampler of the memory of a session of processes, shared pages once; 0 if the system has no /proc."""
 
     def __init__(self, session: int):
         super().__init__(daemon=True)
@@ -140,7 +141,7 @@ class _Peak(threading.Thread):
             return False
 
     def stop(self) -> float:
-        """Largest sum seen, MiB."""
+        """Stop and return the largest sum seen, MiB."""
         self._ended.set()
         self.join()
         return self._largest / 1024
@@ -149,7 +150,7 @@ class _Peak(threading.Thread):
 def _proportional_kib(process: pathlib.Path) -> float:
     try:
         lines = (process / "smaps_rollup").read_text().splitlines()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0.0
     return next((float(line.split()[1]) for line in lines if line.startswith("Pss:")), 0.0)
 
@@ -157,7 +158,7 @@ def _proportional_kib(process: pathlib.Path) -> float:
 def reading(
     kind: str, directory: pathlib.Path, batches: int, length: int = LENGTH
 ) -> dict[str, Any]:
-    """Batches of 32,768 tokens at STEP, by one core; seconds until the first of them is there."""
+    """Measure reading batches of 32,768 tokens at STEP by one core, and the seconds until the first."""
     values = configs.make("tiny", architecture="fog_max", recipe="fp8_dpa")
     values.data.update(source=str(directory), sequence_length=length, read_threads=0, **KINDS[kind])
     values.training.batch_size = 8 * LENGTH // length
@@ -175,7 +176,7 @@ def reading(
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
-    """Prints the table and writes the results; returns their file."""
+    """Print the table, write the results, and return their file."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="example: python benchmarks/data.py --megabytes=20",

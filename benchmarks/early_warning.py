@@ -1,4 +1,4 @@
-"""Early warning on a catalogue of runs: train them, judge the warnings beside simple rivals, plot.
+"""Test the early warning on a catalogue of runs: train them, judge the warnings beside simple rivals, plot.
 
     python benchmarks/early_warning.py run                     # trains what is missing: 1 to 2 minutes a run on 2 idle cores
     python benchmarks/early_warning.py run --only=llama3_hot,held_out_2     # runs, or all of a split
@@ -6,11 +6,12 @@
     python benchmarks/early_warning.py evaluate                # table, benchmarks/results/early_warning.json
     python benchmarks/early_warning.py plot                    # docs/early_warning_*.png, one a split, and the rescue
 
-Logs are kept beside the code, in benchmarks/early_warning/NAME.jsonl.xz: every logged value that the warning or the rivals
-read, to four digits, and in its first entry the device; a log that is there is not made again. With `--parallel` each run is a
-process of its own, what it prints goes to runs/early_warning/NAME.txt, and of one that fails or is cut off the log is kept if it
-has half of the steps. Which runs there are and when one counts as diverged:
-early_warning_runs.py; how warnings are judged: early_warning_scores.py.
+Logs are kept beside the code, in benchmarks/early_warning/NAME.jsonl.xz: every logged value that
+the warning or the rivals read, to four digits, and in its first entry the device; an existing log
+is not made again. With `--parallel` each run is a process of its own, its output goes to
+runs/early_warning/NAME.txt, and the log of one that fails or is cut off is kept if it has half of
+the steps. early_warning_runs.py defines the runs and when one counts as diverged;
+early_warning_scores.py judges warnings.
 """
 
 import argparse
@@ -40,7 +41,7 @@ DROPPED = ("mean/", "zero/", "negative_zero/", "held_out/", "tokens_per_second",
 
 
 def run(names: list[str]) -> None:
-    """Trains the runs whose logs are missing, in runs/early_warning/, and keeps their logs."""
+    """Train the runs whose logs are missing, in runs/early_warning/, and keep their logs."""
     for name in names:
         log, workdir = log_of(name), WORKDIRS / name
         if log.exists():
@@ -53,19 +54,19 @@ def run(names: list[str]) -> None:
 
 
 def run_apart(names: list[str], parallel: int, seconds: float) -> None:
-    """As `run`, a process a run, so many at once, in this order; what is under way when the time is up is cut off."""
+    """Run each in its own process, `parallel` at once, in this order; runs that go on when time is up are cut off."""
     WORKDIRS.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
         runs = [
             pool.submit(_run_apart, name, deadline) for name in names if not log_of(name).exists()
         ]
-    for done in runs:  # only now, so that no fault of one takes the others with it
+    for done in runs:  # only now, so that a fault of one does not end the others
         done.result()
 
 
 def _run_apart(name: str, deadline: float) -> None:
-    """One run in a process of its own; says what came of it."""
+    """Train one run in a process of its own, and return a line on the outcome."""
     log, workdir, start = log_of(name), WORKDIRS / name, time.monotonic()
     shutil.rmtree(workdir, ignore_errors=True)
     ended = "cut off"
@@ -95,7 +96,7 @@ def _run_apart(name: str, deadline: float) -> None:
 
 
 def keep(workdir: pathlib.Path, log: pathlib.Path) -> None:
-    """Writes a run's log, without what nobody reads, with what it ran on, compressed."""
+    """Write a run's log, compressed, with its device and without values that are never read."""
     entries = [
         {name: _short(value) for name, value in entry.items() if not name.startswith(DROPPED)}
         for entry in read_metrics(workdir / "metrics.jsonl")
@@ -113,17 +114,17 @@ def _short(value: Any) -> Any:
 
 
 def log_of(name: str) -> pathlib.Path:
-    """Where the log of a run is kept."""
+    """Return the path of a run's kept log."""
     return LOGS / f"{name}.jsonl.xz"
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    """A kept log."""
+    """Read a kept log."""
     return [json.loads(line) for line in lzma.decompress(log_of(name).read_bytes()).splitlines()]
 
 
 def _chosen(text: str) -> list[str]:
-    """Names of runs, from names of runs and of splits."""
+    """Return names of runs, from names of runs and of splits."""
     splits = {
         run.split: [name for name in ALL if ALL[name].split == run.split] for run in ALL.values()
     }
@@ -139,7 +140,7 @@ def _chosen(text: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one of the commands."""
+    """Run one of the commands."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

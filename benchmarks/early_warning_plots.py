@@ -1,4 +1,4 @@
-"""Plots of docs/early_warning.md."""
+"""Draw the plots of docs/early_warning.md."""
 
 import math
 import pathlib
@@ -31,7 +31,7 @@ COLUMNS, CUT, TWINS = 4, 5.6, "#0072b2"
 def catalogue(
     logs: Mapping[str, Log], found: Mapping[str, Any], split: str, path: pathlib.Path
 ) -> None:
-    """The loss of every run of a split, its warnings, and where it departs; that of its BF16 twin in the same panel."""
+    """Plot the loss of every run of a split, its warnings, and where it departs, with its BF16 twin in the same panel."""
     rows = [row for row in found["runs"] if row["split"] == split and row["kind"] != TWIN]
     high = math.ceil(len(rows) / COLUMNS)
     figure, panels = plt.subplots(
@@ -74,7 +74,7 @@ def _panel(
 
 
 def _curve(log: Log) -> tuple[list[int], np.ndarray]:
-    """Steps, and losses up to CUT: what is not finite stands there too."""
+    """Return steps, and losses cut at CUT, where non-finite ones are drawn too."""
     loss = np.array([float(entry["loss"]) for entry in log])
     return [entry["step"] for entry in log], np.clip(
         np.where(np.isfinite(loss), loss, CUT), None, CUT
@@ -82,7 +82,7 @@ def _curve(log: Log) -> tuple[list[int], np.ndarray]:
 
 
 def _legend(rows: list[Mapping[str, Any]]) -> list[Line2D]:
-    """What the panels show, and no more."""
+    """Return the legend of what the panels show, and no more."""
     out = [
         Line2D([], [], color=colour, marker=marker, linestyle="", label=level)
         for level, (colour, marker) in LEVELS.items()
@@ -96,7 +96,7 @@ def _legend(rows: list[Mapping[str, Any]]) -> list[Line2D]:
 
 
 def rescue(logs: Mapping[str, Log], path: pathlib.Path) -> None:
-    """The same run left alone, in BF16, and with action=fallback: loss, and the error of attention's logits."""
+    """Plot the same run left alone, in BF16, and with action=fallback: loss, and the error of attention's logits."""
     names = {
         "llama3_hot_alone": ("FP8, left alone", "#d55e00"),
         "llama3_hot_bf16": ("BF16", "#0072b2"),

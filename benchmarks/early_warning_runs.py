@@ -1,13 +1,15 @@
-"""Catalogue of runs for the early warning: which, how each is disturbed, and when a run counts as diverged.
+"""Define the catalogue of runs for the early warning: how each is disturbed, and when a run counts as diverged.
 
     python benchmarks/early_warning.py run        # trains what is missing, one run after another
 
-Models are micro (4 layers, width 128, 1,024 tokens a step), with FP8 attention, on the embedded corpus. Those of held_out_3 and the
-deep ones of held_out_4 (8 layers of width 512 and 12 of 384, 8,192 tokens a step) are for a GPU with FP8 units. A disturbance acts on the
-training step from outside, so that the code under test is what users run: the update of some steps is stretched (a spike of the
-learning rate), their tokens are replaced (a bad batch), or a parameter of one layer grows by a factor a step (injected drift).
+Models are micro (4 layers, width 128, 1,024 tokens a step), with FP8 attention, on the embedded
+corpus. Those of held_out_3 and the deep ones of held_out_4 (8 layers of width 512 and 12 of 384,
+8,192 tokens a step) are for a GPU with FP8 units. A disturbance acts on the training step from
+outside, so that the code under test is what users run: the update of some steps is stretched (a
+spike of the learning rate), their tokens are replaced (a bad batch), or a parameter of one layer
+grows by a factor a step (injected drift).
 
-When a run has diverged was written down before any of them was looked at by the predictor: see `departure`.
+The definition of divergence (`departure`) was written before the predictor saw any of the runs.
 """
 
 import contextlib
@@ -24,9 +26,10 @@ from fp8jax import config as config_lib
 from fp8jax.training import loop
 from fp8jax.training.step import TrainProgram
 
-# A run departs where its loss, smoothed over WINDOW steps, rises LEAVES spreads above the best it had reached, and does not come
-# back to within RETURNS spreads of that best in the steps that follow, LASTS at least. The spread is of single losses about the
-# smoothed curve, robust.
+# A run departs where its loss, smoothed over WINDOW steps, rises LEAVES spreads above the best it
+# had reached, and does not come back to within RETURNS spreads of that best in the steps that
+# follow, LASTS at least. The spread is the robust deviation of single losses from the smoothed
+# curve.
 WINDOW, LEAVES, RETURNS, LASTS = 15, 3.0, 1.0, 30
 
 MICRO = {
@@ -44,7 +47,8 @@ MICRO = {
     "checkpoint.every": 0,
     "training.rollbacks": 0,
 }
-# What held_out_3 changes of MICRO. Width and depth move the rate that a model bears, which was not looked for: rates are spread.
+# The fields of MICRO that held_out_3 changes. Width and depth move the rate at which a model
+# diverges; it was not searched for, so rates are spread.
 LARGE = {
     "model.layers": 8,
     "model.width": 512,
@@ -61,7 +65,7 @@ TWIN = "BF16 twin"
 
 
 class Disturbance(NamedTuple):
-    """What is done to the steps `first` to `last`: `rate` (update times amount), `batch` (tokens replaced), `drift` (a gain grows)."""
+    """A change of the steps `first` to `last`: `rate` (update times amount), `batch` (tokens replaced), `drift` (a gain grows)."""
 
     kind: str
     first: int
@@ -70,7 +74,7 @@ class Disturbance(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One run: which half of the catalogue, what kind of failure it is meant to have, its fields beside MICRO, its disturbance."""
+    """One run: its half of the catalogue, its intended kind of failure, its fields besides MICRO, its disturbance."""
 
     split: str
     kind: str
@@ -87,7 +91,7 @@ class Disturbed(TrainProgram):
         self._disturbance = disturbance
 
     def step(self, state: Any, batch: Any, *, collect: bool = False) -> Any:
-        """As TrainProgram.step, then or before it the disturbance."""
+        """Take the step of TrainProgram, with the disturbance before or after it."""
         kind, first, last, amount = self._disturbance
         if not first <= int(state.step) + 1 <= last:
             return super().step(state, batch, collect=collect)
@@ -118,7 +122,7 @@ class Disturbed(TrainProgram):
 
 
 def _noise(inputs: jax.Array, seed: int) -> jax.Array:
-    """Tokens at random, the same in every bad batch: something to learn by heart."""
+    """Return random tokens, the same in every bad batch, so that the model can memorise them."""
     return jax.device_put(
         jax.random.randint(jax.random.key(seed), inputs.shape, 0, 256, inputs.dtype),
         inputs.sharding,
@@ -126,12 +130,12 @@ def _noise(inputs: jax.Array, seed: int) -> jax.Array:
 
 
 def _stretched(before: Any, after: Any, factor: float) -> Any:
-    """A rate `factor` times as high: AdamW's update, weight decay included, is linear in the rate."""
+    """Apply a rate `factor` times as high: AdamW's update, weight decay included, is linear in the rate."""
     return jax.tree.map(lambda a, b: a + factor * (b - a), before, after)
 
 
 def _drifted(_before: Any, after: Any, factor: float) -> Any:
-    """The last layer's projection to queries, keys and values grows; where there is a norm on queries, its gain instead."""
+    """Grow the last layer's projection to queries, keys and values, or with a norm on queries, its gain."""
     attention = after["blocks"]["attention"]
     name, key = ("q_norm", "gain") if "q_norm" in attention else ("qkv", "w")
     grown = attention[name][key].at[-1].multiply(factor)
@@ -163,7 +167,7 @@ def _large(kind: str, architecture: str, rate: float, seed: int, **more: Any) ->
 
 
 def _twin(run: Run) -> Run:
-    """The same run with every GEMM in BF16: if it trains on where `run` does not, FP8 is the cause."""
+    """Return the same run with every GEMM in BF16: if it trains on where `run` does not, FP8 is the cause."""
     return run._replace(kind=TWIN, fields={**run.fields, "fp8.recipe": "bf16"})
 
 
@@ -173,7 +177,7 @@ def _seeded(
     seed: int,
     base: Mapping[str, Any] | None = None,
 ) -> dict[str, Run]:
-    """Runs of a split by name, from name, kind, architecture, fields, disturbance; seeds one after another from `seed`."""
+    """Return the runs of a split by name, from name, kind, architecture, fields, disturbance; seeds count up from `seed`."""
     return {
         name: Run(
             split,
@@ -186,9 +190,11 @@ def _seeded(
     }
 
 
-# Kinds of failure are split, not runs: what a threshold is tuned on is of another kind than what it is judged by. held_out_1 was
-# judged first, and the warning changed afterwards (docs/early_warning.md); held_out_2 was judged by what came of that. held_out_3 is of
-# the development half's kind, high rates, the one at which FP8 itself fails: held out by width, depth, batch, seed, and FP8 hardware.
+# Kinds of failure are split, not runs: what a threshold is tuned on is of another kind than what it
+# is judged by. held_out_1 was judged first, and the warning changed afterwards
+# (docs/early_warning.md); held_out_2 was judged by what came of that. held_out_3 is of the
+# development half's kind, high rates, the one at which FP8 itself fails: held out by width, depth,
+# batch, seed, and FP8 hardware.
 RUNS = {
     "llama3": Run("development", "healthy", "llama3", SHORT),
     "llama3_warm": Run("development", "healthy", "llama3", _hot(1e-2, 200)),
@@ -263,7 +269,8 @@ RUNS = {
     "large_fog_opt": _large("healthy", "fog_opt", 1e-3, 39),
     "large_fog_flash": _large("healthy", "fog_flash", 1e-3, 40),
 }
-# What the rules were changed on, beside all of the above, when those had been judged: more of every kind, other seeds.
+# Runs that the rules were changed on, besides all of the above, when those had been judged: more of
+# every kind, other seeds.
 RUNS |= _seeded(
     "development_2",
     [
@@ -288,8 +295,8 @@ RUNS |= _seeded(
     ],
     51,
 )
-# Held out from the rules as they have been since: every kind again, at rates written down without a trial, other seeds; and with native FP8
-# at another shape.
+# Runs held out from the rules as they have been since: every kind again, at rates chosen without a
+# trial, other seeds; and with native FP8 at another shape.
 DEEP = {
     **LARGE,
     "model.layers": 12,
@@ -377,12 +384,13 @@ RUNS |= {
 
 
 def twin_of(name: str) -> str:
-    """The name of a run's BF16 twin; empty where it has none."""
+    """Return the name of a run's BF16 twin; empty if it has none."""
     twin = f"{name}_bf16"
     return twin if twin in RUNS and RUNS[twin].kind == TWIN else ""
 
 
-# llama3_hot again: left alone, in BF16 throughout, and rescued by the early warning, at once or late.
+# llama3_hot again: left alone, in BF16 throughout, and rescued by the early warning, at once or
+# late.
 _RESCUED = {**_hot(2e-2, 200), "warning.action": "fallback", "warning.level": "watch"}
 RESCUES = {
     "llama3_hot_alone": Run("rescue", "reference", "llama3", _hot(2e-2, 200)),
@@ -416,7 +424,7 @@ RESCUES = {
 
 
 def config_of(run: Run, **more: Any) -> config_lib.Config:
-    """The run's configuration; `more` are fields with '__' for the dot."""
+    """Return the run's configuration; `more` are fields with '__' for the dot."""
     config = common.make("tiny", architecture=run.architecture, recipe="fp8_dpa")
     for name, value in {
         **MICRO,
@@ -430,7 +438,7 @@ def config_of(run: Run, **more: Any) -> config_lib.Config:
 
 @contextlib.contextmanager
 def disturbed(disturbance: Disturbance | None) -> Iterator[None]:
-    """Inside, fp8jax.training.loop trains with disturbed steps."""
+    """Make fp8jax.training.loop train with disturbed steps inside this context."""
     plain = loop.TrainProgram
     if disturbance is not None:
         loop.TrainProgram = functools.partial(Disturbed, disturbance)
@@ -441,7 +449,7 @@ def disturbed(disturbance: Disturbance | None) -> Iterator[None]:
 
 
 class Departure(NamedTuple):
-    """When the loss left its band for good, None if it did not; `spiked`: it left it and came back; `calm`: when, by the spread of calm."""
+    """When the loss left its band for good, None if never; `spiked` if it came back; `calm`: when, by the spread of calm."""
 
     step: int | None
     spiked: bool
@@ -449,11 +457,12 @@ class Departure(NamedTuple):
 
 
 def departure(steps: Sequence[int], losses: Sequence[float]) -> Departure:
-    """The moment of divergence, from the whole curve: hindsight is allowed here, and nowhere else.
+    """Find the moment of divergence from the whole curve; hindsight is allowed only here.
 
-    A loss that is not finite counts as infinite. The curve is smoothed by a centred running median, so that the moment is where
-    the middle of the window stands, not its end. The spread is that of the whole curve, which a loss of 1e18 inflates until nothing
-    leaves the band; `calm` takes that of the steps up to the lowest smoothed loss. It was added when all logs were there.
+    A loss that is not finite counts as infinite. The curve is smoothed by a centred running median,
+    so that the moment is the middle of the window, not its end. The spread is that of the whole
+    curve, which a loss of 1e18 inflates until no loss leaves the band; `calm` takes that of the
+    steps up to the lowest smoothed loss. It was added after all logs were made.
     """
     loss = np.where(np.isfinite(losses), losses, np.inf)
     half = WINDOW // 2
@@ -467,7 +476,7 @@ def departure(steps: Sequence[int], losses: Sequence[float]) -> Departure:
 def _leaves(
     steps: Sequence[int], loss: np.ndarray, smooth: np.ndarray, counted: np.ndarray
 ) -> tuple[int | None, bool]:
-    """The step at which the smoothed loss leaves its band for good, and whether it ever left it; `counted` losses make the spread."""
+    """Return the step at which the smoothed loss leaves its band for good, and if it ever left; `counted` make the spread."""
     spread = 1.4826 * float(np.median(np.abs(loss[counted] - smooth[counted])))
     best = np.minimum.accumulate(smooth)
     out = smooth > best + LEAVES * spread

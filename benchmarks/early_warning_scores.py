@@ -1,17 +1,19 @@
-"""How the early warning is judged on the catalogue, beside three rivals that anyone would try first.
+"""Judge the early warning on the catalogue, beside three obvious rivals.
 
     found = judge(logs)            # {"runs": [...], "summary": [...], "thresholds": {...}}
 
-Rivals are thresholds: on the loss (robust standard deviations above the median of the last 64 steps), on the gradient's norm, and
-on the kurtosis of qkv in the worst layer. Each gets the lowest threshold with which it raises no more false alarms on the healthy
-runs that the rules were made on, all but held_out_4, than the early warning does there at `warn`. All are silent for the first SILENT
+Rivals are thresholds: on the loss (robust standard deviations above the median of the last 64
+steps), on the gradient's norm, and on the kurtosis of qkv in the worst layer. Each gets the lowest
+threshold with which it raises no more false alarms on the healthy runs that the rules were made on,
+all but held_out_4, than the early warning does there at `warn`. All are silent for the first SILENT
 steps.
 
-A flag is early if it comes before the step at which the loss departs; its lead is the difference. Both are also given by the
-spread of calm (early_warning_runs.py), whose departures come earlier where the loss explodes. Flags within EPISODE steps of the
-first are one alarm. An alarm is false in a healthy run, and before the disturbance of a disturbed one. Runs whose loss leaves the
-band and comes back are neither healthy nor diverged: they are listed, and not counted; nor are BF16 twins, which tell whether FP8
-is the cause: it is where the twin has not diverged.
+A flag is early if it comes before the step at which the loss departs; its lead is the difference.
+Both are also given by the spread of calm (early_warning_runs.py), whose departures come earlier
+where the loss explodes. Flags within EPISODE steps of the first are one alarm. An alarm is false in
+a healthy run, and before the disturbance of a disturbed one. Runs whose loss leaves the band and
+comes back are neither healthy nor diverged: they are listed, and not counted; nor are BF16 twins,
+which show whether FP8 is the cause: it is if the twin has not diverged.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +31,13 @@ INJECTED, JUDGED = "injected drift", "held_out_4"
 
 
 def warnings(log: Log) -> list[Any]:
-    """All alarms of a run."""
+    """Return all alarms of a run."""
     watch = EarlyWarning()
     return [alarm for entry in log for alarm in watch.observe(entry)]
 
 
 def loss_scores(log: Log) -> list[tuple[int, float]]:
-    """Step, and how far the loss lies above its recent median, in robust standard deviations."""
+    """Return steps, and how far the loss lies above its recent median, in robust standard deviations."""
     losses, out = np.array([_number(entry["loss"]) for entry in log]), []
     for i in range(RECENT // 2, len(losses)):
         before = losses[max(i - RECENT, 0) : i]
@@ -50,12 +52,12 @@ def loss_scores(log: Log) -> list[tuple[int, float]]:
 
 
 def gradient_norms(log: Log) -> list[tuple[int, float]]:
-    """Step and gradient norm."""
+    """Return steps and gradient norms."""
     return [(entry["step"], _number(entry["grad_norm"])) for entry in log]
 
 
 def kurtoses(log: Log) -> list[tuple[int, float]]:
-    """Step, and kurtosis of qkv in the layer where it is largest."""
+    """Return steps, and kurtosis of qkv in the layer where it is largest."""
     found = (
         (
             entry["step"],
@@ -67,7 +69,7 @@ def kurtoses(log: Log) -> list[tuple[int, float]]:
 
 
 def _number(value: Any) -> float:
-    """A value that is not finite is beyond any threshold."""
+    """Return a value, infinite if it is not finite, so that it is beyond any threshold."""
     value = float(value)
     return value if np.isfinite(value) else np.inf
 
@@ -80,7 +82,7 @@ RIVALS: dict[str, Callable[[Log], list[tuple[int, float]]]] = {
 
 
 def episodes(steps: Sequence[int]) -> list[int]:
-    """First steps of the alarms that flags at these steps make; one that goes on counts again every EPISODE steps."""
+    """Return the first steps of the alarms that flags at these steps make; a long one counts again every EPISODE steps."""
     out: list[int] = []
     for step in steps:
         if not out or step - out[-1] > EPISODE:
@@ -89,13 +91,13 @@ def episodes(steps: Sequence[int]) -> list[int]:
 
 
 def outcome(log: Log) -> tuple[str, Departure]:
-    """healthy, diverged or recovered; and when the loss departs."""
+    """Return 'healthy', 'diverged' or 'recovered', and when the loss departs."""
     found = departure([entry["step"] for entry in log], [float(entry["loss"]) for entry in log])
     return ("diverged" if found.step else "recovered" if found.spiked else "healthy"), found
 
 
 def judge(logs: Mapping[str, Log]) -> dict[str, Any]:
-    """Flags of every detector on every run, thresholds of the rivals, and recall, false alarms and leads by half of the catalogue."""
+    """Return every detector's flags on every run, the rivals' thresholds, and recall, false alarms and leads by split."""
     outcomes = {name: outcome(log) for name, log in logs.items()}
     alarms = {name: warnings(log) for name, log in logs.items()}
     flags = {
@@ -149,7 +151,7 @@ def judge(logs: Mapping[str, Log]) -> dict[str, Any]:
 
 
 def _threshold(healthy: list[list[tuple[int, float]]], allowed: int) -> float:
-    """The lowest value that healthy runs exceed in no more episodes than allowed."""
+    """Return the lowest value that healthy runs exceed in no more episodes than allowed."""
     candidates = sorted({value for series in healthy for _, value in series if np.isfinite(value)})
 
     def alarms(limit: float) -> int:
@@ -157,7 +159,7 @@ def _threshold(healthy: list[list[tuple[int, float]]], allowed: int) -> float:
             len(episodes([step for step, value in series if value > limit])) for series in healthy
         )
 
-    # From above: the count need not be monotonic.
+    # The search goes down from above, because the count need not be monotonic.
     best = candidates[-1]
     for value in reversed(candidates):
         if alarms(value) > allowed:
@@ -202,7 +204,7 @@ def _row(
 
 
 def _summary(rows: list[dict[str, Any]], detector: str, split: str) -> dict[str, Any]:
-    """Injected drifts and BF16 twins are left out."""
+    """Return the summary of a detector on a split, without injected drifts and BF16 twins."""
     mine = [row for row in rows if row["split"] == split and row["kind"] not in (INJECTED, TWIN)]
     healthy, diverged = (
         [row for row in mine if row["outcome"] == kind] for kind in ("healthy", "diverged")
@@ -235,7 +237,7 @@ def _summary(rows: list[dict[str, Any]], detector: str, split: str) -> dict[str,
 
 
 def _early(rows: Sequence[Mapping[str, Any]], detector: str, lead: str) -> list[int]:
-    """The leads that are leads."""
+    """Return the leads of early flags."""
     found = (row["detectors"][detector][lead] for row in rows)
     return [value for value in found if value is not None and value > 0]
 
@@ -245,7 +247,7 @@ def _median(leads: Sequence[int]) -> float | None:
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """Prints the tables of docs/early_warning.md."""
+    """Print the tables of docs/early_warning.md."""
     detectors = list(found["runs"][0]["detectors"])
     heads = ["run", "kind", "outcome", "departs", "by calm", "BF16 twin", "device", *detectors]
     print(f"| {' | '.join(heads)} |\n|" + "---|" * len(heads))

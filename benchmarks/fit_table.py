@@ -1,12 +1,13 @@
-"""Does the planner choose well? Every option compiled, against the one that a run would choose.
+"""Test the planner's choice: compile every option, and compare with the one that a run would choose.
 
     python benchmarks/fit_table.py --config=configs/fp8_base.py:390m --target=h100:1
     python benchmarks/fit_table.py --config=configs/fp8_base.py:8b --target=h100:8 --nearest=6
 
-Prints the peak of a device and the time at peak rates of each option as compiled, and by how much the chosen one is slower
-than the fastest that fits; writes benchmarks/results/fit.json. Without --nearest all options are compiled, which takes
-hours at 8B; with it, for each loss chunk and rematerialisation, only so many microbatches around those that just fit.
-Ends with 1 if the choice is more than 10% slower than the best, or does not fit.
+The script prints the peak memory of a device and the time at peak rates of each option as compiled,
+and by how much the chosen one is slower than the fastest that fits; it writes
+benchmarks/results/fit.json. Without --nearest all options are compiled, which takes hours at 8B;
+with it, for each loss chunk and rematerialisation, only so many microbatches around those that just
+fit. The exit code is 1 if the choice is more than 10% slower than the best, or does not fit.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def main() -> int:
 
 
 def _options(found: TargetFit, config: config_lib.Config, nearest: int) -> list[Any]:
-    """All options; or of each kind those whose microbatches are around the fewest that should fit."""
+    """Return all options, or of each kind those whose microbatches are around the fewest that should fit."""
     if not nearest or found.limit is None:
         return found.options
     ranking = Ranking(found.plan.change(config), found.options)

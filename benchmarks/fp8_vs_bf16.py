@@ -1,15 +1,17 @@
-"""FP8 with FP8 attention against BF16: the same runs, several seeds, one plot.
+"""Compare FP8 with FP8 attention and BF16: the same runs, several seeds, one plot.
 
     python benchmarks/fp8_vs_bf16.py                    # 5 seeds at tiny; about an hour on 2 cores
     python benchmarks/fp8_vs_bf16.py --setting=calm     # a lower rate and a larger batch: less chaos, the same question
     python benchmarks/fp8_vs_bf16.py --plot-only
 
-Training at this size is chaotic: any rounding, once different, moves the loss of every later step a little. `bf16_halves`
-shows by how much: it is `bf16` with each batch in two microbatches, the same mathematics in another order of sums. The gap
-of a seed is the loss in FP8 over the mean of its two BF16 runs; beside the mean gap stands its standard error over seeds.
+Training at this size is chaotic: any rounding, once different, moves the loss of every later step a
+little. `bf16_halves` shows by how much: it is `bf16` with each batch in two microbatches, the same
+mathematics in another order of sums. The gap of a seed is the loss in FP8 over the mean of its two
+BF16 runs; the mean gap comes with its standard error over seeds.
 
-Runs land in runs/SETTING/, the plot in docs/SETTING.png, the numbers in benchmarks/results/SETTING.json, where SETTING is
-fp8_vs_bf16, or fp8_vs_bf16_NAME of another setting.
+Runs are written to runs/SETTING/, the plot to docs/SETTING.png, the numbers to
+benchmarks/results/SETTING.json, where SETTING is fp8_vs_bf16, or fp8_vs_bf16_NAME for another
+setting.
 """
 
 import argparse
@@ -46,12 +48,12 @@ SETTINGS = {
 
 
 def name_of(setting: str) -> str:
-    """Name of a setting's directory, plot and results."""
+    """Return the name of a setting's directory, plot and results."""
     return "fp8_vs_bf16" if setting == "usual" else f"fp8_vs_bf16_{setting}"
 
 
 def run(workdir: pathlib.Path, variant: str, seed: int, extra: list[str]) -> None:
-    """Trains one run, or continues it."""
+    """Train one run, or continue it."""
     fixed = [
         f"--config.training.seed={seed}",
         "--config.evaluation.every=90",
@@ -68,7 +70,7 @@ def run(workdir: pathlib.Path, variant: str, seed: int, extra: list[str]) -> Non
 
 
 def gap(losses: list[float], bases: list[float]) -> dict[str, float]:
-    """Relative differences seed by seed, their mean and its standard error."""
+    """Return relative differences seed by seed, their mean and its standard error."""
     gaps = [loss / base - 1 for loss, base in zip(losses, bases, strict=True)]
     found = {f"seed {seed}": value for seed, value in enumerate(gaps)}
     error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
@@ -76,7 +78,7 @@ def gap(losses: list[float], bases: list[float]) -> dict[str, float]:
 
 
 def summarise(runs: dict[tuple[str, int], list[dict]], command: str) -> dict:
-    """Final held-out losses, and the gaps of FP8 and of the second summation order."""
+    """Return final held-out losses, and the gaps of FP8 and of the second summation order."""
     final = {f"{variant}-{seed}": entries[-1] for (variant, seed), entries in runs.items()}
     seeds = sorted({seed for _, seed in runs})
     losses = {
@@ -101,7 +103,7 @@ def summarise(runs: dict[tuple[str, int], list[dict]], command: str) -> dict:
 
 
 def plot(runs: dict[tuple[str, int], list[dict]], path: pathlib.Path) -> None:
-    """Held-out bits per byte of every run, against steps."""
+    """Plot held-out bits per byte of every run against steps."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for (variant, seed), entries in runs.items():
         points = [
@@ -142,7 +144,7 @@ def plot(runs: dict[tuple[str, int], list[dict]], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Runs what is missing, then writes numbers and plot."""
+    """Run what is missing, then write numbers and plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

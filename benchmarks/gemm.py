@@ -1,8 +1,8 @@
-"""Times one FP8 linear layer, forward and backward, against the same in BF16, at the shapes of a size's block.
+"""Time one FP8 linear layer, forward and backward, against the same in BF16, at the shapes of a size's block.
 
     python benchmarks/gemm.py --size=8b --tokens=4096
 
-The passes are timed together as a layer's three GEMMs with their casts, and fprop alone.
+A layer's three GEMMs with their casts are timed together, and fprop alone.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SCALINGS = ("bf16", "delayed", "current", "static")
 
 
 def shapes(size: str) -> dict[str, tuple[int, int]]:
-    """Role → (inputs, outputs) of a size's block, FFN of two layers as FOG has it."""
+    """Return role → (inputs, outputs) of a size's block, with an FFN of two layers as in FOG."""
     s = configs.SIZES[size]
     head = s["width"] // s["heads"]
     hidden = s["ffn_width"] * 3 // 2
@@ -36,7 +36,7 @@ def shapes(size: str) -> dict[str, tuple[int, int]]:
 
 
 def linear(recipe: GemmRecipe, backward: bool):
-    """Jitted (x, w, dy, scales, token) → output, or its gradients."""
+    """Return a jitted function of (x, w, dy, scales, token) that returns the output, or its gradients."""
 
     def forward(x, w, scales, token):
         return dot_general(x, w, (((1,), (0,)), ((), ())), recipe, scales=scales, token=token)
@@ -51,7 +51,7 @@ def linear(recipe: GemmRecipe, backward: bool):
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
-    """Prints the table and writes the results; returns their file."""
+    """Print the table, write the results, and return their file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES

@@ -1,14 +1,16 @@
-"""All GPU checks and benchmarks in one command, inside ten minutes on one H100; the most important first.
+"""Run all GPU checks and benchmarks in one command, within ten minutes on one H100, the most important first.
 
     python benchmarks/gpu_session.py                              # results in benchmarks/results
     python benchmarks/gpu_session.py --results=/tmp/out --only=checks,step
     python benchmarks/gpu_session.py --size=tiny --quick          # a rehearsal, on a CPU too
 
-`checks` compares native kernels with `emulated` and with float64 mathematics; its figures are in gpu_checks.json.
+`checks` compares native kernels with `emulated` and with float64 mathematics; its figures are in
+gpu_checks.json.
 
-Each part is a process of its own with a limit of its own, so that none takes the others with it; parts that write results
-do so as they go, so that a part that runs out of time leaves what it had. Writes one log a session (gpu_session.log) and
-a summary (gpu_session.json). Exits with 1 if a part failed.
+Each part is a process of its own with a limit of its own, so that a failure does not end the
+others; parts write results as they go, so that a part that runs out of time leaves what it had. A
+session writes one log (gpu_session.log) and a summary (gpu_session.json). The exit code is 1 if a
+part failed.
 """
 
 import argparse
@@ -38,7 +40,7 @@ class Part:
 
 
 def parts(args: argparse.Namespace) -> list[Part]:
-    """What runs, in order."""
+    """Return the parts to run, in order."""
     size, where = f"--size={args.size}", f"--results={args.results}"
     rounds = "--rounds=1" if args.quick else "--rounds=10"
     step = (
@@ -114,7 +116,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
 
 
 def run(part: Part, limit: float, log: pathlib.Path) -> dict:
-    """Runs one part to its end or its limit; what came of it."""
+    """Run one part to its end or its limit, and return its outcome."""
     path = os.pathsep.join(filter(None, (str(common.ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {
         "PYTHONPATH": path,
@@ -157,7 +159,7 @@ def run(part: Part, limit: float, log: pathlib.Path) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the parts while time is left; the exit code."""
+    """Run the parts while time is left, and return the exit code."""
     args = _arguments(argv)
     args.results = args.results.resolve()
     args.results.mkdir(parents=True, exist_ok=True)

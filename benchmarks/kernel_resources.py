@@ -1,9 +1,10 @@
-"""Registers, spills and shared memory of the FP8 attention kernels, from the compiler; needs no GPU.
+"""List registers, spills and shared memory of the FP8 attention kernels, from the compiler, without a GPU.
 
     python benchmarks/kernel_resources.py                 # all kernels and head dims, 4096 tokens, for an H100
 
-Compiles forward and backward attention for an H100 that is not there (requirements-audit.txt), and asks `ptxas`, of NVIDIA's CUDA
-toolkit, what each kernel takes. `wgmma` counts tensor-core instructions on FP8 operands in a kernel's text.
+The script compiles forward and backward attention for an H100 that need not be there
+(requirements-audit.txt), and asks `ptxas`, of NVIDIA's CUDA toolkit, what each kernel takes.
+`wgmma` counts tensor-core instructions on FP8 operands in a kernel's text.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from fp8jax.numerics.recipes import FAST_ACCUMULATION, OPERANDS, GemmRecipe
 
 
 def compile_into(folder: pathlib.Path, head_dim: int, length: int, recipe: GemmRecipe) -> None:
-    """Compiles one attention, forward and backward; the compiler writes what it makes into a folder."""
+    """Compile one attention, forward and backward, with the compiler's dump in a folder."""
     recipes = {SCORES: recipe, VALUES: recipe}
     mesh = Mesh(np.array(targets.resolve("h100:1").devices), ("data",), axis_types=(AxisType.Auto,))
 
@@ -56,7 +57,7 @@ def compile_into(folder: pathlib.Path, head_dim: int, length: int, recipe: GemmR
 
 
 def resources(folder: pathlib.Path, kernel: str) -> dict[str, int]:
-    """Registers a thread, bytes spilled a thread, shared memory of a program, FP8 tensor-core instructions in the text."""
+    """Return registers and spilled bytes per thread, shared memory of a program, FP8 tensor-core instructions in the text."""
     name = f"fp8_attention_{kernel}"
     source = next(path for path in folder.glob("*.ptx") if f".entry {name}(" in path.read_text())
     launches = next(folder.glob("*thunk_sequence.txt")).read_text()
@@ -74,7 +75,7 @@ def resources(folder: pathlib.Path, kernel: str) -> dict[str, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table and writes it."""
+    """Print the table and write it."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="example: python benchmarks/kernel_resources.py"
     )

@@ -1,11 +1,12 @@
-"""Where a step's milliseconds go: a JAX profiler trace reduced to a small table by kernel class.
+"""Reduce a JAX profiler trace to a small table of a step's milliseconds by kernel class.
 
     with traced(folder): run three steps
     found = milliseconds(folder, compiled.as_text(), steps=3)      # {"classes": {...}, "kernels": [...], ...}
 
-A kernel belongs to the instruction of the compiled program that the trace names, or whose name the kernel carries; the
-instruction tells what it is, and its scope where in the model. Kernels that no instruction claims (CUDA graphs hide it)
-are sorted by their own name. The longest ones are listed, so that the classes can be checked.
+A kernel belongs to the instruction of the compiled program that the trace names, or whose name the
+kernel carries; the instruction gives its kind, and its scope the place in the model. Kernels
+without an instruction (CUDA graphs hide it) are sorted by their own name. The longest ones are
+listed, so that the classes can be checked.
 """
 
 import collections
@@ -27,7 +28,7 @@ IDLE = "idle"
 
 @contextlib.contextmanager
 def traced(folder: pathlib.Path) -> Iterator[None]:
-    """Traces what runs inside, to its end."""
+    """Trace what runs inside, to its end."""
     jax.profiler.start_trace(folder)
     try:
         yield
@@ -36,16 +37,16 @@ def traced(folder: pathlib.Path) -> Iterator[None]:
 
 
 def milliseconds(folder: pathlib.Path, program: str, steps: int) -> dict[str, Any]:
-    """Milliseconds a step by class of kernel.
+    """Return milliseconds per step by class of kernel.
 
     Args:
-        folder: where a trace was written.
+        folder: folder of the trace.
         program: text of the compiled step.
         steps: how many steps the trace holds.
 
     Returns:
-        `classes`: class → ms a step, with `idle` between the first and the last kernel; `busy_ms` and `span_ms` a step;
-        `kernels`: the longest, each with its class, ms and number a step.
+        `classes`: class → ms per step, with `idle` between the first and the last kernel; `busy_ms` and `span_ms` per step;
+        `kernels`: the longest, each with its class, ms and number per step.
     """
     instructions = _instructions(hlo.parse(program))
     names: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
@@ -82,7 +83,7 @@ def milliseconds(folder: pathlib.Path, program: str, steps: int) -> dict[str, An
 
 
 def _events(folder: pathlib.Path) -> Iterator[tuple[str, str, float, float]]:
-    """(kernel, operation or '', start, duration in ns) of what the device ran; on a CPU, operations of the host's threads."""
+    """Yield (kernel, operation or '', start, duration in ns) of the device's work; on a CPU, of the host's threads."""
     for path in sorted(folder.rglob("*.xplane.pb")):
         planes = list(ProfileData.from_file(str(path)).planes)
         devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
@@ -109,12 +110,12 @@ def _instructions(module: Module) -> dict[str, Instruction]:
 
 
 def _plain(name: str) -> str:
-    """Kernels carry an instruction's name with other punctuation."""
+    """Return a name without punctuation, as kernels carry instructions' names with other punctuation."""
     return re.sub(r"\W", "_", name.lstrip("%"))
 
 
 def _classify(kernel: str, instruction: Instruction | None) -> str:
-    """Class of a kernel, in the words of the table."""
+    """Return the class of a kernel, in the words of the table."""
     target, scope = (instruction.target, instruction.scope) if instruction else ("", "")
     role = re.search(r"fp8jax\.gemm\[(\w+)", scope)
     where = (
@@ -131,7 +132,7 @@ def _classify(kernel: str, instruction: Instruction | None) -> str:
     if target.startswith("__cublas") or re.search(r"nvjet|gemm|cutlass|xmma|cublas", kernel):
         fp8 = "f8" in target or re.search(
             r"e4m3|e5m2|nvjet_sm90_[qr]{2}|f8", kernel
-        )  # nvjet's q is e4m3, its r e5m2
+        )  # in nvjet's names, q is e4m3 and r is e5m2
         return f"{'FP8' if fp8 else 'other'} GEMM, {where}"
     if target or re.search(r"mosaic|pallas", kernel):
         return f"custom kernel, {where}"
@@ -150,7 +151,7 @@ def _fusion(kernel: str, name: str, scope: str) -> str:
 
 
 def _union(spans: list[tuple[float, float]]) -> float:
-    """Length covered by intervals."""
+    """Return the length that intervals cover."""
     covered, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         covered += max(0.0, stop - max(start, end))

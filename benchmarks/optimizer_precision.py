@@ -1,13 +1,14 @@
-"""Optimizer states in fewer bits, and the head in FP8, against float32 and BF16: the same runs, several seeds, two plots.
+"""Compare optimizer states in fewer bits with float32, and the head in FP8 with BF16: same runs, several seeds, two plots.
 
     python benchmarks/optimizer_precision.py                         # 3 seeds of each at tiny; 12 runs, about an hour on 2 cores
     python benchmarks/optimizer_precision.py --only=states --seeds=1
     python benchmarks/optimizer_precision.py --steps=100             # cut short; its schedule is that of a run of 100 steps
-    python benchmarks/optimizer_precision.py --only=head --size=390m --config.training.microbatches=8      # where there is a GPU
+    python benchmarks/optimizer_precision.py --only=head --size=390m --config.training.microbatches=8      # on a GPU
     python benchmarks/optimizer_precision.py --plot-only
 
-A run that is there is not repeated, one that was interrupted is continued. Runs land in runs/optimizer_precision/, plots in
-docs/optimizer_precision.png and docs/fp8_head.png, the numbers in benchmarks/results/optimizer_precision.json.
+A finished run is not repeated, an interrupted one is continued. Runs are written to
+runs/optimizer_precision/, plots to docs/optimizer_precision.png and docs/fp8_head.png, the numbers
+to benchmarks/results/optimizer_precision.json.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SMALL = [
     "--config.optimizer.first_moment=fp8",
 ]
 UNTIED = ["--config.model.tied_embeddings=False"]
-# Of each comparison the first variant is what the others are measured by.
+# The first variant of each comparison is the base of the others.
 COMPARISONS = {
     "states": {
         "float32": [],
@@ -55,7 +56,7 @@ SMOOTHING = 5  # logged steps
 def run(
     variant: str, flags: list[str], seed: int, arguments: argparse.Namespace, extra: list[str]
 ) -> list[dict]:
-    """Trains one run, unless it is there; returns its log."""
+    """Train one run unless it is finished, and return its log."""
     workdir = ROOT / "runs" / "optimizer_precision" / f"{arguments.size}-{variant}-{seed}"
     log = workdir / "metrics.jsonl"
     if not arguments.plot_only and not (log.exists() and "held_out/loss" in read_metrics(log)[-1]):
@@ -78,7 +79,7 @@ def run(
 
 
 def summarise(logs: dict[tuple[str, int], list[dict]]) -> dict:
-    """Final held-out losses, and their differences from the first variant's: seed by seed, and of the mean over seeds."""
+    """Return final held-out losses, and their differences from the first variant's: seed by seed, and of the mean."""
     final = {
         variant: {
             seed: log[-1]["held_out/loss"]
@@ -102,7 +103,7 @@ def summarise(logs: dict[tuple[str, int], list[dict]]) -> dict:
 
 
 def plot(logs: dict[tuple[str, int], list[dict]], title: str, path: pathlib.Path) -> None:
-    """Training loss against steps, and its difference from the first variant's of the same seed."""
+    """Plot training loss against steps, and its difference from the first variant's of the same seed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     variants = list(dict.fromkeys(name for name, _ in logs))
     for (variant, seed), log in logs.items():
@@ -136,7 +137,7 @@ def _smooth(values: list[float]) -> list[float]:
 
 
 def main() -> None:
-    """Runs what is missing, seed by seed, then writes numbers and plots."""
+    """Run what is missing, seed by seed, then write numbers and plots."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

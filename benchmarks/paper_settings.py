@@ -1,15 +1,17 @@
-"""What the paper's own settings change against our defaults: gradients of a trained state, and held-out loss over seeds.
+"""Measure what the paper's settings change against our defaults: gradients of a trained state, held-out loss over seeds.
 
     python benchmarks/paper_settings.py                    # 3 seeds of each at tiny, then gradients; an hour on 2 idle cores
     python benchmarks/paper_settings.py --steps=100        # cut short: schedules follow
     python benchmarks/paper_settings.py --steps=100 --set=data.sequence_length=128 --set=training.batch_size=8
 
-`default` is configs/fp8_base.py, `paper` configs/fog_paper.py; what lies between changes one setting of the first. Losses come
-from whole runs. Gradients are all of one state, that of `paper` and the first seed, and of one batch, whose BF16 gradients are
-the reference; scales come from that run's histories. `ends_in_fp8` casts what our attention keeps in BF16, as some libraries
-do: O to e4m3 and dQ, dK, dV to e5m2, at scales of their own amaxes.
+`default` is configs/fp8_base.py, `paper` configs/fog_paper.py; the variants between change one
+setting of the first. Losses come from whole runs. Gradients are all of one state, that of `paper`
+and the first seed, and of one batch, whose BF16 gradients are the reference; scales come from that
+run's histories. `ends_in_fp8` casts what our attention keeps in BF16, as some libraries do: O to
+e4m3 and dQ, dK, dV to e5m2, at scales of their own amaxes.
 
-Runs that are in benchmarks/results/paper_settings.json already, with the same options, are not repeated.
+Runs that are in benchmarks/results/paper_settings.json already, with the same options, are not
+repeated.
 """
 
 import argparse
@@ -53,7 +55,7 @@ GRADIENTS = {
 
 
 def config_of(preset: Any, changes: dict[str, Any]) -> config_lib.Config:
-    """A preset at tiny with changes, 'section.field' → value."""
+    """Return a preset at tiny with changes, 'section.field' → value."""
     values = preset.get_config("tiny")
     values.evaluation.batches = 0
     for path, value in changes.items():
@@ -68,7 +70,7 @@ def program_of(config: config_lib.Config) -> TrainProgram:
 
 
 def train(config: config_lib.Config) -> tuple[float, TrainState]:
-    """Held-out loss, of the whole split, and state at the end of a run."""
+    """Train a run, and return its held-out loss, of the whole split, and its final state."""
     program = program_of(config)
     batches = pipeline.train_batches(config)
     state = program.calibrate(program.init(), program.put(batches[0]))
@@ -80,14 +82,14 @@ def train(config: config_lib.Config) -> tuple[float, TrainState]:
 
 
 def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Values after a cast at the scale of their own amax."""
+    """Return values after a cast at the scale of their own amax."""
     scale = formats.scale_of(formats.amax(x), dtype, power_of_two=False)
     return formats.dequantise(formats.quantise(x, scale, dtype, emulated=True)).astype(x.dtype)
 
 
 @jax.custom_vjp
 def rounded_backward(x: jax.Array) -> jax.Array:
-    """X itself; its gradient is cast to e5m2."""
+    """Return x itself; its gradient is cast to e5m2."""
     return x
 
 
@@ -96,7 +98,7 @@ rounded_backward.defvjp(lambda x: (x, None), lambda _, g: (rounded(g, formats.E5
 
 @jax.custom_vjp
 def rounded_forward(x: jax.Array) -> jax.Array:
-    """X cast to e4m3; its gradient is left alone."""
+    """Return x cast to e4m3; its gradient is left unchanged."""
     return rounded(x, formats.E4M3)
 
 
@@ -105,7 +107,7 @@ rounded_forward.defvjp(lambda x: (rounded_forward(x), None), lambda _, g: (g,))
 
 @contextlib.contextmanager
 def ends_in_fp8() -> Iterator[None]:
-    """Attention whose results, forward and backward, are FP8 tensors."""
+    """Make the results of attention FP8 tensors, forward and backward, inside this context."""
     original = attention_module.attention
 
     def attention(
@@ -119,7 +121,7 @@ def ends_in_fp8() -> Iterator[None]:
 
 
 def block_gradients(config: config_lib.Config, trained: TrainState) -> dict[str, np.ndarray]:
-    """Gradients of the blocks' matrices, float64 [layers, ...], at a trained state's parameters and from its histories."""
+    """Return gradients of the blocks' matrices, float64 [layers, ...], at a trained state, from its histories."""
     program = program_of(config)
     entries = program.abstract_state.scaling
     scaling = {entry: trained.scaling[entry] for entry in entries}
@@ -145,7 +147,7 @@ def block_gradients(config: config_lib.Config, trained: TrainState) -> dict[str,
 
 
 def errors(found: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> dict[str, float]:
-    """Relative errors over all layers, by matrix, and of all together."""
+    """Return relative errors over all layers, by matrix, and of all together."""
     squares = {
         name: (np.sum((found[name] - reference[name]) ** 2), np.sum(reference[name] ** 2))
         for name in reference
@@ -155,7 +157,7 @@ def errors(found: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> di
 
 
 def compare_gradients(trained: TrainState, options: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Errors against BF16, setting by setting."""
+    """Return errors against BF16, setting by setting."""
     scaled = options | {
         "model.rope_scaling_factor": fog_paper.get_config("tiny").model.rope_scaling_factor
     }
@@ -176,7 +178,7 @@ def save(record: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is missing and writes the results."""
+    """Run what is missing and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

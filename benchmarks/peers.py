@@ -1,9 +1,11 @@
-"""Times one block, forward and backward, in fp8jax, BF16, flax's fp8_ops, qwix and torchao, in turns: same shapes, same mathematics.
+"""Time one block, forward and backward, in fp8jax, BF16, flax's fp8_ops, qwix and torchao: same shapes and mathematics.
 
     python benchmarks/peers.py --size=tiny          # peers: pip install qwix torch torchao
 
-FOG-opt's block. The peers have FP8 linear layers only, so their attention is JAX's own in BF16, on a GPU cuDNN's; fp8jax is timed
-like that (recipe `fp8`) and with attention in FP8 as well (`fp8_dpa`). A peer that is not installed, or fails, is a row that says so.
+The block is FOG-opt's, and candidates take turns. The peers have FP8 linear layers only, so their
+attention is JAX's own in BF16, on a GPU cuDNN's; fp8jax is timed like that (recipe `fp8`) and with
+attention in FP8 as well (`fp8_dpa`). A peer that is not installed, or fails, is a row with its
+error.
 """
 
 import argparse
@@ -27,7 +29,8 @@ from fp8jax.models.transformer import Block
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel.mesh import runs_kernels
 
-# For the peers, too: tuning XLA's own Triton GEMMs at 8b shapes takes minutes for each of them.
+# This holds for the peers, too: tuning XLA's own Triton GEMMs at 8b shapes takes minutes for each
+# of them.
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -39,7 +42,7 @@ class PeerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x_btd, rope):
-        """[b, t, d] to [b, t, d]."""
+        """Apply the block, [b, t, d] to [b, t, d]."""
         config, (b, t, d) = self.config, x_btd.shape
         heads, kv_heads, h = config.heads, config.kv_heads, config.head_dim
         dense = functools.partial(
@@ -60,7 +63,7 @@ class PeerBlock(nn.Module):
 
 
 def peer(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
-    """Jitted forward and backward pass of a flax model; a call runs it."""
+    """Return a function that runs the jitted forward and backward pass of a flax model."""
     variables = jax.jit(model.init)(jax.random.key(0), x, rope)
     run = jax.value_and_grad(
         lambda v, x: jnp.sum(model.apply(v, x, rope).astype(jnp.float32) ** 2),
@@ -71,7 +74,7 @@ def peer(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> C
 
 
 def with_qwix(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
-    """The same, its linear layers quantised by qwix: e4m3 forward, e5m2 gradients."""
+    """Return the same with linear layers quantised by qwix: e4m3 forward, e5m2 gradients."""
     import qwix  # noqa: PLC0415
 
     rule = qwix.QtRule(
@@ -84,7 +87,7 @@ def with_qwix(model: nn.Module, x: jax.Array, rope: tuple[jax.Array, jax.Array])
 
 
 def with_torch(config: Config, shape: tuple[int, ...], *, fp8: bool) -> Callable:
-    """The block in PyTorch."""
+    """Return the block in PyTorch."""
     import peers_torch  # noqa: PLC0415
 
     model = architectures.resolve(config.model)
@@ -94,7 +97,7 @@ def with_torch(config: Config, shape: tuple[int, ...], *, fp8: bool) -> Callable
 
 
 def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
-    """The block of fp8jax, weights quantised in each call, amaxes reported, with delayed scaling."""
+    """Return the block of fp8jax, with delayed scaling, weights quantised in each call and amaxes reported."""
     recipes = gemms.model_recipes(
         config,
         gated=False,
@@ -124,18 +127,18 @@ def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.A
 
 
 class Lazy:
-    """A call that is made at its first use, so that what fails to be made fails there."""
+    """A call that is built at its first use, so that it fails there if it cannot be built."""
 
     def __init__(self, make: Callable[[], Callable]):
         self._make = functools.cache(make)
 
     def __call__(self):
-        """Calls what was made."""
+        """Build the call if it is not built yet, and call it."""
         return self._make()()
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
-    """Prints the table and writes the results; returns their file."""
+    """Print the table, write the results, and return their file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES

@@ -1,8 +1,9 @@
-"""The block of peers.py in PyTorch, in BF16 and with torchao's Float8Linear; compiled by torch.compile on a GPU, eager on a CPU.
+"""Build the block of peers.py in PyTorch, in BF16 and with torchao's Float8Linear; compiled on a GPU, eager on a CPU.
 
     call = block(config.model, batch=2, length=4096, fp8=True); call()      # one forward and backward pass, waited for
 
-torchao's tensorwise recipe with dynamic scaling (what fp8jax calls `current`): e4m3 forward, e5m2 gradients. On a CPU it is emulated.
+torchao's recipe is tensorwise with dynamic scaling (fp8jax's `current`): e4m3 forward, e5m2
+gradients. On a CPU it is emulated.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x_btd: torch.Tensor) -> torch.Tensor:
-        """[b, t, d] to [b, t, d]."""
+        """Apply the block, [b, t, d] to [b, t, d]."""
         b, t, d = x_btd.shape
         n, k = self.config.heads, self.config.kv_heads
         qkv = self.qkv(x_btd).view(b, t, n + 2 * k, -1).transpose(1, 2)
@@ -56,7 +57,7 @@ class Block(nn.Module):
 def block(
     config: ModelConfig, hidden: int, *, batch: int, length: int, fp8: bool
 ) -> Callable[[], None]:
-    """One forward and backward pass of the block with weights in BF16, to their gradients and the input's."""
+    """Return a forward and backward pass of the block with BF16 weights, to their gradients and the input's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Block(config, hidden, length).to(device, torch.bfloat16)
     if fp8:

@@ -1,10 +1,11 @@
-"""Draws the plots that docs/benchmarks.md shows, from the JSON files that the benchmarks wrote.
+"""Draw the plots that docs/benchmarks.md shows, from the JSON files that the benchmarks wrote.
 
     python benchmarks/report.py                          # every result in benchmarks/results
     python benchmarks/report.py --results=/tmp/out --out=/tmp/plots
 
-One plot a file, with its name: speed of the training step and where its milliseconds go (train_step), of attention by length, of
-linear layers by role (gemm), of the block against peers. It draws what was measured and computes nothing.
+Each file gives one plot with its name: speed of the training step and where its milliseconds go
+(train_step), of attention by length, of linear layers by role (gemm), of the block against peers.
+The script draws what was measured and computes nothing.
 """
 
 import argparse
@@ -25,7 +26,7 @@ Record = dict[str, Any]
 
 
 def step(record: Record) -> plt.Figure:
-    """Speed against the first model, at the measured and the extrapolated depth; milliseconds by class of kernel."""
+    """Draw speed against the first model, at measured and extrapolated depth, and milliseconds by class of kernel."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
     rows = _measured(record)
     depths = dict.fromkeys((row["layers"], row["depth"]) for row in rows)
@@ -43,7 +44,7 @@ def step(record: Record) -> plt.Figure:
 
 
 def attention(record: Record) -> plt.Figure:
-    """Speed against BF16 by length, forward and with the backward pass."""
+    """Draw speed against BF16 by length, forward and with the backward pass."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for axes, passes in zip(panels, ("forward", "forward+backward"), strict=True):
         rows = [row for row in _measured(record) if row["passes"] == passes]
@@ -68,7 +69,7 @@ def attention(record: Record) -> plt.Figure:
 
 
 def gemm(record: Record) -> plt.Figure:
-    """Speed of a linear layer against BF16, by role and scaling."""
+    """Draw the speed of a linear layer against BF16, by role and scaling."""
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     rows = [row for row in _measured(record) if row["passes"] == "fprop+dgrad+wgrad"]
     roles, scalings = (list(dict.fromkeys(row[key] for row in rows)) for key in ("role", "scaling"))
@@ -83,7 +84,7 @@ def gemm(record: Record) -> plt.Figure:
 
 
 def peers(record: Record) -> plt.Figure:
-    """Speed of one block against BF16."""
+    """Draw the speed of one block against BF16."""
     figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     rows = _measured(record)
     _bars(
@@ -95,7 +96,7 @@ def peers(record: Record) -> plt.Figure:
     return figure
 
 
-# Start of a results file's name → how it is drawn.
+# Start of a results file's name → function that draws it.
 PLOTS: dict[str, Callable[[Record], plt.Figure]] = {
     "train_step_others-": step,
     "train_step-": step,
@@ -106,7 +107,7 @@ PLOTS: dict[str, Callable[[Record], plt.Figure]] = {
 
 
 def _measured(record: Record) -> list[dict[str, Any]]:
-    """Rows of candidates that ran."""
+    """Return the rows of candidates that ran."""
     return [row for row in record["rows"] if "error" not in row]
 
 
@@ -132,7 +133,7 @@ def _bars(
 
 
 def _stacked(axes: plt.Axes, profiles: dict[str, Record]) -> None:
-    """A bar a profile, cut by class: the largest classes, the rest together."""
+    """Draw a bar per profile, cut by class: the largest classes, the rest together."""
     totals: dict[str, float] = {}
     for found in profiles.values():
         for kind, ms in found["classes"].items():
@@ -157,7 +158,7 @@ def _stacked(axes: plt.Axes, profiles: dict[str, Record]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws every result that it knows."""
+    """Draw every known result."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="example: python benchmarks/report.py --results=/tmp/out",

@@ -1,9 +1,10 @@
-"""How large the report of a long run is and how fast Chromium opens it; pictures of reports for docs/.
+"""Measure how large the report of a long run is and how fast Chromium opens it; take pictures of reports for docs/.
 
-    python benchmarks/report_page.py                               # the log of 10,000 steps and 32 layers, made up; size and seconds
+    python benchmarks/report_page.py                               # a synthetic log of 10,000 steps and 32 layers; size and seconds
     python benchmarks/report_page.py --runs runs/a runs/b --shots docs/report   # docs/report-desktop.png, -phone.png, -dark.png
 
-Needs Chromium (apt-get install chromium). The made-up numbers only have the shape of a run's: they say nothing about training.
+The script needs Chromium (apt-get install chromium). The synthetic numbers only have the shape of a
+run's.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def made_up(
     every: int = 10,
     statistics_every: int = 50,
 ) -> pathlib.Path:
-    """A directory with logs as a run of that size would leave them."""
+    """Make a directory with logs as a run of that size would leave them."""
     workdir.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     names = [
@@ -96,12 +97,12 @@ def made_up(
 
 
 def browser() -> str | None:
-    """Path of a Chromium, if there is one."""
+    """Return the path of a Chromium, if there is one."""
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 def chromium(page: pathlib.Path, *options: str) -> str:
-    """Runs headless Chromium on a page; what it prints."""
+    """Run headless Chromium on a page, and return what it prints."""
     with tempfile.TemporaryDirectory() as profile:
         fixed = (
             "--headless=new",
@@ -117,7 +118,7 @@ def chromium(page: pathlib.Path, *options: str) -> str:
 
 
 def ready_seconds(page: pathlib.Path) -> float:
-    """From the start of loading until everything is drawn."""
+    """Return the seconds from the start of loading until everything is drawn."""
     return (
         float(
             re.search(
@@ -129,7 +130,7 @@ def ready_seconds(page: pathlib.Path) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints figures, or takes pictures."""
+    """Print figures, or take pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", nargs="*", type=pathlib.Path, default=[])
     parser.add_argument("--shots", type=pathlib.Path, help="prefix of pictures")

@@ -1,11 +1,13 @@
-"""What a step sends and how long it takes at best on 8 to 4096 H100s, on paper: the figures of docs/scaling.md.
+"""Estimate what a step sends and its least time on 8 to 4096 H100s: the figures of docs/scaling.md.
 
     python benchmarks/scaling.py                 # all, some minutes on 2 cores; needs requirements-audit.txt, no GPU
-    python benchmarks/scaling.py --only=8b/512   # those whose name contains this; the others stay as they were
+    python benchmarks/scaling.py --only=8b/512   # cases whose name contains this; the others are kept
 
-Each step is compiled whole, all layers and the whole batch, for a mesh that fits (or, where that is the point, does not), and read
-by the audit. Bytes are those of the compiled program; seconds are a roofline at peak rates: 450 GB/s between the GPUs of a node,
-50 GB/s a GPU between nodes. Nothing is measured. Writes results/scaling.json and prints the table of docs/scaling.md.
+Each step is compiled whole, all layers and the whole batch, for a mesh that fits (or, to show that
+it does not, for one that does not), and read by the audit. Bytes are those of the compiled program;
+seconds are a roofline at peak rates: 450 GB/s between the GPUs of a node, 50 GB/s per GPU between
+nodes. Nothing is measured. The script writes results/scaling.json and prints the table of
+docs/scaling.md.
 """
 
 import argparse
@@ -30,7 +32,7 @@ RESULTS = ROOT / "benchmarks/results/scaling.json"
 
 
 class Case(NamedTuple):
-    """A size on so many nodes of 8 GPUs; sizes of data, fsdp, tensor, sequence; microbatches of the size's own batch."""
+    """A size on a number of nodes of 8 GPUs; sizes of data, fsdp, tensor, sequence; microbatches of the size's own batch."""
 
     size: str
     nodes: int
@@ -39,7 +41,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Like '8b/512 data 64 x fsdp 8'."""
+        """Return the name, such as '8b/512 data 64 x fsdp 8'."""
         axes = [
             f"{axis} {size}"
             for axis, size in zip(config_lib.MESH_AXES, self.mesh, strict=True)
@@ -67,7 +69,7 @@ CASES = [
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """What the audit finds of one case, in short."""
+    """Return the audit's findings on one case, in short."""
     config = common.make(case.size, architecture="fog_max", recipe="fp8_dpa")
     config.mesh.update(dict(zip(config_lib.MESH_AXES, case.mesh, strict=True)))
     config.training.update(microbatches=case.microbatches, remat="save_fp8", loss_chunk=0)
@@ -100,7 +102,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Lines of Markdown."""
+    """Return the table as lines of Markdown."""
     lines = [
         "| run | sent a GPU and step, GB, by mesh axes | memory, GB | GEMMs, s | rest, s | network, s | step, s | MFU | tokens/s a GPU |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -122,7 +124,7 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Compiles, writes, prints."""
+    """Compile, write and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
-"""What outlier statistics cost: steps with and without them taking turns, and the host's work to log them.
+"""Measure what outlier statistics cost: steps with and without them in turns, and the host's work to log them.
 
     python benchmarks/statistics_cost.py --size=tiny
     python benchmarks/statistics_cost.py --size=8b --layers=2 --every=50
 
-`slower` is by how much statistics every N steps slow a run down; `slower_cpu` the same of the processors' time, which another
-program on the machine disturbs less.
+`slower` is by how much statistics every N steps slow a run down; `slower_cpu` is the same for the
+processors' time, which other programs on the machine disturb less.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from fp8jax.monitor.writers import MetricsWriter
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Seconds on the clock and of this process's processors, and what the call returned."""
+    """Return seconds of the clock and of this process's processors, and what the call returned."""
     clock, processor = time.perf_counter(), time.process_time()
     found = jax.block_until_ready(call())
     return time.perf_counter() - clock, time.process_time() - processor, found
 
 
 def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One row: medians over the rounds."""
+    """Return one row: medians over the rounds."""
     program = train_step.make_program(
         model, args.layers, size=args.size, batch=args.batch, length=args.length, remat="none"
     )
@@ -68,12 +68,12 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def entries(taps: Any) -> dict[str, float]:
-    """What the loop logs."""
+    """Return what the loop logs."""
     return outliers.flatten(taps)
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
-    """Prints the table and writes the results; returns their file."""
+    """Print the table, write the results, and return their file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--size", default="8b" if common.on_gpu() else "tiny", choices=configs.SIZES

@@ -1,11 +1,12 @@
-"""The FOG paper's ten tasks, by our adapter and by the harness's own for Hugging Face models, on one exported model.
+"""Run the FOG paper's ten tasks by our adapter and by the harness's own for Hugging Face models, on one exported model.
 
     pip install -r requirements-eval.txt torch transformers accelerate
     python benchmarks/tasks.py                       # 5 minutes of a CPU core, no network
 
-The model is a small Llama, trained on the embedded novels in float32 with a BPE of 1,024 ids, exported by
-`convert to-hf`; the harness is told to begin texts with the tokenizer's first token, as we do. Tasks are the harness's
-files as they are; their data is made on the spot of the embedded novels, in each data set's own columns.
+The model is a small Llama, trained on the embedded novels in float32 with a BPE of 1,024 ids,
+exported by `convert to-hf`; the harness is set to begin texts with the tokenizer's first token, as
+we do. Tasks are the harness's own files; their data is made from the embedded novels, in each data
+set's own columns.
 """
 
 import argparse
@@ -64,7 +65,7 @@ MODEL = {
 
 
 def phrases(random: np.random.Generator, words: int) -> str:
-    """So many words in a row from one of the novels."""
+    """Return `words` consecutive words from one of the novels."""
     novel = _words()[random.integers(len(_words()))]
     start = random.integers(len(novel) - words)
     return " ".join(novel[start : start + words])
@@ -80,7 +81,7 @@ def _words() -> list[list[str]]:
 
 
 def documents(task: str, count: int) -> Iterator[dict[str, Any]]:
-    """Rows in the columns of the task's data set."""
+    """Yield rows in the columns of the task's data set."""
     random = np.random.default_rng(sorted(FILES).index(task))
 
     def choices(number: int, words: int) -> list[str]:
@@ -137,7 +138,7 @@ def documents(task: str, count: int) -> Iterator[dict[str, Any]]:
 
 
 def write_tasks(directory: pathlib.Path, count: int) -> None:
-    """The harness's task files with local data in place of theirs."""
+    """Write the harness's task files with local data in place of theirs."""
     root = pathlib.Path(lm_eval.tasks.__file__).parent
     for task, file in FILES.items():
         (directory / f"{task}.jsonl").write_text(
@@ -155,7 +156,7 @@ def write_tasks(directory: pathlib.Path, count: int) -> None:
 
 
 def make_run(directory: pathlib.Path, steps: int) -> pathlib.Path:
-    """A trained run; its exported model is beside it."""
+    """Train a run, and export its model beside it."""
     file = directory / "tokenizer.json"
     file.write_text(
         tokenizer.train(
@@ -182,10 +183,10 @@ def make_run(directory: pathlib.Path, steps: int) -> pathlib.Path:
 
 
 def by_harness(directory: pathlib.Path, tasks: list[Any]) -> dict[str, Any]:
-    """What the harness's own adapter finds.
+    """Return the results of the harness's own adapter.
 
-    A text of a perplexity task follows the first token in either case: with `add_bos_token` the adapter puts a second one behind it,
-    and scores that as if it were of the text.
+    A text of a perplexity task follows the first token in either case: with `add_bos_token` the
+    adapter puts a second one after it, and scores that as part of the text.
     """
     found = {}
     for task in tasks:

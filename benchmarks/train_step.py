@@ -1,13 +1,14 @@
-"""Times the real training step (training/step.py): architectures x recipes x depths, taking turns in one process.
+"""Time the real training step (training/step.py): architectures x recipes x depths, taking turns in one process.
 
     python benchmarks/train_step.py --size=tiny
     python benchmarks/train_step.py --size=8b --layers=6,2 --models=llama3:bf16,fog_flash:fp8_dpa --profile
 
-Layers are cut to fit a device; layer shapes stay the size's own. With two depths, the step of the size's full depth is
-extrapolated from the two (rows marked so): in few layers head and optimizer weigh more than in a whole model. Only one
-candidate's state is in memory at a time. MFU is model FLOPs (causal attention, no recomputation) over the peak of BF16,
-whatever the recipe; the FP8 peak's share stands beside it. `--profile` adds where the milliseconds go (kernels.py).
-A candidate that fails, for want of memory say, is a row that says so.
+Layers are cut to fit a device; layer shapes stay the size's own. With two depths, the step of the
+size's full depth is extrapolated from the two (rows marked so): in few layers head and optimizer
+weigh more than in a whole model. Only one candidate's state is in memory at a time. MFU is model
+FLOPs (causal attention, no recomputation) over the peak of BF16, for every recipe; the FP8 peak's
+share stands beside it. `--profile` adds where the milliseconds go (kernels.py). A candidate that
+fails, such as for lack of memory, is a row with its error.
 """
 
 import argparse
@@ -34,14 +35,14 @@ from fp8jax.training.state import initial_state
 from fp8jax.training.step import TrainProgram
 
 MODELS = "llama3:bf16,fog_flash:fp8_dpa,fog_flash:fp8,fog_flash:bf16,llama3:fp8,fog_max:fp8_dpa"
-VOCABULARY = 512  # of `tiny`, whose config leaves it to the tokenizer
+VOCABULARY = 512  # vocabulary of `tiny`, whose config leaves it to the tokenizer
 TRACED_STEPS = 3
 
 
 def make_program(
     model: str, layers: int | None, *, size: str, batch: int, length: int | None, remat: str
 ) -> TrainProgram:
-    """The step of "architecture:recipe" on one device; a third part is an attention backend, or "fast": accumulation in all passes."""
+    """Return the step of "architecture:recipe[:backend]" on one device; "fast" as backend accumulates fast in all passes."""
     architecture, recipe, *more = model.split(":")
     values = configs.make(size, architecture=architecture, recipe=recipe)
     values.training.update(batch_size=batch, microbatches=1, remat=remat)
@@ -58,7 +59,7 @@ def make_program(
 
 
 class Run:
-    """A program, one batch, and what its calibration found; the state lives for a turn only."""
+    """A program, one batch, and its calibration; the state lives for a turn only."""
 
     def __init__(self, program: TrainProgram):
         self.program, self.seconds, self.loss = program, [], float("nan")
@@ -84,7 +85,7 @@ class Run:
         self.scaling = jax.device_get(program.calibrate(self._init(), self.batch).scaling)
 
     def turn(self, steps: int, folder: pathlib.Path | None = None) -> None:
-        """From fresh weights: a step that is not counted, then `steps` timed ones; or as many traced into a folder."""
+        """Run from fresh weights a step that is not counted, then `steps` timed ones, or as many traced into a folder."""
         state = dataclasses.replace(
             self._init(), scaling=jax.device_put(self.scaling, self.program.state_shardings.scaling)
         )
@@ -104,14 +105,14 @@ class Run:
         self.loss = float(metrics["loss"])
 
     def profile(self) -> dict[str, Any]:
-        """Milliseconds a step by class of kernel."""
+        """Return milliseconds per step by class of kernel."""
         with tempfile.TemporaryDirectory() as folder:
             self.turn(TRACED_STEPS, pathlib.Path(folder))
             return kernels.milliseconds(pathlib.Path(folder), self.compiled.as_text(), TRACED_STEPS)
 
 
 def rates(config: config_lib.Config, seconds: float) -> dict[str, Any]:
-    """What follows from a step's seconds."""
+    """Return the rates that follow from a step's seconds."""
     sequences, length = config.training.batch_size, config.data.sequence_length
     resolved = define(config.model, config.model.vocab_size or VOCABULARY).config
     flops = model_flops(
@@ -132,7 +133,7 @@ def rates(config: config_lib.Config, seconds: float) -> dict[str, Any]:
 
 
 def row(name: str, layers: int, run: Run) -> dict[str, Any]:
-    """One measured line of the table."""
+    """Return one measured line of the table."""
     config, memory = run.program.config, run.compiled.memory_analysis()
     planned = (
         memory.argument_size_in_bytes
@@ -157,12 +158,12 @@ def row(name: str, layers: int, run: Run) -> dict[str, Any]:
 def extrapolated(
     rows: Sequence[dict[str, Any]], runs: dict[tuple[str, int], Run], size: str
 ) -> list[dict[str, Any]]:
-    """The size's full depth, on the line through the two depths that were measured."""
+    """Return the size's full depth, on the line through the two depths that were measured."""
     full, out = configs.SIZES[size]["layers"], []
     for name in dict.fromkeys(row["model"] for row in rows):
         times = {row["layers"]: row["ms"] / 1e3 for row in rows if row["model"] == name}
         few, many = min(times), max(times)
-        if times[many] <= times[few]:  # one depth only, or noise
+        if times[many] <= times[few]:  # only one depth, or noise
             continue
         seconds = times[few] + (full - few) * (times[many] - times[few]) / (many - few)
         config = runs[name, few].program.config
@@ -174,7 +175,7 @@ def extrapolated(
 
 
 def with_speed(rows: list[dict[str, Any]], first: str) -> list[dict[str, Any]]:
-    """Each row's speed against the first model at the same depth."""
+    """Return the rows with their speed against the first model at the same depth."""
     base = {row["layers"]: row["tokens_per_second"] for row in rows if row["model"] == first}
     return [
         row | {"speed": row["tokens_per_second"] / base[row["layers"]]}
@@ -185,7 +186,7 @@ def with_speed(rows: list[dict[str, Any]], first: str) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
-    """Prints the table and writes the results; returns their file."""
+    """Print the table, write the results, and return their file."""
     args = _arguments(argv)
     make = functools.partial(
         make_program, size=args.size, batch=args.batch, length=args.length, remat=args.remat

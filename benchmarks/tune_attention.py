@@ -1,9 +1,10 @@
-"""Finds the fastest tiles of the FP8 attention kernels on the GPU at hand, for the table in numerics/attention/pallas.py.
+"""Find the fastest tiles of the FP8 attention kernels on the GPU at hand, for the table in numerics/attention/pallas.py.
 
     python benchmarks/tune_attention.py --head_dim=128 --length=4096
 
-Compiles every candidate, times those that the compiler accepts, kernel by kernel, and prints the best as lines of the table.
-Causal, 8 KV heads with 4 query heads each. Results go to benchmarks/results/tune_attention-HEAD_DIM-ACCUMULATION-DEVICE.json.
+The script compiles every candidate, times those that the compiler accepts, kernel by kernel, and
+prints the best as lines of the table. Attention is causal, with 8 KV heads of 4 query heads each.
+Results go to benchmarks/results/tune_attention-HEAD_DIM-ACCUMULATION-DEVICE.json.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from fp8jax.numerics.attention.rows import Call, Operands, Residuals
 from fp8jax.numerics.formats import E4M3, FORMATS, Quantised
 from fp8jax.numerics.recipes import FAST_ACCUMULATION, GemmRecipe
 
-# Rows of a product are queries in two kernels and keys in the third; the tensor cores want 64 of them a group of four warps.
+# Rows of a product are queries in two kernels and keys in the third; the tensor cores want 64 of
+# them a group of four warps.
 _BY_ROWS = (
     ((64, 32), 4),
     ((64, 64), 4),
@@ -35,11 +37,11 @@ _BY_ROWS = (
     ((128, 64), 8),
     ((128, 128), 8),
 )
-CALLS = 5  # started together, so that starting them costs nothing
+CALLS = 5  # calls that are started together, so that the cost of starting them is hidden
 
 
 def candidates(kernel: str) -> list[Tile]:
-    """Tiles worth a try."""
+    """Return the tiles to try."""
     pairs = [
         ((columns, rows) if kernel == KEYS else (rows, columns), warps)
         for (rows, columns), warps in _BY_ROWS
@@ -50,7 +52,7 @@ def candidates(kernel: str) -> list[Tile]:
 def inputs(
     batch: int, length: int, head_dim: int, gradient_format: str
 ) -> tuple[Operands, Residuals]:
-    """Random operands of one attention and the residuals of its forward pass, but for the log-sum-exp, which is a plausible constant."""
+    """Return random operands of one attention and residuals of its forward pass, the log-sum-exp a plausible constant."""
     keys = iter(jax.random.split(jax.random.key(0), 5))
 
     def random(*shape: int, dtype: Any = E4M3) -> Quantised:
@@ -67,23 +69,23 @@ def inputs(
 
 
 def program(kernel: str, tile: Tile, call: Call, operands: Operands, residuals: Residuals) -> Any:
-    """The compiled kernel, or what the compiler says against it."""
+    """Return the compiled kernel, or the compiler's error."""
     tiles = attention_pallas.TILES | {(kernel, operands.q.data.shape[-1]): tile}
 
     def run(operands, residuals):
         if kernel == FORWARD:
             return attention_pallas.forward(call, operands, tiles)
         dq, dk, dv, _ = attention_pallas.backward(call, operands, residuals, jnp.float32(1), tiles)
-        return dq if kernel == QUERIES else (dk, dv)  # what is not asked for is not compiled
+        return dq if kernel == QUERIES else (dk, dv)  # unused results are not compiled
 
     try:
         return jax.jit(run).lower(operands, residuals).compile()
-    except Exception as error:  # noqa: BLE001 - tiles that do not fit the device raise what they like
+    except Exception as error:  # noqa: BLE001 - tiles that do not fit the device raise many kinds
         return str(error).splitlines()[0]
 
 
 def seconds(executable: Any, operands: Operands, residuals: Residuals, rounds: int) -> float:
-    """Median seconds of one call."""
+    """Return the median seconds of one call."""
     found = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -95,7 +97,7 @@ def seconds(executable: Any, operands: Operands, residuals: Residuals, rounds: i
 def tune(
     kernel: str, args: argparse.Namespace, call: Call, given: tuple[Operands, Residuals]
 ) -> list[dict[str, Any]]:
-    """Rows of one kernel, fastest first."""
+    """Return the rows of one kernel, fastest first."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         tiles = candidates(kernel)
         programs = list(pool.map(lambda tile: program(kernel, tile, call, *given), tiles))
@@ -115,7 +117,7 @@ def tune(
 
 
 def main(argv: Sequence[str] | None = None) -> pathlib.Path:
-    """Prints the tables and writes the results; returns their file."""
+    """Print the tables, write the results, and return their file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head_dim", type=int, default=128, choices=attention_pallas.HEAD_DIMS)
     parser.add_argument("--length", type=int, default=4096)

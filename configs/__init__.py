@@ -1,1 +1,1 @@
-"""Run configurations by the names of their files; what they hold is in fp8jax/presets, which an installed fp8jax has, too."""
+"""Run configurations by file name; their content is in fp8jax/presets, which an installed fp8jax has, too."""

@@ -1,4 +1,4 @@
-"""FOG-max in BF16: what the FP8 run is compared with."""
+"""FOG-max in BF16, the reference of the FP8 run."""
 
 from fp8jax.presets.bf16_base import get_config
 

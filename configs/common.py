@@ -1,4 +1,4 @@
-"""What all configs share: the defaults of every field, and the sizes of the FOG paper (Table 6); 70b, not in it, has Llama 3's shape."""
+"""Shared by all configs: defaults of every field, and the sizes of the FOG paper (Table 6), with 70b of Llama 3's shape."""
 
 from fp8jax.presets.common import SIZES, make
 

@@ -1,4 +1,4 @@
-"""FOG-max as the paper and its released scripts set it, where our defaults differ (docs/paper.md says how, and what it changes)."""
+"""FOG-max with the settings of the paper and its released scripts; docs/paper.md lists how our defaults differ."""
 
 from fp8jax.presets.fog_paper import get_config
 

@@ -1,4 +1,4 @@
-"""The mission's run: FOG-max with every block GEMM in FP8, attention included."""
+"""The main run: FOG-max with every block GEMM in FP8, attention included."""
 
 from fp8jax.presets.fp8_base import get_config
 

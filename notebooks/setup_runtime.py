@@ -1,11 +1,12 @@
-"""Prepares a runtime of Colab or Kaggle for the quickstart: finds the device, installs what is missing.
+"""Prepare a runtime of Colab or Kaggle for the quickstart: find the device, install what is missing.
 
-    python notebooks/setup_runtime.py               # says what it finds, then runs pip
+    python notebooks/setup_runtime.py               # prints what it finds, then runs pip
     python notebooks/setup_runtime.py --dry_run     # prints pip's arguments instead
 
-Such runtimes come with JAX and a plugin for their device, which must be of one version. Where that version is one that
-fp8jax takes, it stays, and all else is installed around it. Where it is too old, JAX and the plugin are replaced together,
-within their family (CUDA 12 or 13), so that none of another version stays behind. Needs Python's library alone.
+Such runtimes come with JAX and a plugin for their device, which must be of one version. If fp8jax
+supports that version, it stays, and all else is installed around it. If it is too old, JAX and the
+plugin are replaced together, within their family (CUDA 12 or 13), so that none of another version
+remains. The script needs only Python's library.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def device() -> str:
 
 
 def installed() -> dict[str, str]:
-    """Return the versions of JAX and of plugins that there are."""
+    """Return the versions of JAX and of plugins that are installed."""
     found = {}
     for name in PACKAGES:
         try:
@@ -54,7 +55,7 @@ def installed() -> dict[str, str]:
 
 
 def driver() -> int | None:
-    """Return the major version of NVIDIA's driver, None where it does not say."""
+    """Return the major version of NVIDIA's driver, None if unknown."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout
@@ -70,10 +71,10 @@ def pip_arguments(
     """Return what `pip install` is to install, and versions that must stay as they are.
 
     Args:
-        kind: of device, as `device` returns it.
+        kind: kind of device, as `device` returns it.
         there: versions of PACKAGES that are installed.
-        bounds: versions of jax that fp8jax takes, such as '>=0.10.2,<0.13'.
-        nvidia_driver: major version of the driver, where there is one.
+        bounds: versions of jax that fp8jax supports, such as '>=0.10.2,<0.13'.
+        nvidia_driver: major version of the driver, if there is one.
     """
     base = ["-r", str(ROOT / "requirements.txt")]
     family = _family(there, nvidia_driver)
@@ -84,12 +85,12 @@ def pip_arguments(
         return [*base, f"jax[{family}]{bounds}"], []
     if kind == "tpu":
         return [*base, f"jax[tpu]{bounds}"], []
-    # An image for all devices has a plugin on a CPU too, which would complain of another version.
+    # An image for all devices has a plugin on a CPU too, which would warn of another version.
     return base + [f"{name}{bounds}" for name in there if name in PLUGINS and name != "libtpu"], []
 
 
 def _family(there: Mapping[str, str], nvidia_driver: int | None) -> str:
-    """The family of CUDA whose plugin there is; else the one that the driver runs."""
+    """Return the CUDA family of the installed plugin, or else the one that the driver runs."""
     for family in ("cuda12", "cuda13"):
         if f"jax-{family}-plugin" in there:
             return family
@@ -97,7 +98,7 @@ def _family(there: Mapping[str, str], nvidia_driver: int | None) -> str:
 
 
 def _within(version: str, bounds: str) -> bool:
-    """Whether a version lies in bounds like '>=0.10.2,<0.13'."""
+    """Return whether a version lies in bounds like '>=0.10.2,<0.13'."""
 
     def numbers(text: str) -> tuple[int, ...]:
         return (*map(int, re.findall(r"\d+", text)[:3]), 0, 0, 0)[:3]

@@ -2,7 +2,8 @@
 
     python tools/check_layers.py            # the checkout that this file is in; exit code 1 if anything is wrong
 
-The table below is the house of docs/architecture.md. A line of output names the file, the line and the import.
+The table below is the house of docs/architecture.md. A line of output names the file, the line and
+the import.
 """
 
 import ast
@@ -10,7 +11,8 @@ import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 
-# Each part, top first, and what it may import beside itself. A module directly in fp8jax is a part of its own.
+# Each part, top first, and what it may import beside itself. A module directly in fp8jax is a part
+# of its own.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "cli": frozenset(
         "training monitor audit interop plan data models parallel config hardware numerics files".split()
@@ -31,7 +33,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "hardware": frozenset(),
     "numerics": frozenset(),
 }
-# The ground floor is plain JAX: arrays and small pytrees.
+# The lowest part is plain JAX: arrays and small pytrees.
 NUMERICS_WITHOUT = frozenset("flax optax orbax grain ml_collections absl".split())
 
 
@@ -64,7 +66,7 @@ def check(root: pathlib.Path) -> Iterator[str]:
 
 
 def _fault(name: str, target: str) -> str | None:
-    """What is wrong with an import, if anything is."""
+    """Return what is wrong with an import, None if nothing is."""
     here, there = _part(name), _part(target)
     if here == "numerics" and target.split(".")[0] in NUMERICS_WITHOUT:
         return f"numerics imports {target}; it is plain JAX"
@@ -76,7 +78,7 @@ def _fault(name: str, target: str) -> str | None:
 
 
 def _part(module: str) -> str | None:
-    """The part of the house that a module is in; None of what is not fp8jax's, and of the package itself."""
+    """Return the part of the house that a module is in; None for other packages and for fp8jax itself."""
     parts = module.split(".")
     if parts[0] != "fp8jax" or len(parts) < 2:
         return None
@@ -108,7 +110,7 @@ def _imports(
 
 
 def _circle(graph: Mapping[str, set[str]]) -> list[str] | None:
-    """A circle of modules that import each other, if there is one."""
+    """Return a circle of modules that import each other, if there is one."""
     done: set[str] = set()
 
     def visit(module: str, path: list[str]) -> list[str] | None:

@@ -1,7 +1,7 @@
 """Write docs/configuration.md, the reference of all fields of a configuration, from the code.
 
 python tools/config_reference.py            # writes the page
-python tools/config_reference.py --check    # exit code 1 if the page is not what the code says
+python tools/config_reference.py --check    # exit code 1 if the page differs from the code
 """
 
 import argparse
@@ -30,7 +30,7 @@ command line, `--config.SECTION.FIELD=VALUE`, or in a file under `configs/`. Def
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = [_HEAD]
     for section in dataclasses.fields(Config):
         parts.append(f"## `{section.name}`\n\n{_sentence(section.type.__doc__ or '')}\n")
@@ -47,7 +47,7 @@ def _table(section: type) -> Iterator[str]:
 
 
 def _values(field: dataclasses.Field) -> str:
-    """What a field may hold: its choices, or its type and bounds."""
+    """Describe what a field may hold: its choices, or its type and bounds."""
     if field.metadata["choices"]:
         return ", ".join(f"`{choice}`" for choice in field.metadata["choices"])
     bounds = [

@@ -5,13 +5,15 @@
     python tools/mutants.py --only decay_on_gains -v       # the end of pytest's output as well
     python tools/mutants.py --set second --jobs 2
 
-Each file in tools/mutants/ holds the faults of one room, tests.toml says which tests a source file has beside those that
-mirror its path. A fault is text to find, once in its file, and what takes its place; white space and trailing commas do not
-count, so that formatting makes none stale. Your tree is only read: faults go into copies under the system's temporary
-directory. Tests run with -x, each file of tests first without any fault, because a test that fails anyway catches nothing.
+Each file in tools/mutants/ holds the faults of one room, tests.toml says which tests a source file
+has beside those that mirror its path. A fault is text to find, once in its file, and what takes its
+place; white space and trailing commas do not count, so that formatting makes none stale. Your tree
+is only read: faults go into copies under the system's temporary directory. Tests run with -x, each
+file of tests first without any fault, because a test that fails anyway catches nothing.
 
-Exit code 0 if every fault is caught, 1 if some survive, 2 if one is stale or its tests cannot run. A run that takes too
-long counts as survived: look at it. Set JAX_COMPILATION_CACHE_DIR to keep compiled programs.
+Exit code 0 if every fault is caught, 1 if some survive, 2 if one is stale or its tests cannot run.
+A run that takes too long counts as survived: look at it. Set JAX_COMPILATION_CACHE_DIR to keep
+compiled programs.
 """
 
 import argparse
@@ -41,7 +43,8 @@ COPIED = (
     "eval.py",
     "pyproject.toml",
 )
-# Imported once, before the processes that run tests are forked: that is half of the time of a small test.
+# These are imported once, before the processes that run tests are forked, which saves half of the
+# time of a small test.
 PRELOADED = [
     "pytest",
     "jax",
@@ -60,7 +63,7 @@ CAUGHT, SURVIVED, SLOW, BROKEN = "caught", "SURVIVED", "TOO LONG", "BROKEN"
 
 
 class StaleError(ValueError):
-    """A fault whose text is not in its file, or is there more than once."""
+    """An error for a fault whose text is not in its file, or is there more than once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Mutant:
     """One fault.
 
     Attributes:
-        name: unique.
+        name: unique name.
         file: path of the source file, from the root.
         old: text to find.
         new: what takes its place.
@@ -88,7 +91,7 @@ class Mutant:
     tests: tuple[str, ...] = ()
 
     def applied(self, root: pathlib.Path) -> str:
-        """Return the file's text with the fault; `root`: of the tree.
+        """Return the file's text with the fault, for the tree at `root`.
 
         Raises:
             StaleError: the text is not there exactly once.
@@ -141,7 +144,7 @@ def tests_of(file: str, extra: dict[str, list[str]]) -> list[str]:
 
 
 class Copies:
-    """Copies of the tree, one a job, each used by one run at a time."""
+    """Copies of the tree, one per job, each used by one run at a time."""
 
     def __init__(self, directory: pathlib.Path, count: int):
         self._free: queue.Queue[pathlib.Path] = queue.Queue()
@@ -156,7 +159,7 @@ class Copies:
         """Run tests in a copy with this fault in it.
 
         Returns:
-            CAUGHT, SURVIVED, SLOW or BROKEN; the end of what pytest said.
+            CAUGHT, SURVIVED, SLOW or BROKEN; the end of pytest's output.
         """
         copy = self._free.get()
         try:
@@ -198,7 +201,7 @@ def _pytest(copy: pathlib.Path, tests: list[str], limit: float) -> tuple[str, st
 
 def _pytest_here(copy: str, tests: list[str]) -> None:
     """Run pytest in this process, its output to the file `log`, and exit with its code."""
-    os.setsid()  # what tests start ends with them
+    os.setsid()  # processes that tests start end with them
     log = os.open(os.path.join(copy, "log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -312,7 +315,7 @@ def main() -> int:
 def run_all(
     copies: Copies, work: list[tuple[Mutant, list[str]]], arguments: argparse.Namespace
 ) -> list[tuple[Mutant, str]]:
-    """Run the tests of every fault; print an outcome a line as they come."""
+    """Run the tests of every fault, and print a line per outcome as they come."""
 
     def one(mutant: Mutant, tests: list[str]) -> tuple[Mutant, str]:
         began = time.monotonic()

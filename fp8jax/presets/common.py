@@ -1,6 +1,7 @@
-"""What all configs share: the defaults of every field, and the sizes of the FOG paper (Table 6); 70b, not in it, has Llama 3's shape.
+"""Shared by all configs: defaults of every field, and the sizes of the FOG paper (Table 6), with 70b of Llama 3's shape.
 
-A config file calls `make(size, ...)` and names only what differs. A size is the config's argument: `fp8_base.py:390m`.
+A config file calls `make(size, ...)` and names only what differs. A size is the config's argument:
+`fp8_base.py:390m`.
 """
 
 import ml_collections
@@ -39,7 +40,8 @@ SIZES = {
         tied_embeddings=False,
     ),
 }
-# Sequences a step, learning rate, tokens of the run; context 4096. Warm-up takes 2.5B tokens.
+# Sequences per step, learning rate, tokens of the run; the context is 4096. Warm-up takes 2.5B
+# tokens.
 _PAPER = {
     "390m": (128, 1e-3, 50e9),
     "1p5b": (256, 2.5e-4, 125e9),
@@ -50,7 +52,7 @@ _CONTEXT = 4096
 
 
 def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_collections.ConfigDict:
-    """A run of one architecture at one size; no size: what the machine at hand can bear."""
+    """Return a run of one architecture at one size; without a size, one that suits the machine at hand."""
     size = size or hardware.default_size()[0]
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
@@ -58,8 +60,9 @@ def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_colle
     config.model.update(architecture=architecture, **SIZES[size])
     config.fp8.recipe = recipe
     if size == "tiny":
-        # Training is chaotic, and the noise that it ends with grows with rate over batch: at 2e-3 and 8 sequences any change of
-        # rounding moves the final loss by 1-2%, which hides what FP8 does; here by a few tenths.
+        # Training is chaotic, and its final noise grows with rate over batch: at 2e-3 and 8
+        # sequences any change of rounding moves the final loss by 1-2%, which hides what FP8 does;
+        # here by a few tenths.
         config.optimizer.update(learning_rate=1e-3, decay_fraction=0.7)
         config.training.batch_size = 16
         config.data.sequence_length = 256
@@ -75,6 +78,6 @@ def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_colle
 
 
 def _plan(config: ml_collections.ConfigDict, *, steps: int, warmup_steps: int) -> None:
-    """Sets the length of the run, and the warm-up of a run of this length; a shorter one gets less of it."""
+    """Set the length of the run, and the warm-up of a run of this length; a shorter one gets a shorter warm-up."""
     config.training.steps = config.preset.training.steps = steps
     config.preset.optimizer.warmup_steps = warmup_steps

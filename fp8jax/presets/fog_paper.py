@@ -1,4 +1,4 @@
-"""FOG-max as the paper and its released scripts set it, where our defaults differ (docs/paper.md says how, and what it changes)."""
+"""FOG-max with the settings of the paper and its released scripts; docs/paper.md lists how our defaults differ."""
 
 import ml_collections
 
@@ -6,7 +6,7 @@ from fp8jax.presets import common
 
 
 def get_config(size: str | None = None) -> ml_collections.ConfigDict:
-    """size: tiny, 390m, 1p5b, 8b or 70b."""
+    """Return the configuration of a size: tiny, 390m, 1p5b, 8b or 70b."""
     config = common.make(size, architecture="fog_max", recipe="fp8_dpa")
     config.fp8.update(power_of_two=False, weight_scaling="delayed")
     config.optimizer.update(

@@ -1,4 +1,4 @@
-"""The configuration of a run, or of a converted model, with whatever fields the command line changes."""
+"""The configuration of a run, or of a converted model, with the fields that the command line changes."""
 
 import pathlib
 
@@ -10,14 +10,15 @@ from fp8jax.data import run_tokenizer
 
 
 def get_config(workdir: str | None = None) -> ml_collections.ConfigDict:
-    """workdir: directory of the run, whose config.json is read."""
+    """Return the configuration in the config.json of the run in `workdir`."""
     path = pathlib.Path(workdir or "", "config.json")
     if not workdir or not path.is_file():
         raise ValueError(f"{path}: no such file; write --config=configs/from_run.py:WORKDIR")
     config = config_lib.defaults()
     for section, fields in config_lib.to_dict(run_tokenizer.read_config(workdir)).items():
         config[section].update(fields)
-    # The run is a preset here: schedules that the command line leaves alone follow a length that it sets.
+    # The run serves as a preset: schedules that the command line does not set follow a length that
+    # it sets.
     config.preset.update(open_fields.planned(config))
     for section, field in open_fields.OPEN:
         if field != "fsdp" or config.mesh.fsdp == -1:

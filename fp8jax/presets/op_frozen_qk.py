@@ -6,5 +6,5 @@ from fp8jax.presets import common
 
 
 def get_config(size: str | None = None) -> ml_collections.ConfigDict:
-    """size: tiny, 390m, 1p5b, 8b or 70b."""
+    """Return the configuration of a size: tiny, 390m, 1p5b, 8b or 70b."""
     return common.make(size, architecture="op_frozen_qk", recipe="fp8_dpa")

@@ -1,4 +1,4 @@
-"""Bounds of the numbers of a configuration: each by itself, as its field has them, and several together.
+"""Check the numbers of a configuration: each against its field's bounds, and several together.
 
 outside(200, {"at_most": 8})     # "above 8"; None for a number within its bounds
 problem(config)                  # "config.fp8.static_weight_scale: 1e-09 is below 0.0003125, ..." or None
@@ -8,28 +8,27 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-LARGE = (
-    (1 << 24) + 1
-)  # sizes from here on are mistakes, or a damaged file's, and no memory should be asked for them
-COUNT, YEARS = (
-    2**31 - 1,
-    10**8,
-)  # what int32 counts to; so many seconds, or minutes, which timers can wait
+# Sizes from here on are mistakes, or a damaged file's, and no memory is allocated for them.
+LARGE = (1 << 24) + 1
+# The largest int32, and the seconds or minutes that timers can wait.
+COUNT, YEARS = 2**31 - 1, 10**8
 _WORDS = {
     "at_least": (operator.ge, "below"),
     "above": (operator.gt, "not above"),
     "below": (operator.lt, "not below"),
     "at_most": (operator.le, "above"),
 }
-_STEP = 2**31 - 1  # tokens a step, which int32 counts
-# How far below and above a tensor's usual size a fixed scale may be, which e4m3 and e5m2 then clip or flush to zero.
+_STEP = 2**31 - 1  # tokens per step, counted in int32
+# How far below and above a tensor's usual size a fixed scale may be before e4m3 and e5m2 clip or
+# flush to zero.
 _AROUND = {"static_weight_scale": (2.0**-7, 2.0**6), "static_gradient_scale": (2.0**-14, 2.0**6)}
-# A number that switches something off at 0, or is at least this: closer to 0 it would switch off training.
+# The least value of a number that switches something off at 0: closer to 0 it would switch off
+# training.
 _OR_ZERO = {("optimizer", "clip_norm"): 1e-6, ("training", "skip_spikes"): 1.0}
 
 
 def outside(value: Any, metadata: Mapping[str, Any]) -> str | None:
-    """How a value breaks one of the bounds of its field, if it does."""
+    """Describe how a value breaks a bound of its field; None if it does not."""
     for key, (holds, word) in _WORDS.items():
         bound = metadata[key]
         if bound is not None and not holds(value, bound):
@@ -38,7 +37,7 @@ def outside(value: Any, metadata: Mapping[str, Any]) -> str | None:
 
 
 def problem(config: Any) -> str | None:
-    """Field, value and bound of the first that cannot work; None where all can."""
+    """Describe field, value and bound of the first number that cannot work; None if all can."""
     for (section, name), least in _OR_ZERO.items():
         if 0 < getattr(getattr(config, section), name) < least:
             return f"config.{section}.{name}: {getattr(getattr(config, section), name)} is below {least} and not 0, which switches it off"
@@ -62,7 +61,7 @@ def problem(config: Any) -> str | None:
 
 
 def _static_scales(config: Any, tokens: int) -> str | None:
-    """Fixed scales that flush what they are for to zero, or clip it."""
+    """Describe a fixed scale that flushes its tensors to zero, or clips them; None if there is none."""
     fp8, usual = (
         config.fp8,
         {"static_weight_scale": config.model.init_std or 1.0, "static_gradient_scale": 1 / tokens},

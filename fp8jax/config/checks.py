@@ -1,4 +1,4 @@
-"""Combinations of fields that cannot run together, whatever the devices."""
+"""Refuse combinations of fields that cannot run together on any device."""
 
 from fp8jax.config import bounds
 from fp8jax.config.errors import ConfigError

@@ -1,16 +1,16 @@
-"""What is wrong with a configuration, a checkpoint or data: one line each."""
+"""Errors for a configuration, a checkpoint or data, with a message of one line each."""
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run. The message is one line: field, value, what is allowed."""
+    """An error for a configuration that cannot run; one line names field, value and what is allowed."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read. The message is one line: what, where, what to do."""
+    """An error for a checkpoint that cannot be written or read; one line names the fault, the place and the fix."""
 
 
 class DataError(ConfigError):
-    """Training data that cannot be used where a run has come to it; the message names the file and the place in it."""
+    """An error for training data that a run reaches and cannot use; the message names the file and the place in it."""

@@ -1,4 +1,4 @@
-"""How a section of the configuration declares a field."""
+"""Declare the fields of a section of the configuration."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ def field(
     below: float | None = None,
     at_most: float | None = None,
 ):
-    """Declare a field: its default, what it means, and its choices or bounds."""
+    """Declare a field: its default, its meaning, and its choices or bounds."""
     metadata = {
         "doc": doc,
         "choices": choices,

@@ -1,4 +1,4 @@
-"""Sections of the model and of FP8."""
+"""The configuration's sections of the model and of FP8."""
 
 import dataclasses
 
@@ -17,7 +17,8 @@ ARCHITECTURES = (
     "olmo2",
 )
 ACTIVATIONS = ("xielu", "gelu", "swiglu", "smooth_swiglu", "relu2")
-# Of each head: without a gain (frozen), with a trained one, or with one that is kept as it was loaded (kept).
+# They act on each head: without a gain (frozen), with a trained one, or with one that is kept as
+# loaded (kept).
 QK_REGULARISERS = (
     "none",
     "rmsnorm",
@@ -33,7 +34,7 @@ BRANCH_OUTPUTS = ("none", "rmsnorm", "layerscale")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The decoder. Switches left at None take the value that `architecture` gives them (models/architectures.py)."""
+    """The decoder; switches left at None take the value that `architecture` gives them (models/architectures.py)."""
 
     architecture: str = field(
         "fog_max", "row of the architecture table that fills the switches", choices=ARCHITECTURES
@@ -45,14 +46,14 @@ class ModelConfig:
     )
     ffn_hidden: int | None = field(
         None,
-        "hidden features of the FFN, whatever its kind; None: by ffn_width",
+        "hidden features of an FFN of any kind; None: by ffn_width",
         at_least=1,
         below=LARGE,
     )
     heads: int = field(2, "query heads", at_least=1, below=LARGE)
     kv_heads: int = field(1, "key and value heads", at_least=1, below=LARGE)
     head_dim: int | None = field(
-        None, "features a head; None: width / heads", at_least=1, below=LARGE
+        None, "features per head; None: width / heads", at_least=1, below=LARGE
     )
     vocab_size: int | None = field(
         None,
@@ -88,13 +89,13 @@ class ModelConfig:
     )
     rope_high_freq_factor: float = field(
         4.0,
-        "frequencies that turn more often in the original context stay as they are",
+        "frequencies that turn more often in the original context do not change",
         at_least=1e-6,
         at_most=1e6,
     )
     rope_beta_fast: float = field(
         32.0,
-        "yarn: frequencies that turn more often in the original context stay",
+        "yarn: frequencies that turn more often in the original context do not change",
         at_least=1e-6,
         at_most=1e6,
     )
@@ -140,7 +141,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Config:
-    """What is computed in FP8, and how scales are found."""
+    """The computations in FP8, and how scales are found."""
 
     recipe: str = field(
         "fp8_dpa", "bf16: nothing, fp8: linear GEMMs, fp8_dpa: attention too", choices=roles.RECIPES
@@ -173,7 +174,7 @@ class Fp8Config:
         at_most=1e9,
     )
     static_gradient_scale: float | None = field(
-        None, "static: scale of output gradients; None: 1 / tokens a step", above=0.0, at_most=1e9
+        None, "static: scale of output gradients; None: 1 / tokens per step", above=0.0, at_most=1e9
     )
     fast_accumulation: str = field(
         "fprop",
@@ -198,5 +199,5 @@ class Fp8Config:
 
 
 def head_dim(model: ModelConfig) -> int:
-    """Features a head."""
+    """Return the features per head."""
     return model.head_dim or model.width // model.heads

@@ -1,4 +1,4 @@
-"""Names of sections and fields, and what a wrong one may have meant."""
+"""Check names of sections and fields, and suggest the nearest for a wrong one."""
 
 import dataclasses
 import difflib
@@ -9,7 +9,7 @@ from fp8jax.config.run import Config
 
 
 def check_name(section: str, field: str | None = None) -> None:
-    """Raises ConfigError, which names the nearest, if there is no such section, or no such field in it."""
+    """Raise ConfigError, which names the nearest, if there is no such section, or no such field in it."""
     sections = {found.name: found.type for found in dataclasses.fields(Config)}
     if section not in sections:
         raise ConfigError(f"config.{section}: unknown section{_nearest(section, sections)}")
@@ -23,7 +23,7 @@ def check_name(section: str, field: str | None = None) -> None:
 
 
 def fields_like(name: str) -> list[tuple[str, str]]:
-    """Fields of any section that have this name, or whose words begin with its letters: `lr` is optimizer.learning_rate."""
+    """Return fields that have this name, or whose words begin with its letters: `lr` is optimizer.learning_rate."""
     fields = [
         (section.name, field.name)
         for section in dataclasses.fields(Config)
@@ -38,11 +38,11 @@ def fields_like(name: str) -> list[tuple[str, str]]:
 
 
 def _nearest(name: str, known: Any) -> str:
-    """'; did you mean X?' or the list of what is known."""
+    """Return '; did you mean X?' or the list of known names."""
     return did_you_mean(name, known) or f"; known: {', '.join(known)}"
 
 
 def did_you_mean(name: str, known: Any) -> str:
-    """Like "; did you mean 'steps'?", or nothing if no known name is near."""
+    """Return a suggestion such as "; did you mean 'steps'?", empty if no known name is near."""
     close = difflib.get_close_matches(name[:200], list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

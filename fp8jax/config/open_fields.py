@@ -1,19 +1,20 @@
-"""Fields that nobody has set, and what they become once the rest of a configuration is known: schedules follow the run's length.
+"""Fill in fields that are not set from the rest of a configuration: schedules follow the run's length.
 
-    preset = config.pop("preset")                # what a preset plans: its steps, and warm-up and intervals for so many
-    fill(config, preset)                         # in place of None
+    preset = config.pop("preset")                # a preset's plan: its steps, and warm-up and intervals for them
+    fill(config, preset)                         # replaces None
 
-A preset leaves its warm-up and its intervals open (None) and writes them under `preset`, beside the steps that they are for. A run
-of fewer steps gets less of each. What is not None was set by the user, who alone can therefore ask for too much.
+A preset leaves its warm-up and its intervals open (None) and writes them under `preset`, beside the
+steps that they are for. A run of fewer steps gets less of each. A value that is not None was set by
+the user, so only the user can set too much.
 
-Works on plain dictionaries, before they are checked: reading.py does both.
+The functions take plain dictionaries, before they are checked: reading.py does both.
 """
 
 from typing import Any
 
 WARMUP = ("optimizer", "warmup_steps")
 INTERVALS = (("checkpoint", "every"), ("evaluation", "every"))
-# What a preset plans, and with fsdp all that is None until it is filled in.
+# The fields that a preset plans; with fsdp they are all that is None until it is filled in.
 PLANNED = (("training", "steps"), WARMUP, *INTERVALS)
 OPEN = (WARMUP, *INTERVALS, ("mesh", "fsdp"))
 
@@ -21,7 +22,7 @@ Values = dict[str, dict[str, Any]]  # section → field → value
 
 
 def planned(values: Values) -> Values:
-    """What a preset with these values plans."""
+    """Return the plan of a preset with these values."""
     return {
         section: {field: values[section][field] for of, field in PLANNED if of == section}
         for section, _ in PLANNED
@@ -29,12 +30,13 @@ def planned(values: Values) -> Values:
 
 
 def fill(values: Values, preset: Values, run: Values | None = None) -> None:
-    """Fills in what is open.
+    """Fill in the open fields.
 
     Args:
         values: all sections and fields.
         preset: values of PLANNED.
-        run: the configuration of the run that goes on, if one does: its warm-up has begun, and stays as it is where it can.
+        run: the configuration of a continued run, if any: its warm-up has begun, and stays the same
+            if possible.
     """
     steps, planned = values["training"]["steps"], preset["training"]["steps"]
     shorter = 0 < steps < planned
@@ -51,7 +53,7 @@ def fill(values: Values, preset: Values, run: Values | None = None) -> None:
 
 
 def filled_mesh(mesh: dict[str, Any]) -> dict[str, Any]:
-    """The mesh whose fsdp, where it is open, has the devices that are left, unless another axis asks for them."""
+    """Return the mesh, with an open fsdp taking the devices that are left, unless another axis takes them."""
     if mesh.get("fsdp") is not None:
         return mesh
     return mesh | {
@@ -60,7 +62,7 @@ def filled_mesh(mesh: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shortened(field: tuple[str, str], value: int, steps: int, planned: int) -> int:
-    """A warm-up of the same share of the run; an interval that comes at least twice. 0, for never, stays."""
+    """Return a warm-up of the same share of the run, or an interval that comes at least twice; 0, for never, stays."""
     if field == WARMUP:
         return round(value * steps / planned)
     return min(value, (steps + 1) // 2)

@@ -1,4 +1,4 @@
-"""From values to a configuration and back; files of anyone."""
+"""Make a configuration from values and write it back; read untrusted files."""
 
 import dataclasses
 import hashlib
@@ -21,9 +21,10 @@ from fp8jax.config.run import Config
 
 
 def defaults() -> ml_collections.ConfigDict:
-    """Every field at its default; fields that may be None are typed placeholders, so overrides are type-checked.
+    """Return every field at its default; fields that may be None are typed placeholders, so overrides are type-checked.
 
-    So are those that follow the run's length and the mesh unless they are set (open_fields.py): their defaults are in `preset`.
+    Fields that follow the run's length and the mesh unless set (open_fields.py) are placeholders,
+    too, with defaults in `preset`.
     """
     out = ml_collections.ConfigDict()
     for section in dataclasses.fields(Config):
@@ -38,12 +39,12 @@ def defaults() -> ml_collections.ConfigDict:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain nested dictionary, for config.json."""
+    """Return a plain nested dictionary, for config.json."""
     return dataclasses.asdict(config)
 
 
 def digest(config: Config) -> str:
-    """Short hash of every field, to recognise a configuration by."""
+    """Return a short hash of every field, which identifies a configuration."""
     return hashlib.blake2b(
         json.dumps(to_dict(config), sort_keys=True).encode(), digest_size=8
     ).hexdigest()
@@ -52,15 +53,16 @@ def digest(config: Config) -> str:
 def from_dict(
     values: ml_collections.ConfigDict | dict[str, Any], run: Config | None = None
 ) -> Config:
-    """Frozen, validated configuration.
+    """Make a frozen, validated configuration.
 
     Args:
-        values: nested mapping of section → field → value. Missing fields take their defaults; in a ConfigDict, schedules that
-            nobody set follow the run's length (open_fields.py).
-        run: the configuration of the run in the directory, if it goes on.
+        values: nested mapping of section → field → value. Missing fields take their defaults; in a
+            ConfigDict, schedules that are not set follow the run's length (open_fields.py).
+        run: the configuration of the run in the directory, if it continues.
 
     Raises:
-        ConfigError: an unknown section or field, an ill-typed or forbidden value, an impossible combination.
+        ConfigError: a section or field is unknown, a value has a wrong type or is forbidden, or a
+            combination is impossible.
     """
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
@@ -81,14 +83,15 @@ def from_dict(
 
 
 def read_json(path: pathlib.Path, most: int = files.JSON_BYTES) -> Any:
-    """The JSON of a file that anyone may have written.
+    """Read the JSON of an untrusted file.
 
     Args:
-        path: of the file.
-        most: bytes that are read at all; its values may take four times as many.
+        path: path of the file.
+        most: the most bytes that are read; its values may take four times as many.
 
     Raises:
-        ConfigError: it cannot be read, is larger than `most`, or is not JSON. A missing file is a FileNotFoundError.
+        ConfigError: it cannot be read, is larger than `most`, or is not JSON. A missing file is a
+            FileNotFoundError.
     """
     try:
         return files.read_json(path, most, memory=4 * most)
@@ -132,7 +135,7 @@ def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
 
 
 def kind_of(annotation: Any) -> tuple[type, bool]:
-    """The plain type of an annotation, and whether None is allowed too."""
+    """Return the plain type of an annotation, and whether None is allowed too."""
     if isinstance(annotation, types.UnionType):
         kinds = [a for a in typing.get_args(annotation) if a is not type(None)]
         return kinds[0], True

@@ -1,4 +1,4 @@
-"""Sections of what a run does beside training, and the whole configuration."""
+"""The configuration's sections besides training, and the whole configuration."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ WARNING_LEVELS = ("watch", "warn", "act")
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving."""
+    """The saving of checkpoints."""
 
     every: int = field(
         1000,
@@ -51,7 +51,7 @@ class EvaluationConfig:
     )
     batches: int = field(
         -1,
-        "held-out batches of training.batch_size sequences an evaluation reads, spread evenly over the split; 0: the "
+        "held-out batches of training.batch_size sequences that an evaluation reads, spread evenly over the split; 0: the "
         "whole split; -1: as many as take 2% of the time of the steps between. eval.py reads the whole split",
         at_least=-1,
         at_most=COUNT,
@@ -60,7 +60,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MonitorConfig:
-    """Outlier statistics."""
+    """The outlier statistics."""
 
     every: int = field(50, "steps between outlier statistics; 0: never", at_least=0, at_most=COUNT)
     kurtosis: str = field(
@@ -75,12 +75,12 @@ class MonitorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WarningConfig:
-    """The early warning: what to do beside saying it, in events.jsonl and on the terminal."""
+    """The early warning: what to do besides reporting it, in events.jsonl and on the terminal."""
 
     action: str = field(
         "log",
-        "log: nothing; checkpoint: save; fallback: named roles go on in BF16 from the next step; rollback: to the "
-        "newest checkpoint, its batches passed over; stop: save and exit with 3",
+        "log: no more; checkpoint: save; fallback: named roles continue in BF16 from the next step; rollback: return to the "
+        "newest checkpoint and skip the batches since; stop: save and exit with 3",
         choices=WARNING_ACTIONS,
     )
     level: str = field("act", "lowest level at which the action is taken", choices=WARNING_LEVELS)
@@ -93,7 +93,7 @@ class WarningConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """Logged steps."""
+    """The logged steps."""
 
     every: int = field(
         10,
@@ -123,7 +123,7 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """The configuration of a whole run."""
 
     model: ModelConfig = ModelConfig()
     fp8: Fp8Config = Fp8Config()
@@ -140,7 +140,7 @@ class Config:
 
 
 def settled(config: Config) -> Config:
-    """The config with what is left open set to the plainest: one microbatch, the whole loss, nothing recomputed."""
+    """Return the config with open fields at their simplest: one microbatch, the whole loss, no recomputation."""
     training = config.training
     plain = dataclasses.replace(
         training,

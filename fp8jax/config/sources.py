@@ -1,4 +1,4 @@
-"""Fields that list sources of data, taken apart."""
+"""Parse the fields that list sources of data."""
 
 import math
 import pathlib
@@ -8,9 +8,9 @@ from fp8jax.config.errors import ConfigError
 
 
 def parse_sources(text: str) -> tuple[tuple[str, float], ...]:
-    """Names and weights, which add up to 1, of `config.data.source`: 'name' or 'name=weight,name=weight'.
+    """Return names and weights, which add up to 1, of `config.data.source`: 'name' or 'name=weight,name=weight'.
 
-    A path may hold '=' itself (lang=en/tokens): one source without a weight is a name as it stands.
+    A path may hold '=' itself (lang=en/tokens): one source without a weight is taken as a name.
 
     Raises:
         ConfigError: a weight is missing or not above 0, or a name is missing or there twice.
@@ -33,12 +33,12 @@ def parse_sources(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def parse_held_out(text: str) -> tuple[tuple[str, str], ...]:
-    """Return name and source of each part of `config.data.held_out`; none where it is 'auto' or 'none'.
+    """Return name and source of each part of `config.data.held_out`; none for 'auto' or 'none'.
 
     A source without a name is called by the last part of its path.
 
     Raises:
-        ConfigError: a part without a source, or a name that is there twice.
+        ConfigError: a part has no source, or a name is there twice.
     """
     if text in ("auto", "none"):
         return ()
@@ -58,7 +58,7 @@ def parse_held_out(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _weight(text: str) -> float | None:
-    """The number that a text is, if it is one."""
+    """Return the number that a text spells; None if it is none."""
     try:
         return float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Sections of the data, the optimizer, training and the mesh."""
+"""The configuration's sections of the data, the optimizer, training and the mesh."""
 
 import dataclasses
 
@@ -18,10 +18,10 @@ MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from."""
+    """The sources of tokens, and their packing."""
 
     sequence_length: int = field(
-        256, "tokens a sequence", at_least=1, below=2**24 + 1
+        256, "tokens per sequence", at_least=1, below=2**24 + 1
     )  # positions are float32 in RoPE
     source: str = field(
         "embedded",
@@ -31,25 +31,25 @@ class DataConfig:
     held_out: str = field(
         "auto",
         "text of the held-out loss. auto: what the sources hold out; none: no evaluation; or sources, each logged "
-        "by its name where there are several: 'dirA' or 'wiki=dirA,code=dirB'",
+        "by its name if there are several: 'dirA' or 'wiki=dirA,code=dirB'",
     )
     tokenizer: str = field(
         "auto", "auto: the source's own; 'byte', 'tekken' or the path of a tokenizer.json"
     )
     allow_normalisation: bool = field(
         False,
-        "take a tokenizer that brings text into a Unicode form (NFC) first; bits per byte is then of "
+        "accept a tokenizer that brings text into a Unicode form (NFC) first; bits per byte is then of "
         "that text",
     )
     packing: str = field(
         "concat",
-        "concat: documents run on from window to window; best_fit: whole documents, padded",
+        "concat: documents continue from window to window; best_fit: whole documents, padded",
         choices=("concat", "best_fit"),
     )
     document_masks: bool = field(False, "packed documents do not attend to each other")
     on_fault: str = field(
         "fail",
-        "a shard cut off, a token id that is none: fail, or skip its sequences, counted",
+        "a shard that is cut off, or an invalid token id: fail, or skip its sequences and count them",
         choices=("fail", "skip"),
     )
     read_threads: int = field(
@@ -59,7 +59,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and the warm-up, stable, decay schedule (FOG paper, Table 6); what is kept of matrices, in how many bits."""
+    """The optimizer and its warm-up, stable, decay schedule (FOG paper, Table 6), and the formats of its state."""
 
     name: str = field(
         "adamw",
@@ -73,7 +73,7 @@ class OptimizerConfig:
     )
     warmup_steps: int = field(
         100,
-        "steps of linear warm-up; where not set, the preset's share of training.steps",
+        "steps of linear warm-up; if not set, the preset's share of training.steps",
         at_least=0,
         at_most=COUNT,
     )
@@ -110,7 +110,7 @@ class OptimizerConfig:
     master_dtype: str = field("float32", "dtype in which matrices are kept", choices=MASTER_DTYPES)
     master_rounding: str = field(
         "stochastic",
-        "of matrices of 16 bits: unbiased, or to nearest with the next 8 bits in a byte",
+        "rounding of matrices of 16 bits: unbiased, or to nearest with the next 8 bits in a byte",
         choices=MASTER_ROUNDINGS,
     )
     first_moment: str = field(
@@ -129,11 +129,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """Length and shape of the run."""
+    """The length and shape of the run."""
 
     steps: int = field(600, "optimizer steps", at_least=1, below=2**31)  # counted in int32
     batch_size: int = field(
-        16, "sequences a step, over all devices and microbatches", at_least=1, below=LARGE
+        16, "sequences per step, over all devices and microbatches", at_least=1, below=LARGE
     )
     microbatches: int = field(
         0,
@@ -144,25 +144,25 @@ class TrainingConfig:
     seed: int = field(0, "seed of initial weights and of the data order", at_least=0, below=2**32)
     start_limit: int = field(
         3600,
-        "seconds until the first step may begin, compilation included; then the process ends; 0: any",
+        "seconds until the first step begins, compilation included, before the process ends; 0: no limit",
         at_least=0,
         at_most=YEARS,
     )
     step_limit: int = field(
         1800,
-        "seconds a step may take, without its evaluation; then the process ends; 0: any",
+        "seconds that a step may take, without its evaluation, before the process ends; 0: no limit",
         at_least=0,
         at_most=YEARS,
     )
     evaluation_limit: int = field(
         1800,
-        "seconds a batch of an evaluation may take, compilation included; then the process ends; 0: any",
+        "seconds that a batch of an evaluation may take, compilation included, before the process ends; 0: no limit",
         at_least=0,
         at_most=YEARS,
     )
     save_limit: int = field(
         3600,
-        "seconds a save may take, in the background or not; then the process ends; 0: any",
+        "seconds that a save may take, in the background or not, before the process ends; 0: no limit",
         at_least=0,
         at_most=YEARS,
     )
@@ -174,7 +174,7 @@ class TrainingConfig:
     )
     rollbacks: int = field(
         2,
-        "times a run may go back, passing over the batches it could not digest, before it stops",
+        "times that a run may go back and skip the batches that it could not handle, before it stops",
         at_least=0,
         at_most=COUNT,
     )
@@ -200,19 +200,19 @@ class TrainingConfig:
     )
     fitted: str = field(
         "",
-        "microbatches, loss_chunk and remat that a run chose where they were left open, and for which devices; "
-        "written into its config.json, not to be set",
+        "microbatches, loss_chunk and remat that a run chose if they were open, and for which devices; "
+        "the run writes it into its config.json, do not set it",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; at most one -1 takes what is left."""
+    """The devices along each mesh axis; at most one -1 takes what is left."""
 
     data: int = field(1, "data parallelism", at_least=-1, at_most=2**20)
     fsdp: int = field(
         -1,
-        "data parallelism with sharded parameters; where not set, 1 beside another axis that is -1",
+        "data parallelism with sharded parameters; if not set, the devices left, or 1 beside another axis that is -1",
         at_least=-1,
         at_most=2**20,
     )

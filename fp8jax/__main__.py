@@ -1,4 +1,4 @@
-"""`python -m fp8jax COMMAND`: every command of fp8jax, training and evaluation among them."""
+"""Run the commands of fp8jax, `python -m fp8jax COMMAND`, training and evaluation among them."""
 
 import importlib
 import sys
@@ -8,7 +8,8 @@ from fp8jax.cli.errors import complain, with_underscores
 from fp8jax.cli.words import version
 from fp8jax.config import did_you_mean
 
-# Command → what it does. Each is the module fp8jax.cli.COMMAND, whose main(argv) returns the exit code.
+# Command → its purpose. Each is the module fp8jax.cli.COMMAND, whose main(argv) returns the exit
+# code.
 COMMANDS: dict[str, str] = {
     "train": "train a model, or continue a run; the same as train.py",
     "eval": "held-out loss or tasks of a run's checkpoint; the same as eval.py",
@@ -20,11 +21,11 @@ COMMANDS: dict[str, str] = {
     "sample": "continue a prompt with the model of a run",
 }
 _MODULES = {"eval": "evaluate"}
-_WITH_PROGRAM = ("train", "eval")  # whose main takes the program's name first, as scripts do
+_WITH_PROGRAM = ("train", "eval")  # their main takes the program's name first, as scripts do
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command; returns the exit code."""
+    """Run one command, and return the exit code."""
     name, rest = (argv[0] if argv else "help"), list(argv[1:])
     if name == "help" and rest:
         name, rest = rest[0], ["--help"]

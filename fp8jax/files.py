@@ -1,9 +1,10 @@
-"""JSON of files that anyone may have written: never more memory than its reader allows.
+"""Read JSON of untrusted files in bounded memory.
 
     values = read_json(path)                      # at most 64 MiB of text, and 256 MiB of values
-    values = parse_json(line, memory=1 << 28)     # of bytes or text that are there already
+    values = parse_json(line, memory=1 << 28)     # from bytes or text in memory
 
-Values take more memory than their text: 57 MB of `[]` are 1.6 GB of lists. What they would take is counted before they are made.
+Values take more memory than their text: 57 MB of `[]` are 1.6 GB of lists. Their memory is counted
+before they are made.
 """
 
 import json
@@ -15,13 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 JSON_BYTES, JSON_MEMORY = 1 << 26, 1 << 28
-# Bytes of an object with members, of a list, and of a value with its place, in CPython.
+# Bytes of an object with members, of a list, and of a value with its slot, in CPython.
 _OBJECT, _LIST, _VALUE = 232, 64, 64
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def elsewhere(name: str) -> str:
-    """Return what to say of an address, such as gs://bucket/tokens, that was given for a path; '' for a path."""
+    """Return the error for an address, such as gs://bucket/tokens, that is given as a path; '' for a path."""
     if re.match(r"[A-Za-z]:[\\/]", name) and os.name != "nt":
         return f"{name}: is a path of Windows; here a directory is written like /data/runs or runs/first"
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(?=/|$)", name)
@@ -36,15 +37,15 @@ def elsewhere(name: str) -> str:
 
 
 class TooManyValuesError(ValueError):
-    """JSON whose values would take more memory than they may."""
+    """An error for JSON whose values would take more memory than allowed."""
 
 
 def read_bytes(path: pathlib.Path, most: int) -> bytes:
-    """All bytes of a file.
+    """Return all bytes of a file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it has more than `most`, which are not read then.
+        ValueError: it has more than `most`; it is not read then.
     """
     with path.open("rb") as file:
         content = file.read(most + 1)
@@ -54,11 +55,12 @@ def read_bytes(path: pathlib.Path, most: int) -> bytes:
 
 
 def read_json(path: pathlib.Path, most: int = JSON_BYTES, memory: int = JSON_MEMORY) -> Any:
-    """The JSON of a file.
+    """Return the JSON of a file.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it has more than `most` bytes, or as `parse_json`; the message is one line, without the path.
+        ValueError: it has more than `most` bytes, or `parse_json` refuses it; the message is one
+            line, without the path.
     """
     return parse_json(read_bytes(path, most), memory=memory)
 
@@ -66,15 +68,16 @@ def read_json(path: pathlib.Path, most: int = JSON_BYTES, memory: int = JSON_MEM
 def parse_json(
     content: bytes | str, *, memory: int = JSON_MEMORY, **options: Callable[..., Any]
 ) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
     Args:
-        content: UTF-8, or text.
-        memory: bytes that its values may take beside their text, as CPython keeps them.
-        options: of json.loads.
+        content: UTF-8 bytes, or text.
+        memory: bytes that its values may take besides their text, in CPython.
+        options: options of json.loads.
 
     Raises:
-        ValueError: it is not JSON, nested too deeply, or of too many values; the message is one line.
+        ValueError: it is not JSON, is nested too deeply, or has too many values; the message is one
+            line.
     """
     if len(content) * _OBJECT > memory:
         raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
@@ -94,7 +97,7 @@ def parse_json(
 
 
 def strict(value: Any) -> Any:
-    """The same as strict JSON has it, without numbers that are not finite: "nan", "inf" and "-inf" instead."""
+    """Return a value for strict JSON, with "nan", "inf" and "-inf" in place of numbers that are not finite."""
     if isinstance(value, dict):
         return {name: strict(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -103,5 +106,5 @@ def strict(value: Any) -> Any:
 
 
 def _memory(raw: bytes) -> int:
-    """Bytes that the values of a JSON text take at most, but for their strings."""
+    """Return the most bytes that the values of a JSON text take, without their strings."""
     return _OBJECT * raw.count(b"{") + _LIST * raw.count(b"[") + _VALUE * raw.count(b",")

@@ -1,13 +1,14 @@
-"""Which accelerator this machine has, and the size of model that suits it; found out without JAX.
+"""Find, without JAX, which accelerator this machine has, and the size of model that suits it.
 
 JAX must not start before `jax.distributed` has.
 
     found = find()                      # Accelerator(name="NVIDIA L4", gib=22.5, fp8=True), or None
     size, why = default_size()          # ("390m", "NVIDIA L4, 22 GiB, with FP8 units")
 
-NVIDIA GPUs are those that nvidia-smi shows, or where it is not installed those that the driver names in /proc; TPUs are named by
-the environment or by their PCI numbers. Of several devices the one with the least memory counts. Says nothing about what a step
-really needs: the compiled program does.
+NVIDIA GPUs are those that nvidia-smi shows, or where it is not installed those that the driver
+names in /proc; TPUs are named by the environment or by their PCI numbers. Of several devices the
+one with the least memory counts. The size is a guess; only the compiled program shows what a step
+needs.
 """
 
 import importlib.util
@@ -18,12 +19,14 @@ import subprocess
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-# GiB that 390m takes with one sequence of 4096 tokens at a time, and room for a display, a context and fragments. Without FP8 units
-# FP8 values are multiplied as BF16 ones: slower, and with nothing of the memory that FP8 saves.
+# GiB that 390m takes with one sequence of 4096 tokens at a time, and room for a display, a context
+# and fragments. Without FP8 units FP8 values are multiplied as BF16 ones: slower, and without FP8's
+# savings of memory.
 _NEED_FP8, _NEED_EMULATED = 15.0, 30.0
 _FP8_FROM = 8.9  # compute capability: Ada, Hopper, Blackwell
 
-# Where only a name is known: GiB and compute capability of NVIDIA's, GiB and FP8 units of TPUs' devices.
+# For devices known only by name: GiB and compute capability of NVIDIA's, GiB and FP8 units of
+# TPUs'.
 _NVIDIA = {
     "T4": (15, 7.5),
     "V100": (16, 7.0),
@@ -83,12 +86,12 @@ class Accelerator(NamedTuple):
 
 
 planned: Accelerator | None = (
-    None  # the device that a run is planned for, where it is not this machine's: the audit sets it
+    None  # the device that a run is planned for, if not this machine's: the audit sets it
 )
 
 
 def default_size(found: Accelerator | None = None) -> tuple[str, str]:
-    """The size that a run without one takes, `390m` or `tiny`, and why; of this machine unless a device is given."""
+    """Return the default size, `390m` or `tiny`, and the reason, for this machine unless a device is given."""
     found = found or planned or find()
     if found is None:
         return "tiny", "no accelerator"
@@ -103,12 +106,12 @@ def find(
     ask: Callable[[], str] | None = None,
     installed: Callable[[str], bool] | None = None,
 ) -> Accelerator | None:
-    """The accelerator that JAX will use; None where that is the CPU.
+    """Return the accelerator that JAX will use; None if that is the CPU.
 
     Args:
         environment: variables of this process.
-        root: where /proc and /sys are.
-        ask: returns what nvidia-smi prints; raises OSError or a subprocess error where it cannot.
+        root: directory of /proc and /sys.
+        ask: returns what nvidia-smi prints; raises OSError or a subprocess error if it cannot.
         installed: whether a module can be imported: JAX uses a device only if its plugin is there.
     """
     installed = installed or (lambda name: importlib.util.find_spec(name) is not None)
@@ -129,7 +132,7 @@ def _ask() -> str:
 
 
 def _nvidia(root: pathlib.Path, ask: Callable[[], str]) -> list[tuple[str, str, Accelerator]]:
-    """Index, UUID and device of each GPU."""
+    """Return index, UUID and device of each GPU."""
     try:
         lines = [
             [part.strip() for part in line.split(",")]
@@ -144,12 +147,12 @@ def _nvidia(root: pathlib.Path, ask: Callable[[], str]) -> list[tuple[str, str, 
         OSError,
         subprocess.SubprocessError,
         ValueError,
-    ):  # none, one too old for compute_cap, a GPU that is lost
+    ):  # no nvidia-smi, one too old for compute_cap, or a GPU that is lost
         return _named(root)
 
 
 def _named(root: pathlib.Path) -> list[tuple[str, str, Accelerator]]:
-    """The same from the driver's own list, which has names alone."""
+    """Return the same from the driver's own list, which has only names."""
     found = []
     for number, path in enumerate(sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))):
         text = path.read_text(errors="replace")
@@ -162,7 +165,7 @@ def _named(root: pathlib.Path) -> list[tuple[str, str, Accelerator]]:
         if size := re.search(r"(\d+) ?GB", name):
             gib = (
                 int(size[1]) * 0.93
-            )  # of the memory's decimal gigabytes, less what the driver keeps
+            )  # from the memory's decimal gigabytes, less what the driver keeps
         found.append(
             (
                 str(number),
@@ -176,7 +179,7 @@ def _named(root: pathlib.Path) -> list[tuple[str, str, Accelerator]]:
 def _visible(
     gpus: list[tuple[str, str, Accelerator]], environment: Mapping[str, str]
 ) -> list[Accelerator]:
-    """Those that CUDA_VISIBLE_DEVICES names, by number or by the beginning of a UUID; all where it does not say."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES names, by number or by the start of a UUID; all if it is not set."""
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return [device for _, _, device in gpus]
@@ -187,19 +190,19 @@ def _visible(
             for index, uuid, device in gpus
             if word == index or (word.startswith("GPU-") and uuid.startswith(word))
         ]
-        if word.startswith("MIG-"):  # a part of one, which nvidia-smi does not list so
+        if word.startswith("MIG-"):  # a part of a GPU, which nvidia-smi does not list so
             matching = [
                 Accelerator(f"a part of {device.name}", device.gib / 7, device.fp8)
                 for _, _, device in gpus[:1]
             ]
-        if not matching:  # as in CUDA: what comes after a number that there is not is hidden
+        if not matching:  # as in CUDA, devices after a missing number are hidden
             break
         chosen += matching
     return chosen
 
 
 def _tpus(environment: Mapping[str, str], root: pathlib.Path) -> list[Accelerator]:
-    """TPUs, as the environment or the PCI bus tells of them."""
+    """Return the TPUs that the environment or the PCI bus lists."""
     kind = environment.get("TPU_ACCELERATOR_TYPE") or environment.get("ACCELERATOR_TYPE") or ""
     generation = _TPU_TYPES.get(kind.partition("-")[0].lower())
     for vendor in sorted((root / "sys/bus/pci/devices").glob("*/vendor")):

@@ -1,4 +1,4 @@
-"""Parts of a preparation made one after the other, or by several processes."""
+"""Make the parts of a preparation one after another, or in several processes."""
 
 import concurrent.futures
 import multiprocessing
@@ -15,7 +15,7 @@ Tell = Callable[[int, int], Any]
 
 
 def run(job: Job, parts: list, workers: int, tell: Tell) -> None:
-    """Make the parts that are not done, with so many processes; `tell` receives bytes done and bytes in all."""
+    """Make the unfinished parts in `workers` processes; `tell` receives the bytes that are done and the total."""
     total = sum(piece.size for part in parts for piece in part)
     missing = [number for number in range(len(parts)) if read_record(job, number) is None]
     done = total - sum(piece.size for number in missing for piece in parts[number])
@@ -33,7 +33,7 @@ def run(job: Job, parts: list, workers: int, tell: Tell) -> None:
 
 
 class _Counter:
-    """Adds up progress within one process."""
+    """A sum of progress within one process."""
 
     def __init__(self, tell: Callable[[int], Any]):
         self._tell, self._count = tell, 0

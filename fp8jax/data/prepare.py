@@ -1,15 +1,17 @@
-"""Raw text in, a directory of token shards out, for `config.data.source`.
+"""Prepare a directory of token shards from raw text, for `config.data.source`.
 
     prepare(["crawl/*.jsonl.zst", "books/"], "tokens", tokenizer="tokenizer.json", workers=8)
 
-The inputs are cut into parts, a shard each, by their sizes alone; processes take parts as they become free. So the same
-inputs give the same bytes whatever the number of workers. A part that is done is recorded: run again after an interruption,
-only the others are made. Documents keep the order of the inputs: training shuffles windows, not documents.
+The inputs are cut into parts, a shard each, by their sizes alone; processes take parts as they
+become free. So the same inputs give the same bytes with any number of workers. A finished part is
+recorded, so that a call after an interruption makes only the others. Documents keep the order of
+the inputs: training shuffles windows, not documents.
 
-A document is held out by a hash of its text (of its ids, where those are the input), so copies of it are never on both sides;
-where by that nothing would be, the document of the lowest hash is. A single text file is held out from its last lines. Documents
-above `prepared_part.LONG` characters are tokenised in pieces, cut before a space between two letters where there is one, so that memory is
-bounded; what they decode to stays the same.
+A document is held out by a hash of its text (of its ids, if those are the input), so copies of it
+are never on both sides; if that would hold no document out, the one of the lowest hash is. Of a
+single text file the last lines are held out. Documents above `prepared_part.LONG` characters are
+tokenised in pieces, cut before a space between two letters if there is one, so that memory is
+bounded; they decode to the same text.
 """
 
 import concurrent.futures
@@ -29,7 +31,7 @@ from fp8jax.data import tokenizer as tokenizers
 from fp8jax.data.prepared_part import HASHES, UNFINISHED, Job, make, read_record
 
 PART_BYTES = (1 << 24, 1 << 30)
-_MOST_PARTS = 1 << 14  # a process may map 65,530 files, two a part
+_MOST_PARTS = 1 << 14  # a process may map 65,530 files, two per part
 _SAMPLE = 1 << 26
 
 
@@ -47,26 +49,34 @@ def prepare(
     tell: part_workers.Tell = lambda done, total: None,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, Any]]:
-    """Tokenises the documents of `inputs` into shards; continues where an earlier call was interrupted.
+    """Tokenise the documents of `inputs` into shards, continuing where an earlier call was interrupted.
 
     Args:
         inputs: files, directories and patterns, in order (see `documents`).
-        directory: where the shards go; empty, or that of an earlier call with the same inputs and options.
-        tokenizer: 'byte', 'tekken' or the path of a tokenizer.json, which is copied into the directory.
+        directory: directory for the shards; empty, or that of an earlier call with the same inputs
+            and options.
+        tokenizer: 'byte', 'tekken' or the path of a tokenizer.json, which is copied into the
+            directory.
         text_field: the field or column with the text.
-        validation_fraction: of the documents that are held out; 0: none, and the directory has no held-out split.
-        best_fit: sequence lengths for which the training split is packed by best fit; also for a directory that is finished.
-        workers: processes; 1 works in the present one. More need a `__main__` guard in a script.
-        allow_normalisation: take a tokenizer that brings text into a Unicode form, such as NFC, first.
-        skip_bad_rows: pass over lines and rows that hold no text, and count them in the index; else they are errors.
-        tell: called now and then with the bytes of input that are done, and those that there are.
+        validation_fraction: part of the documents that is held out; with 0 the directory has no
+            held-out split.
+        best_fit: sequence lengths for which the training split is packed by best fit; also for a
+            finished directory.
+        workers: number of processes; 1 works in the present one. More need a `__main__` guard in a
+            script.
+        allow_normalisation: accept a tokenizer that first brings text into a Unicode form, such as
+            NFC.
+        skip_bad_rows: skip lines and rows that hold no text, and count them in the index; otherwise
+            they are errors.
+        tell: called from time to time with the bytes of input that are done, and the total.
         note: receives lines on what was left out of the inputs, and on the tokenizer.
 
     Returns:
-        For either split, as in the index: `documents`, `tokens`, `text_bytes` and `shards`.
+        For each split, as in the index: `documents`, `tokens`, `text_bytes` and `shards`.
 
     Raises:
-        ConfigError: a file that cannot be read, other inputs than those of the directory, or too few documents.
+        ConfigError: a file cannot be read, the directory is of other inputs, or there are too few
+            documents.
     """
     if not 0.0 <= validation_fraction < 1.0:
         raise ConfigError(
@@ -116,13 +126,13 @@ def train_tokenizer(
     vocab_size: int,
     text_field: str = "text",
 ) -> str:
-    """Trains a byte-level BPE on a sample of the inputs, spread over them, unless the directory already holds one.
+    """Train a byte-level BPE on a sample of the inputs, spread over them, unless the directory already holds one.
 
     Returns:
         The path of the tokenizer.json, which lies in the directory.
 
     Raises:
-        ConfigError: an input that cannot be read, or a tokenizer.json of a larger vocabulary.
+        ConfigError: an input cannot be read, or the tokenizer.json has a larger vocabulary.
     """
     path = pathlib.Path(directory) / shards.TOKENIZER
     if path.exists():
@@ -141,7 +151,7 @@ def train_tokenizer(
 
 
 def _sample(parts: list[list[documents.Piece]], text_field: str) -> Iterator[str]:
-    """The first documents of every part, _SAMPLE characters in all."""
+    """Yield the first documents of every part, _SAMPLE characters in all."""
     for part in parts:
         left = _SAMPLE // len(parts)
         for blocks in (
@@ -157,7 +167,7 @@ def _sample(parts: list[list[documents.Piece]], text_field: str) -> Iterator[str
 
 
 def cut_into_parts(paths: list[str], fraction: float) -> list[list[documents.Piece]]:
-    """The pieces of all files, neighbours together until they make a part."""
+    """Return parts of the pieces of all files: neighbours are joined until they make a part."""
     total = sum(documents.stat(path)[0] for path in paths)
     part_bytes = max(min(max(total // 1024, PART_BYTES[0]), PART_BYTES[1]), total // _MOST_PARTS)
     if len(paths) == 1 and fraction and documents.is_plain_text(paths[0]):
@@ -179,7 +189,7 @@ def _plan(
     fraction: float,
     skip_bad_rows: bool,
 ) -> str:
-    """Identifies what is to be made: equal plans give equal bytes, as long as no file changes its content alone."""
+    """Return a digest of the task: equal plans give equal bytes, unless only the content of a file changes."""
     made_of = [shards.header(tokenizer), text_field, fraction, parts] + [
         "skip_bad_rows"
     ] * skip_bad_rows
@@ -198,7 +208,7 @@ def _finished(directory: pathlib.Path, plan: str) -> dict[str, Any]:
 
 
 def _check_unchanged(directory: pathlib.Path, source: dict[str, Any]) -> None:
-    """Raises ConfigError where a file's content is not what was prepared; its time of change alone does not matter."""
+    """Raise ConfigError if a file's content is not what was prepared; its time of change alone does not matter."""
     path = source["file"]
     if source.get("changed") in (None, documents.stat(path)[1]):
         return
@@ -209,7 +219,7 @@ def _check_unchanged(directory: pathlib.Path, source: dict[str, Any]) -> None:
 
 
 def _begin(directory: pathlib.Path, plan: str, parts: list) -> Any:
-    """Opens a new or interrupted preparation, locked against a second one until the returned file is closed."""
+    """Open a new or interrupted preparation, locked against a second one until the returned file is closed."""
     unfinished = directory / UNFINISHED
     unfinished.mkdir(parents=True, exist_ok=True)
     lock = open(unfinished / "plan", "a+", encoding="utf-8")
@@ -239,7 +249,7 @@ def _records(job: Job, parts: list) -> list[dict[str, Any]]:
 
 
 def _hold_one_out(job: Job, parts: list, fraction: float) -> None:
-    """Where no document is held out though some should be, makes the part of the lowest hash again, that document held out."""
+    """If none is held out though some should be, make the part of the lowest hash again with that document held out."""
     records = _records(job, parts)
     if not fraction or any(record["shards"]["held_out"] for record in records):
         return
@@ -285,7 +295,7 @@ def _index(
 
 
 def _write(directory: pathlib.Path, index: dict[str, Any], sources: list[dict[str, Any]]) -> None:
-    """Write what was read, and last the index, with which a directory is finished."""
+    """Write the sources, and last the index, which finishes a directory."""
     shards.write_sources(directory, sources)
     index["source_files"] = len(sources)
     shards.write_index(directory, index)
@@ -304,7 +314,7 @@ def _sources(job: Job, parts: list) -> list[dict[str, Any]]:
 
 
 def _state_of(path: str) -> dict[str, Any]:
-    """What tells later whether an input has changed."""
+    """Return what shows later whether an input has changed."""
     size, changed = documents.stat(path)
     return {"bytes": size, "changed": changed, "digest": documents.digest(path)}
 

@@ -1,4 +1,4 @@
-"""One part of a preparation: its documents, tokenised, in a shard of each split, and the record that it is done."""
+"""Make one part of a preparation: its documents, tokenised, in a shard of each split, and the record that it is done."""
 
 import dataclasses
 import hashlib
@@ -21,22 +21,22 @@ HASHES = 1 << 64
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is the same for all parts of a preparation."""
+    """The settings that all parts of a preparation share."""
 
     directory: pathlib.Path
     tokenizer: str
     text_field: str
-    threshold: int  # documents whose hash is below are held out
+    threshold: int  # documents whose hash is below it are held out
     allow_normalisation: bool = False
     skip_bad_rows: bool = False
 
     def load(self) -> tokenizers.Tokenizer:
-        """The tokenizer, read once a process."""
+        """Return the tokenizer, which is read once per process."""
         return tokenizers.load(self.tokenizer, allow_normalisation=self.allow_normalisation)
 
 
 class _Within:
-    """Progress on a piece, which reading counts roughly: a line may end in the next piece."""
+    """The progress on a piece, an approximation because a line may end in the next piece."""
 
     def __init__(self, size: int, progress: documents.Progress):
         self._left, self._progress = size, progress
@@ -51,7 +51,7 @@ class _Within:
 
 
 def make(job: Job, number: int, part: list[documents.Piece], progress: documents.Progress) -> None:
-    """Make the shards of a part, and at last its record."""
+    """Make the shards of a part, and last its record."""
     tokenizer = job.load()
     writers = {
         split: shards.ShardWriter(job.directory / shards.shard_name(split, number), tokenizer)
@@ -89,7 +89,7 @@ def make(job: Job, number: int, part: list[documents.Piece], progress: documents
 
 
 class _Skipped:
-    """Counts the rows of a part that hold no text, and keeps what was wrong with the first."""
+    """A counter of the rows of a part that hold no text, with the fault of the first."""
 
     def __init__(self):
         self.count = 0
@@ -103,7 +103,7 @@ class _Skipped:
 def _recorded(
     piece: documents.Piece, job: Job, progress: documents.Progress, tokenizer: tokenizers.Tokenizer
 ) -> Iterator[tuple]:
-    """What `_encoded` yields, of documents that are token ids already."""
+    """Yield what `_encoded` does, for documents that are token ids already."""
     told = piece.start
     for record, ids in token_records.documents(
         piece.path, piece.start, piece.stop, job.text_field, tokenizer
@@ -120,7 +120,7 @@ def _recorded(
 def _chunks(
     piece: documents.Piece, job: Job, progress: documents.Progress, skipped: _Skipped | None
 ) -> Iterator[tuple[str, int, str, bool]]:
-    """Split, hash of the document, text and whether the document ends with it."""
+    """Yield split, hash of the document, text, and whether the document ends with it."""
     for blocks in documents.read(piece, job.text_field, progress, skipped):
         split = None
         for text, last in _cut(blocks):
@@ -135,7 +135,7 @@ def _hash(content: bytes) -> int:
 
 
 def _cut(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Joins the strings of a document and cuts it into pieces of at most LONG characters."""
+    """Join the strings of a document and cut it into pieces of at most LONG characters."""
     text = ""
     for block in blocks:
         text += block
@@ -147,7 +147,7 @@ def _cut(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _boundary(text: str) -> int:
-    """Before the last space between two letters up to LONG: byte-level pre-tokenizers cut there as well."""
+    """Return the place before the last space between two letters up to LONG; byte-level pre-tokenizers cut there as well."""
     end = text.rfind(" ", LONG // 2, LONG)
     while end > 0:
         if text[end - 1].isalpha() and text[end + 1].isalpha():
@@ -163,7 +163,7 @@ def _encoded(
     tokenizer: tokenizers.Tokenizer,
     skipped: _Skipped | None,
 ) -> Iterator[tuple[str, int, np.ndarray, bool]]:
-    """The chunks with token ids in place of text, encoded in batches of about BATCH characters."""
+    """Yield the chunks with token ids in place of text, encoded in batches of about BATCH characters."""
     batch, size = [], 0
     for chunk in _chunks(piece, job, progress, skipped):
         batch.append(chunk)
@@ -183,7 +183,7 @@ def _encoded_batch(
 
 
 def read_record(job: Job, number: int) -> dict[str, Any] | None:
-    """Return what is recorded of a part that is done and whose shards are there; None where one is not."""
+    """Return the record of a finished part whose shards are there, otherwise None."""
     try:
         record = json.loads((job.directory / UNFINISHED / f"{number:05d}.json").read_text())
         kind = tokenizers.dtype(job.load().vocab_size)
@@ -191,6 +191,6 @@ def read_record(job: Job, number: int) -> dict[str, Any] | None:
             path = job.directory / entry["file"]
             shards.map_file(path, kind, entry["tokens"], "tokens")
             shards.map_file(path.with_suffix(".ends"), shards.ENDS, entry["documents"], "documents")
-    except (OSError, ValueError):  # ConfigError is one
+    except (OSError, ValueError):  # ConfigError is a ValueError
         return None
     return record

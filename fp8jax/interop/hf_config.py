@@ -1,12 +1,12 @@
-"""A Hugging Face config.json as a model config, and back: `llama`, `mistral`, `qwen3`, `olmo2`, `olmo3`, `apertus`, `fog`.
+"""Turn a Hugging Face config.json into a model config, and back: llama, mistral, qwen3, olmo2, olmo3, apertus, fog.
 
     model, model_type = from_config(json_values)      # ModelConfig with every switch set, "llama"
     values = to_config(model, vocab_size, "llama")    # what config.json holds
 
-Every key is either understood, fixed to the one value that the models here have, or listed in NO_INFLUENCE. Of others,
-private ones (_attn_implementation_autoset), those that are null, false or empty, and those in HARMLESS are passed over with a
-note; any that is left may change numbers and is an error that names it. Keys that are left out have the defaults of
-transformers.
+Every key is either understood, fixed to the one value that the models here have, or listed in
+NO_INFLUENCE. Of the others, private ones (_attn_implementation_autoset), those that are null, false
+or empty, and those in HARMLESS are ignored with a note; any other may change numbers and is an
+error that names it. Missing keys have the defaults of transformers.
 """
 
 import math
@@ -31,7 +31,7 @@ _REQUIRED = (
 _OPTIONAL = ("num_key_value_heads", "head_dim")
 
 
-# Written by Apertus's and Llama's own transformers releases; the others' configs do not know them.
+# Apertus's and Llama's transformers releases write these; the others' configs do not know them.
 _NOT_WRITTEN = ("hidden_dropout", "qk_norm", "post_norm", "mlp_bias")
 
 
@@ -40,15 +40,16 @@ def from_config(
     ignore: Collection[str] = (),
     note: Callable[[str], None] = lambda line: None,
 ) -> tuple[ModelConfig, str]:
-    """The model config of a config.json, and its model_type.
+    """Return the model config of a config.json, and its model_type.
 
     Args:
         values: the content of config.json.
-        ignore: keys to pass over, whatever they say.
-        note: receives a line that names the keys that were passed over, if any.
+        ignore: keys to ignore, with any value.
+        note: receives a line that names the ignored keys, if any.
 
     Raises:
-        HuggingFaceError: an unknown model_type or key, a missing key, a value that the models here do not have.
+        HuggingFaceError: the model_type or a key is unknown, a key is missing, or the models here
+            do not support a value.
     """
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FORMATS:
@@ -64,7 +65,7 @@ def from_config(
         | {key: value for key, value in values.items() if value is not None}
     )
     if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
-        given.pop("num_key_value_heads", None)  # null: as many as query heads, whatever the default
+        given.pop("num_key_value_heads", None)  # null means as many as query heads, not the default
     size = {
         key: number(given, key, int)
         for key in (*_REQUIRED, *_OPTIONAL)
@@ -102,7 +103,7 @@ def from_config(
 
 
 def to_config(model: ModelConfig, vocab_size: int, model_type: str) -> dict[str, Any]:
-    """The config.json of a resolved model config.
+    """Return the config.json of a resolved model config.
 
     Raises:
         HuggingFaceError: this model_type cannot hold the model; the message names the field.
@@ -148,10 +149,10 @@ def to_config(model: ModelConfig, vocab_size: int, model_type: str) -> dict[str,
 
 
 def fitting_type(model: ModelConfig) -> str:
-    """The first model_type that can hold a resolved model config.
+    """Return the first model_type that can hold a resolved model config.
 
     Raises:
-        HuggingFaceError: none can; the message has each one's reason.
+        HuggingFaceError: no model_type can; the message has each one's reason.
     """
     reasons = []
     for model_type in FORMATS:
@@ -197,13 +198,13 @@ def _check_keys(values: Mapping[str, Any], form: Format, note: Callable[[str], N
 
 
 def _is_harmless(key: str, value: Any) -> bool:
-    """Whether a key that is not known changes nothing: private, says that something is not there, or is not of the model."""
+    """Return whether an unknown key has no effect: it is private, null, false or empty, or not of the model."""
     empty = value is None or value is False or value in ([], {}, "")
     return key.startswith("_") or empty or key in HARMLESS
 
 
 def _rope(values: Mapping[str, Any], form: Format, model_type: str) -> dict[str, Any]:
-    """Fields of RoPE, for all layers alike."""
+    """Return the fields of RoPE, for all layers alike."""
     context = values.get("max_position_embeddings", form.context)
     context = context if type(context) is int and context > 0 else None
     layers = hf_windows.kinds_of_layers(values, model_type, context)
@@ -213,7 +214,7 @@ def _rope(values: Mapping[str, Any], form: Format, model_type: str) -> dict[str,
 
 
 def _ffn(hidden: int, gated: bool) -> dict[str, int]:
-    """ffn_width, and ffn_hidden where 1.5 times no ffn_width makes it."""
+    """Return ffn_width, and ffn_hidden if it is not 1.5 times an ffn_width."""
     width = hidden if gated else -(-hidden * 2 // 3)
     return (
         {"ffn_width": width}
@@ -223,7 +224,7 @@ def _ffn(hidden: int, gated: bool) -> dict[str, int]:
 
 
 def _nearest_architecture(fields: Mapping[str, Any]) -> str:
-    """The row of the architecture table with the most switches in common; all switches are set, so this is but a name."""
+    """Return the row of the architecture table with the most switches in common; as all switches are set, it is only a name."""
 
     def agreeing(row: Mapping[str, Any]) -> int:
         return sum(fields.get(switch) == value for switch, value in row.items())

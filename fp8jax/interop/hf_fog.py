@@ -1,4 +1,4 @@
-"""Keys of a `fog` config.json, as the released models of the FOG paper have them, and the switches that they stand for."""
+"""Translate the keys of a `fog` config.json, as in the released models of the FOG paper, to switches and back."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _ACTIVATIONS = {
 
 
 def switches_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Switches of a `fog` config."""
+    """Return the switches of a `fog` config."""
     pre, post, layerscale = (boolean(given, key) for key in ("pre_norm", "post_norm", "layerscale"))
     if pre == post:
         raise HuggingFaceError(
@@ -57,7 +57,7 @@ def switches_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keys_of(model: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keys of a `fog` config, and the switches that such a config cannot tell otherwise."""
+    """Return the keys of a `fog` config, and the switches that the model must have for them."""
     activation = next(
         (name for name, ours in _ACTIVATIONS.items() if ours == model.activation), None
     )

@@ -1,4 +1,4 @@
-"""What tells one model_type of Hugging Face from another, and the keys of config.json that change no number."""
+"""The differences between model types of Hugging Face, and the keys of config.json that change no number."""
 
 from typing import Any, NamedTuple
 
@@ -28,7 +28,8 @@ NO_INFLUENCE = frozenset(
         "use_cache",
     )
 )
-# Keys that programs leave in config.json and that say nothing of the model: of generation, of other heads, of who wrote them.
+# Keys that programs leave in config.json and that do not describe the model: of generation, of
+# other heads, of the program.
 HARMLESS = frozenset(
     (
         "attn_implementation",
@@ -84,11 +85,11 @@ _APERTUS_ROPE = {
 
 
 class Format(NamedTuple):
-    """What tells one model_type from another.
+    """The properties of one model_type.
 
-    class_name: in transformers. theta, rope_scaling: where config.json is silent. defaults: of all other optional keys, as
-    transformers has them; fixed: keys that must have this value. switches: of the model (empty: read from the keys). context:
-    max_position_embeddings where config.json is silent.
+    class_name: class in transformers. theta, rope_scaling: defaults of config.json. defaults: those
+    of all other optional keys in transformers; fixed: keys that must have this value. switches:
+    switches of the model (empty: read from the keys). context: default of max_position_embeddings.
     """
 
     class_name: str
@@ -192,5 +193,5 @@ FORMATS: dict[str, Format] = {
         {},
     ),
 }
-# Regularisers of queries and keys whose gains are 1, and those that keep other gains as they are.
+# Regularisers of queries and keys whose gains are 1, and those that keep other gains unchanged.
 KEPT = {"rmsnorm_frozen": "rmsnorm_kept", "tanh": "tanh_kept"}

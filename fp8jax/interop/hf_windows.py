@@ -1,4 +1,4 @@
-"""Windows of attention in config.json: the models here have none, so one must be no shorter than the context."""
+"""Check windows of attention in config.json: the models here have none, so one must not be shorter than the context."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,13 @@ from fp8jax.interop.hf_rope import FULL, SLIDING
 from fp8jax.interop.hf_safetensors import HuggingFaceError
 from fp8jax.interop.hf_values import number
 
-# Windows of attention where config.json is silent, and kinds of layers.
+# Default windows of attention, and kinds of layers.
 WINDOWS = {"mistral": 4096, "qwen3": 4096, "olmo3": 4096}
 _DEFAULT_LAYERS = {"mistral": (SLIDING,), "qwen3": (FULL, SLIDING), "olmo3": (FULL, SLIDING)}
 
 
 def without(model: ModelConfig, model_type: str) -> dict[str, Any]:
-    """Keys that say that every layer attends to all that came before."""
+    """Return the keys that make every layer attend to all earlier tokens."""
     if model_type not in WINDOWS:
         return {}
     if model_type == "mistral":
@@ -25,10 +25,10 @@ def without(model: ModelConfig, model_type: str) -> dict[str, Any]:
 
 
 def kinds_of_layers(values: Mapping[str, Any], model_type: str, context: int | None) -> set[str]:
-    """Kinds of layers that there are.
+    """Return the kinds of layers in a model.
 
     Raises:
-        HuggingFaceError: a window of attention that is shorter than the context, or a kind that is not known.
+        HuggingFaceError: a window of attention is shorter than the context, or a kind is unknown.
     """
     if model_type not in WINDOWS:
         return {FULL}

@@ -1,4 +1,4 @@
-"""`python -m fp8jax audit`: what a run's training step becomes on devices that need not be there.
+"""Run `python -m fp8jax audit`: what a run's training step becomes on devices that need not be there.
 
 JAX is loaded once everything that can be checked without it has been; the work is in audit_step.py.
 """
@@ -17,11 +17,11 @@ from fp8jax.config import ConfigError
 if TYPE_CHECKING:
     from fp8jax.audit.targets import Target
 
-_INSTEAD = ("memory", "fit", "rehearse")  # of one configuration each
+_INSTEAD = ("memory", "fit", "rehearse")  # these take one configuration
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
+    """Run the command, and return the exit code."""
     try:
         options, overrides = _options(argv)
         _check(options, overrides)
@@ -77,10 +77,10 @@ class _Parser(Parser):
 
 
 def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, list[str]]]:
-    """Options, and the overrides of each config."""
+    """Return the options, and the overrides of each config."""
     parser = _Parser(
         prog="python -m fp8jax audit",
-        description="Compiles a run's training step for devices that need not be there, and tells which GEMMs are FP8, what memory it\n"
+        description="Compiles a run's training step for devices that need not be there, and reports which GEMMs are FP8, what memory it\n"
         "takes, which collectives it runs, and a roofline estimate of its speed. Nothing is run.",
         epilog="examples:\n  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:8\n"
         "  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:64x8 --json=audit.json\n"

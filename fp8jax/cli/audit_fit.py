@@ -1,4 +1,4 @@
-"""Prints what a run chooses so that it fits: `python -m fp8jax audit --fit`."""
+"""Print what a run chooses so that it fits: `python -m fp8jax audit --fit`."""
 
 from typing import Any
 

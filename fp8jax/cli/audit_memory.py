@@ -1,7 +1,7 @@
-"""`python -m fp8jax audit --memory`: where a device's bytes are, and what each option would save.
+"""Run `python -m fp8jax audit --memory`: where a device's bytes are, and what each option would save.
 
-Every option is compiled by itself, beside the configuration as given, and then all of them together: what options save does
-not add up, because the peak moves from one part of the step to another.
+Every option is compiled alone, beside the given configuration, and then all of them together:
+savings do not add up, because the peak moves from one part of the step to another.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from fp8jax.plan import make_plan
 from fp8jax.training.step import TrainProgram
 
 Changes = Mapping[str, Any]
-# One field each, and how it is set to save memory; later rows of one field save more.
+# Fields and the values that save memory; later rows of one field save more.
 OPTIONS: tuple[tuple[str, Any], ...] = (
     ("optimizer.gradient_dtype", "bfloat16"),
     ("optimizer.master_dtype", "float16"),
@@ -42,11 +42,12 @@ def traced_step(config: Config, target: targets.Target) -> tuple[TrainProgram, A
 
 
 def memory_report(config: Config, target: targets.Target) -> dict[str, Any]:
-    """Where the bytes of a device are, and the peak with each option that is not set yet and that the model allows.
+    """Return where the bytes of a device are, and the peak with each option that is not set and that the model allows.
 
     Returns:
         `peak_bytes_per_device`, `arguments`, `largest` (arrays that the program writes: dtype, dims, bytes, times, where; not all
-        of them are there at once), `options` (`changes`, `peak_bytes_per_device`, `saves`, `host_bytes_per_device`; the last row is all of
+        of them are there at once), `options` (`changes`, `peak_bytes_per_device`, `saves`,
+            `host_bytes_per_device`; the last row is all of
         them).
     """
     _say("the step as it is")
@@ -71,7 +72,7 @@ def memory_report(config: Config, target: targets.Target) -> dict[str, Any]:
 
 
 def show_memory(found: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints a report as three tables."""
+    """Print a report as three tables."""
     console, peak = (
         console or standard_output(width=150, highlight=False),
         found["peak_bytes_per_device"],

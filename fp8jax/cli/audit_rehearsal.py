@@ -1,4 +1,4 @@
-"""Prints a rehearsal: `python -m fp8jax audit --rehearse`."""
+"""Print a rehearsal: `python -m fp8jax audit --rehearse`."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from fp8jax.training.rehearsal import Rehearsal, Rehearsed
 
 
 def rehearsal_json(found: Rehearsal) -> dict[str, Any]:
-    """A rehearsal as plain values."""
+    """Return a rehearsal as plain values."""
     limit = found.limit
     return {
         "fits": found.ok,

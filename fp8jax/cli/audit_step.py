@@ -1,6 +1,7 @@
-"""What `python -m fp8jax audit` does, once its arguments are known to be right: see audit.py.
+"""Do the work of `python -m fp8jax audit` after audit.py has checked its arguments.
 
-Compiles the step that train.py runs, for the target's mesh, and reads the optimized program. Nothing is allocated or run.
+The step that train.py runs is compiled for the target's mesh, and the optimized program is read.
+Nothing is allocated or run.
 """
 
 import argparse
@@ -36,7 +37,7 @@ BLOCK_ROLES = [role for role in ROLES if role != "lm_head"]
 def run(
     options: argparse.Namespace, overrides: dict[str, list[str]], target: targets.Target
 ) -> int:
-    """Audits what the options, which audit.py has checked, ask for; returns the exit code."""
+    """Audit what the options, which audit.py has checked, ask for, and return the exit code."""
     _choose_size(options, target)
     with _nothing_kept(target):
         return _audit_target(options, overrides, target)
@@ -64,7 +65,7 @@ def _audit_target(
 
 @contextlib.contextmanager
 def _nothing_kept(target: targets.Target) -> Iterator[None]:
-    """Without JAX's compilation cache, out of which programs for devices that are not here cannot be read again."""
+    """Switch JAX's compilation cache off, because programs for absent devices cannot be read from it."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", before and target.kind == "local")
     try:
@@ -74,12 +75,13 @@ def _nothing_kept(target: targets.Target) -> Iterator[None]:
 
 
 def audit(config: Config, target: targets.Target) -> dict[str, Any]:
-    """The audit of a config's training step on a target, as audit/report.py describes it.
+    """Return the audit of a config's training step on a target, as audit/report.py describes it.
 
-    What the config leaves open (microbatches, loss chunk, rematerialisation) is chosen as a run would choose it there.
+    What the config leaves open (microbatches, loss chunk, rematerialisation) is chosen as a run
+    would choose it there.
 
     Raises:
-        ConfigError: the mesh does not fit the target or the model; or no option compiles at all.
+        ConfigError: the mesh does not fit the target or the model, or no option compiles.
     """
     found = fit_target(config, target, _say)
     if found.compiled is None:
@@ -110,7 +112,7 @@ def _report(found: TargetFit, target: targets.Target) -> dict[str, Any]:
     reading = program.read(compiled.executable, mesh, compiled.text)
     if (
         target.platform == "cpu"
-    ):  # whose compiler drops the names of batched dots, and has no FP8 kernels to tell apart
+    ):  # its compiler drops the names of batched dots, and has no FP8 kernels to distinguish
         reading = dataclasses.replace(
             reading,
             gemms=[dataclasses.replace(gemm, flops=gemm.flops // mesh.size) for gemm in asked],
@@ -176,7 +178,7 @@ def _audit_file(
 
 
 def _choose_size(options: argparse.Namespace, target: targets.Target) -> None:
-    """A configuration without a size takes the one for the target's devices, not for those at hand."""
+    """Give a configuration without a size the one for the target's devices, not for those at hand."""
     hardware.planned = None
     if target.kind in DEVICES:
         device = DEVICES[target.kind]

@@ -1,4 +1,4 @@
-"""Prints audits as tables, one audit or two side by side."""
+"""Print audits as tables, one audit or two side by side."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Audit = dict[str, Any]
 
 
 def show(audits: Sequence[Audit], console: Console | None = None) -> None:
-    """Prints one audit in full, or the main figures of two beside each other, each followed by its details."""
+    """Print one audit in full, or the main figures of two side by side, each followed by its details."""
     console = console or standard_output(width=150, highlight=False)
     if len(audits) > 1:
         console.print(_side_by_side(audits))
@@ -196,7 +196,7 @@ def _side_by_side(audits: Sequence[Audit]) -> Table:
 
 
 def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
-    """An empty table with columns aligned to the left, then to the right."""
+    """Return an empty table with columns aligned to the left, then to the right."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in left:
         table.add_column(name)
@@ -219,7 +219,7 @@ def _short(dtype: str) -> str:
 
 
 def _si(value: float, unit: str) -> str:
-    """Like '1.44 TFLOP' or '268 MB'."""
+    """Format a value such as '1.44 TFLOP' or '268 MB'."""
     prefixes = ["", "k", "M", "G", "T", "P", "E"]
     power = min(int(math.log10(value)) // 3, len(prefixes) - 1) if value >= 1 else 0
     scaled = value / 1000**power
@@ -227,5 +227,5 @@ def _si(value: float, unit: str) -> str:
 
 
 def bytes_text(size: float) -> str:
-    """Like '268 MB'."""
+    """Format a size such as '268 MB'."""
     return _si(size, "B")

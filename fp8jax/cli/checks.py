@@ -1,4 +1,4 @@
-"""What can be found out before JAX is loaded: directories, files to write, a run and its checkpoints, sources of data.
+"""Check what can be checked before JAX is loaded: directories, output files, runs and checkpoints, sources of data.
 
 Every check raises ConfigError, one line that names the flag, its value and what to write instead.
 """
@@ -11,7 +11,7 @@ from fp8jax.training import manifest
 
 
 def directory(flag: str, path: pathlib.Path) -> None:
-    """Check that a directory is there, or can be made, and written to."""
+    """Check that a directory exists or can be made, and can be written to."""
     there = _nearest(flag, path)
     if not there.is_dir():
         raise ConfigError(f"{flag}={path}: {there} is a file; give a directory")
@@ -19,14 +19,14 @@ def directory(flag: str, path: pathlib.Path) -> None:
 
 
 def empty_directory(flag: str, path: pathlib.Path) -> None:
-    """Check the same of a directory that must not hold anything yet."""
+    """Check that a directory can be made and written to, and is empty."""
     directory(flag, path)
     if path.exists() and any(path.iterdir()):
         raise ConfigError(f"{flag}={path}: is not empty; choose another {flag}")
 
 
 def new_file(flag: str, path: pathlib.Path) -> None:
-    """Check that a file can be written; it may be there already."""
+    """Check that a file can be written; it may exist."""
     if path.is_dir():
         raise ConfigError(f"{flag}={path}: is a directory; give a file, such as {path / 'NAME'}")
     there = _nearest(flag, path.parent)
@@ -49,7 +49,7 @@ def run(workdir: pathlib.Path, flag: str = "--workdir") -> None:
 
 
 def checkpoint(workdir: pathlib.Path, step: int | None) -> None:
-    """Check that a run has a checkpoint of a step, any for None."""
+    """Check that a run has a checkpoint of a step, or for None any checkpoint."""
     try:
         manifest.chosen(workdir / "checkpoints", step)
     except CheckpointError as error:
@@ -57,12 +57,12 @@ def checkpoint(workdir: pathlib.Path, step: int | None) -> None:
 
 
 def data(config: Config, workdir: pathlib.Path) -> None:
-    """Check that the sources of a run's data and its tokenizer are there; reads no tokens."""
+    """Check that the sources of a run's data and its tokenizer are there, without reading tokens."""
     from fp8jax.data import (
         run_tokenizer,
         sources,
         tokenizer,
-    )  # NumPy, which most mistakes need not wait for
+    )  # loads NumPy, which most mistakes need not wait for
 
     config = run_tokenizer.found(config, workdir)
     sources.check(config.data)
@@ -80,7 +80,7 @@ def held_out(text: str) -> None:
 
 
 def _nearest(flag: str, path: pathlib.Path) -> pathlib.Path:
-    """The path, or the nearest above it that exists."""
+    """Return the path, or the nearest above it that exists."""
     try:
         return next(found for found in (path, *path.parents, pathlib.Path()) if found.exists())
     except OSError as error:

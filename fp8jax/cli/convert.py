@@ -1,4 +1,4 @@
-"""`python -m fp8jax convert`: Hugging Face directories in and out, and logits to check a conversion with.
+"""Run `python -m fp8jax convert`: Hugging Face directories in and out, and logits to check a conversion with.
 
 JAX is loaded once everything that can be checked without it has been; the work is in converting.py.
 """
@@ -17,7 +17,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
+    """Run the command, and return the exit code."""
     options = _parser().parse_args(argv)
     try:
         options.check(options)

@@ -1,4 +1,4 @@
-"""What `python -m fp8jax convert` does, once its arguments are known to be right: see convert.py."""
+"""Do the work of `python -m fp8jax convert` after convert.py has checked its arguments."""
 
 import argparse
 import json
@@ -21,21 +21,23 @@ from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.evaluation import as_float32, run_config
 
 KEPT = "hf"  # in a converted run's directory: the source's config.json and tokenizer
-# Of a converted run: a context beyond this is rarely what one trains or evaluates with, and a batch is kept to so many tokens.
+# Of a converted run: a context beyond this is rarely what one trains or evaluates with, and a batch
+# is kept to so many tokens.
 _LONGEST, _BATCH_TOKENS = 32768, 65536
-_UNKNOWN_CONTEXT = 2048  # where config.json is silent, and transformers too
+_UNKNOWN_CONTEXT = 2048  # the context if neither config.json nor transformers gives one
 STAGE = Stages()
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def from_hf(options: argparse.Namespace) -> None:
-    """Make a run that has taken no step yet: config.json, a checkpoint of step 0 with weights alone, the tokenizer."""
+    """Make a run at step 0: config.json, a checkpoint of the weights alone, and the tokenizer."""
     workdir = options.out.absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     try:
         kept = _keep(options.directory, workdir)
         loaded, note = _tokenizer(kept)
-        # Orbax copies what it saves: with the weights in mapped files, its copy is the only one in memory.
+        # Orbax copies what it saves; with the weights in mapped files, its copy is the only one in
+        # memory.
         with tempfile.TemporaryDirectory(prefix=".weights-", dir=workdir) as scratch:
             with STAGE(f"reading {options.directory}"):
                 found = hf.load(
@@ -72,7 +74,7 @@ def from_hf(options: argparse.Namespace) -> None:
 
 def _keep(source: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
     """Copy a model directory's config.json and tokenizer into a run's; return where they are."""
-    read_json(source / hf.CONFIG)  # says what is wrong with it
+    read_json(source / hf.CONFIG)  # raises an error that names the fault
     kept = workdir / KEPT
     kept.mkdir()
     shutil.copyfile(source / hf.CONFIG, kept / hf.CONFIG)
@@ -81,7 +83,7 @@ def _keep(source: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _context(kept: pathlib.Path, model_type: str) -> int:
-    """Tokens that a model directory's model looks back over; at most _LONGEST, and said where that is less."""
+    """Return the context of a model directory's model in tokens, at most _LONGEST; print a line if that is less."""
     found = read_json(kept / hf.CONFIG).get("max_position_embeddings")
     if type(found) is not int or found < 1:
         found = hf_formats.FORMATS[model_type].context or _UNKNOWN_CONTEXT
@@ -98,7 +100,7 @@ def to_hf(options: argparse.Namespace) -> None:
     kept = options.workdir / KEPT
     carried = kept if kept.is_dir() else None
     model_type = _model_type(options.workdir, definition.config)
-    used = None if carried else tokenizer.of(config.data)  # found out before anything is written
+    used = None if carried else tokenizer.of(config.data)  # may fail, so before any file is written
     context = config.data.sequence_length
     more = {"max_position_embeddings": context, **(hf_tokenizer.token_ids(used) if used else {})}
     with STAGE(f"writing {options.out}"):
@@ -123,7 +125,7 @@ def to_hf(options: argparse.Namespace) -> None:
 
 
 def logits(options: argparse.Namespace) -> None:
-    """Write the logits, the loss and, where they are asked for, the gradients of a model for given tokens."""
+    """Write the logits, the loss and, if asked for, the gradients of a model for given tokens."""
     try:
         tokens = np.load(options.tokens, allow_pickle=False)
     except (ValueError, EOFError):
@@ -157,11 +159,11 @@ def logits(options: argparse.Namespace) -> None:
 
 
 def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definition, Params, int]:
-    """A run's parameters on the host. Unlike training and evaluation, needs no tokenizer where the config has a vocab_size."""
+    """Load a run's parameters on the host; a config with a vocab_size needs no tokenizer for this."""
     config = run_config(workdir)
     definition = define(config.model, config.model.vocab_size or tokenizer.vocab_size(config))
     on_host = jax.sharding.SingleDeviceSharding(_cpu())
-    # Orbax would read everything at once, beside what it has read.
+    # Orbax would read all of it at once, besides what it has read.
     context = v1.Context()
     context.memory_options.read_concurrent_bytes = 2 * max(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(definition.shapes)
@@ -188,7 +190,7 @@ def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definiti
 
 
 class _Mapped:
-    """Makes float32 arrays that live in files of a directory."""
+    """An allocator of float32 arrays in files of a directory."""
 
     def __init__(self, directory: pathlib.Path):
         self.directory, self.count = directory, 0
@@ -201,12 +203,12 @@ class _Mapped:
 
 
 def _cpu() -> jax.Device:
-    """Where weights are held: the host, whatever accelerators there are."""
+    """Return the device for the weights: the host, with any accelerator."""
     return jax.local_devices(backend="cpu")[0]
 
 
 def _tokenizer(kept: pathlib.Path) -> tuple[tokenizer.Tokenizer | None, str]:
-    """What config.data.tokenizer becomes, None for bytes, and a note on it."""
+    """Return the tokenizer for config.data.tokenizer, None for bytes, and a note on it."""
     path = kept / "tokenizer.json"
     if not path.is_file():
         return (
@@ -224,7 +226,7 @@ def _tokenizer(kept: pathlib.Path) -> tuple[tokenizer.Tokenizer | None, str]:
 
 
 def _model_type(workdir: pathlib.Path, model: ModelConfig) -> str:
-    """The model_type that a run came from, or else one that can hold its model."""
+    """Return the model_type that a run came from, or else one that can hold its model."""
     kept = workdir / KEPT
     return (
         read_json(kept / hf.CONFIG)["model_type"]

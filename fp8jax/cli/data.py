@@ -1,4 +1,4 @@
-"""`python -m fp8jax data show`: exactly what a step of a run has seen, or will see."""
+"""Run `python -m fp8jax data show`: exactly what a step of a run has seen, or will see."""
 
 import argparse
 import pathlib
@@ -17,12 +17,12 @@ STOPPED = 4
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
+    """Run the command, and return the exit code."""
     options = _parser().parse_args(argv)
     try:
         for line in show(options.workdir, options.step):
             print(line)
-    except ValueError as error:  # ConfigError is one
+    except ValueError as error:  # ConfigError is a ValueError
         return complain(str(error))
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
@@ -32,14 +32,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def show(workdir: pathlib.Path, step: int) -> Iterator[str]:
-    """The batch of a step as text: what the run reads, then for every sequence a line on where it is from and its targets decoded.
+    """Yield a step's batch as text: the run's data, then for every sequence a line on its origin and its decoded targets.
 
     Args:
         workdir: directory of the run.
         step: as in metrics.jsonl; the first is 1.
 
     Raises:
-        ConfigError: no run there, or data that cannot be read.
+        ConfigError: there is no run, or its data cannot be read.
     """
     config = _config(workdir)
     if step < 1:
@@ -66,7 +66,7 @@ def show(workdir: pathlib.Path, step: int) -> Iterator[str]:
 
 
 def _text(ids: np.ndarray, loaded: tokenizer.Tokenizer) -> str:
-    """The ids as text, with a mark for every end of a document."""
+    """Return the ids as text, with a mark for every end of a document."""
     documents = np.split(ids, np.flatnonzero(ids == loaded.end_of_document) + 1)
     return "".join(
         loaded.decode(part) + END * bool(len(part) and part[-1] == loaded.end_of_document)
@@ -75,14 +75,14 @@ def _text(ids: np.ndarray, loaded: tokenizer.Tokenizer) -> str:
 
 
 def _shown(text: str) -> str:
-    """The text; on a terminal, without control characters, which would act on it."""
+    """Return the text, on a terminal without control characters, which would act on it."""
     if not sys.stdout.isatty():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def _config(workdir: pathlib.Path) -> config_lib.Config:
-    """The run's config; read here, so that JAX's checkpoints need not be loaded to look at data."""
+    """Return the run's config, without loading JAX's checkpoints."""
     try:
         return run_tokenizer.own(run_tokenizer.read_config(workdir), workdir)
     except FileNotFoundError:
@@ -93,7 +93,7 @@ def _config(workdir: pathlib.Path) -> config_lib.Config:
 
 
 def _passed_over(workdir: pathlib.Path, step: int) -> int:
-    """Batches that rollbacks had passed over when the step was taken: what the last start before it says in events.jsonl."""
+    """Return how many batches rollbacks had skipped when the step was taken, from the last start before it in events.jsonl."""
     path = workdir / "events.jsonl"
     if not path.exists():
         return 0

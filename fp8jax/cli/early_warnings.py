@@ -1,4 +1,4 @@
-"""The early warning on a log, for `python -m fp8jax report --warnings FILE`: what it would have said, and when."""
+"""Run the early warning on a log, for `python -m fp8jax report --warnings FILE`."""
 
 import pathlib
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from fp8jax.monitor.logs import MetricsError, records
 
 
 def lines(path: pathlib.Path) -> Iterator[str]:
-    """A line for each warning, in order, and a last one that counts them.
+    """Yield a line for each warning, in order, and a last one that counts them.
 
     Args:
         path: a run's metrics.jsonl, or its directory.
 
     Raises:
-        MetricsError: no such file, an unreadable line, or a log without statistics.
+        MetricsError: the file does not exist, has an unreadable line, or has no statistics.
     """
     path = path / "metrics.jsonl" if path.is_dir() else path
     watch, counts, step, statistics = (
@@ -40,7 +40,7 @@ def lines(path: pathlib.Path) -> Iterator[str]:
 
 
 def _gradient_format(workdir: pathlib.Path) -> str:
-    """Return that of the run whose directory it is; e5m2, the default, of a log that was taken elsewhere."""
+    """Return the gradient format of the run in a directory; the default e5m2 for a log without its run."""
     path = workdir / "config.json"
     return (
         read_json(path).get("fp8", {}).get("gradient_format", "e5m2") if path.exists() else "e5m2"

@@ -1,4 +1,4 @@
-"""How every command reports a mistake: one line on standard error, exit code 2."""
+"""Report a mistake, for every command: one line on standard error, exit code 2."""
 
 import argparse
 import pathlib
@@ -14,16 +14,16 @@ BAD_USAGE = 2
 
 
 def complain(message: str) -> int:
-    """Prints a message on one line of standard error and returns 2."""
+    """Print a message on one line of standard error, and return 2."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     print(f"error: {' '.join(lines)}", file=sys.stderr)
     return BAD_USAGE
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line, as everywhere else; takes no abbreviations, and leaves examples unbroken."""
+    """A parser with errors of one line, without abbreviations, that does not wrap examples."""
 
-    fields = False  # whether --config.section.field=VALUE is taken
+    fields = False  # whether --config.section.field=VALUE is accepted
 
     def __init__(self, *arguments, **options):
         super().__init__(
@@ -37,11 +37,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=words.version())
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse, but an unknown flag is reported before one that is missing."""
+        """Parse as argparse does, but report an unknown flag before a missing one."""
         given = sys.argv[1:] if args is None else list(args)
         for word in given:
             if word == "--" or (self._subparsers and not word.startswith("-")):
-                break  # text, or what a command's own parser reads
+                break  # text, or words for a command's own parser
             if (
                 word.startswith("--")
                 and " " not in word
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(given, namespace)
 
     def error(self, message: str):
-        """Exits with code 2."""
+        """Report the message and exit with code 2."""
         sys.exit(complain(self.explain(message)))
 
     def explain(self, message: str) -> str:
@@ -83,10 +83,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def local_path(text: str) -> pathlib.Path:
-    """A path on a file system; the type of every option that is one.
+    """Return a path on a file system; the type of every option that is a path.
 
     Raises:
-        argparse.ArgumentTypeError: the address of an object store, which would be taken for a directory of that name.
+        argparse.ArgumentTypeError: it is the address of an object store, which would be taken for a
+            directory of that name.
     """
     if away := files.elsewhere(text):
         raise argparse.ArgumentTypeError(away)
@@ -94,10 +95,10 @@ def local_path(text: str) -> pathlib.Path:
 
 
 def local_directory(flag: str, text: str) -> pathlib.Path:
-    """The same for a flag of train.py or eval.py.
+    """Return a path on a file system for a flag of train.py or eval.py.
 
     Raises:
-        ConfigError: the address of an object store.
+        ConfigError: it is the address of an object store.
     """
     try:
         return local_path(text)
@@ -106,7 +107,7 @@ def local_directory(flag: str, text: str) -> pathlib.Path:
 
 
 def with_underscores(argv: Sequence[str]) -> list[str]:
-    """The arguments with --text_field for --text-field: either may be written."""
+    """Return the arguments with --text_field for --text-field, since either may be written."""
     return [
         re.sub(r"^--[^=\s]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
         for word in argv

@@ -1,4 +1,4 @@
-"""The command line of eval.py. JAX is loaded once the flags are known to be right."""
+"""Run the command line of eval.py; JAX is loaded after the flags have been checked."""
 
 import importlib.util
 import pathlib
@@ -43,7 +43,7 @@ flags.adopt_module_key_flags(processes)
 
 
 def main(argv: Sequence[str], usage: str = USAGE) -> int:
-    """Runs eval.py, whose --help begins with `usage`; returns the exit code."""
+    """Run eval.py, whose --help begins with `usage`, and return the exit code."""
     return run(argv, _joined, usage)
 
 
@@ -95,7 +95,7 @@ def _evaluate_tasks(workdir: pathlib.Path, stage: Stages) -> int:
     from fp8jax.parallel import distributed
     from fp8jax.training import evaluation
 
-    # Before the model: what is wrong with tasks should be known at once.
+    # This comes before the model, because faults of tasks should be reported at once.
     with stage("loading tasks"):
         tasks = lm_eval.load_tasks(_TASKS.value, _TASK_DIR.value and pathlib.Path(_TASK_DIR.value))
     for name, reason in lm_eval.unsupported(tasks).items():
@@ -118,7 +118,7 @@ def _evaluate_tasks(workdir: pathlib.Path, stage: Stages) -> int:
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
-    """One a metric, whose names in the harness are like 'acc,none' and 'acc_stderr,none': metric, then the filter of answers."""
+    """Yield a line per metric; the harness names them 'acc,none' and 'acc_stderr,none': metric, then filter of answers."""
     for task, metrics in found["results"].items():
         for key, value in metrics.items():
             metric, comma, chosen = key.partition(",")

@@ -1,4 +1,4 @@
-"""Fields of the configuration as the command line shows and reads them."""
+"""Show and read fields of the configuration for the command line."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ from fp8jax.config import Config, check_name, kind_of, open_fields
 
 
 def reference() -> str:
-    """Every field with its default and its meaning, for --help."""
+    """Return every field with its default and its meaning, for --help."""
     lines = []
     for section in dataclasses.fields(Config):
         lines.append(f"{section.name}: {(section.type.__doc__ or '').strip()}")
@@ -21,10 +21,10 @@ def reference() -> str:
 
 
 def field_of(section: str, field: str) -> tuple[type, bool, str]:
-    """Type of a field, whether the command line may set it to None, and what it means.
+    """Return the type of a field, whether the command line may set it to None, and its meaning.
 
     Raises:
-        ConfigError: there is no such field.
+        ConfigError: the field does not exist.
     """
     check_name(section, field)
     kind = next(found.type for found in dataclasses.fields(Config) if found.name == section)

@@ -1,6 +1,7 @@
-"""Command lines of train.py and eval.py: absl flags and fields of a configuration; every mistake is one line and exit code 2.
+"""Parse the command lines of train.py and eval.py: absl flags and fields of a configuration, with one-line errors.
 
-Imports no JAX: a mistake should be known before that is loaded.
+The module imports no JAX, because a mistake should be reported before that is loaded; its exit code
+is 2.
 """
 
 import pathlib
@@ -17,15 +18,13 @@ from fp8jax.cli import fields, words
 from fp8jax.cli.errors import complain, with_underscores
 from fp8jax.config import CheckpointError, ConfigError
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]  # of the repository, where configs/ is
-PRESETS = (
-    pathlib.Path(__file__).resolve().parents[1] / "presets"
-)  # the same, where fp8jax is installed
+ROOT = pathlib.Path(__file__).resolve().parents[2]  # the repository, with configs/
+PRESETS = pathlib.Path(__file__).resolve().parents[1] / "presets"  # the same in an installed fp8jax
 EXAMPLE = "--config=configs/fp8_base.py:tiny"
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "directory of the run; that of train.py is runs/CONFIG-SIZE where it is not given",
+    "directory of the run; for train.py the default is runs/CONFIG-SIZE",
 )
 _CONTINUING = ("resume", "restart", "continue", "restore", "load")
 _LISTED = 12  # configurations that a message names
@@ -33,9 +32,10 @@ _BOOLEANS = ("true", "t", "1", "false", "f", "0")
 
 
 def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
-    """Parses the flags, runs `work`, returns the exit code; --help prints `usage` and the flags, and does nothing else.
+    """Parse the flags, run `work` and return the exit code; --help only prints `usage` and the flags.
 
-    Errors that are the user's to fix (flags, config, checkpoint) are printed as one line, without a traceback.
+    Errors that the user can fix (flags, config, checkpoint) are printed as one line, without a
+    traceback.
     """
     logging.set_verbosity(logging.WARNING)
     known = [
@@ -72,7 +72,7 @@ def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
 
 
 def _parse(known: Sequence[flags.Flag], argv: Sequence[str]) -> list[str]:
-    """Sets the flags of a command, and no other's; returns the words that are no flags, the program's name first."""
+    """Set the flags of this command alone, and return the words that are no flags, the program's name first."""
     own = flags.FlagValues()
     for flag in known:
         own[flag.name] = flag
@@ -82,10 +82,10 @@ def _parse(known: Sequence[flags.Flag], argv: Sequence[str]) -> list[str]:
 
 
 def split(name: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Takes fields of a configuration out of a command line.
+    """Take fields of a configuration out of a command line.
 
     Args:
-        name: of the flag, e.g. `config`.
+        name: name of the flag, e.g. `config`.
         argv: the whole command line; --flagfile is read.
 
     Returns:
@@ -107,15 +107,16 @@ def split(name: str, argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def find_config(name: str, file: str) -> tuple[pathlib.Path, str]:
-    """The file of a configuration, and its argument.
+    """Return the file of a configuration, and its argument.
 
     Args:
         name: of the flag.
-        file: `configs/fp8_base.py:8b`, or `fp8_base:8b`. Paths are of the working directory, else of the repository; `configs/`
-            and bare names are presets of the package, too.
+        file: `configs/fp8_base.py:8b`, or `fp8_base:8b`. Paths are relative to the working
+            directory, or else to the repository; `configs/` and bare names are presets of the
+            package, too.
 
     Raises:
-        ConfigError: no such file.
+        ConfigError: the file does not exist.
     """
     path, _, argument = file.partition(":")
     example = EXAMPLE.replace("--config", f"--{name}")
@@ -132,7 +133,7 @@ def find_config(name: str, file: str) -> tuple[pathlib.Path, str]:
 
 
 def _places(path: str) -> list[pathlib.Path]:
-    """Where a configuration may be, the first that is there taken."""
+    """Return the places of a configuration, of which the first that exists counts."""
     given = pathlib.Path(path)
     names = [path] if _is_path(path) else [path, f"configs/{path}.py"]
     places = [directory / found for directory in (pathlib.Path(), ROOT) for found in names]
@@ -142,12 +143,12 @@ def _places(path: str) -> list[pathlib.Path]:
 
 
 def _is_path(path: str) -> bool:
-    """Whether a configuration is given by its file, not by a preset's bare name."""
+    """Return whether a configuration is given by its file, not by a preset's bare name."""
     return "/" in path or path.endswith(".py")
 
 
 def _not_there(path: str) -> str:
-    """What is wrong with the path of a configuration that is no file, and which files there are."""
+    """Describe the fault in the path of a configuration that is no file, and list the files there are."""
     here = pathlib.Path(path) if pathlib.Path(path).exists() else ROOT / path
     if path and here.is_dir():
         return f"is a directory, not a configuration{_listed(here, path)}"
@@ -172,7 +173,7 @@ def _listed(directory: pathlib.Path, called: str) -> str:
 
 
 def _stems(directory: pathlib.Path) -> list[str]:
-    """Names of the configurations in a directory."""
+    """Return the names of the configurations in a directory."""
     return [
         found.stem
         for found in sorted(directory.glob("*.py"))
@@ -181,15 +182,15 @@ def _stems(directory: pathlib.Path) -> list[str]:
 
 
 def read_config(name: str, file: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """A config file, changed as the command line says, outside of absl's global flags.
+    """Read a config file with the command line's changes, without absl's global flags.
 
     Args:
-        name: of the flag, e.g. `config`.
-        file: the file and size, as `find_config` takes them.
+        name: name of the flag, e.g. `config`.
+        file: the file and size, as for `find_config`.
         overrides: `--NAME.section.field=value`.
 
     Raises:
-        ConfigError: no such file, size or field, or a value of another type.
+        ConfigError: the file, size or field does not exist, or a value has another type.
     """
     path, argument = find_config(name, file)
     if str(ROOT) not in sys.path:
@@ -206,13 +207,13 @@ def read_config(name: str, file: str, overrides: Sequence[str] = ()) -> ml_colle
         values(argv)
         for section, field in unset:
             found.value[section][field] = None
-    except Exception as error:  # whatever a config file raises while it is loaded or changed
+    except Exception as error:  # a config file may raise any kind while it is loaded or changed
         raise ConfigError(_text(error)) from error
     return found.value
 
 
 def _check_override(name: str, word: str) -> tuple[str, str] | None:
-    """Checks a field's name and the form of its value; returns section and field where the value is None."""
+    """Check a field's name and the form of its value, and return section and field if the value is None."""
     found = re.fullmatch(rf"--?(no)?{name}\.([^=]*)(=.*)?", word, re.S)
     negated, path, value = found.groups() if found else (None, word, None)
     section, _, field = path.partition(".")
@@ -241,14 +242,14 @@ def _check_override(name: str, word: str) -> tuple[str, str] | None:
 
 
 def _wrong(kind: type, text: str) -> str:
-    """What is wrong with a field's text."""
+    """Describe what is wrong with a field's text; '' if nothing is."""
     if kind is bool:
         return "" if text.lower() in _BOOLEANS else f"{text!r} is not True or False"
     return "" if kind is str else words.wrong_number(kind, text)
 
 
 def _is_boolean(word: str) -> bool:
-    """Whether a field can be set without a value."""
+    """Return whether a field can be set without a value."""
     section, _, field = word.partition(".")[2].partition(".")
     try:
         return fields.field_of(section, field.replace("-", "_"))[0] is bool
@@ -257,7 +258,7 @@ def _is_boolean(word: str) -> bool:
 
 
 def _unknown(error: flags.UnrecognizedFlagError, known: Sequence[str]) -> str:
-    """The message for a flag that there is not; names the fields of the configuration that it may mean."""
+    """Return the message for an unknown flag, with the fields of the configuration that it may mean."""
     name, takes_config = error.flagname, "config" in known
     if takes_config and name in _CONTINUING:
         return f"unknown flag --{name}: a run is continued by itself from its newest checkpoint, where --workdir is its directory"
@@ -266,7 +267,7 @@ def _unknown(error: flags.UnrecognizedFlagError, known: Sequence[str]) -> str:
 
 
 def _unexpected(word: str, known: Sequence[str]) -> str:
-    """The message for a word that is no flag."""
+    """Return the message for a word that is no flag."""
     name, equals, _ = word.partition("=")
     begun = f"unknown argument {word!r}"
     if equals and name.replace("-", "_") in known:
@@ -281,7 +282,7 @@ def _unexpected(word: str, known: Sequence[str]) -> str:
 
 
 def _bad_value(message: str) -> str:
-    """A message of absl on the value of a flag, with what to write instead."""
+    """Return absl's message on the value of a flag, with what to write instead."""
     if message == "Missing value for flag --config":
         return f"--config: has no value; for example {EXAMPLE}"
     if found := re.match(r"flag --(\w+)=(.*): invalid literal for int", message, re.S):
@@ -291,13 +292,13 @@ def _bad_value(message: str) -> str:
 
 
 def _text(error: Exception) -> str:
-    """What to say of an error in flags or in a config file."""
+    """Return the message for an error in flags or in a config file."""
     message = str(error).strip()
     if isinstance(error, ConfigError):
         return message
     if isinstance(
         error, flags.Error
-    ):  # of a ValueError in a config file, absl gives the whole traceback
+    ):  # for a ValueError in a config file, absl gives the whole traceback
         flag, raised, _ = message.partition(": Error whilst parsing config file")
         return (
             f"{flag}: {message.splitlines()[-1].removeprefix('ValueError: ')}"

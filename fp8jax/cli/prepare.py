@@ -1,4 +1,4 @@
-"""`python -m fp8jax prepare`: raw text to token shards; `prepare inspect DIR`: what such a directory holds."""
+"""Run `python -m fp8jax prepare`, raw text to token shards, and `prepare inspect DIR`, what such a directory holds."""
 
 import argparse
 import functools
@@ -18,10 +18,10 @@ _SAMPLES, _SOURCES = 3, 10
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
+    """Run the command, and return the exit code."""
     try:
         return _inspect(argv[1:]) if argv[:1] == ["inspect"] else _prepare(argv)
-    except ValueError as error:  # ConfigError is one
+    except ValueError as error:  # ConfigError is a ValueError
         return complain(str(error))
     except OSError as error:
         return complain(f"{error.filename or 'output'}: {error.strerror or error}")
@@ -68,7 +68,7 @@ def _prepare(argv: Sequence[str]) -> int:
 
 
 class _Progress:
-    """A line that is rewritten on a terminal, a line every ten seconds elsewhere."""
+    """The progress: a line that is rewritten on a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self):
         self._live, self._began, self._shown = sys.stderr.isatty(), time.monotonic(), 0.0
@@ -78,7 +78,7 @@ class _Progress:
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if self._first is None:
-            self._first = done  # what an earlier, interrupted run did
+            self._first = done  # bytes that an earlier, interrupted run did
         if self._finished or (now - self._shown < (0.2 if self._live else 10.0) and done < total):
             return
         self._finished = done >= total
@@ -155,7 +155,7 @@ def _print_histogram(bins: list[inspection.Bin]) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text on one line, without characters that would act on a terminal."""
+    """Return the text on one line, without characters that would act on a terminal."""
     return "".join(c if c.isprintable() else "\\n" if c == "\n" else "\ufffd" for c in text)
 
 
@@ -218,12 +218,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow_normalisation",
         action="store_true",
-        help="take a tokenizer.json that brings text into a Unicode form (NFC) first; bits per byte is then of that text",
+        help="accept a tokenizer.json that brings text into a Unicode form (NFC) first; bits per byte is then of that text",
     )
     parser.add_argument(
         "--skip_bad_rows",
         action="store_true",
-        help="pass over lines and rows that hold no text, and count them",
+        help="skip lines and rows that hold no text, and count them",
     )
     parser.add_argument(
         "--workers",

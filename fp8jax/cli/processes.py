@@ -1,4 +1,4 @@
-"""Flags of a run of several processes, shared by train.py and eval.py."""
+"""Read the flags of a run of several processes, shared by train.py and eval.py."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from fp8jax.parallel import launchers
 _ADDRESS = flags.DEFINE_string(
     "coordinator_address",
     None,
-    "several processes: HOST:PORT of process 0, where no launcher tells it; the port "
+    "several processes: HOST:PORT of process 0, if no launcher gives it; the port "
     "after it is used, too",
 )
 _COUNT = flags.DEFINE_integer(
@@ -30,15 +30,15 @@ _HEARTBEAT = flags.DEFINE_integer(
 
 
 def is_first() -> bool:
-    """Whether this process prints, as far as can be said before JAX has started: on TPU pods, each thinks so."""
+    """Return whether this process prints, as far as is known before JAX has started: on TPU pods, each does."""
     launch = _launch()
     return launch is None or launch.process == 0
 
 
 @contextlib.contextmanager
 def joined(stage: Stages) -> Iterator[None]:
-    """The other processes of this run, as flags or a launcher tell of them; enter it before anything starts JAX's devices."""
-    from fp8jax.audit.limits import set_memory_fraction  # loads JAX, as the next does
+    """Join the other processes of this run, from flags or a launcher; enter it before JAX's devices start."""
+    from fp8jax.audit.limits import set_memory_fraction  # loads JAX, as the next line does
     from fp8jax.parallel import distributed
 
     set_memory_fraction()

@@ -1,4 +1,4 @@
-"""`python -m fp8jax report`: a page that shows one run, or several side by side; or the early warnings of a log."""
+"""Run `python -m fp8jax report`: a page that shows runs side by side, or the early warnings of a log."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ STOPPED = 4
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
+    """Run the command, and return the exit code."""
     parser = _parser()
     options = parser.parse_args(argv)
     if bool(options.workdirs) == bool(options.warnings):
@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
         if options.warnings:
             from fp8jax.cli import (
                 early_warnings,
-            )  # needs JAX, which a page that a run refreshes should not start
+            )  # loads JAX, which the page that a run refreshes should not start
 
             for line in early_warnings.lines(options.warnings):
                 print(line)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
             remember=options.background,
             note=lambda line: print(f"note     {line}"),
         )
-    except ValueError as error:  # MetricsError is one
+    except ValueError as error:  # MetricsError is a ValueError
         return complain(str(error))
     except OSError as error:
         return complain(f"--out: {error}")
@@ -69,12 +69,11 @@ def _parser() -> argparse.ArgumentParser:
         "--warnings",
         type=local_path,
         metavar="FILE",
-        help="instead: what the early warning says of a metrics.jsonl, or of "
-        "the one in a directory",
+        help="instead: the early warnings of a metrics.jsonl, or of the one in a directory",
     )
     parser.add_argument(
         "--background",
         action="store_true",
-        help="with low priority, reading of a log what is new since the last time",
+        help="with low priority, reading only what is new in a log",
     )
     return parser

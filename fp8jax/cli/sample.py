@@ -1,4 +1,4 @@
-"""`python -m fp8jax sample`: continues a prompt with the model of a run."""
+"""Run `python -m fp8jax sample`, which continues a prompt with the model of a run."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ STOPPED = 4
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns the exit code."""
+    """Run the command, and return the exit code."""
     options = _parser().parse_args(argv)
     try:
         _check(options)
@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
         from fp8jax.interop.inference import Inference
         from fp8jax.training.evaluation import load_run
     try:
-        # One device: generation reads all weights for every token, and sharded ones would travel each time.
+        # One device is used: generation reads all weights for every token, and sharded ones would
+        # be sent each time.
         model, _ = load_run(options.workdir, options.step, jax.devices()[:1], stage=stage)
         pieces = stream(
             Inference(model),
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         for piece in pieces:
             print(_shown(shown + piece), end="", flush=True)
             shown = ""
-    except ValueError as error:  # ConfigError and CheckpointError are
+    except ValueError as error:  # ConfigError and CheckpointError are ValueErrors
         return complain(str(error))
     except KeyboardInterrupt:
         print()
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what can be refused before JAX is loaded, and with it what continues a prompt."""
+    """Check the options that can be checked before JAX and the generation are loaded."""
     checks.run(options.workdir)
     checks.checkpoint(options.workdir, options.step)
     if options.tokens < 1:
@@ -62,7 +63,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _shown(text: str) -> str:
-    """The text; on a terminal, without control characters, which would act on it."""
+    """Return the text, on a terminal without control characters, which would act on it."""
     if not sys.stdout.isatty():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
@@ -77,13 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", type=local_path, required=True, help="directory of the run")
     parser.add_argument("--prompt", required=True, help="text to continue; '' begins a document")
     parser.add_argument(
-        "--tokens", type=int, default=200, help="at most so many more (default: 200)"
+        "--tokens", type=int, default=200, help="the most new tokens (default: 200)"
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
-        help="0: always the likeliest token (default); 1: as the model has it",
+        help="0: always the likeliest token (default); 1: the model's own probabilities",
     )
     parser.add_argument(
         "--top_p",

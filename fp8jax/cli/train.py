@@ -1,4 +1,4 @@
-"""The command line of train.py. JAX is loaded once everything that can be checked without it has been."""
+"""Run the command line of train.py; JAX is loaded after all that can be checked without it."""
 
 import os
 import pathlib
@@ -37,7 +37,7 @@ flags.adopt_module_key_flags(processes)
 
 
 def main(argv: Sequence[str], usage: str = USAGE) -> int:
-    """Runs train.py, whose --help begins with `usage`; returns the exit code."""
+    """Run train.py, whose --help begins with `usage`, and return the exit code."""
     overrides, rest = split("config", argv)
     return run(
         rest,
@@ -81,14 +81,14 @@ def _train_joined(config: Config, workdir: pathlib.Path) -> int:
 
     from fp8jax.training import loop
 
-    # A restart compiles nothing that an earlier run on this machine has compiled.
+    # A restart does not compile again what an earlier run on this machine has compiled.
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/fp8jax"))
     return loop.train(config, workdir, allow_config_change=_ALLOW.value)
 
 
 def _check_allowed(allowed: Sequence[str]) -> None:
-    """Refuse fields of --allow_config_change that may change without it, or that there are not."""
+    """Refuse fields of --allow_config_change that may change without it, or that do not exist."""
     known = {
         f"{section}.{name}"
         for section, values in config_lib.to_dict(Config()).items()
@@ -108,7 +108,7 @@ def _check_allowed(allowed: Sequence[str]) -> None:
 
 
 def _workdir(path: pathlib.Path, size: str) -> pathlib.Path:
-    """The directory of the run; that of the run whose configuration is taken, where it is."""
+    """Return the directory of the run; by default that of the run whose configuration is used."""
     if WORKDIR.value:
         return local_directory("workdir", WORKDIR.value)
     return (
@@ -119,7 +119,7 @@ def _workdir(path: pathlib.Path, size: str) -> pathlib.Path:
 
 
 def _run_in(workdir: pathlib.Path) -> Config | None:
-    """The configuration of the run that goes on; one that cannot be read is reported later, by whoever needs it."""
+    """Return the configuration of the run to continue; one that cannot be read is reported later, when it is needed."""
     try:
         return config_lib.from_dict(config_lib.read_json(workdir / "config.json"))
     except (ConfigError, FileNotFoundError, AttributeError):

@@ -1,11 +1,11 @@
-"""What to say of words on a command line that are not understood; the same for every command.
+"""Explain words on a command line that are not understood, the same for every command.
 
     unknown_flag("--temprature=1", ["tokens", "temperature"])
     # "unknown flag --temprature; did you mean --temperature=1?"
     wrong_number(int, "10k")
     # "'10k' is not a whole number; write 10000"
 
-Imports no JAX.
+The module imports no JAX.
 """
 
 import decimal
@@ -23,7 +23,7 @@ _SHOWN = 4  # fields that a word may mean
 
 
 def version() -> str:
-    """Versions of fp8jax and of what its numbers depend on."""
+    """Return the versions of fp8jax and of what its numbers depend on."""
     jax_version = importlib.metadata.version("jax")
     return f"fp8jax {fp8jax.__version__}, jax {jax_version}, python {sys.version.split()[0]}"
 
@@ -32,9 +32,9 @@ def unknown_flag(word: str, known: Iterable[str], *, fields: bool = False) -> st
     """Return the message for a flag that a command does not have, with the nearest one that it has.
 
     Args:
-        word: as it was written, --NAME or --NAME=VALUE.
-        known: names of the flags that there are, without dashes.
-        fields: whether the command takes --config.section.field=VALUE.
+        word: the word as written, --NAME or --NAME=VALUE.
+        known: names of the existing flags, without dashes.
+        fields: whether the command accepts --config.section.field=VALUE.
     """
     name, equals, value = word.lstrip("-").partition("=")
     begun, plain = f"unknown flag --{name}", _plain(name)
@@ -58,7 +58,7 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def same_fields(name: str) -> list[str]:
-    """Return fields, like training.steps, that are called so, with or without their section."""
+    """Return fields, like training.steps, that have this name, with or without their section."""
     found = config_lib.fields_like(_plain(name).removeprefix("config."))
     return [".".join(field) for field in found[:_SHOWN]]
 
@@ -88,7 +88,7 @@ def wrong_number(kind: type, text: str) -> str:
 
 
 def _meant(text: str) -> decimal.Decimal | None:
-    """The number that 1e3, 10k or 1,000 stands for, where it is one of a size that is written out."""
+    """Return the number that 1e3, 10k or 1,000 stands for, if it is small enough to write out; otherwise None."""
     digits = text.strip().lower()
     unit = digits[-1:] if digits[-1:] in _THOUSANDS else ""
     digits = digits.removesuffix(unit).strip()

@@ -21,8 +21,8 @@ from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.evaluation import as_float32, run_config
 
 KEPT = "hf"  # in a converted run's directory: the source's config.json and tokenizer
-# Of a converted run: a context beyond this is rarely what one trains or evaluates with, and a batch
-# is kept to so many tokens.
+# The longest context of a converted run (few train or evaluate with more), and the tokens that a
+# batch is kept to.
 _LONGEST, _BATCH_TOKENS = 32768, 65536
 _UNKNOWN_CONTEXT = 2048  # the context if neither config.json nor transformers gives one
 STAGE = Stages()

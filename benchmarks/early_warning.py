@@ -54,7 +54,7 @@ def run(names: list[str]) -> None:
 
 
 def run_apart(names: list[str], parallel: int, seconds: float) -> None:
-    """Run each in its own process, `parallel` at once, in this order; runs that go on when time is up are cut off."""
+    """Run each in its own process, `parallel` at once, in this order; runs that are unfinished when time is up are cut off."""
     WORKDIRS.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         "--seconds",
         type=float,
         default=3600.0,
-        help="with --parallel: after which what is under way is cut off",
+        help="with --parallel: seconds after which unfinished runs are cut off",
     )
     options = parser.parse_args(argv)
     if options.command == "run" and options.parallel:

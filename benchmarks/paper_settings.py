@@ -65,7 +65,7 @@ def config_of(preset: Any, changes: dict[str, Any]) -> config_lib.Config:
 
 
 def program_of(config: config_lib.Config) -> TrainProgram:
-    """The programs of a run on one device."""
+    """Return the programs of a run on one device."""
     return TrainProgram(make_plan(config, jax.devices()[:1]))
 
 

@@ -36,7 +36,7 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
 
 
 def traced_step(config: Config, target: targets.Target) -> tuple[TrainProgram, Any]:
-    """A config's training step on a target, traced."""
+    """Trace a config's training step on a target."""
     step = TrainProgram(make_plan(config, target.devices))
     return step, step.jitted_step().trace(step.abstract_state, step.abstract_batch)
 

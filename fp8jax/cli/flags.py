@@ -110,7 +110,7 @@ def find_config(name: str, file: str) -> tuple[pathlib.Path, str]:
     """Return the file of a configuration, and its argument.
 
     Args:
-        name: of the flag.
+        name: name of the flag.
         file: `configs/fp8_base.py:8b`, or `fp8_base:8b`. Paths are relative to the working
             directory, or else to the repository; `configs/` and bare names are presets of the
             package, too.

@@ -16,7 +16,7 @@ windows, so that any of them can be read alone.
 
 A window is a dictionary of numpy arrays [T]:
     inputs, targets: int32. `mask`: float32, 1 where the target counts, 0 on padding.
-    segment_ids, positions: int32. With `config.data.document_masks` both start anew at every document of a window;
+    segment_ids, positions: int32. With `config.data.document_masks` both start again at every document of a window;
     otherwise segment ids are 0 and positions 0 to T - 1.
 """
 

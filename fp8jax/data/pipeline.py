@@ -209,8 +209,8 @@ def held_out_batches(
 ) -> Iterator[tuple[Batch, int]]:
     """Yield a held-out text in order, no token a target more than once; all batches have the same shapes.
 
-    Documents run on here whatever config.data.packing is. The splits of several sources follow one
-    another.
+    Documents continue from window to window with any config.data.packing. The splits of several
+    sources follow one another.
 
     Args:
         config: reads `data`.

@@ -249,7 +249,7 @@ def _records(job: Job, parts: list) -> list[dict[str, Any]]:
 
 
 def _hold_one_out(job: Job, parts: list, fraction: float) -> None:
-    """If none is held out though some should be, make the part of the lowest hash again with that document held out."""
+    """Hold out the document of the lowest hash, by making its part again, if none is held out though some should be."""
     records = _records(job, parts)
     if not fraction or any(record["shards"]["held_out"] for record in records):
         return

@@ -68,8 +68,8 @@ def ended_lines(
     Args:
         path: path of the log.
         start: byte to begin at.
-        damaged: receives what makes the error of each line that cannot be read, and is passed over
-            then; None: it is raised. Making one reads the log up to there.
+        damaged: receives a function that makes the error of each line that cannot be read, which is
+            then skipped; None raises it. Making one reads the log up to there.
     """
     with _open(pathlib.Path(path)) as file:
         file.seek(start)

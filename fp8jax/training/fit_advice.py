@@ -78,7 +78,7 @@ def out_of_memory(error: Exception, config: Config, step: int, saved: str) -> Co
 
     Args:
         error: the device's.
-        config: of the run.
+        config: the run's configuration.
         step: the last that got done.
         saved: what there is to continue from.
     """

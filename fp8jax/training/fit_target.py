@@ -93,7 +93,7 @@ def fit_target(
     """Choose and compile for a target.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         target: its devices.
         say: receives a line before each compilation.
         with_statistics: steps with statistics must fit, too, as in a run.

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         for piece in pieces:
             print(_shown(shown + piece), end="", flush=True)
             shown = ""
-    except ValueError as error:  # ConfigError and CheckpointError are ValueErrors ValueErrors
+    except ValueError as error:  # ConfigError and CheckpointError are ValueErrors
         return complain(str(error))
     except KeyboardInterrupt:
         print()

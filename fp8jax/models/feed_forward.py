@@ -26,7 +26,7 @@ class FeedForward(nnx.Module):
         self.xielu = activations.XIELU() if self.kind == "xielu" else None
 
     def __call__(self, x_btd: jax.Array, gemms: Gemms) -> jax.Array:
-        """Apply the block, [b, t, d] to [b, t, d]."""
+        """[b, t, d] to [b, t, d]."""
         up = self.up(x_btd, gemms)
         gate = None if self.gate is None else self.gate(x_btd, gemms)
         tap("mlp_intermediate", up if gate is None else gate)

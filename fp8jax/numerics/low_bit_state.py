@@ -5,18 +5,15 @@
     m = decode(data, scale)                           # float32 again
     high, low = split(w, jnp.bfloat16)                # 24 bits a number, rounded to nearest; w ≈ join(high, low)
 
-Why rounding is stochastic: a moving average changes by less than half a unit of 8 bits in most
-steps, and rounding to the nearest would undo the change every time. Rounded up with a probability
-equal to the fraction, averages stay right.
+Why rounding is stochastic: a moving average changes by less than half a unit of 8 bits in most steps, and rounding to the
+nearest would undo the change every time. Rounded up with a probability equal to the fraction, averages stay right.
 
-Why scales are of blocks (128 numbers along the last dimension, powers of two): moments of one
-matrix lie many powers of ten apart, row by row. And why the root of a second moment: squares of
-gradients span twice the powers of two that gradients do. What is not zero is not stored as zero
-there, because the update divides by it.
+Why scales are of blocks (128 numbers along the last dimension, powers of two): moments of one matrix lie many powers of ten
+apart, row by row. And why the root of a second moment: squares of gradients span twice the powers of two that gradients do.
+What is not zero is not stored as zero there, because the update divides by it.
 
-What is read is the square of what was stored, and squares of numbers whose mean is right are too
-large on average: by the variance of the rounding. So roots are rounded up with the probability that
-makes the mean of their squares right.
+What is read is the square of what was stored, and squares of numbers whose mean is right are too large on average: by the variance
+of the rounding. So roots are rounded up with the probability that makes the mean of their squares right.
 
 What it does not do: quantise operands of GEMMs (formats.py, blockwise.py).
 """
@@ -43,19 +40,17 @@ _REMAINDER_STEPS = 256  # of a remainder, in one unit in the last place
 def random_bits(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
     """32 random bits for each element, a function of its index and the seed alone, so the same on any mesh.
 
-    A hash of a few integer operations (`lowbias32`, C. Wellons, Prospecting for Hash Functions,
-    2018) that compilers fuse with what uses it; JAX's own generator writes its bits to memory
-    first. Good enough for rounding; not for more.
+    A hash of a few integer operations (`lowbias32`, C. Wellons, Prospecting for Hash Functions, 2018) that compilers fuse with
+    what uses it; JAX's own generator writes its bits to memory first. Good enough for rounding; not for more.
 
     Args:
-        shape: shape of the result.
+        shape: of the result.
         seed: uint32 scalar.
     """
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         index = index * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
-    # The seed comes first: what depends on the index alone would be computed while compiling, and
-    # kept as a constant.
+    # The seed comes first: what depends on the index alone would be computed while compiling, and kept as a constant.
     first = _mix(seed + jnp.uint32(0x9E3779B9))
     return _mix(_mix(index ^ first) + _mix(first))
 
@@ -128,8 +123,7 @@ def encode(
         root: store the square root in formats that are scaled, and nothing positive as zero.
 
     Returns:
-        Data in the format; float32 scales, one for each 128 elements along the last dimension, or
-        None.
+        Data in the format; float32 scales, one for each 128 elements along the last dimension, or None.
     """
     dtype = FORMATS[name]
     if name == "float32":

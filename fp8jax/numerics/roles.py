@@ -2,8 +2,7 @@
 
     parse_overrides("mlp_down=bf16,qkv@0-3=current", layers=4)
 
-Imports nothing, so that a mistake in a configuration is found before JAX is loaded. What the words
-compute: recipes.py.
+Imports nothing, so that a mistake in a configuration is found before JAX is loaded. What the words compute: recipes.py.
 """
 
 import dataclasses
@@ -17,9 +16,8 @@ LINEAR_ROLES = ("qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_down", "lm_he
 ATTENTION_ROLES = ("attention_scores", "attention_values")
 ROLES = LINEAR_ROLES + ATTENTION_ROLES
 
-# Operands whose amax comes back from a GEMM, in the order in which tokens, histories and scales
-# hold them. Weights are not among them, as they are quantised once per step, outside; nor is P,
-# which is at most 1 and has a fixed scale.
+# Operands whose amax comes back from a GEMM, in the order in which tokens, histories and scales hold them. Weights have none:
+# they are quantised once a step, outside; nor has P, which is at most 1 and has a fixed scale.
 OPERANDS = {role: ("x", "g") for role in LINEAR_ROLES} | {
     "attention_scores": ("q", "k", "ds"),
     "attention_values": ("v", "do"),

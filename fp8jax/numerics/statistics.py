@@ -2,12 +2,10 @@
 
     distribution(x_btd)["kurtosis"], health(x_btd, quantised)[HEALTH.index("underflow")]
 
-All are float32 scalars, computed in float32 from any floating input, and differentiable by nobody:
-callers stop gradients.
+All are float32 scalars, computed in float32 from any floating input, and differentiable by nobody: callers stop gradients.
 
-Padding does not count: `counted`, bool [batch, tokens], says which tokens enter. How much entered
-comes with the numbers (WEIGHTS), so that microbatches are averaged by it; where nothing did, and
-where nothing was cast, a number means nothing (`known`).
+Padding does not count: `counted`, bool [batch, tokens], says which tokens enter. How much entered comes with the numbers (WEIGHTS),
+so that microbatches are averaged by it; where nothing did, and where nothing was cast, a number means nothing (`known`).
 """
 
 import math
@@ -23,8 +21,7 @@ from fp8jax.numerics.formats import Quantised
 
 HEALTH = ("amax", "scale", "overflow", "underflow", "zero", "negative_zero", "signal", "noise")
 DISTRIBUTION = ("mean", "rms", "kurtosis", "pooled_kurtosis")
-# How much entered: tokens; of them, and of their heads, those that the kurtosis is a mean over;
-# sequences, of the pooled one.
+# How much entered: tokens; of them, and of their heads, those that the kurtosis is a mean over; sequences, of the pooled one.
 WEIGHTS = ("tokens", "rows", "sequences")
 REPORT = HEALTH + DISTRIBUTION + WEIGHTS
 
@@ -32,20 +29,18 @@ REPORT = HEALTH + DISTRIBUTION + WEIGHTS
 def distribution(x: jax.Array, counted: jax.Array | None = None) -> dict[str, jax.Array]:
     """How the values of a tensor are spread: what DISTRIBUTION names, and WEIGHTS.
 
-    `mean` and `rms` are over everything. `kurtosis` is the mean over tokens of mean(x^4) /
-    mean(x^2)^2 over the features: 3 for a Gaussian, D at most. `pooled_kurtosis` takes each
-    sequence (tokens x features) as one sample, as the paper's released code does.
+    `mean` and `rms` are over everything. `kurtosis` is the mean over tokens of mean(x^4) / mean(x^2)^2 over the features: 3 for a
+    Gaussian, D at most. `pooled_kurtosis` takes each sequence (tokens x features) as one sample, as the paper's released code does.
 
-    Tokens, and sequences, are divided by their largest magnitude first, because float32 fourth
-    powers overflow at 1e10; all-zero ones are left out of the kurtosis. It is 0 if nothing is left.
+    Tokens, and sequences, are divided by their largest magnitude first, because float32 fourth powers overflow at 1e10;
+    all-zero ones are left out of the kurtosis. It is 0 if nothing is left.
 
     Args:
         x: [batch, tokens, ..., features], floating.
         counted: bool [batch, tokens]: the tokens that are meant; None: all.
     """
     x = _as_stored(x).astype(jnp.float32)
-    # Behind a barrier, or XLA takes maximum and sum of everything in a pass of its own, from x, and
-    # not from these.
+    # Behind a barrier, or XLA takes maximum and sum of everything in a pass of its own, from x, and not from these.
     largest, total = lax.optimization_barrier(_by_row(jnp.abs(x), x, maxima=1))
     square = (x * (1.0 / _not_zero(largest))[..., None]) ** 2
     second, fourth = (power / x.shape[-1] for power in _by_row(square, square**2))
@@ -173,32 +168,26 @@ def health(
 ) -> jax.Array:
     """What a cast did to a tensor: a float32 vector, one entry for each name in HEALTH.
 
-    `amax`: largest magnitude; `scale`: the scale, the largest of them if there are several;
-    fractions of the elements: `overflow`, finite or not, beyond the format's maximum; `underflow`,
-    not zero, but zero or -0 after the cast; `zero` and `negative_zero`, so before the cast,
-    float32's subnormal numbers among them; `signal` and `noise`: mean squares of the tensor and of
-    the cast's error, in units of `scale`, from which comes the signal-to-noise ratio.
+    `amax`: largest magnitude; `scale`: the scale, the largest of them if there are several; fractions of the elements:
+    `overflow`, finite or not, beyond the format's maximum; `underflow`, not zero, but zero or -0 after the cast; `zero` and
+    `negative_zero`, so before the cast, float32's subnormal numbers among them; `signal` and `noise`: mean squares of the
+    tensor and of the cast's error, in units of `scale`, from which comes the signal-to-noise ratio.
 
-    Counts are summed as integers, so that all but signal and noise are the same to the bit on any
-    number of devices.
+    Counts are summed as integers, so that all but signal and noise are the same to the bit on any number of devices.
 
     Args:
         x: the tensor, floating.
-        q: its cast; without a scale, not cast at all: all but the amax is 0 then, the scale too,
-            which no cast has.
-        elements: what fractions and means refer to, if x is a part of something larger; parts then
-            add up.
-        counted: bool [batch, tokens]: the tokens that are meant; None: all. The amax and the scale
-            are those of all, as is the cast.
+        q: its cast; without a scale, not cast at all: all but the amax is 0 then, the scale too, which no cast has.
+        elements: what fractions and means refer to, if x is a part of something larger; parts then add up.
+        counted: bool [batch, tokens]: the tokens that are meant; None: all. The amax and the scale are those of all, as is the cast.
     """
     if q.scale is None:
         return jnp.zeros(len(HEALTH)).at[0].set(formats.amax(_as_stored(x)))
     x = _as_stored(x).astype(jnp.float32)
     scale, elements = jnp.max(q.scale), elements or max(x.size, 1)
     by_element = blockwise.spread(q.scale, x.shape)
-    # Magnitudes come from bits, as some devices treat subnormal numbers as zero. Counts are
-    # integers, not comparisons: XLA for GPUs writes booleans that several counts share to memory,
-    # two bytes per element (seen in programs for H100s).
+    # From bits, as some devices take subnormal numbers for zero. Integers, not comparisons: XLA for GPUs writes booleans that several
+    # counts share to memory, two bytes an element (seen in programs for H100s).
     bits = lax.bitcast_convert_type(x, jnp.int32)
     magnitude = bits & 0x7FFFFFFF
     nonzero = jnp.minimum(magnitude >> 23, 1)
@@ -282,8 +271,8 @@ def from_rows(
 def _by_row(*parts: jax.Array, maxima: int = 0) -> list[jax.Array]:
     """Of the first `maxima` arrays, not negative, the maximum over the last dimension, and the sums of all others; alike in shape and dtype.
 
-    In one reduction: XLA's CPU compiler makes vector instructions of that; of several reductions it
-    writes what they share to memory and takes four to six times as long (measured).
+    In one reduction: XLA's CPU compiler makes vector instructions of that; of several reductions it writes what they share to memory and
+    takes four to six times as long (measured).
     """
 
     def combine(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -299,8 +288,7 @@ def _by_row(*parts: jax.Array, maxima: int = 0) -> list[jax.Array]:
 def _count(rows: jax.Array, most: int) -> jax.Array:
     """Sums of counts over all but the first dimension, float32.
 
-    They are summed as integers that do not wrap: where their sum might, the last dimensions first,
-    then in limbs of few bits.
+    They are summed as integers that do not wrap: where their sum might, the last dimensions first, then in limbs of few bits.
 
     Args:
         rows: int32, [sums, ...], of fewer than 2**31 counts each.
@@ -330,8 +318,7 @@ def combine(parts: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.A
     """Statistics of a whole batch from those of its microbatches, each weighed by what entered it.
 
     Args:
-        parts: tensor → statistic → float32 [microbatches, ...]; `tokens` and `rows`, where they are
-            absent, are alike.
+        parts: tensor → statistic → float32 [microbatches, ...]; `tokens` and `rows`, where they are absent, are alike.
     """
     return {name: {key: _combined(stats, key) for key in stats} for name, stats in parts.items()}
 

@@ -78,7 +78,7 @@ def out_of_memory(error: Exception, config: Config, step: int, saved: str) -> Co
 
     Args:
         error: the device's.
-        config: the run's configuration.
+        config: of the run.
         step: the last that got done.
         saved: what there is to continue from.
     """

@@ -93,7 +93,7 @@ def fit_target(
     """Choose and compile for a target.
 
     Args:
-        config: the run's configuration.
+        config: of the run.
         target: its devices.
         say: receives a line before each compilation.
         with_statistics: steps with statistics must fit, too, as in a run.

@@ -3,9 +3,8 @@
     found = rehearse(config, target)            # nothing is trained, written or allocated but the first batches
     found.ok, found.programs, found.checks
 
-What would end a run hours after its start ends the rehearsal. A fault is a row, not an exception:
-the others are looked at as well. `compiling=False` only traces, which finds wrong shapes and
-fallbacks at every size in seconds.
+What would end a run hours after its start ends the rehearsal. A fault is a row, not an exception: the others are looked at as
+well. `compiling=False` only traces, which finds wrong shapes and fallbacks at every size in seconds.
 """
 
 import dataclasses
@@ -40,9 +39,11 @@ _FORWARD = 1 / 3  # of the model's FLOPs
 class Rehearsed:
     """One program, or one check.
 
-    name: as in programs.py. ok: whether the run would get past it. error: one line; empty where it
-    is ok. peak_bytes_per_device: with everything that is in a device's memory meanwhile; None: not
-    compiled. fp8_share: of the block's GEMM FLOPs, traced; None where there are no such GEMMs.
+    name: as in programs.py.
+    ok: whether the run would get past it.
+    error: one line; empty where it is ok.
+    peak_bytes_per_device: with everything that is in a device's memory meanwhile; None: not compiled.
+    fp8_share: of the block's GEMM FLOPs, traced; None where there are no such GEMMs.
     seconds: that tracing and compiling took.
     """
 
@@ -79,7 +80,7 @@ def rehearse(
     """Rehearse a run on a target.
 
     Args:
-        config: the run's configuration.
+        config: of the run.
         target: its devices, at hand or not.
         compiling: False only traces.
         say: receives a line before each thing that takes long.
@@ -125,7 +126,7 @@ def _without(
     model = _check("model", lambda: found.append(_traced(sound, one)))
     if not found:
         return Rehearsal(config, [], [*checks, model])
-    say("memory and limits are not checked; programs are traced on one device, with other data")
+    say("memory and limits are not looked at; programs are traced on one device, with other data")
     checks.append(_check("fallback", lambda: check_fallbacks(_program(found[0]))))
     return Rehearsal(config, list(_programs(found[0], one, False, say)), checks)
 

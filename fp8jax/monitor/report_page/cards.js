@@ -1,7 +1,7 @@
 "use strict";
 // Cards: what holds a chart; hover, zoom, export, and what reacts to the reader.
 
-// A card holds a chart's canvas; hovering moves a cross hair over all cards, without drawing anything anew.
+// A card holds a chart's canvas; hovering moves a cross hair over all cards, without drawing again.
 function card(place, chart) {
   const canvas = make("canvas", {
     tabindex: "0",
@@ -255,7 +255,7 @@ function controls() {
       cards.forEach(draw);
     };
   redraw();
-  // A run that still trains writes this page anew; whoever has it open should see that.
+  // A run that still trains rewrites this page; an open page should show that.
   if (RUNS.some((run) => run.state === "running"))
     setInterval(() => {
       if (!document.hidden && view.domain === view.full && byId("tip").hidden) location.reload();

@@ -132,7 +132,7 @@ def _matches(name: str) -> list[str]:
 
 
 def _files(match: str, outside: str | None, left_out: list[str], seen: set[str]) -> list[str]:
-    """Yield the file itself, or those of a directory, without directories that were `seen`."""
+    """Return the file itself, or those of a directory, without directories that were `seen`."""
     if os.path.isdir(match):
         return sorted(_in_directory(match, outside, left_out, seen))
     inside = outside is not None and os.path.realpath(match).startswith(outside + os.sep)

@@ -8,15 +8,15 @@
 Evidence, from entries with statistics (every `monitor.every` steps) and, for gradient and loss,
 from every entry:
 
-- **Range**: each tensor's load (loads.py) is fitted against tokens (growth.py) and forecast to 1, the edge of what FP8 holds.
+- **Range**: each tensor's load (fp8_range.py) is fitted against tokens (growth.py) and forecast to 1, the edge of what FP8 holds.
   A forecast is trusted no further than the length of the window that it was made from, and only once it has been made CONFIRMED
   times in a row. `watch`: a layer leaves within that span and three doublings.
 - **Harm**: leaving the range does no harm by itself. `warn` if a fourth of the layers leaves within a third of the span and one
-doubling, `act` within an eighth or if they have left, and the loss has left its own trend (trend.py) or no longer falls; `warn`
-also if a single layer has left and the loss has left its trend.
+  doubling, `act` within an eighth or if they have left, and the loss has left its own trend (trend.py) or no longer falls; `warn`
+  also if a single layer has left and the loss has left its trend.
 - **Breaks**: the gradient's norm, or the growth of many weights and activations at once, is out of what this run has shown
-so far, by robust standard deviations; or the learning rate jumps. One gradient is `watch`; gradients that stay high while the
-loss leaves its trend, tensors and rates are `warn`; gradients and tensors together, and a number that is not finite, are `act`.
+  so far, by robust standard deviations; or the learning rate jumps. One gradient is `watch`; gradients that stay high while the
+  loss leaves its trend, tensors and rates are `warn`; gradients and tensors together, and a number that is not finite, are `act`.
 - **Kurtosis** that grows exponentially in the last layers, long before anything else moves (FOG paper, section 4): `watch`.
 
 Late layers weigh more: the first layer counts half as much as the last one, and weights grow

@@ -5,15 +5,16 @@
 A tensor leaves FP8's range in two ways, and each has a unit of its own:
 
 - **Its cast loses a bit.** In range, the error of a cast is the rounding of its mantissa, for every
-tensor: about 31.5 dB below the signal for e4m3, 25.5 dB for e5m2. Clipping and flushing to zero add
-to it. At 6 dB less, the format has lost one bit of its mantissa to the range. - **Attention's
-logits lose their meaning.** A softmax takes differences of logits, so their absolute error counts,
-in nats: at 1, a weight is off by a factor of e. Errors of rounding are relative, so this one grows
-with queries times keys, however well each of the two is held. Queries and keys are rounded twice:
-as products of a rounded input and a rounded weight, and when they are cast themselves. With all
-four errors independent of the directions of q and k, a logit's has the standard deviation rms(q)
-rms(k) softmax_scale sqrt(head_dim) sqrt(1/snr_q + 1/snr_k + 2/snr_x + 2/snr_w); the two factors in
-the middle are not logged, and their product is 1 unless the config sets it otherwise.
+  tensor: about 31.5 dB below the signal for e4m3, 25.5 dB for e5m2. Clipping and flushing to zero
+  add to it. At 6 dB less, the format has lost one bit of its mantissa to the range.
+- **Attention's logits lose their meaning.** A softmax takes differences of logits, so their
+  absolute error counts, in nats: at 1, a weight is off by a factor of e. Errors of rounding are
+  relative, so this one grows with queries times keys, however well each of the two is held. Queries
+  and keys are rounded twice: as products of a rounded input and a rounded weight, and when they are
+  cast themselves. With all four errors independent of the directions of q and k, a logit's has the
+  standard deviation rms(q) rms(k) softmax_scale sqrt(head_dim)
+  sqrt(1/snr_q + 1/snr_k + 2/snr_x + 2/snr_w); the two factors in the middle are not logged, and
+  their product is 1 unless the config sets it otherwise.
 """
 
 import math

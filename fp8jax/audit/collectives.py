@@ -43,12 +43,17 @@ _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,{}\s]*)\}
 class Collective:
     """One collective on arrays of one dtype.
 
-    kind: one of KINDS. dtype: dtype of the arrays. axes: mesh axes that the groups span; `?` if
-    they fit none. group_size: devices that take part together. bytes: bytes of the whole arrays,
-    after gathering or before scattering, one execution. sent: bytes that one device sends in a
-    ring, one execution. count: executions in a step. scope: name stack of the JAX operation.
-    reduction: opcode that combines the parts of a reduction, such as `add` or `maximum`; empty
-    without one.
+    Attributes:
+        kind: one of KINDS.
+        dtype: dtype of the arrays.
+        axes: mesh axes that the groups span; `?` if they fit none.
+        group_size: devices that take part together.
+        bytes: bytes of the whole arrays, after gathering or before scattering, one execution.
+        sent: bytes that one device sends in a ring, one execution.
+        count: executions in a step.
+        scope: name stack of the JAX operation.
+        reduction: opcode that combines the parts of a reduction, such as `add` or `maximum`; empty
+            without one.
     """
 
     kind: str

@@ -24,14 +24,22 @@ _SCOPE = re.compile(r"fp8jax\.gemm\[(\w+)(?:\.(\w+))?\]")
 class Gemm:
     """One matrix multiplication of a program; a fused attention kernel is one Gemm too.
 
-    role, pass_name: from the named scope; `other` and "" without one. shape: (batch, m, n, k).
-    lhs_dtype, rhs_dtype: dtypes of the operands' values: `float8_e4m3fn` also if an exact upcast
-    stands before the dot. out_dtype: dtype that the dot writes. kernel: what computes it: `dot`,
-    `dot (FP8 emulated)`, `cuBLASLt FP8`, `cuBLASLt BF16`, `Triton FP8`, `cuDNN FP8` ... flops:
-    FLOPs of one execution; of one device in a compiled program, of all devices in a traced one.
-    count: executions in a step. count_known: False if it stands in a loop of unknown length, which
-    `count` takes as one pass. repeated: True for a forward GEMM done again in the backward pass:
-    rematerialisation, or the scores of flash attention. scope: the whole name stack.
+    Attributes:
+        role, pass_name: from the named scope; `other` and "" without one.
+        shape: (batch, m, n, k).
+        lhs_dtype, rhs_dtype: dtypes of the operands' values: `float8_e4m3fn` also if an exact
+            upcast stands before the dot.
+        out_dtype: dtype that the dot writes.
+        kernel: what computes it: `dot`, `dot (FP8 emulated)`, `cuBLASLt FP8`, `cuBLASLt BF16`,
+            `Triton FP8`, `cuDNN FP8` ...
+        flops: FLOPs of one execution; of one device in a compiled program, of all devices in a
+            traced one.
+        count: executions in a step.
+        count_known: False if it stands in a loop of unknown length, which `count` takes as one
+            pass.
+        repeated: True for a forward GEMM done again in the backward pass: rematerialisation, or the
+            scores of flash attention.
+        scope: the whole name stack.
     """
 
     role: str

@@ -36,9 +36,10 @@ _FRACTIONS = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
 class Limit:
     """The memory of one device.
 
-    bytes: memory for arrays.
-    usable: bytes that a program may be planned to need.
-    source: where the number comes from, readable.
+    Attributes:
+        bytes: memory for arrays.
+        usable: bytes that a program may be planned to need.
+        source: where the number comes from, readable.
     """
 
     bytes: int

@@ -62,12 +62,16 @@ _PARTS = {"params": "params", "scaling": "scaling", "opt_state": "optimizer"}
 class Memory:
     """The bytes on one device, as the compiler has planned them.
 
-    arguments: part of the arguments → bytes: `params`, `optimizer`, `scaling`, `counters`, `batch`.
-    argument_bytes: bytes of all arguments, padding included. temporary_bytes: activations,
-    gradients, workspaces: the arena that the compiler lays them out in. output_bytes: bytes of
-    results that are not written over a donated argument. details: `arguments` with the optimizer's
-    parts: `first moment`, `second moment`, `scales of moments`, `remainders of params`. host_bytes:
-    bytes of temporaries that wait in the host's memory.
+    Attributes:
+        arguments: part of the arguments → bytes: `params`, `optimizer`, `scaling`, `counters`,
+            `batch`.
+        argument_bytes: bytes of all arguments, padding included.
+        temporary_bytes: activations, gradients, workspaces: the arena that the compiler lays them
+            out in.
+        output_bytes: bytes of results that are not written over a donated argument.
+        details: `arguments` with the optimizer's parts: `first moment`, `second moment`, `scales of
+            moments`, `remainders of params`.
+        host_bytes: bytes of temporaries that wait in the host's memory.
     """
 
     arguments: Mapping[str, int]
@@ -87,7 +91,8 @@ class Memory:
 class Reading:
     """A compiled program as one device runs it.
 
-    wide: names of instructions with a 64-bit float result; there should be none.
+    Attributes:
+        wide: names of instructions with a 64-bit float result; there should be none.
     """
 
     gemms: list[Gemm]

@@ -26,10 +26,13 @@ from fp8jax.audit.targets import Target
 class Step:
     """A step's facts for the audit, which knows no model.
 
-    asked: GEMMs of the traced program. block_roles: the roles of a block's GEMMs; attention_roles:
-    those among them whose GEMMs may compute masked scores. model_flops: `linear`, `attention`,
-    `head`: what the step must compute, by closed formula. tokens: of one step. emulated: the target
-    has no FP8 units.
+    Attributes:
+        asked: GEMMs of the traced program.
+        block_roles: the roles of a block's GEMMs.
+        attention_roles: those among them whose GEMMs may compute masked scores.
+        model_flops: `linear`, `attention`, `head`: what the step must compute, by closed formula.
+        tokens: tokens of one step.
+        emulated: whether the target has no FP8 units.
     """
 
     mesh: Mesh

@@ -27,8 +27,12 @@ from fp8jax.audit.traffic import total
 class Device:
     """The peak rates of one device, dense (without structured sparsity); `fp8` equals `bf16` without FP8 units.
 
-    bf16, fp8: FLOP/s. memory: bytes/s. link: bytes/s that a device can send to others nearby.
-    network: bytes/s to other nodes. capacity: bytes of memory.
+    Attributes:
+        bf16, fp8: peak rates, FLOP/s.
+        memory: bandwidth of the memory, bytes/s.
+        link: rate of sending to other devices nearby, bytes/s.
+        network: rate of sending to other nodes, bytes/s.
+        capacity: size of the memory, bytes.
     """
 
     name: str

@@ -43,9 +43,10 @@ class TargetError(ValueError):
 class Target:
     """The devices of one kind.
 
-    kind: key of roofline.DEVICES: `h100`, `tpu7x` ...; `local`.
-    devices: in mesh order; compile-only unless local.
-    per_node: devices that share fast links.
+    Attributes:
+        kind: key of roofline.DEVICES: `h100`, `tpu7x` ...; `local`.
+        devices: the devices in mesh order; compile-only unless local.
+        per_node: devices that share fast links.
     """
 
     name: str

@@ -87,9 +87,13 @@ _APERTUS_ROPE = {
 class Format(NamedTuple):
     """The properties of one model_type.
 
-    class_name: class in transformers. theta, rope_scaling: defaults of config.json. defaults: those
-    of all other optional keys in transformers; fixed: keys that must have this value. switches:
-    switches of the model (empty: read from the keys). context: default of max_position_embeddings.
+    Attributes:
+        class_name: class in transformers.
+        theta, rope_scaling: defaults of config.json.
+        defaults: those of all other optional keys in transformers.
+        fixed: keys that must have this value.
+        switches: switches of the model (empty: read from the keys).
+        context: default of max_position_embeddings.
     """
 
     class_name: str

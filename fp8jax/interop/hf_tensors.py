@@ -65,7 +65,8 @@ class Slot(NamedTuple):
 class Constant(NamedTuple):
     """A tensor that always holds one value and has no parameter here; it may be missing in files, and is always written.
 
-    unused: it may hold anything, since no number depends on it.
+    Attributes:
+        unused: it may hold anything, since no number depends on it.
     """
 
     name: str

@@ -66,9 +66,12 @@ _KURTOSIS = re.compile(r"kurtosis/(\w+)_layer(\d+)")
 class Alarm(NamedTuple):
     """One warning.
 
-    layer: None if it is not a single one. steps, tokens: from now until the range is left; 0 if it
-    is left already, None without a forecast. fallback: roles that BF16 would help, as in
-    `config.warning.fallback`; empty if it would not.
+    Attributes:
+        layer: None if it is not a single one.
+        steps, tokens: from now until the range is left; 0 if it is left already, None without a
+            forecast.
+        fallback: roles that BF16 would help, as in `config.warning.fallback`; empty if it would
+            not.
     """
 
     step: int

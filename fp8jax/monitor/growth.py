@@ -24,9 +24,12 @@ SIMPLER = 1.5  # a slower law is taken if its squared error is at most this mult
 class Growth(NamedTuple):
     """Laws of k series, fitted to their whole windows.
 
-    law: int [k], index into LAWS. intercept, slope: float64 [k], in the coordinates of
-    `_coordinates`. unit: tokens that count as 1. error: float64 [k], root mean squared error of the
-    law's predictions in logarithms; 0.1 is 10%.
+    Attributes:
+        law: int [k], index into LAWS.
+        intercept, slope: float64 [k], in the coordinates of `_coordinates`.
+        unit: tokens that count as 1.
+        error: float64 [k], root mean squared error of the law's predictions in logarithms; 0.1 is
+            10%.
     """
 
     law: np.ndarray

@@ -22,9 +22,12 @@ _PORT = 8476
 class Launch(NamedTuple):
     """One process among others.
 
-    by: name of the launcher. address: HOST:PORT of process 0; with None, JAX finds it by `method`,
-    and number and count as well. devices: numbers of the local devices that are this process's;
-    None for all. method: method of `jax.distributed.initialize`, if JAX is to find the rest.
+    Attributes:
+        by: name of the launcher.
+        address: HOST:PORT of process 0; with None, JAX finds it by `method`, and number and count
+            as well.
+        devices: numbers of the local devices that are this process's; None for all.
+        method: method of `jax.distributed.initialize`, if JAX is to find the rest.
     """
 
     by: str

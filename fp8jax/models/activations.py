@@ -1,7 +1,8 @@
-"""Nonlinearities of the FFN: xIELU, GeLU, squared ReLU, and the two gated ones (FOG paper, section 3 and appendix B).
+"""The nonlinearities of the FFN: xIELU, GeLU, squared ReLU, and the two gated ones (FOG paper, section 3 and appendix B).
 
-All compute in float32 and return the dtype of their input. What `pointwise` wraps keeps no float32 array for the backward pass,
-only its inputs: the rest is cheaper to compute again than to move through memory (GeLU alone would keep three arrays).
+All compute in float32 and return the dtype of their input. A function under `pointwise` keeps no
+float32 array for the backward pass, only its inputs: the rest is cheaper to compute again than to
+move through memory (GeLU alone would keep three arrays).
 """
 
 import contextlib
@@ -23,10 +24,11 @@ _in_loop: contextvars.ContextVar[bool] = contextvars.ContextVar("in_loop", defau
 
 @contextlib.contextmanager
 def in_loop(value: bool) -> Iterator[None]:
-    """Say whether what is traced inside is the body of a loop, with its backward pass in a loop of its own.
+    """Declare whether code traced inside is the body of a loop, with its backward pass in a loop of its own.
 
-    There a compiler cannot see that something was computed before; elsewhere it keeps that instead of computing it again,
-    which undoes every rematerialisation, unless barriers, which cost fusions, hide it.
+    In a loop a compiler cannot see that a value was computed before; elsewhere it keeps the value
+    instead of computing it again, which undoes every rematerialisation, unless barriers, which cost
+    fusions, hide it.
     """
     token = _in_loop.set(value)
     try:
@@ -63,7 +65,7 @@ class XIELU(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """X > 0: ap x² + b x; else an (expm1(min(x, eps)) - x) + b x."""
+        """Return ap x² + b x for x > 0, otherwise an (expm1(min(x, eps)) - x) + b x."""
         return _xielu(x, self.alpha_p[...], self.alpha_n[...], self.beta, self.eps)
 
 
@@ -79,29 +81,31 @@ def _xielu(
 
 @pointwise
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GeLU."""
+    """Return the exact GeLU."""
     wide = x.astype(jnp.float32)
-    # erf, not erfc as in jax.nn.gelu: one instruction for XLA, and it keeps the whole function in one fusion.
+    # erf, unlike erfc in jax.nn.gelu, is one instruction for XLA, and keeps the whole function in
+    # one fusion.
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 @pointwise
 def relu2(x: jax.Array) -> jax.Array:
-    """Squared ReLU."""
+    """Return the squared ReLU."""
     return (jax.nn.relu(x.astype(jnp.float32)) ** 2).astype(x.dtype)
 
 
 @pointwise
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up."""
+    """Return silu(gate) * up."""
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
 
 
 @pointwise
 def smooth_swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """silu(gate) * up / s and s, the largest |up| of each token: the FP8 GEMM after it sees a bounded input.
+    """Return silu(gate) * up / s and s, the largest |up| of each token, which bounds the input of the next FP8 GEMM.
 
-    No gradient flows through s (Fishman et al. 2024); s = 0 counts as 1. The caller multiplies the GEMM's output by s.
+    No gradient flows through s (Fishman et al. 2024); s = 0 counts as 1. The caller multiplies the
+    GEMM's output by s.
     """
     s = jnp.max(jnp.abs(jax.lax.stop_gradient(up.astype(jnp.float32))), axis=-1, keepdims=True)
     s = jnp.where(s > 0, s, 1.0)

@@ -1,7 +1,7 @@
 """The architectures as data: the table of the FOG paper (appendix B), one row each.
 
-`resolve(model_config)` fills the switches that a config leaves at None from its architecture's row, so that any mixture
-(FOG-max with SwiGLU, OP with a post-norm) is one row and one field.
+`resolve(model_config)` fills the switches that a config leaves at None from its architecture's row,
+so that any mixture (FOG-max with SwiGLU, OP with a post-norm) is one row and one field.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 from fp8jax.config import ModelConfig, head_dim
 from fp8jax.models.activations import GATED
 
-# "1/sqrt(layers)", "1/init_std" and "1/sqrt(head_dim)" are worked out by `resolve`.
+# `resolve` computes "1/sqrt(layers)", "1/init_std" and "1/sqrt(head_dim)".
 _FOG = dict(
     pre_norm=False,
     qk_regulariser="rmsnorm_frozen",
@@ -46,7 +46,7 @@ TABLE: dict[str, dict[str, Any]] = {
 
 
 def resolve(model: ModelConfig) -> ModelConfig:
-    """The same config with every switch and the head dimension filled in."""
+    """Return the config with every switch and the head dimension filled in."""
     derived = {
         "1/sqrt(layers)": 1 / math.sqrt(model.layers),
         "1/init_std": 1 / model.init_std if model.init_std else 1.0,
@@ -61,10 +61,10 @@ def resolve(model: ModelConfig) -> ModelConfig:
 
 
 def gated(model: ModelConfig) -> bool:
-    """Whether a resolved model's FFN has a gate."""
+    """Return whether a resolved model's FFN has a gate."""
     return model.activation in GATED
 
 
 def ffn_hidden(model: ModelConfig) -> int:
-    """Hidden width of a resolved model's FFN: as listed if gated, else 1.5 times, so that parameters match."""
+    """Return the hidden width of a resolved model's FFN: as listed if gated, else 1.5 times, so that parameters match."""
     return model.ffn_hidden or (model.ffn_width if gated(model) else model.ffn_width * 3 // 2)

@@ -1,11 +1,11 @@
-"""Rows of an embedding table that is split over the mesh, and the gradient that goes back into it.
+"""Look up rows of an embedding table that is split over the mesh, and sum the gradient into it.
 
     x_btd = lookup(table_vd, ids_bt, scale=50.0, dtype=jnp.bfloat16)     # inside jit, under jax.set_mesh(mesh)
 
-The table is split by rows over `tensor` and by columns over `fsdp`, the tokens over everything (sharding.py). Left to itself a
-compiler gathers the whole global batch on every device for the gradient, and moves float32. Here each device looks up its
-own rows and columns for the tokens of its `fsdp` neighbours; what travels is activations, in their dtype. The gradient is
-summed in float32.
+The table is split by rows over `tensor` and by columns over `fsdp`, the tokens over all axes
+(sharding.py). A compiler would gather the whole global batch on every device for the gradient, and
+move float32. Here each device looks up its own rows and columns for the tokens of its `fsdp`
+neighbours; activations are moved, in their dtype. The gradient is summed in float32.
 """
 
 import functools
@@ -26,7 +26,7 @@ _TABLE, _IDS, _ROWS = (
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def lookup(table_vd: jax.Array, ids_bt: jax.Array, scale: float, dtype: Any) -> jax.Array:
-    """table[ids] * scale in `dtype`, [b, t, d]; scaled in float32, rounded once."""
+    """Return table[ids] * scale in `dtype`, [b, t, d]; scaled in float32, rounded once."""
     return _forward(table_vd, ids_bt, scale, dtype)[0]
 
 
@@ -66,7 +66,7 @@ lookup.defvjp(_forward, _backward)
 
 
 def _is_split(mesh: Any, ids: jax.Array) -> bool:
-    """Whether there are tokens for every device; while text is generated there is one of each sequence, and no gradient."""
+    """Return whether there are tokens for every device; generating text has one per sequence, and no gradient."""
     if mesh.empty or mesh.size == 1:
         return False
     return ids.shape[0] % shards("batch") == 0 and ids.shape[1] % shards("residual") == 0
@@ -75,7 +75,7 @@ def _is_split(mesh: Any, ids: jax.Array) -> bool:
 def _rows(
     table: jax.Array, ids: jax.Array, sizes: dict[str, int], *, scale: float, dtype: Any
 ) -> jax.Array:
-    """One device's tokens, from the rows and columns that it and its neighbours hold."""
+    """Return one device's tokens, from the rows and columns that it and its neighbours hold."""
     fsdp, tensor = sizes.get("fsdp", 1), sizes.get("tensor", 1)
     ids, mine = _local(ids, table.shape[0], fsdp, tensor)
     x = jnp.where(mine[..., None], (table[ids] * scale).astype(dtype), 0)
@@ -87,7 +87,7 @@ def _rows(
 def _scatter(
     ids: jax.Array, g: jax.Array, *, vocab: int, sizes: dict[str, int], scale: float, dtype: Any
 ) -> jax.Array:
-    """One device's part of the table's gradient, summed over all tokens."""
+    """Return one device's part of the table's gradient, summed over all tokens."""
     fsdp, tensor = sizes.get("fsdp", 1), sizes.get("tensor", 1)
     ids, mine = _local(ids, vocab, fsdp, tensor)
     g = lax.all_to_all(g, "fsdp", split_axis=2, concat_axis=0, tiled=True) if fsdp > 1 else g
@@ -99,7 +99,7 @@ def _scatter(
 
 
 def _local(ids: jax.Array, vocab: int, fsdp: int, tensor: int) -> tuple[jax.Array, jax.Array]:
-    """Tokens of all `fsdp` neighbours as numbers of this device's rows, 0 where the row is another's; and which are its own."""
+    """Return tokens of all `fsdp` neighbours as numbers of this device's rows, 0 if another's; and which are its own."""
     ids = lax.all_gather(ids, "fsdp", axis=0, tiled=True) if fsdp > 1 else ids
     if tensor == 1:
         return ids, jnp.ones(ids.shape, bool)

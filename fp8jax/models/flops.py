@@ -1,11 +1,12 @@
-"""Model FLOPs by closed formula: what a training step must compute, whatever program computes it.
+"""Count model FLOPs by closed formula: what a training step must compute, by any program.
 
     flops = model_flops(definition.config, vocab_size, sequences=512, sequence_length=4096)
     flops.total
 
-A matrix product of [m, k] by [k, n] is 2 m n k FLOPs; the backward pass is twice the forward pass. Attention is causal: a
-query sees the keys up to its own, half of the square. (Many reports count the whole square, which makes MFU look higher:
-by 7% for the 8B model at 4096 tokens.) The embedding lookup, norms, activations and softmax count nothing.
+A matrix product of [m, k] by [k, n] is 2 m n k FLOPs; the backward pass is twice the forward pass.
+Attention is causal: a query sees the keys up to its own, half of the square. (Many reports count
+the whole square, which makes MFU look higher: by 7% for the 8B model at 4096 tokens.) The embedding
+lookup, norms, activations and softmax do not count.
 """
 
 import dataclasses
@@ -13,12 +14,12 @@ import dataclasses
 from fp8jax.config import ModelConfig, head_dim
 from fp8jax.models import architectures
 
-_PASSES = 3  # forward, and the gradients of both operands
+_PASSES = 3  # the forward pass, and the gradients of both operands
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs of one training step over all devices: the blocks' linear layers, causal attention, the head."""
+    """The FLOPs of one training step over all devices: the blocks' linear layers, causal attention, the head."""
 
     linear: int
     attention: int
@@ -26,19 +27,19 @@ class ModelFlops:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Return the sum of all."""
         return self.linear + self.attention + self.head
 
 
 def model_flops(
     config: ModelConfig, vocab_size: int, *, sequences: int, sequence_length: int
 ) -> ModelFlops:
-    """FLOPs of a training step.
+    """Return the FLOPs of a training step.
 
     Args:
         config: resolved (models/architectures.py).
         vocab_size: rows of the head.
-        sequences: in the step's whole batch.
+        sequences: number of sequences in the step's whole batch.
         sequence_length: tokens of each.
     """
     d, n, k, h, f = (

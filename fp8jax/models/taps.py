@@ -1,12 +1,13 @@
-"""The metrics hook: `tap(name, x)` records statistics of a tensor where collecting is on, and costs nothing elsewhere.
+"""Record statistics of tensors: `tap(name, x)` works while collecting is on, and has no cost otherwise.
 
     with collecting() as found:
         y = block(x)                 # calls tap("qkv", qkv) inside
     found["qkv"]["kurtosis"]         # float32 scalar
 
-Values found inside scan, remat or vmap are tracers of that transformation: open `collecting` inside the transformed
-function and *return* what was found (models/transformer.py does), never carry it out by side effect. What FP8 casts do to
-the operands of GEMMs comes back through tokens instead (models/gemms.py), for gradients are seen in the backward pass only.
+Values found inside scan, remat or vmap are tracers of that transformation: open `collecting` inside
+the transformed function and *return* what was found (models/transformer.py does), never carry it
+out by side effect. What FP8 casts do to the operands of GEMMs comes back through tokens instead
+(models/gemms.py), for gradients are seen in the backward pass only.
 """
 
 import contextlib
@@ -31,16 +32,18 @@ _found: contextvars.ContextVar[tuple[Taps, bool, jax.Array | None] | None] = con
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Taps as one array: hundreds of scalars would each be carried through the scan over layers, and brought to the host, by themselves.
+    """Taps as one array: hundreds of scalars would be carried through the scan over layers, and fetched, one by one.
 
-    values: float32 [..., n], a JAX or a NumPy array. layout: of each statistic, in the order of names: tensor, statistic, shape, dtype.
+    Attributes:
+        values: float32 [..., n], a JAX or a NumPy array.
+        layout: tensor, statistic, shape and dtype of each statistic, in the order of names.
     """
 
     values: Any
     layout: tuple[tuple[str, str, tuple[int, ...], Any], ...]
 
     def unpack(self) -> Taps:
-        """The taps again, with the dimensions in front that `values` has got since."""
+        """Return the taps, with the leading dimensions that `values` has since."""
         out, end = {}, 0
         for name, statistic, shape, dtype in self.layout:
             start, end = end, end + math.prod(shape)
@@ -50,7 +53,7 @@ class Packed:
 
 
 def pack(taps: Taps) -> Packed:
-    """All statistics in one array."""
+    """Pack all statistics into one array."""
     leaves = [
         (name, statistic, taps[name][statistic])
         for name in sorted(taps)
@@ -67,12 +70,13 @@ def pack(taps: Taps) -> Packed:
 def collecting(
     enabled: bool = True, *, pooled: bool = False, counted: jax.Array | None = None
 ) -> Iterator[Taps]:
-    """Collects what is tapped inside; with enabled=False, taps do nothing.
+    """Collect taps inside this context; with enabled=False, taps do nothing.
 
     Args:
         enabled: static.
-        pooled: kurtosis over whole sequences instead of tokens.
-        counted: bool [batch, tokens]: the tokens that activations of this shape are taken of; None: all.
+        pooled: take the kurtosis over whole sequences instead of tokens.
+        counted: bool [batch, tokens]: the tokens that count in activations of this shape; None
+            counts all.
     """
     found: Taps = {}
     token = _found.set((found, pooled, counted) if enabled else None)
@@ -83,14 +87,14 @@ def collecting(
 
 
 def tap(name: str, x: jax.Array) -> None:
-    """Records mean, rms and kurtosis of an activation: in logs, `kurtosis/NAME_layer003`, `kurtosis/NAME_avg` and so on.
+    """Record mean, rms and kurtosis of an activation: in logs, `kurtosis/NAME_layer003`, `kurtosis/NAME_avg` and so on.
 
     Args:
         name: new in this block, without a slash.
         x: [batch, tokens, ..., features], floating.
 
     Raises:
-        ValueError: a name that is taken or has a slash; an array that is not such an activation.
+        ValueError: the name is taken or has a slash, or the array is not such an activation.
     """
     if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
@@ -105,10 +109,10 @@ def tap(name: str, x: jax.Array) -> None:
 
 
 def record(name: str, compute: Callable[..., dict[str, jax.Array]], *arrays: jax.Array) -> None:
-    """Records compute(*arrays), statistic → scalar, where collecting is on; nothing is computed or differentiated elsewhere.
+    """Record compute(*arrays), statistic → scalar, while collecting is on; otherwise it is not computed or differentiated.
 
     Raises:
-        ValueError: a name that is taken or has a slash.
+        ValueError: the name is taken or has a slash.
     """
     current = _found.get()
     if current is None:

@@ -1,15 +1,16 @@
-"""Blockwise scaling: a scale for each run of 128 elements, or for each tile of 128 x 128, instead of one for a tensor.
+"""Quantise blockwise: a scale for each run of 128 elements, or for each tile of 128 x 128, instead of one per tensor.
 
     q, largest = quantise(x_td, (1,), scale_of, E4M3, emulated=True)    # 1 x 128: q.scale is [t, ceil(d / 128)]
     q, largest = quantise(w_df, (0, 1), scale_of, E4M3, emulated=True)  # 128 x 128: q.scale is [ceil(d / 128), ceil(f / 128)]
     x = widen(q, jnp.bfloat16)                                          # the values again
 
-As in DeepSeek-V3 (arXiv 2412.19437, section 3.3): runs lie along the dimension that a GEMM contracts, so a tensor that two
-GEMMs contract along different dimensions is quantised twice. The last block of a dimension may be shorter.
+As in DeepSeek-V3 (arXiv 2412.19437, section 3.3): runs lie along the dimension that a GEMM
+contracts, so a tensor that two GEMMs contract along different dimensions is quantised twice. The
+last block of a dimension may be shorter.
 
-What it does not do: FP8 GEMMs. A scale that changes along the contracted dimension cannot leave the sum, and no kernel for
-it is here; operands are widened with their scales first. Powers of two times FP8 values are exact in bfloat16, other scales
-in float32 but for one rounding.
+The module has no FP8 GEMMs. A scale that changes along the contracted dimension cannot leave the
+sum, and there is no kernel for it; operands are widened with their scales first. Powers of two
+times FP8 values are exact in bfloat16, other scales in float32 up to one rounding.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ BLOCK = 128
 
 
 def amax(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Largest magnitude of each block, float32; infinity where a block holds NaN or infinity.
+    """Return the largest magnitude of each block, float32; infinity where a block holds NaN or infinity.
 
     Args:
         x: any shape.
@@ -51,7 +52,7 @@ def quantise(
     *,
     emulated: bool,
 ) -> tuple[Quantised, jax.Array]:
-    """Casts with a scale for each block.
+    """Cast with a scale for each block.
 
     Args:
         x: any shape, any floating dtype.
@@ -61,7 +62,7 @@ def quantise(
         emulated: as in `formats.cast`.
 
     Returns:
-        FP8 data with float32 scales, one a block; and the amax of the whole tensor.
+        FP8 data with float32 scales, one per block; and the amax of the whole tensor.
     """
     largest = amax(x, axes)
     scale = scale_of(largest)
@@ -70,7 +71,7 @@ def quantise(
 
 
 def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A scale for each element of an array of this shape; a scalar stays one."""
+    """Return a scale for each element of an array of this shape; a scalar stays a scalar."""
     if scale.ndim == 0:
         return scale
     for axis, size in enumerate(shape):
@@ -80,7 +81,7 @@ def spread(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def widen(q: Quantised, dtype: jnp.dtype) -> Quantised:
-    """The values, scales and all, as a plain operand."""
+    """Return the values, multiplied by their scales, as a plain operand."""
     data = q.data.astype(jnp.float32)
     return Quantised(
         (data if q.scale is None else data * spread(q.scale, data.shape)).astype(dtype), None

@@ -1,14 +1,16 @@
-"""FP8 formats: amax, scales, and casts that saturate but keep NaN.
+"""Take amaxes and scales for FP8 formats, and cast with saturation, keeping NaN.
 
-One convention everywhere: `x ≈ q * scale`, with `scale = amax / format_max * 2**margin`, rounded up to a power of two by
-default. An FP8 value never travels without its scale: `Quantised(data, scale)`.
+There is one convention: `x ≈ q * scale`, with `scale = amax / format_max * 2**margin`, rounded up
+to a power of two by default. An FP8 value is never passed without its scale:
+`Quantised(data, scale)`.
 
     scale = scale_of(amax(x), E4M3)
     q = quantise(x, scale, E4M3)          # q.data is float8_e4m3fn
     x_again = dequantise(q)               # float32
 
-Two ways to cast give the same bits: the compiler's own conversion (fast where the device has FP8 instructions) and
-integer arithmetic on the float32 bits (four times faster on a CPU); `emulated` picks the second.
+Two ways to cast give the same bits: the compiler's own conversion (fast where the device has FP8
+instructions) and integer arithmetic on the float32 bits (four times faster on a CPU); `emulated`
+picks the second.
 """
 
 from typing import NamedTuple
@@ -28,7 +30,7 @@ _SMALLEST_EXPONENT, _LARGEST_EXPONENT = -126, 126  # both 2**k and 2**-k are nor
 class Quantised(NamedTuple):
     """An FP8 array and the float32 factor that gives its values back, or one factor a block (numerics/blockwise.py).
 
-    scale None: data is not quantised at all.
+    With scale None, data is not quantised.
     """
 
     data: jax.Array
@@ -36,7 +38,7 @@ class Quantised(NamedTuple):
 
 
 def max_value(dtype: jnp.dtype) -> float:
-    """Largest finite value of a format: 448 for e4m3, 57344 for e5m2."""
+    """Return the largest finite value of a format: 448 for e4m3, 57344 for e5m2."""
     return float(jnp.finfo(dtype).max)
 
 
@@ -47,7 +49,8 @@ def amax(x: jax.Array, *, emulated: bool = False) -> jax.Array:
 
     Args:
         x: any shape, any floating dtype.
-        emulated: integer arithmetic instead of the compiler's maximum of floats, 10 times slower on a CPU; the same bits.
+        emulated: use integer arithmetic instead of the compiler's maximum of floats, 10 times
+            slower on a CPU; the same bits.
     """
     if emulated:
         return _amax_of_bits(x)
@@ -57,7 +60,7 @@ def amax(x: jax.Array, *, emulated: bool = False) -> jax.Array:
 
 
 def _amax_of_bits(x: jax.Array) -> jax.Array:
-    """Return the largest of the bits without their sign: magnitudes have the order of their bits, and NaNs come last."""
+    """Return the largest of the bits without sign: magnitudes have the order of their bits, and NaNs come last."""
     if x.dtype != jnp.bfloat16:
         x = x.astype(jnp.float32)
     integer = jnp.int16 if x.dtype == jnp.bfloat16 else jnp.int32
@@ -70,14 +73,15 @@ def _amax_of_bits(x: jax.Array) -> jax.Array:
 def scale_of(
     largest: jax.Array, dtype: jnp.dtype, *, margin: int = 0, power_of_two: bool = True
 ) -> jax.Array:
-    """Scale that brings a largest magnitude to the top of a format, 2**margin below it.
+    """Return the scale that brings a largest magnitude to the top of a format, 2**margin below it.
 
     Args:
         largest: amax, float32, any shape. 0 gives scale 1.
         dtype: E4M3 or E5M2.
         margin: headroom in powers of two.
-        power_of_two: the smallest power of two that is large enough, found from exponent bits and so exact everywhere;
-            else the quotient itself, correctly rounded or one unit off, as the device divides.
+        power_of_two: return the smallest power of two that is large enough, from exponent bits and
+            so exact on every device; otherwise the quotient itself, correctly rounded or one unit
+            off, as the device divides.
 
     Returns:
         float32, the shape of `largest`; always finite, positive and normal.
@@ -92,7 +96,7 @@ def scale_of(
 
 
 def _power_of_two_at_least(largest: jax.Array, top: float, margin: int) -> jax.Array:
-    """2**(k + margin), k the smallest integer with top * 2**k >= largest."""
+    """Return 2**(k + margin), with k the smallest integer such that top * 2**k >= largest."""
     bits = lax.bitcast_convert_type(largest, jnp.uint32)
     exponent = (bits >> 23).astype(jnp.int32) - 127
     mantissa = bits & 0x7FFFFF
@@ -104,19 +108,20 @@ def _power_of_two_at_least(largest: jax.Array, top: float, margin: int) -> jax.A
 
 
 def cast(x: jax.Array, dtype: jnp.dtype, *, emulated: bool = False) -> jax.Array:
-    """Casts to FP8: round to nearest even, finite values clip to the format's maximum, NaN and infinity become NaN.
+    """Cast to FP8: round to nearest even, clip finite values to the format's maximum, turn NaN and infinity into NaN.
 
     Args:
         x: any floating dtype; computed in float32.
         dtype: E4M3 or E5M2.
-        emulated: integer arithmetic instead of the compiler's conversion; the same bits.
+        emulated: use integer arithmetic instead of the compiler's conversion; the same bits.
     """
     x = x.astype(jnp.float32)
     if emulated:
         return _cast_by_bits(x, dtype)
     top = max_value(dtype)
-    # x - x is 0, or NaN where x is NaN or infinite. A `where` with a constant does the same, but XLA for GPUs moves the constant,
-    # broadcast, out of the loop over layers, keeps it in memory and reads it with every cast (seen in programs for H100s).
+    # x - x is 0, or NaN where x is NaN or infinite. A `where` with a constant does the same, but
+    # XLA for GPUs moves the constant, broadcast, out of the loop over layers, keeps it in memory
+    # and reads it with every cast (seen in programs for H100s).
     return (jnp.clip(x, -top, top) - (x - x)).astype(dtype)  # subtracted, so that -0 stays -0
 
 
@@ -127,14 +132,16 @@ def _cast_by_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     sign = (bits >> 24) & 0x80
     magnitude = bits & 0x7FFFFFFF
 
-    # Normal numbers: add half a unit (less one bit for an even result), drop the tail, move the exponent's bias.
+    # Normal numbers: add half a unit (less one bit for an even result), drop the tail, change the
+    # exponent's bias.
     rounded = (magnitude + ((1 << (dropped - 1)) - 1) + ((magnitude >> dropped) & 1)) >> dropped
     largest_code = int(np.asarray(info.max, dtype).view(np.uint8))
     normal = jnp.minimum(
         rounded.astype(jnp.int32) - ((127 - _bias(dtype)) << info.nmant), largest_code
     ).astype(jnp.uint32)
 
-    # Subnormal numbers: adding 2**23 quanta lets the float32 adder do the rounding; the code is what sits in the low bits.
+    # Subnormal numbers: adding 2**23 quanta lets the float32 adder do the rounding; the code is in
+    # the low bits.
     smallest_normal = 1 - _bias(dtype)
     quantum = smallest_normal - info.nmant
     shifted = lax.bitcast_convert_type(magnitude, jnp.float32) + jnp.float32(2.0 ** (23 + quantum))
@@ -152,21 +159,22 @@ def _cast_by_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _bias(dtype: jnp.dtype) -> int:
-    """Exponent bias: 7 for e4m3, 15 for e5m2."""
+    """Return the exponent bias: 7 for e4m3, 15 for e5m2."""
     return {E4M3: 7, E5M2: 15}[jnp.dtype(dtype)]
 
 
 def quantise(
     x: jax.Array, scale: jax.Array, dtype: jnp.dtype, *, emulated: bool = False
 ) -> Quantised:
-    """FP8 array of x / scale (float32 arithmetic, never through bfloat16) beside its scale.
+    """Return the FP8 array of x / scale (float32 arithmetic, never through bfloat16) with its scale.
 
-    A quotient beyond float32's range, of a scale 2**100 times too small or so, is infinite: NaN, not the maximum.
+    A quotient beyond float32's range, from a scale about 2**100 times too small, is infinite: NaN,
+    not the maximum.
     """
     return Quantised(cast(x.astype(jnp.float32) * (1.0 / scale), dtype, emulated=emulated), scale)
 
 
 def dequantise(q: Quantised) -> jax.Array:
-    """float32 values of a quantised array."""
+    """Return the float32 values of a quantised array."""
     data = q.data.astype(jnp.float32)
     return data if q.scale is None else data * q.scale

@@ -1,21 +1,24 @@
-"""Numbers kept in fewer bits between steps: stochastic rounding, FP16 and FP8 with a scale a block, remainders of a byte.
+"""Keep numbers in fewer bits between steps: stochastic rounding, FP16 and FP8 with a scale per block, remainders of a byte.
 
     data, scale = encode(m, "fp8", bits)              # a first moment; bits = random_bits(m.shape, seed)
-    data, scale = encode(v, "float16", bits, root=True)   # a second moment: its square root is what is stored
+    data, scale = encode(v, "float16", bits, root=True)   # a second moment: its square root is stored
     m = decode(data, scale)                           # float32 again
-    high, low = split(w, jnp.bfloat16)                # 24 bits a number, rounded to nearest; w ≈ join(high, low)
+    high, low = split(w, jnp.bfloat16)                # 24 bits per number, rounded to nearest; w ≈ join(high, low)
 
-Why rounding is stochastic: a moving average changes by less than half a unit of 8 bits in most steps, and rounding to the
-nearest would undo the change every time. Rounded up with a probability equal to the fraction, averages stay right.
+Rounding is stochastic because a moving average changes by less than half a unit of 8 bits in most
+steps, and rounding to the nearest would undo the change every time. Rounded up with a probability
+equal to the fraction, averages stay right.
 
-Why scales are of blocks (128 numbers along the last dimension, powers of two): moments of one matrix lie many powers of ten
-apart, row by row. And why the root of a second moment: squares of gradients span twice the powers of two that gradients do.
-What is not zero is not stored as zero there, because the update divides by it.
+Scales are of blocks (128 numbers along the last dimension, powers of two) because moments of one
+matrix lie many powers of ten apart, row by row. The root of a second moment is stored because
+squares of gradients span twice the powers of two that gradients do. A value that is not zero is not
+stored as zero there, because the update divides by it.
 
-What is read is the square of what was stored, and squares of numbers whose mean is right are too large on average: by the variance
-of the rounding. So roots are rounded up with the probability that makes the mean of their squares right.
+The value read is the square of the stored one, and squares of numbers whose mean is right are too
+large on average, by the variance of the rounding. So roots are rounded up with the probability that
+makes the mean of their squares right.
 
-What it does not do: quantise operands of GEMMs (formats.py, blockwise.py).
+Operands of GEMMs are quantised elsewhere (formats.py, blockwise.py).
 """
 
 from typing import Any
@@ -32,31 +35,33 @@ FORMATS = {
     "float16": jnp.dtype(jnp.float16),
     "fp8": formats.E4M3,
 }
-# Formats whose range is too small without a scale.
+# These formats need a scale, because their range is too small.
 SCALED = ("float16", "fp8")
-_REMAINDER_STEPS = 256  # of a remainder, in one unit in the last place
+_REMAINDER_STEPS = 256  # steps of a remainder in one unit in the last place
 
 
 def random_bits(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
-    """32 random bits for each element, a function of its index and the seed alone, so the same on any mesh.
+    """Return 32 random bits for each element, a function of its index and the seed alone, so the same on any mesh.
 
-    A hash of a few integer operations (`lowbias32`, C. Wellons, Prospecting for Hash Functions, 2018) that compilers fuse with
-    what uses it; JAX's own generator writes its bits to memory first. Good enough for rounding; not for more.
+    The hash has a few integer operations (`lowbias32`, C. Wellons, Prospecting for Hash Functions,
+    2018), which compilers fuse with their use; JAX's own generator writes its bits to memory first.
+    It is good enough for rounding only.
 
     Args:
-        shape: of the result.
+        shape: shape of the result.
         seed: uint32 scalar.
     """
     index = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         index = index * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
-    # The seed comes first: what depends on the index alone would be computed while compiling, and kept as a constant.
+    # The seed comes first, because values of the index alone would be computed while compiling, and
+    # kept as a constant.
     first = _mix(seed + jnp.uint32(0x9E3779B9))
     return _mix(_mix(index ^ first) + _mix(first))
 
 
 def seed_of(step: jax.Array, number: jax.Array | int) -> jax.Array:
-    """A seed for the array of this number in this step."""
+    """Return a seed for the array of this number in this step."""
     return _mix(step.astype(jnp.uint32)) + jnp.asarray(number).astype(jnp.uint32)
 
 
@@ -69,20 +74,20 @@ def _mix(x: jax.Array) -> jax.Array:
 def round_stochastic(
     x: jax.Array, dtype: Any, bits: jax.Array, *, squares: bool = False
 ) -> jax.Array:
-    """Rounds to one of the two neighbours in `dtype`, so that the mean is x; beyond the largest finite number, to that.
+    """Round to one of the two neighbours in `dtype`, so that the mean is x; beyond the largest finite number, to that.
 
     Args:
-        x: float32, any shape. NaN and infinity stay what they are, where the format has them.
+        x: float32, any shape. NaN and infinity do not change, if the format has them.
         dtype: a floating format of at most 16 bits.
         bits: uint32 like x, uniformly distributed.
-        squares: the mean of squares is x squared instead; x is not negative.
+        squares: make the mean of squares x squared instead; x must not be negative.
     """
     info = jnp.finfo(dtype)
     quantum = _quantum(x, dtype)
     if squares:
         rounded = _up_by_squares(x * (1.0 / quantum), bits) * quantum
     else:
-        # As many random bits as x has below the quantum: the sum is exact.
+        # The random number has as many bits as x has below the quantum, so the sum is exact.
         share = (bits >> (9 + info.nmant)).astype(jnp.float32) * jnp.float32(
             2.0 ** (info.nmant - 23)
         )
@@ -92,19 +97,19 @@ def round_stochastic(
 
 
 def _up_by_squares(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """One of the integers around x, so that the mean of squares is x squared."""
+    """Return one of the integers around x, so that the mean of squares is x squared."""
     below = jnp.floor(x)
     probability = (x - below) * (x + below) / (2 * below + 1)
     return below + (_uniform(bits) < probability).astype(jnp.float32)
 
 
 def _uniform(bits: jax.Array) -> jax.Array:
-    """float32, in [0, 1)."""
+    """Return float32 numbers in [0, 1) from random bits."""
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
 def _quantum(x: jax.Array, dtype: Any) -> jax.Array:
-    """Distance of neighbours in `dtype` at x, float32, a normal power of two; from exponent bits, so exact."""
+    """Return the distance of neighbours in `dtype` at x, float32, a normal power of two, exact from exponent bits."""
     info = jnp.finfo(dtype)
     exponent = ((lax.bitcast_convert_type(x, jnp.uint32) >> 23) & 0xFF).astype(jnp.int32) - 127
     exponent = jnp.maximum(exponent, max(int(info.minexp), info.nmant - 126)) - info.nmant
@@ -114,16 +119,17 @@ def _quantum(x: jax.Array, dtype: Any) -> jax.Array:
 def encode(
     x: jax.Array, name: str, bits: jax.Array, *, root: bool = False
 ) -> tuple[jax.Array, jax.Array | None]:
-    """An array in a storage format.
+    """Return an array in a storage format.
 
     Args:
         x: float32; with `root`, not negative.
         name: one of FORMATS.
         bits: uint32 like x, for stochastic rounding.
-        root: store the square root in formats that are scaled, and nothing positive as zero.
+        root: store the square root in formats that are scaled, and no positive number as zero.
 
     Returns:
-        Data in the format; float32 scales, one for each 128 elements along the last dimension, or None.
+        Data in the format; float32 scales, one for each 128 elements along the last dimension, or
+        None.
     """
     dtype = FORMATS[name]
     if name == "float32":
@@ -142,7 +148,7 @@ def encode(
 
 
 def decode(data: jax.Array, scale: jax.Array | None, *, root: bool = False) -> jax.Array:
-    """float32 values of what `encode` returned, with the same `root`."""
+    """Return the float32 values of what `encode` returned, with the same `root`."""
     x = data.astype(jnp.float32)
     if scale is None:
         return x
@@ -151,9 +157,9 @@ def decode(data: jax.Array, scale: jax.Array | None, *, root: bool = False) -> j
 
 
 def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """A number as the nearest one in a 16-bit format and, in an int8, what is missing in 256ths of the distance of neighbours there.
+    """Split a number into the nearest one in a 16-bit format and, in an int8, the rest in 256ths of the spacing there.
 
-    Three bytes hold 8 bits more than the format's own: what Kahan's compensation takes four for.
+    Three bytes hold 8 bits more than the format's own; Kahan's compensation needs four bytes.
     """
     top = float(jnp.finfo(dtype).max)
     high = jnp.clip(x, -top, top).astype(dtype)
@@ -163,6 +169,6 @@ def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def join(high: jax.Array, low: jax.Array) -> jax.Array:
-    """float32, the inverse of `split`."""
+    """Return float32 numbers, inverting `split`."""
     near = high.astype(jnp.float32)
     return near + low.astype(jnp.float32) * (_quantum(near, high.dtype) * (1.0 / _REMAINDER_STEPS))

@@ -1,13 +1,15 @@
-"""What one GEMM does in FP8: its scaling, formats, rounding of scales, accumulation and backend.
+"""Describe how one GEMM is computed in FP8: its scaling, formats, rounding of scales, accumulation and backend.
 
-Every GEMM of a block has a role (`qkv`, `mlp_up`, ...) and three passes (`fprop`, `dgrad`, `wgrad`); attention has two
-roles and seven passes. A `GemmRecipe` says how one role is computed; `parse_overrides` reads the user's exceptions by
-role and layer. Scaling `bf16` means: this role is not in FP8.
+Every GEMM of a block has a role (`qkv`, `mlp_up`, ...) and three passes (`fprop`, `dgrad`,
+`wgrad`); attention has two roles and seven passes. A `GemmRecipe` describes how one role is
+computed; `parse_overrides` reads the user's exceptions by role and layer. Scaling `bf16` means that
+this role is not in FP8.
 
-`static` scaling follows Unit Scaling (Blake et al. 2023, arXiv 2303.11257) and its successor for FP8 training, µnit
-Scaling (Narayan et al. 2025, arXiv 2502.05967): where tensors have about unit variance, they are cast as they are, and
-nothing is measured. Both make weights and gradients unit-sized by fixed factors on the GEMMs' results; here the same
-factors are the operands' fixed scales, so that the model stays as it is. Activations have scale 1.
+`static` scaling follows Unit Scaling (Blake et al. 2023, arXiv 2303.11257) and its successor for
+FP8 training, µnit Scaling (Narayan et al. 2025, arXiv 2502.05967): tensors of about unit variance
+are cast without a scale, and no amax is measured. Both make weights and gradients unit-sized by
+fixed factors on the GEMMs' results; here the same factors are the operands' fixed scales, so that
+the model does not change. Activations have scale 1.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 from fp8jax.numerics import blockwise, formats, roles
 from fp8jax.numerics.roles import FAST_ACCUMULATION, GRADIENTS, SCALINGS, WEIGHT_SCALINGS
 
-# What is in roles.py, which needs no JAX, is found here as well.
+# The names in roles.py, which needs no JAX, are exported here as well.
 RECIPES, OPERANDS, ROLES, LINEAR_ROLES, ATTENTION_ROLES = (
     roles.RECIPES,
     roles.OPERANDS,
@@ -32,12 +34,15 @@ Override, parse_overrides, in_bf16 = roles.Override, roles.parse_overrides, role
 
 @dataclasses.dataclass(frozen=True)
 class GemmRecipe:
-    """How one role's GEMMs are computed. Hashable, so it can be a static argument.
+    """The recipe of one role's GEMMs; it is hashable, so it can be a static argument.
 
-    weight_scaling: of roles with delayed scaling: their weights' scales from the amax of the moment, or delayed as well.
+    Attributes:
+        weight_scaling: for roles with delayed scaling: take weights' scales from the amax of the
+            moment, or delayed as well.
 
     Raises:
-        ValueError: a scaling or a choice of fast accumulation that is unknown; blockwise scaling that is not emulated.
+        ValueError: the scaling or the choice of fast accumulation is unknown, or blockwise scaling
+            is not emulated.
     """
 
     scaling: str = "delayed"
@@ -68,35 +73,35 @@ class GemmRecipe:
 
     @property
     def fp8(self) -> bool:
-        """Whether operands are cast at all."""
+        """Return whether operands are cast."""
         return self.scaling != "bf16"
 
     @property
     def measured(self) -> bool:
-        """Whether the amax of operands is taken: of all that are cast, unless their scales are fixed."""
+        """Return whether the amax of operands is taken: of all that are cast, unless their scales are fixed."""
         return self.scaling not in ("bf16", "static")
 
     @property
     def delayed_weight(self) -> bool:
-        """Whether the weight's scale comes from a history, as those of the other operands do."""
+        """Return whether the weight's scale comes from a history, as those of the other operands do."""
         return self.scaling == self.weight_scaling == "delayed"
 
     def precise(self, gemm_pass: str) -> bool:
-        """Whether a pass (`fprop`, `dgrad`, `wgrad`) does without Hopper's fast accumulation, which keeps 14 bits of a sum."""
+        """Return whether a pass (`fprop`, `dgrad`, `wgrad`) avoids Hopper's fast accumulation, which keeps 14 bits of a sum."""
         return self.fast_accumulation == "none" or (
             self.fast_accumulation == "fprop" and gemm_pass != "fprop"
         )
 
     def format(self, operand: str) -> jnp.dtype:
-        """FP8 format of an operand: e4m3, or the gradient format for output gradients."""
+        """Return the FP8 format of an operand: e4m3, or the gradient format for output gradients."""
         return formats.FORMATS[self.gradient_format] if operand in GRADIENTS else formats.E4M3
 
     def scale(self, amax: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Scale for an amax, with this recipe's margin and rounding."""
+        """Return the scale for an amax, with this recipe's margin and rounding."""
         return formats.scale_of(amax, dtype, margin=self.margin, power_of_two=self.power_of_two)
 
     def static_scale(self, operand: str) -> jax.Array:
-        """Scale of an operand under `static`, with this recipe's margin and rounding: a constant of the program."""
+        """Return the scale of an operand under `static`, with this recipe's margin and rounding: a constant of the program."""
         unit = 1.0
         if operand == "w" or operand in GRADIENTS:
             unit = self.static_weight_scale if operand == "w" else self.static_gradient_scale
@@ -108,17 +113,18 @@ class GemmRecipe:
     def quantise(
         self, x: jax.Array, scale: jax.Array | None, operand: str, axes: tuple[int, ...] = ()
     ) -> tuple[formats.Quantised, jax.Array | None]:
-        """Casts one operand.
+        """Cast one operand.
 
         Args:
             x: the operand, any shape.
-            scale: the scale to use with delayed scaling, where None gives a weight that of its own amax; ignored by `current`,
-                which takes the amax of x itself, and by `static`.
+            scale: the scale for delayed scaling; None gives a weight that of its own amax. It is
+                ignored by `current`, which takes the amax of x itself, and by `static`.
             operand: its name in OPERANDS, or "w".
-            axes: with `blockwise`, the dimensions cut into blocks: the one that the GEMM contracts, or both of a weight.
+            axes: with `blockwise`, the dimensions cut into blocks: the one that the GEMM contracts,
+                or both of a weight.
 
         Returns:
-            The quantised operand and its raw amax (float32 scalar; None with `static`, which does not look at it); with
+            The quantised operand and its raw amax (float32 scalar; None with `static`, which does not take it); with
             scaling `bf16`, x itself, unscaled, and None.
         """
         if not self.fp8:

@@ -1,10 +1,11 @@
-"""What a training step would need and take with other microbatches, loss chunks and rematerialisation, by closed formula.
+"""Estimate by closed formula the memory and time of a step with other microbatches, loss chunks and rematerialisation.
 
     formula = Formula(plan)
     formula.temporary_bytes(option), formula.seconds(option)
 
-A ranking, so that few programs need be compiled: the planner (fit.py) trusts compiled plans alone. Bytes are of one device, seconds
-of a step at peak rates. Checked against compiled programs for H100s in tests/training/test_estimates.py.
+The estimates rank options, so that few programs need be compiled: the planner (fit.py) trusts
+compiled plans alone. Bytes are of one device, seconds of a step at peak rates.
+tests/training/test_estimates.py checks them against compiled programs for H100s.
 """
 
 import dataclasses
@@ -21,14 +22,14 @@ from fp8jax.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What a run may choose by itself; fields as in `config.training`."""
+    """The fields of `config.training` that a run may choose by itself."""
 
     microbatches: int
     loss_chunk: int
     remat: str
 
     def of(self, config: Config) -> Config:
-        """The config with this choice."""
+        """Return the config with this choice."""
         return dataclasses.replace(
             config, training=dataclasses.replace(config.training, **dataclasses.asdict(self))
         )
@@ -38,10 +39,10 @@ class Option:
 
 
 class Formula:
-    """Bytes and seconds of a config's step on a mesh.
+    """The bytes and seconds of a config's step on a mesh.
 
     Args:
-        plan: of the run; its devices may be compile-only.
+        plan: the run's plan; its devices may be compile-only.
     """
 
     def __init__(self, plan: Plan):
@@ -64,7 +65,7 @@ class Formula:
         self._operand = 2 if config.fp8.recipe == "bf16" else 1
 
     def temporary_bytes(self, option: Option) -> float:
-        """Beside the state and the batch: activations, gradients, quantised weights."""
+        """Return the bytes besides the state and the batch: activations, gradients, quantised weights."""
         rows = self._config.training.batch_size // self._replicas // option.microbatches
         tokens = rows * self._config.data.sequence_length / self._tensor
         model = self._model
@@ -74,12 +75,12 @@ class Formula:
         return self.fixed_bytes() + tokens * (residuals + max(working, head))
 
     def fixed_bytes(self) -> float:
-        """Whatever the microbatch: gradients in float32 and the weights' quantised copies."""
+        """Return the bytes that do not depend on the microbatch: float32 gradients, and the weights' quantised copies."""
         sharded = self._parameters / (self._fsdp * self._tensor)
         return sharded * (4 + self._operand) + self._gathered_bytes()
 
     def seconds(self, option: Option) -> float:
-        """Of a step at peak rates, as the roofline counts it."""
+        """Return the seconds of a step at peak rates, as the roofline counts them."""
         config, device, flops = self._config, self._device, self._flops
         block = (flops.linear + flops.attention) / self._devices
         rate = device.bf16 if config.fp8.recipe == "bf16" else device.fp8
@@ -91,7 +92,7 @@ class Formula:
         return max(gemms + moved, sent)
 
     def _saved_bytes(self, remat: str) -> float:
-        """Of one token in one layer, kept for the backward pass."""
+        """Return the bytes of one token in one layer that are kept for the backward pass."""
         model = self._model
         width, hidden = model.width, ffn_hidden(model)
         queries, keys = model.heads * head_dim(model), model.kv_heads * head_dim(model)
@@ -105,22 +106,22 @@ class Formula:
         return carry + operands + 2 * (branches * hidden + 2 * width + queries + keys)
 
     def _head_bytes(self, chunk: int) -> float:
-        """Of one token: logits in float32, and what becomes of them."""
+        """Return the bytes of one token's logits in float32, and of what is computed from them."""
         rows = min(chunk, self._vocab) if chunk else self._vocab
         return 6.0 * rows / self._tensor
 
     def _gathered_bytes(self) -> float:
-        """Tables and one layer's weights, whole, where they are sharded over replicas."""
+        """Return the bytes of tables and one layer's weights, gathered, if they are sharded over replicas."""
         if self._fsdp == 1:
             return 0.0
         tables = 2 if not self._model.tied_embeddings else 1
         return 2.0 * tables * self._vocab * self._model.width / self._tensor
 
     def _traffic(self, option: Option) -> float:
-        """Bytes moved beside GEMMs; the factors are those of compiled steps for H100s.
+        """Return the bytes moved besides GEMMs; the factors are those of compiled steps for H100s.
 
-        Recomputing writes less for the backward pass, which at peak rates can make up for its GEMMs;
-        as GEMMs are further from their peak than traffic is, that gain is not counted.
+        Recomputing writes less for the backward pass, which at peak rates can make up for its
+        GEMMs; as GEMMs are further from their peak than traffic is, that gain is not counted.
         """
         config, model = self._config, self._model
         tokens = config.training.batch_size * config.data.sequence_length / self._devices
@@ -130,7 +131,7 @@ class Formula:
         return of_layers + of_head + parameters * (16.0 * option.microbatches + 30.0)
 
     def _sent_bytes(self) -> float:
-        """By one device for one microbatch: gathers of weights forward and backward, the gradients' reduction."""
+        """Return the bytes that one device sends per microbatch: gathers of weights in both passes, the gradients' reduction."""
         if self._replicas == 1:
             return 0.0
         others = (self._replicas - 1) / self._replicas
@@ -138,7 +139,7 @@ class Formula:
 
 
 def state_bytes(abstract_state: object) -> int:
-    """Of a state's shards on one device."""
+    """Return the bytes of a state's shards on one device."""
     leaves = jax.tree.leaves(abstract_state)
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves

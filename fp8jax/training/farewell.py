@@ -1,4 +1,4 @@
-"""What a run says at its end: where everything is, and what to type next."""
+"""Report at the end of a run where all is, and what to type next."""
 
 import pathlib
 import shlex
@@ -11,7 +11,7 @@ def what_next(
 
     Args:
         workdir: directory of the run.
-        step: its last.
+        step: its last step.
         report: whether the run wrote WORKDIR/report.html.
         held_out: whether it has text to evaluate on.
     """
@@ -27,7 +27,7 @@ def what_next(
 
 
 def how_to_go_on(workdir: pathlib.Path, step: int, steps: int) -> str:
-    """Return the line for a run that is started again though it has all its steps."""
+    """Return the line for a run that is started again although it has all its steps."""
     return (
         f"finished already: the run in {workdir} is at step {step} of {steps}; to train on say --config.training.steps={2 * step}, "
         "to train anew choose another --workdir"

@@ -1,11 +1,12 @@
-"""Choose microbatches, chunked loss and rematerialisation, where the config leaves them open, so that a run fits its devices.
+"""Choose microbatches, chunked loss and rematerialisation, if the config leaves them open, so that a run fits its devices.
 
     fitted = fit(plan, workdir)     # before the first step; compiles, allocates nothing
     fitted.config, fitted.program, fitted.lines
 
-A closed formula (estimates.py) ranks the options by their time at peak rates, and says which should fit; compiled plans decide.
-Mostly the first program that is compiled is the one that trains. A choice is written into the run's config.json as
-`training.fitted`; the run continues with it on the same devices, bit for bit, and finds another one elsewhere.
+A closed formula (estimates.py) ranks the options by their time at peak rates, and predicts which
+fit; compiled plans decide. Usually the first compiled program is the one that trains. A choice is
+written into the run's config.json as `training.fitted`; the run continues with it on the same
+devices, bit for bit, and finds another one elsewhere.
 """
 
 import dataclasses
@@ -29,13 +30,13 @@ from fp8jax.training.fit_options import OPEN, Compiled, candidates, gigabytes, o
 from fp8jax.training.step import TrainProgram
 
 UNKNOWN = 1 << 50
-_MOST = 8  # programs that are compiled to find one
+_MOST = 8  # the most programs that are compiled to find one
 _WORTH = 0.97  # another program is compiled if it should take less than this part of the time
 _TIGHT = 0.8  # part of the limit from which on the step with statistics is compiled as well, before the run
 
 
 class Choice(NamedTuple):
-    """The option to run with, all that were compiled, in order, and whether it fits."""
+    """The option to run with, all compiled ones in order, and whether it fits."""
 
     best: Compiled
     tried: list[Compiled]
@@ -43,7 +44,7 @@ class Choice(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """A config with nothing left open, its program, compiled, and lines for the log."""
+    """A config without open fields, its compiled program, and lines for the log."""
 
     config: Config
     program: TrainProgram
@@ -54,12 +55,12 @@ def fit(plan: Plan, workdir: pathlib.Path | None = None) -> Fitted:
     """Find what fits the devices at hand.
 
     Args:
-        plan: of the run; what its config sets is kept. Devices are at hand, those of all processes, which all call this and get
-            the same.
-        workdir: of a run, whose choice is kept if it was made for such devices.
+        plan: the run's plan; the fields that its config sets are kept. Devices are at hand, those of all processes,
+            which all call this and get the same.
+        workdir: directory of a run, whose choice is kept if it was made for such devices.
 
     Raises:
-        ConfigError: nothing fits; says what it would take.
+        ConfigError: no option fits; the message says what would.
     """
     lines: list[str] = []
     limit = _agreed(limits.of_devices(list(plan.mesh.devices.flat)))
@@ -88,13 +89,13 @@ def choose(
     compiled: Callable[[Option], Compiled],
     first: Option | None = None,
 ) -> Choice:
-    """The fastest option that fits, by the formula's ranking and compiled plans.
+    """Choose the fastest option that fits, by the formula's ranking and compiled plans.
 
     Args:
-        plan: of the run.
-        limit: what one of them has; None: not known, then the first is taken.
+        plan: the run's plan.
+        limit: memory of one device; with None, unknown, the first is taken.
         compiled: compiles an option.
-        first: an option that is taken if it fits, whatever the others are.
+        first: an option that is taken if it fits, before all others.
     """
     options = candidates(plan)
     ranking = Ranking(plan, options)
@@ -115,7 +116,7 @@ def choose(
 
 
 class Ranking:
-    """Options by estimated time; estimates of memory follow what compiled programs turned out to need."""
+    """The options by estimated time; estimates of memory follow the needs of compiled programs."""
 
     def __init__(self, plan: Plan, options: Sequence[Option]):
         formula = Formula(plan)
@@ -127,7 +128,7 @@ class Ranking:
         self.tried: list[Compiled] = []
 
     def add(self, compiled: Compiled) -> None:
-        """Take note of what an option needs."""
+        """Record the needs of a compiled option."""
         self.tried.append(compiled)
         if compiled.needs == UNKNOWN:
             return
@@ -135,12 +136,12 @@ class Ranking:
         self._factors[_kind(compiled.option)] = self._factors[()] = max(factor, 0.01)
 
     def needs(self, option: Option) -> float:
-        """Estimated bytes of a device."""
+        """Return the estimated bytes of a device."""
         factor = self._factors.get(_kind(option), self._factors.get((), 1.0))
         return self._state + self._host + factor * self._temporaries[option]
 
     def next(self, usable: float) -> Option | None:
-        """What should be compiled next: the fastest that should fit; None where none is worth it."""
+        """Return the option to compile next, the fastest that should fit; None if none is worth it."""
         best = self.best(usable)
         compiled = {tried.option for tried in self.tried}
         left = [
@@ -168,7 +169,7 @@ class Ranking:
         return min(fitting, key=lambda tried: self._seconds[tried.option], default=None)
 
     def _hopeless(self, option: Option, usable: float) -> bool:
-        """True if a compiled option that differs in having smaller microbatches did not fit."""
+        """Return True if the same option with smaller microbatches was compiled and did not fit."""
         return any(
             tried.needs > usable
             and _kind(tried.option) == _kind(option)
@@ -196,21 +197,22 @@ def _needed(step: TrainProgram, *, collect: bool) -> int:
 
 
 def needed_bytes(step: TrainProgram, memory: program.Memory) -> int:
-    """Bytes of one device for a step; on a CPU with the copy that saving makes of the state."""
+    """Return the bytes of one device for a step, on a CPU with the copy that saving makes of the state."""
     on_cpu = step.plan.device.platform == "cpu"
     return memory.peak_bytes + (state_bytes(step.abstract_state) if on_cpu else 0)
 
 
 def needs_statistics(config: Config, needs: int, limit: Limit | None) -> bool:
-    """Return whether the step with statistics might not fit where a step that needs so many bytes does."""
+    """Return whether the step with statistics might not fit although a step with these needs does."""
     collects = 0 < config.monitor.every <= config.training.steps
     return collects and limit is not None and _TIGHT * limit.usable < needs <= limit.usable
 
 
 def bytes_of_failure(error: Exception) -> int | None:
-    """What a program that a compiler refuses for its size would need; None for other errors.
+    """Return the bytes that a program needs which a compiler refuses for its size; None for other errors.
 
-    Compilers for TPUs end with such an error; UNKNOWN, more than any device has, where it does not say how much.
+    Compilers for TPUs raise such errors; without a number the result is UNKNOWN, more than any
+    device has.
     """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "Out of memory" not in text:
@@ -222,7 +224,7 @@ def bytes_of_failure(error: Exception) -> int | None:
 
 
 def describe(found: Choice, limit: Limit | None) -> str:
-    """The one line about a choice."""
+    """Return the line about a choice."""
     needs = f"needs {gigabytes(found.best.needs)} a device"
     there = "what there is is not known"
     if limit is not None:
@@ -236,14 +238,14 @@ def _kind(option: Option) -> tuple:
 
 
 def _usable(limit: Limit | None, options: Sequence[Option]) -> float:
-    """Bytes that a plan may need. A user who leaves no choice may have all that there is."""
+    """Return the bytes that a plan may need; with no option open it may take all there is."""
     if limit is None:
         return float("inf")
     return limit.usable if len(options) > 1 else limit.bytes
 
 
 def _agreed(limit: Limit | None) -> Limit | None:
-    """The limit of the process whose devices have least."""
+    """Return the limit of the process whose devices have the least memory."""
     if jax.process_count() == 1:
         return limit
     mine = Limit(-1, -1, "") if limit is None else limit
@@ -252,12 +254,12 @@ def _agreed(limit: Limit | None) -> Limit | None:
 
 
 def _most(needs: int) -> int:
-    """The largest need of all processes: compilers on several machines may plan differently."""
+    """Return the largest need of all processes, because compilers on several machines may plan differently."""
     return needs if jax.process_count() == 1 else -distributed.least(-(needs >> 20)) << 20
 
 
 def _reopened(config: Config, workdir: pathlib.Path | None) -> tuple[Config, Config | None]:
-    """The config with what an earlier run chose left open again, and that run's config."""
+    """Return the config with an earlier run's choices open again, and that run's config."""
     earlier = (
         load_config(workdir) if workdir is not None and (workdir / "config.json").exists() else None
     )
@@ -278,7 +280,7 @@ def _reopened(config: Config, workdir: pathlib.Path | None) -> tuple[Config, Con
 def _earlier_option(
     config: Config, earlier: Config | None, hardware: str, tell: Callable[[str], None]
 ) -> Option | None:
-    """What the run in the directory has run with, if that was on such devices."""
+    """Return the option that the run in the directory has used, if that was on such devices."""
     if earlier is None or not open_fields(config):
         return None
     recorded, devices = _read(earlier)
@@ -295,7 +297,7 @@ def _earlier_option(
 
 
 def _from_first(option: Option | None) -> Option | None:
-    """Process 0's option, on every process."""
+    """Return process 0's option, on every process."""
     if jax.process_count() == 1:
         return option
     policies = config_lib.REMAT_POLICIES
@@ -309,14 +311,14 @@ def _from_first(option: Option | None) -> Option | None:
 
 
 def _recorded(config: Config, option: Option, hardware: str) -> Config:
-    """The config with the option, and a note of which of its values were chosen and for what."""
+    """Return the config with the option, and a note of which values were chosen and for which devices."""
     chosen = " ".join(f"{name}={getattr(option, name)}" for name in open_fields(config))
     fields = dataclasses.asdict(option) | {"fitted": f"{chosen} on {hardware}" if chosen else ""}
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **fields))
 
 
 def _read(config: Config) -> tuple[Mapping[str, str], str]:
-    """The values and the devices of a note that `_recorded` made."""
+    """Return the values and the devices in a note of `_recorded`."""
     chosen, _, hardware = config.training.fitted.partition(" on ")
     pairs = (word.partition("=") for word in chosen.split())
     return {name: value for name, _, value in pairs if name in OPEN}, hardware

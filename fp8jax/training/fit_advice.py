@@ -1,6 +1,6 @@
-"""What to do where no option fits: what each change of the config would save, and how many devices would do.
+"""Advise if no option fits: what each change of the config would save, and how many devices would be enough.
 
-By closed formula (estimates.py); nothing is compiled.
+Closed formulas (estimates.py) give the figures; no program is compiled.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _SMALLER = {"master_dtype": "float16", "first_moment": "fp8", "second_moment": "
 
 
 def nothing_fits(plan: Plan, limit: Limit, least: Compiled) -> str:
-    """One line: the need, what each option would save, the number of devices that would do."""
+    """Return one line: the need, what each option would save, and the number of devices that would be enough."""
     there = f"there are {gigabytes(limit.usable)} ({limit.source})"
     what = f"{least.option} needs {gigabytes(least.needs)} a device, and {there}"
     saved = savings(plan, least)
@@ -31,7 +31,7 @@ def nothing_fits(plan: Plan, limit: Limit, least: Compiled) -> str:
 
 
 def savings(plan: Plan, least: Compiled) -> list[tuple[str, float]]:
-    """Flags and the bytes of a device that they save, by closed formula; the largest first."""
+    """Return flags and the bytes of a device that they save, by closed formula, the largest first."""
     config = plan.config
     before = state_bytes(TrainProgram(plan).abstract_state)
     rows = []
@@ -59,7 +59,7 @@ def savings(plan: Plan, least: Compiled) -> list[tuple[str, float]]:
 
 
 def devices_that_do(plan: Plan, limit: Limit, least: Compiled) -> int | None:
-    """The least multiple of the devices, a power of two, over which the sharded part would fit; None if no number would."""
+    """Return the least multiple of the devices, a power of two, over which the sharded part would fit; None if none would."""
     formula = Formula(plan)
     state = state_bytes(TrainProgram(plan).abstract_state)
     sharded = min(state + formula.fixed_bytes(), least.needs)
@@ -74,13 +74,13 @@ def devices_that_do(plan: Plan, limit: Limit, least: Compiled) -> int | None:
 
 
 def out_of_memory(error: Exception, config: Config, step: int, saved: str) -> ConfigError:
-    """The one line on which a run ends that runs out of memory all the same.
+    """Return the line with which a run ends that runs out of memory nevertheless.
 
     Args:
-        error: the device's.
-        config: of the run.
-        step: the last that got done.
-        saved: what there is to continue from.
+        error: the device's error.
+        config: the run's configuration.
+        step: the last finished step.
+        saved: text on what there is to continue from.
     """
     what = str(error).splitlines()[0][:160]
     more = 2 * max(config.training.microbatches, 1)

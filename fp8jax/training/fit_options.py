@@ -1,4 +1,4 @@
-"""What a run may choose by itself: microbatches, rows of a loss chunk, what is recomputed.
+"""List the options that a run may choose from: microbatches, rows of a loss chunk, what is recomputed.
 
 for option in candidates(plan): ...     # all that the config leaves open
 """
@@ -13,11 +13,11 @@ from fp8jax.training.estimates import Option
 
 OPEN = {"microbatches": 0, "loss_chunk": CHUNK_AUTO, "remat": AUTO}
 CHUNK = 8192  # rows of a vocabulary; fewer make GEMMs too small for a GPU
-_REMATS = ("none", "save_fp8", "full")  # offload_fp8 needs memory of the host that nobody plans
+_REMATS = ("none", "save_fp8", "full")  # offload_fp8 needs host memory, which is not planned
 
 
 class Compiled(NamedTuple):
-    """An option, the bytes that one device needs, what was compiled, and its seconds at peak rates where they were read."""
+    """An option, the bytes that one device needs, what was compiled, and its seconds at peak rates if known."""
 
     option: Option
     needs: int
@@ -26,12 +26,12 @@ class Compiled(NamedTuple):
 
 
 def open_fields(config: Config) -> list[str]:
-    """Names of the fields that the config leaves to be chosen."""
+    """Return the names of the fields that the config leaves open."""
     return [name for name, value in OPEN.items() if getattr(config.training, name) == value]
 
 
 def candidates(plan: Plan) -> list[Option]:
-    """Every option that the config leaves open and the model allows; the plainest first."""
+    """Return every option that the config leaves open and the model allows, the simplest first."""
     config, training = plan.config, plan.config.training
     rows = training.batch_size // plan.replicas
     splits = [count for count in range(1, rows + 1) if rows % count == 0]
@@ -51,5 +51,5 @@ def candidates(plan: Plan) -> list[Option]:
 
 
 def gigabytes(size: float) -> str:
-    """Like '12.3 GB'."""
+    """Format bytes, such as '12.3 GB'."""
     return f"{size / 1e9:,.1f} GB" if size >= 0.05 * 1e9 else f"{size / 1e6:,.1f} MB"

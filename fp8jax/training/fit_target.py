@@ -26,9 +26,10 @@ from fp8jax.training.step import TrainProgram
 
 
 class CompiledStep(NamedTuple):
-    """A step compiled for a target: the program, its trace, the executable, its text where it has none itself, seconds.
+    """A step compiled for a target: the program, its trace, the executable, its text if it has none itself, seconds.
 
-    statistics: the executable of the step with statistics, where it was needed to know what fits.
+    Attributes:
+        statistics: the executable of the step with statistics, if it was needed to find what fits.
     """
 
     step: TrainProgram
@@ -41,14 +42,15 @@ class CompiledStep(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TargetFit:
-    """What a run would run with on a target.
+    """The options of a run on a target.
 
-    plan: nothing is left open in its config.
-    compiled: its step; None where the compiler refuses it for its size.
-    choice: how it was found; None where nothing was compiled.
-    limit: what a device has; None where that is not known.
-    advice: what to do where nothing fits; empty where it fits.
-    options: all there were.
+    Attributes:
+        plan: the plan, without open fields in its config.
+        compiled: its step; None if the compiler refuses it for its size.
+        choice: how it was found; None if no program was compiled.
+        limit: a device's memory; None if unknown.
+        advice: what to do if no option fits; empty if one fits.
+        options: all options.
     """
 
     plan: Plan
@@ -59,7 +61,7 @@ class TargetFit:
     options: list[Option]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every option as plain values: estimates of all, what was found for those that were compiled; the fastest first."""
+        """Return every option as plain values, the fastest first: estimates of all, figures of the compiled ones."""
         formula = Formula(self.plan)
         ranking = fit.Ranking(self.plan, self.options)
         for each in self.choice.tried:
@@ -93,7 +95,7 @@ def fit_target(
     """Choose and compile for a target.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         target: its devices.
         say: receives a line before each compilation.
         with_statistics: steps with statistics must fit, too, as in a run.
@@ -121,7 +123,7 @@ def fit_target(
 
 
 def compile_option(plan: Plan, target: targets.Target) -> Compiled:
-    """Compile a step for a target and read what a device needs, and its seconds where the rates are known."""
+    """Compile a step for a target, and read what a device needs, and its seconds if the rates are known."""
     training = config_lib.settled(plan.config).training
     option = Option(training.microbatches, training.loss_chunk, training.remat)
     try:
@@ -135,7 +137,7 @@ def compile_option(plan: Plan, target: targets.Target) -> Compiled:
 
 
 def _with_statistics(found: Compiled, target: targets.Target) -> Compiled:
-    """Return an option with what the step with statistics needs, where that is more."""
+    """Return an option with the needs of the step with statistics, if those are larger."""
     compiled = found.program
     step = compiled.step
     traced = step.jitted_step(collect=True).trace(step.abstract_state, step.abstract_batch)
@@ -160,7 +162,7 @@ def compile_step(plan: Plan, target: targets.Target) -> CompiledStep:
 
 
 def roofline_seconds(compiled: CompiledStep, target: targets.Target) -> float | None:
-    """Seconds of a step at peak rates; None where they, or the program, are not known."""
+    """Return the seconds of a step at peak rates; None if they, or the program, are unknown."""
     if target.kind not in DEVICES:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Fields that make a run what it is: changing one on a continued run would make it another."""
+"""The fields that define a run: changing one on a continued run would make it another."""
 
 _FIXED = {
     "model": None,  # all of it
@@ -15,6 +15,6 @@ def is_fixed(section: str, name: str) -> bool:
 
 
 def described() -> str:
-    """Return all of them in words."""
+    """Return a description of all fixed fields."""
     named = (f"{section}.{name}" for section, names in _FIXED.items() for name in names or ())
     return f"{', '.join(named)} and the fields of model"

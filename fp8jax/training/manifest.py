@@ -1,13 +1,14 @@
-"""What a checkpoint must hold, byte for byte: MANIFEST.json in its directory, written when all else is complete.
+"""Write and check MANIFEST.json, which lists a checkpoint's files byte for byte, and is written last.
 
     write(directory, {"step": 20})
     problem(directory)      # None, or one line: which file is missing, of another size, or damaged
 
-A directory without a manifest is not a checkpoint: whatever wrote it was interrupted, or the file is lost.
+A directory without a manifest is not a checkpoint: its save was interrupted, or the file is lost.
 
-Digests are to find damage, not forgery: XXH3 of 128 bits, ten times as fast as BLAKE2. Files are read in
-chunks by several threads, and a file's digest is that of its chunks' digests, so one large file takes no
-longer than many small ones. Manifests of earlier versions, BLAKE2 of whole files, are still understood.
+Digests find damage, not forgery: XXH3 of 128 bits is ten times as fast as BLAKE2. Files are read in
+chunks by several threads, and a file's digest is that of its chunks' digests, so one large file
+takes no longer than many small ones. Manifests of earlier versions, BLAKE2 of whole files, are
+still read.
 """
 
 import concurrent.futures
@@ -24,12 +25,12 @@ from fp8jax.config import CheckpointError, ConfigError, read_json
 
 NAME = "MANIFEST.json"
 HASH = "xxh3_128"  # content without "hash" has BLAKE2 digests
-_CHUNK, _PIECE = 1 << 26, 1 << 22  # bytes of a digest, and of a read
+_CHUNK, _PIECE = 1 << 26, 1 << 22  # bytes per digest, and per read
 THREADS = min(16, os.cpu_count() or 1)
 
 
 def write(directory: pathlib.Path, facts: dict[str, Any]) -> None:
-    """Writes the manifest of all files under a directory, whole or not at all; `facts` are kept with it."""
+    """Write the manifest of all files under a directory atomically, with `facts` in it."""
     paths = _files(directory)
     digests = _digests(directory, paths)
     files = {path: [os.path.getsize(directory / path), digests[path]] for path in paths}
@@ -43,7 +44,7 @@ def write(directory: pathlib.Path, facts: dict[str, Any]) -> None:
 
 
 def fact(directory: pathlib.Path, name: str) -> Any:
-    """What the manifest tells of `name`; None where it does not, or is damaged."""
+    """Return the manifest's fact `name`; None if it has none, or is damaged."""
     try:
         return read_json(directory / NAME)["content"][name]
     except (OSError, ConfigError, KeyError, TypeError):
@@ -61,10 +62,10 @@ def steps(directory: pathlib.Path) -> list[int]:
 
 
 def chosen(directory: pathlib.Path, step: int | None) -> int:
-    """Return a step of which there is a complete checkpoint in a run's directory of them; the newest for None.
+    """Return a step that has a complete checkpoint in a run's directory of them; the newest for None.
 
     Raises:
-        CheckpointError: there is none, or none of this step; it lists those that there are.
+        CheckpointError: there is none, or none of this step; the message lists the existing ones.
     """
     there = steps(directory)
     if step in there or (step is None and there):
@@ -73,7 +74,7 @@ def chosen(directory: pathlib.Path, step: int | None) -> int:
 
 
 def missing(directory: pathlib.Path, step: int | None, there: list[int]) -> CheckpointError:
-    """Return the error for a step, or any, that is not among those that there are."""
+    """Return the error for a step, or for None, if no such checkpoint exists."""
     told = (
         f"there are steps {', '.join(map(str, there))}"
         if there
@@ -86,7 +87,7 @@ def missing(directory: pathlib.Path, step: int | None, there: list[int]) -> Chec
 
 
 def sync(directory: pathlib.Path) -> None:
-    """Makes names in a directory last through a loss of power."""
+    """Make names in a directory last through a loss of power."""
     file = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -95,12 +96,12 @@ def sync(directory: pathlib.Path) -> None:
 
 
 def problem(directory: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Return the first difference between a directory and its manifest, in one line; None where there is none.
+    """Return the first difference between a directory and its manifest, in one line; None if there is none.
 
     Args:
-        directory: of the checkpoint.
-        share: (i, n) reads the contents of files i, i + n, ... alone: processes share the work of looking
-            at all. Names and sizes are always compared.
+        directory: directory of the checkpoint.
+        share: (i, n) reads only the contents of files i, i + n, ..., so that processes share the
+            work. Names and sizes are always compared.
     """
     try:
         manifest = read_json(directory / NAME)
@@ -140,7 +141,7 @@ def _files(directory: pathlib.Path) -> list[str]:
 
 
 def _digests(directory: pathlib.Path, paths: Iterable[str]) -> dict[str, str]:
-    """Return each file's digest: of the digests of its chunks, found by THREADS threads."""
+    """Return each file's digest, over the digests of its chunks, computed by THREADS threads."""
     with concurrent.futures.ThreadPoolExecutor(THREADS, "digest") as threads:
         futures = {
             path: [
@@ -156,7 +157,7 @@ def _digests(directory: pathlib.Path, paths: Iterable[str]) -> dict[str, str]:
 
 
 def _old_digests(directory: pathlib.Path, paths: Iterable[str]) -> dict[str, str]:
-    """As `_digests`, in the way of earlier versions."""
+    """Return digests as earlier versions computed them."""
 
     def digest(path: str) -> bytes:
         return _hashed(
@@ -171,7 +172,7 @@ def _old_digests(directory: pathlib.Path, paths: Iterable[str]) -> dict[str, str
 
 
 def _hashed(digest: Any, path: pathlib.Path, start: int, count: int) -> bytes:
-    """Return the digest of `count` bytes of a file from `start` on, or of as many as there are."""
+    """Return the digest of at most `count` bytes of a file from `start` on."""
     buffer = memoryview(bytearray(min(_PIECE, count)))
     with path.open("rb", buffering=0) as file:
         file.seek(start)

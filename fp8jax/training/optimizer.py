@@ -1,11 +1,12 @@
-"""AdamW, AdEMAMix or Muon with a warm-up, stable, decay schedule (FOG paper, Table 6), from optax's parts.
+"""Build AdamW, AdEMAMix or Muon with a warm-up, stable, decay schedule (FOG paper, Table 6), from optax's parts.
 
     transform = make_transform(config.optimizer)              # clip, moments, decoupled weight decay
     update, moments = transform.update(grads, moments, params)
     params = params - learning_rate(config, step) * update
 
-The learning rate is a function of the step alone, kept out of the optimizer's state, so that a skipped update does not
-shift the schedule. All of this computes in float32; in how many bits the results are kept is in precision.py.
+The learning rate is a function of the step alone, kept out of the optimizer's state, so that a
+skipped update does not shift the schedule. All of this computes in float32; state_formats.py sets
+the bits in which results are kept.
 """
 
 from typing import Any
@@ -19,12 +20,13 @@ from fp8jax.config import Config, OptimizerConfig
 from fp8jax.models.definition import STACKED
 
 MATRIX = "w"  # every matrix is stored under this name, and nothing else is
-# Muon's updates, by this root mean square (Liu et al. 2025, arXiv 2502.16982), take AdamW's learning rate.
+# With this root mean square, Muon's updates take AdamW's learning rate (Liu et al. 2025, arXiv
+# 2502.16982).
 _MUON_RMS = 0.2
 
 
 def learning_rate(config: Config, step: jax.Array) -> jax.Array:
-    """Learning rate of the update number `step` (from 0): linear warm-up, constant, then down as 1 - sqrt(progress)."""
+    """Return the learning rate of update `step` (from 0): linear warm-up, constant, then down as 1 - sqrt(progress)."""
     optimizer, steps = config.optimizer, config.training.steps
     decay_steps = round(steps * optimizer.decay_fraction)
     count = step.astype(jnp.float32) + 1.0
@@ -35,7 +37,7 @@ def learning_rate(config: Config, step: jax.Array) -> jax.Array:
 
 
 def make_transform(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The update before it is multiplied by the learning rate. float32 gradients in, float32 update out."""
+    """Return the update before the learning rate; it takes float32 gradients and gives a float32 update."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     make = {"adamw": _adam, "ademamix": _ademamix, "muon": _muon}[config.name]
     return optax.chain(
@@ -44,7 +46,7 @@ def make_transform(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def decayed(params: Any) -> Any:
-    """True for matrices, False for gains and scalars."""
+    """Return True for matrices, False for gains and scalars."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == MATRIX, params)
 
 
@@ -59,7 +61,7 @@ def _ademamix(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Muon for the blocks' matrices, Adam for the rest."""
+    """Return Muon for the blocks' matrices, Adam for the rest."""
 
     def axes(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: _muon_axes(path), params)
@@ -69,7 +71,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
             lambda path, _: "muon" if _muon_axes(path) else "adam", params
         )
 
-    # Of all parameters, contrib.muon would give the rest to an Adam with Nesterov's momentum.
+    # contrib.muon alone would give the other parameters to an Adam with Nesterov's momentum.
     muon = contrib.muon(
         1.0,
         weight_decay=0.0,
@@ -84,7 +86,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _muon_axes(path: Any) -> contrib.MuonDimensionNumbers | None:
-    """Inputs and outputs of a block's matrix, whose first dimension is the layers; None for anything else."""
+    """Return inputs and outputs of a block's matrix, whose first dimension is the layers; None for other parameters."""
     names = [key.key for key in path]
     if names[0] != STACKED or names[-1] != MATRIX:
         return None

@@ -1,6 +1,6 @@
-"""The state of a run as one pytree, its sharding, and how it starts.
+"""The state of a run as one pytree, with its sharding and its start.
 
-Everything that a run needs to continue bit for bit is here; the data's position is the step alone.
+A run continues bit for bit from this state alone; the data's position is the step.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ State = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Steps taken, parameters, FP8 scaling state, optimizer state, and what is remembered of bad steps."""
+    """The steps taken, parameters, FP8 scaling state, optimizer state, and the record of bad steps."""
 
     step: jax.Array
     params: Any
@@ -34,7 +34,7 @@ class TrainState:
     health: Health
 
     def items(self) -> dict[str, Any]:
-        """As a checkpoint stores it: entries that can be restored one without another."""
+        """Return the entries of a checkpoint, which can be restored one without another."""
         return {
             "params": self.params,
             "scaling": self.scaling,
@@ -44,7 +44,7 @@ class TrainState:
 
     @staticmethod
     def from_items(items: dict[str, Any]) -> "TrainState":
-        """The inverse of `items`."""
+        """Return the state of entries, inverting `items`."""
         return TrainState(
             params=items["params"],
             scaling=items["scaling"],
@@ -54,15 +54,15 @@ class TrainState:
 
 
 def initial_state(definition: Definition, recipes: ModelRecipes, config: Any) -> TrainState:
-    """Fresh parameters and empty everything else; jit it with out_shardings. Scales are not calibrated yet."""
+    """Return fresh parameters and all else empty; jit this with out_shardings. Scales are not calibrated yet."""
     return state_of(definition.init(config.training.seed), recipes, config)
 
 
 def state_of(params: Any, recipes: ModelRecipes, config: Any) -> TrainState:
-    """float32 parameters and empty everything else."""
+    """Return the state of float32 parameters, with all else empty."""
     step = jnp.zeros((), jnp.int32)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes freely
-        # The barrier keeps compilers from rounding zeros by themselves, which takes them minutes.
+        # The barrier keeps compilers from rounding zeros while compiling, which takes them minutes.
         fresh = jax.lax.optimization_barrier(
             (params, make_transform(config.optimizer).init(params), step)
         )
@@ -73,9 +73,9 @@ def state_of(params: Any, recipes: ModelRecipes, config: Any) -> TrainState:
 def abstract_state(
     definition: Definition, recipes: ModelRecipes, config: Any, mesh: Mesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state; allocates nothing.
+    """Return shapes, dtypes and shardings of the state, without allocating it.
 
-    Parameters and moments are sharded by their logical axes, everything else is replicated.
+    Parameters and moments are sharded by their logical axes, all else is replicated.
     """
     shapes = jax.eval_shape(lambda: initial_state(definition, recipes, config))
     by_path = {
@@ -95,7 +95,7 @@ def abstract_state(
 
 
 def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding without what does not divide a dimension: one of scales, of which there are few."""
+    """Return the sharding without axes that do not divide a dimension, such as that of scales, of which there are few."""
     sizes = [
         math.prod(
             sharding.mesh.shape[axis]

@@ -1,12 +1,14 @@
-"""In how many bits parameters and moments are kept between steps, and how they come back from a checkpoint kept otherwise.
+"""Convert parameters and moments to their storage formats between steps, and on restore from other formats.
 
-    params, opt_state = pack(config.optimizer, params, moments, step)     # float32 → as the config asks
+    params, opt_state = pack(config.optimizer, params, moments, step)     # float32 → formats of the config
     params, moments = unpack(params, opt_state)                           # float32 again
 
-What is packed are matrices: nearly all bytes. Gains and scalars stay float32. Everything computes in float32 (optimizer.py);
-formats, blocks and rounding are numerics/low_bit_state.py's. With all dtypes float32, packing changes nothing at all.
+Only matrices are packed, which have nearly all bytes; gains and scalars stay float32. Computation
+is in float32 (optimizer.py); formats, blocks and rounding are those of numerics/low_bit_state.py.
+With all dtypes float32, packing changes nothing.
 
-Rounding draws its bits from the step and the parameter's place, so a resumed run repeats them.
+The random bits of rounding depend on the step and the parameter's place, so a resumed run repeats
+them.
 """
 
 import dataclasses
@@ -19,16 +21,20 @@ from fp8jax.config import OptimizerConfig
 from fp8jax.numerics import low_bit_state
 from fp8jax.training.optimizer import MATRIX
 
-# Fields of optax's states that hold averages of gradients (m1: AdEMAMix's fast one; its slow one takes in 1e-4 of a gradient a
-# step, less than the noise of 8 bits, and stays float32), and of squares.
+# Fields of optax's states that hold averages of gradients (m1: AdEMAMix's fast one; its slow one
+# takes in 1e-4 of a gradient a step, less than the noise of 8 bits, and stays float32), and of
+# squares.
 _FIRST, _SECOND = ("mu", "m1"), ("nu",)
 
 
 class OptState(NamedTuple):
-    """What the optimizer remembers.
+    """The optimizer's state.
 
-    moments: optax's state, arrays of matrices in their storage formats. scales: like `moments`, None where there are none.
-    remainder: like the parameters, int8 of matrices whose rounding is compensated, None elsewhere.
+    Attributes:
+        moments: optax's state, arrays of matrices in their storage formats.
+        scales: like `moments`, None for arrays without.
+        remainder: like the parameters, int8 of matrices whose rounding is compensated, otherwise
+            None.
     """
 
     moments: Any
@@ -39,7 +45,7 @@ class OptState(NamedTuple):
 def pack(
     config: OptimizerConfig, params: Any, moments: Any, step: jax.Array
 ) -> tuple[Any, OptState]:
-    """float32 parameters and moments in the formats of a config; `step` seeds the rounding."""
+    """Convert float32 parameters and moments to the formats of a config; `step` seeds the rounding."""
     kept = _map(lambda path, x, bits: _pack_moment(config, path, x, bits), moments, step, 0)
     masters = _map(lambda path, x, bits: _pack_master(config, path, x, bits), params, step, 1 << 16)
     (moments, scales), (params, remainder) = _unzip(moments, kept), _unzip(params, masters)
@@ -47,7 +53,7 @@ def pack(
 
 
 def unpack(params: Any, opt_state: OptState) -> tuple[Any, Any]:
-    """float32 parameters and moments."""
+    """Return float32 parameters and moments."""
 
     def master(x: jax.Array, low: jax.Array | None) -> jax.Array:
         return x.astype(jnp.float32) if low is None else low_bit_state.join(x, low)
@@ -60,11 +66,11 @@ def unpack(params: Any, opt_state: OptState) -> tuple[Any, Any]:
 
 
 def saved_as(config: OptimizerConfig, dtypes: dict[str, str]) -> OptimizerConfig:
-    """The config with the optimizer and the formats with which a checkpoint was saved.
+    """Return the config with the optimizer and the formats with which a checkpoint was saved.
 
     Args:
-        config: of a run.
-        dtypes: of the checkpoint's arrays, by name: 'params/embedding/w'.
+        config: a run's section.
+        dtypes: dtypes of the checkpoint's arrays, by name: 'params/embedding/w'.
     """
     names = {str(dtype): name for name, dtype in low_bit_state.FORMATS.items()}
     found: dict[str, str] = {}
@@ -90,7 +96,7 @@ def saved_as(config: OptimizerConfig, dtypes: dict[str, str]) -> OptimizerConfig
 
 
 def describe(config: OptimizerConfig) -> str:
-    """Like 'weights float16 (stochastic), moments fp8 and float16'."""
+    """Describe the formats, as 'weights float16 (stochastic), moments fp8 and float16'."""
     rounding = "" if config.master_dtype == "float32" else f" ({config.master_rounding})"
     return f"weights {config.master_dtype}{rounding}, moments {config.first_moment} and {config.second_moment}"
 
@@ -126,14 +132,14 @@ def _pack_master(
 
 
 def _moment(path: Any) -> str | None:
-    """The kind of average that an array of optax's state is, if it is a matrix's."""
+    """Return the kind of average that an array of optax's state is, if it is a matrix's; otherwise None."""
     if getattr(path[-1], "key", None) != MATRIX:
         return None
     return next((key.name for key in path if getattr(key, "name", None) in _FIRST + _SECOND), None)
 
 
 def _map(function: Any, tree: Any, step: jax.Array, first: int) -> list[Any]:
-    """function(path, leaf, its source of random bits) of every leaf; `first` tells trees apart."""
+    """Return function(path, leaf, its source of random bits) for every leaf; `first` distinguishes trees."""
     out = []
     for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree), first):
         out.append(

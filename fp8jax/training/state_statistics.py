@@ -1,9 +1,9 @@
-"""Statistics of parameters and of the optimizer's moments: wanted now and then, so they are taken on demand.
+"""Take statistics of parameters and of the optimizer's moments, on demand.
 
     found = jax.jit(state_statistics)(state)         # name → statistic → float32 [layers]
     found["mu.attention.qkv.w"]["kurtosis"]
 
-A run takes them in steps with statistics where `config.monitor.parameters` is set.
+A run takes them in steps with statistics if `config.monitor.parameters` is set.
 """
 
 from typing import Any
@@ -19,9 +19,10 @@ from fp8jax.training.state import TrainState
 
 
 def state_statistics(state: TrainState) -> Taps:
-    """Mean, rms, kurtosis and amax of each parameter ('params.attention.qkv.w') and of its moments ('mu....', 'nu....', as optax has them).
+    """Return mean, rms, kurtosis and amax of each parameter ('params.attention.qkv.w') and its moments ('mu....', 'nu....').
 
-    A parameter has no tokens: the whole of it, in each layer, is one sample of the kurtosis. Outside the blocks there is one layer.
+    A parameter has no tokens: the whole of it, in each layer, is one sample of the kurtosis.
+    Outside the blocks there is one layer.
     """
     params, moments = state_formats.unpack(state.params, state.opt_state)
     out: Taps = {}

@@ -1,21 +1,22 @@
-"""Attention backend `composed`: plain FP8 GEMMs over chunks of queries, so that no S x S array is ever kept.
+"""Compute attention by backend `composed`: plain FP8 GEMMs over chunks of queries, without an S x S array.
 
     o = attention(q, k, v, recipes, softmax_scale=0.125, backend="composed")
 
-Runs wherever FP8 GEMMs run. Each chunk of CHUNK queries sees its whole key prefix at once, so its row maximum is exact
-and nothing is rescaled. Memory beside inputs and results is one chunk of scores, CHUNK x keys: linear in the sequence
-length.
+It runs wherever FP8 GEMMs run. Each chunk of CHUNK queries sees its whole key prefix at once, so
+its row maximum is exact and no result is rescaled. Memory besides inputs and results is one chunk
+of scores, CHUNK x keys: linear in the sequence length.
 
-Keys after a chunk's last query are skipped. The number of keys is part of a GEMM's shape, and a program with GEMMs of
-its own for every chunk would grow with the sequence; so the queries fall into at most BANDS bands, and the chunks of a
-band, a scan, all take the keys up to the band's end. That computes 75% of the square of scores at 1024 tokens, 56% at
-4096 and above; half is the least.
+Keys after a chunk's last query are skipped. The number of keys is part of a GEMM's shape, and a
+program with GEMMs of its own for every chunk would grow with the sequence; so the queries fall into
+at most BANDS bands, and the chunks of a band, a scan, all take the keys up to the band's end. That
+computes 75% of the square of scores at 1024 tokens, 56% at 4096 and above; half is the minimum.
 
-The cast of dS needs one scale for the whole tensor. Delayed and static scaling have it beforehand. `current` takes two passes over
-the chunks: one for the largest |dS| (two GEMMs of the five over again), one for the gradients.
+The cast of dS needs one scale for the whole tensor. Delayed and static scaling have it beforehand.
+`current` takes two passes over the chunks: one for the largest |dS| (two of the five GEMMs again),
+one for the gradients.
 
-What it does not do: skip the work between documents of a packed sequence (it is masked), or keep the scores on chip: a
-chunk of them goes through memory, float32, as in any composition of GEMMs.
+The work between documents of a packed sequence is masked, not skipped, and scores do not stay on
+chip: a chunk of them goes through memory, float32, as in any composition of GEMMs.
 """
 
 import functools
@@ -37,7 +38,7 @@ BANDS = 8
 
 
 def forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
-    """As `attention_rows.output` of all rows."""
+    """Return what `rows.output` does, for all rows."""
     shape = x.q.data.shape
 
     def chunk(carry, start, rows, keys):
@@ -58,13 +59,13 @@ def forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
 def backward(
     call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v in the dtype of activations and dS's amax by head, [b, k] (None if not measured) or, if the call asks, its health.
+    """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, [b, k] (or None), or its health if asked.
 
     Args:
         call: recipes and softmax scale.
         x: operands of the forward pass.
-        residuals: of every query.
-        scale: of dS, with delayed and static scaling.
+        residuals: residuals of every query.
+        scale: scale of dS, with delayed and static scaling.
     """
     if call.scores.scaling == "current":
         scale = call.scores.scale(largest_ds(call, x, residuals), call.scores.format("ds"))
@@ -107,7 +108,7 @@ def backward(
 
 
 def _whole(health: jax.Array, amax: jax.Array, scale: jax.Array | None, length: int) -> jax.Array:
-    """Health of dS from the sum over chunks: what was skipped is zero; amax and scale do not add up."""
+    """Return the health of dS from the sum over chunks; skipped elements are zero, amax and scale do not add up."""
     computed = (
         sum(chunks * rows * (first + chunks * rows) for first, chunks, rows in _bands(length))
         / max(length, 1) ** 2
@@ -124,7 +125,7 @@ def _whole(health: jax.Array, amax: jax.Array, scale: jax.Array | None, length: 
 def _chunk_ds(
     call: Call, x: Operands, residuals: Residuals, start: Any, rows: int, keys: int
 ) -> tuple[jax.Array, jax.Array, Quantised]:
-    """P times its rows' factors, dS and dO of one chunk."""
+    """Return P times its rows' factors, dS and dO of one chunk."""
     do = rows_of(residuals.do, start, rows)
     offset, delta = (
         lax.dynamic_slice_in_dim(a, start, rows, axis=1)
@@ -136,7 +137,7 @@ def _chunk_ds(
 
 
 def largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
-    """Largest |dS| over all chunks."""
+    """Return the largest |dS| over all chunks."""
 
     def chunk(largest, start, rows, keys):
         ds = _chunk_ds(call, x, residuals, start, rows, keys)[1]
@@ -147,13 +148,14 @@ def largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
 
 
 def over_chunks(length: int, body: Callable, like: jax.Array, carry: Any) -> Any:
-    """Folds `body(carry, start, rows, keys)` over all chunks; rows and keys are static, start may be traced; `like`: an input."""
+    """Fold `body(carry, start, rows, keys)` over all chunks; rows and keys are static, start may be traced; `like` is an input."""
     for first, chunks, rows in _bands(length):
         step = functools.partial(body, rows=rows, keys=first + chunks * rows)
         if chunks == 1:
             carry = step(carry, first)
         else:
-            # Tied to an input: masks that depend on nothing would be moved out of the loop over layers and kept, all of them.
+            # The start is tied to an input: constant masks would be moved out of the loop over
+            # layers, and all of them kept.
             starts, _ = lax.optimization_barrier(
                 (first + rows * jnp.arange(chunks), like[(0,) * like.ndim])
             )
@@ -162,10 +164,11 @@ def over_chunks(length: int, body: Callable, like: jax.Array, carry: Any) -> Any
 
 
 def _bands(length: int) -> Iterator[tuple[int, int, int]]:
-    """(first query, number of chunks, queries a chunk) of each band; an odd rest at the end is a band of its own."""
+    """Yield (first query, number of chunks, queries per chunk) of each band; an odd rest at the end is a band of its own."""
     whole, rest = divmod(length, CHUNK)
-    # At least two chunks a band: compilers unroll a scan of one step, then work on several bands at once. Measured at
-    # 4096 tokens, on a CPU and in a program for 8 H100s: three times the memory of one chunk.
+    # A band has at least two chunks: compilers unroll a scan of one step, then work on several
+    # bands at once. Measured at 4096 tokens, on a CPU and in a program for 8 H100s: three times the
+    # memory of one chunk.
     step = max(2, -(-whole // BANDS))
     for i in range(0, whole, step):
         yield i * CHUNK, min(step, whole - i), CHUNK
@@ -174,10 +177,10 @@ def _bands(length: int) -> Iterator[tuple[int, int, int]]:
 
 
 def rows_of(x: Quantised, start: Any, size: int) -> Quantised:
-    """Some positions of [b, t, ...]."""
+    """Return `size` positions of [b, t, ...] from `start` on."""
     return Quantised(lax.dynamic_slice_in_dim(x.data, start, size, axis=1), x.scale)
 
 
 def _add_prefix(total: jax.Array, part: jax.Array) -> jax.Array:
-    """Adds to the first keys of [b, k, s, h]."""
+    """Add a part to the first keys of [b, k, s, h]."""
     return lax.dynamic_update_slice_in_dim(total, total[:, :, : part.shape[2]] + part, 0, axis=2)

@@ -1,18 +1,23 @@
-"""Flash attention in FP8 as Pallas kernels for Triton: forward, dQ, and dK with dV; and its statistics. Host side: pallas.py.
+"""Flash attention in FP8 as Pallas kernels for Triton: forward, dQ, dK with dV, and statistics; pallas.py calls them.
 
-Every GEMM is a product of two FP8 tiles. Hopper's tensor cores read both operands of one with the contracted dimension
-contiguous, so a GEMM that contracts tokens takes a transposed copy: V in the forward pass, K for dQ, Q and dO for dK and dV
-(names ending in `_ht`). The dK and dV kernel forms S and P transposed, [keys, queries], so that P and dS are left operands,
-which need no copy: they go from registers to the tensor cores.
+Every GEMM is a product of two FP8 tiles. Hopper's tensor cores read both operands of one with the
+contracted dimension contiguous, so a GEMM that contracts tokens takes a transposed copy: V in the
+forward pass, K for dQ, Q and dO for dK and dV (names ending in `_ht`). The dK and dV kernel forms S
+and P transposed, [keys, queries], so that P and dS are left operands, which need no copy: they go
+from registers to the tensor cores.
 
-What is computed is `attention_rows`', tile by tile: P~ = exp2(S·c - ceil(m)) at scale 1/256 with m the running row maximum, so that
-moving to a later maximum multiplies by an exact power of two; O divided by the sum of P~ as cast; in the backward pass P~ again, of the
-last maximum, and dS before the softmax scale. All arithmetic between the GEMMs is float32. Tiles above the diagonal are skipped.
+The kernels compute what rows.py does, tile by tile: P~ = exp2(S·c - ceil(m)) at scale 1/256 with m
+the running row maximum, so that moving to a later maximum multiplies by an exact power of two; O
+divided by the sum of P~ as cast; in the backward pass P~ again, of the last maximum, and dS before
+the softmax scale. All arithmetic between the GEMMs is float32. Tiles above the diagonal are
+skipped.
 
-A kernel sees one head of one sequence (for dK and dV one KV head with its `g` query heads). Letters as in `attention`; lengths are
-whole numbers of tiles. `factors` are the scalars that the scales fold into.
+A kernel sees one head of one sequence (for dK and dV one KV head with its `g` query heads). Letters
+as in `attention`; lengths are whole numbers of tiles. `factors` are the scalars that the scales
+fold into.
 
-In steps with statistics the dQ kernel also counts what the cast of dS does, and `scores` takes the largest logit and the entropy of each query.
+In steps with statistics the dQ kernel also counts the effects of the cast of dS, and `scores` takes
+the largest logit and the entropy of each query.
 """
 
 import functools
@@ -28,12 +33,12 @@ from fp8jax.numerics import formats
 from fp8jax.numerics.attention.rows import P_SCALE
 from fp8jax.numerics.triton_dot import dot, exp2, fma
 
-# P's scale is a power of two, which is added to exponents.
+# P's scale is a power of two, so it is added to exponents.
 P_BITS = -int(math.log2(P_SCALE))
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: queries and keys a tile, warps of a program, stages of the loads' pipeline."""
+    """The tiling of a kernel: queries and keys per tile, warps of a program, stages of the loads' pipeline."""
 
     queries: int
     keys: int
@@ -42,11 +47,16 @@ class Tile(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What is static in a kernel.
+    """The static arguments of a kernel.
 
-    tile, length: in tokens. ds_dtype: format of dS. interpret: whether Pallas interprets it. precise: names of the passes
-    (`fprop`, `dgrad`, `wgrad`) whose sums over tiles are float32; the others stay in the tensor cores' accumulators, whose
-    14 bits a term suffice for a tile, and which cost neither registers nor a wait. health: whether the cast of dS is counted.
+    Attributes:
+        tile, length: in tokens.
+        ds_dtype: format of dS.
+        interpret: whether Pallas interprets it.
+        precise: names of the passes (`fprop`, `dgrad`, `wgrad`) whose sums over tiles are float32;
+            the others stay in the tensor cores' accumulators, whose 14 bits per term suffice for a
+            tile, and which cost neither registers nor a wait.
+        health: whether the cast of dS is counted.
     """
 
     tile: Tile
@@ -57,13 +67,14 @@ class Shape(NamedTuple):
     health: bool = False
 
 
-# What the dQ kernel sums over the keys of each query, and its dtypes; beside the largest |dS| that it takes anyhow.
+# The dQ kernel's sums over the keys of each query, and their dtypes, besides the largest |dS|,
+# which it always takes.
 TALLY = ("overflow", "underflow", "nonzero", "negative_zero", "signal", "noise")
 TALLY_DTYPES = (jnp.int32,) * 4 + (jnp.float32,) * 2
 
 
 def forward(shape: Shape, factors, q, k, v_ht, segments, o, level, weight):
-    """O, [queries, h], and of each query the ceil of its largest score in base 2 and the sum of its P~ as cast, [queries].
+    """Compute O, [queries, h], and for each query the ceil of its largest score in base 2 and the sum of its P~ as cast.
 
     factors: softmax scale * log2(e) * scale of q * scale of k; scale of v.
     """
@@ -80,7 +91,8 @@ def forward(shape: Shape, factors, q, k, v_ht, segments, o, level, weight):
         if masked:
             s = jnp.where(_visible(first, j * keys, rows, keys, own, segments), s, -jnp.inf)
         new_peak = jnp.maximum(peak, jnp.ceil(jnp.max(s, axis=1) * factor))
-        # A row without any visible key so far has a peak of -inf; 0 in its place makes its probabilities 0, not NaN.
+        # A row without any visible key so far has a peak of -inf; 0 in its place makes its
+        # probabilities 0, not NaN.
         finite = jnp.where(new_peak == -jnp.inf, 0.0, new_peak)
         p = _cast(_exponentials(s, factor, (P_BITS - finite)[:, None], shape), formats.E4M3, shape)
         moved = jnp.exp2(peak - finite)
@@ -101,7 +113,7 @@ def forward(shape: Shape, factors, q, k, v_ht, segments, o, level, weight):
 def query_gradient(
     shape: Shape, factors, q, k, k_ht, v, do, offset, shift, segments, dq, largest, *tally
 ):
-    """dQ, [queries, h], and the largest |dS| of each query, in units of its scale, [queries]; and its TALLY, in the same units, if asked.
+    """Compute dQ, [queries, h], the largest |dS| of each query, [queries], in units of its scale, and its TALLY if asked.
 
     factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of k * softmax scale.
     do, offset, shift: each row's dO divided by its factor, as cast; 8 - `Residuals.offset`; -rowsum(do * O) / scale of dS / 256; so that
@@ -141,7 +153,7 @@ def query_gradient(
 
 
 def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, offset, shift, segments, dk, dv):
-    """Gradients of one KV head, dK and dV, [keys, h], summed over its query heads.
+    """Compute the gradients of one KV head, dK and dV, [keys, h], summed over its query heads.
 
     factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of q * softmax scale;
         scale of dO / 256.
@@ -185,7 +197,7 @@ def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, offset, shift
 
 
 def scores(shape: Shape, factors, q, k, segments, top, entropy):
-    """The largest scaled logit of each query, infinite if one is not finite, and the entropy of its probabilities, in base 2, [queries].
+    """Compute each query's largest scaled logit, infinite if one is not finite, and its entropy in base 2, [queries].
 
     factors: softmax scale * log2(e) * scale of q * scale of k.
     """
@@ -208,7 +220,8 @@ def scores(shape: Shape, factors, q, k, segments, top, entropy):
         return level, sums * moved + jnp.sum(p, axis=1), (below + shift * sums) * moved + weighted
 
     zeros = jnp.zeros(rows, jnp.float32)
-    # Not -inf: a query that sees no key yet has to move by a finite number to the level of its first.
+    # The level is not -inf, because a query that sees no key yet must move by a finite number to
+    # the level of its first.
     peak, sums, below = _over_keys(
         shape,
         first,
@@ -221,7 +234,7 @@ def scores(shape: Shape, factors, q, k, segments, top, entropy):
 
 
 def _tally(ds: jax.Array, qds: jax.Array, seen: jax.Array | None) -> list[jax.Array]:
-    """TALLY of a tile, [queries]; what is hidden is zero and not -0."""
+    """Return the TALLY of a tile, [queries]; hidden elements are zero and not -0."""
     magnitude, wide = jnp.abs(ds), qds.astype(jnp.float32)
     nonzero = magnitude >= 2.0**-126
     negative_zero = ~nonzero & (lax.bitcast_convert_type(ds, jnp.int32) < 0)
@@ -238,24 +251,24 @@ def _tally(ds: jax.Array, qds: jax.Array, seen: jax.Array | None) -> list[jax.Ar
 
 
 def _exponentials(s: jax.Array, factor: jax.Array, offset: jax.Array, shape: Shape) -> jax.Array:
-    """256 P: 2**(s factor + offset)."""
+    """Return 256 P = 2**(s factor + offset)."""
     return exp2(fma(s, factor, offset, interpret=shape.interpret), interpret=shape.interpret)
 
 
 def _add(total: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, gemm_pass: str) -> jax.Array:
-    """Total + a b, summed over tiles as the pass asks."""
+    """Return total + a b, summed over tiles with the precision of the pass."""
     if gemm_pass in shape.precise:
         return total + dot(a, b, interpret=shape.interpret)
     return dot(a, b, total, interpret=shape.interpret)
 
 
 def _from_the_end(axis: int) -> jax.Array:
-    """This program's index, counted from the end: under a causal mask the last queries have most to do, so they start first."""
+    """Return this program's index from the end: under a causal mask the last queries have most work, so they start first."""
     return pl.num_programs(axis) - 1 - pl.program_id(axis)
 
 
 def _over_keys(shape: Shape, first, segmented: bool, step: Any, carry: Any) -> Any:
-    """Runs step(j, carry, masked) over the tiles of keys that the queries from `first` may see."""
+    """Run step(j, carry, masked) over the tiles of keys that the queries from `first` may see."""
     diagonal, end = first // shape.tile.keys, pl.cdiv(first + shape.tile.queries, shape.tile.keys)
     carry = lax.fori_loop(0, diagonal, functools.partial(step, masked=segmented), carry)
     return lax.fori_loop(diagonal, end, functools.partial(step, masked=True), carry)
@@ -264,7 +277,7 @@ def _over_keys(shape: Shape, first, segmented: bool, step: Any, carry: Any) -> A
 def _visible(
     first_row, first_key, rows: int, keys: int, own, segments, *, transposed: bool = False
 ) -> jax.Array:
-    """Where queries may look, bool [rows, keys] or [keys, rows]; `own` are the segments of the side that stays in the loop."""
+    """Return which keys queries may see, bool [rows, keys] or [keys, rows]; `own` are segments of the side that stays in the loop."""
     row, key = first_row + jnp.arange(rows), first_key + jnp.arange(keys)
     a, b = (key[:, None], row[None, :]) if transposed else (row[:, None], key[None, :])
     seen = b >= a if transposed else a >= b
@@ -275,5 +288,5 @@ def _visible(
 
 
 def _cast(x: jax.Array, dtype: Any, shape: Shape) -> jax.Array:
-    """Saturating cast. The GPU's own saturates finite values, and infinity too; that one shows in the largest |dS|."""
+    """Cast with saturation; the GPU's own cast saturates infinity too, which shows in the largest |dS|."""
     return formats.cast(x, dtype, emulated=True) if shape.interpret else x.astype(dtype)

@@ -1,17 +1,20 @@
-"""Attention backend `pallas`: our own fused FP8 kernels, for Hopper GPUs. Kernels: kernels.py.
+"""Compute attention by backend `pallas`: our own fused FP8 kernels (kernels.py), for Hopper GPUs.
 
     o = attention(q, k, v, recipes, softmax_scale=0.125, backend="pallas")
 
-Scores never leave the chip: memory is linear in the sequence length, and the only extra arrays are transposed FP8 copies (of V in
-the forward pass, of Q, K and dO in the backward pass), which the compiler writes from the fusion that casts where it can.
-Two kernels do the backward pass, one for dQ and one for dK and dV; both recompute S and dP, seven GEMMs instead of five,
-and in return no result is summed by atomic additions, whose order would change from run to run.
+Scores never leave the chip: memory is linear in the sequence length, and the only extra arrays are
+transposed FP8 copies (of V in the forward pass, of Q, K and dO in the backward pass), which the
+compiler writes from the casting fusion if it can. Two kernels do the backward pass, one for dQ and
+one for dK and dV; both recompute S and dP, seven GEMMs instead of five, and in return no result is
+summed by atomic additions, whose order would change from run to run.
 
-With a recipe that emulates, Pallas interprets the kernels: exact FP8 products on any device, slow, for tests. On a sharded mesh the
-kernels run in `shard_map` over batch and KV heads, `Call.partition`: a compiler cannot split a kernel by itself.
+With a recipe that emulates, Pallas interprets the kernels: exact FP8 products on any device, slow,
+for tests. On a sharded mesh the kernels run in `shard_map` over batch and KV heads,
+`Call.partition`, because a compiler cannot split a kernel.
 
-What it does not do: roles in BF16 (both of attention must be FP8), head dims other than HEAD_DIMS, skip the tiles between
-documents of a packed sequence (they are masked). `current` scaling measures dS by `composed`'s chunks first.
+Roles in BF16 (both of attention must be FP8) and head dims other than HEAD_DIMS are not supported;
+the tiles between documents of a packed sequence are masked, not skipped. `current` scaling measures
+dS by `composed`'s chunks first.
 """
 
 import functools
@@ -35,7 +38,8 @@ from fp8jax.numerics.formats import Quantised
 
 HEAD_DIMS = (64, 128, 256)
 FORWARD, QUERIES, KEYS = "forward", "query_gradient", "key_gradients"
-# By kernel and head dim. Those of 128 are the fastest on an H200 of what benchmarks/tune_attention.py tries; others are by analogy.
+# Tiles by kernel and head dim. Those of 128 are the fastest on an H200 of those in
+# benchmarks/tune_attention.py; others are by analogy.
 TILES = {
     (FORWARD, 64): Tile(64, 128, 4, 3),
     (FORWARD, 128): Tile(64, 128, 4, 3),
@@ -48,16 +52,18 @@ TILES = {
     (KEYS, 256): Tile(32, 64, 8, 2),
 }
 Tiles = dict[tuple[str, int], Tile]
-# Lengths are padded to whole numbers of the largest tile; FP8 rows are then also aligned for 16-byte copies.
+# Lengths are padded to whole numbers of the largest tile; FP8 rows are then also aligned for
+# 16-byte copies.
 _PAD = 128
-_MOST = 2**31 - 1  # elements of an array that a kernel takes
+_MOST = 2**31 - 1  # the most elements of an array for a kernel
 
 
 def forward(call: Call, x: Operands, tiles: Tiles | None = None) -> tuple[jax.Array, Weights]:
-    """As `attention_rows.output` of all rows.
+    """Return what `rows.output` does, for all rows.
 
     Raises:
-        ValueError: a softmax scale that is not positive: the kernel takes a row's maximum before it scales.
+        ValueError: the softmax scale is not positive; the kernel takes a row's maximum before it
+            scales.
     """
     if call.softmax_scale <= 0:
         raise ValueError(
@@ -81,7 +87,7 @@ def backward(
     scale: jax.Array | None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v in the dtype of activations and dS's amax by head, or its health; as `attention_composed.backward`."""
+    """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, or its health, as `composed.backward`."""
     if call.scores.scaling == "current":
         scale = call.scores.scale(
             attention_composed.largest_ds(call, x, residuals), call.scores.format("ds")
@@ -128,7 +134,7 @@ def backward(
 
 
 def _health(amax: jax.Array, scale: jax.Array, sums: list[jax.Array], length: int) -> jax.Array:
-    """`statistics.HEALTH` of dS, over the whole square of scores, from its TALLY, [b, k, g, t] each."""
+    """Return `statistics.HEALTH` of dS, over the whole square of scores, from its TALLY, [b, k, g, t] each."""
     of = {
         name: rows[..., :length] for name, rows in zip(attention_kernels.TALLY, sums, strict=True)
     }
@@ -143,7 +149,7 @@ def _health(amax: jax.Array, scale: jax.Array, sums: list[jax.Array], length: in
 def scores(
     call: Call, q: Quantised, k: Quantised, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """As `attention_rows.spread_of_scores`, but of each query: float32 [b, k, g, t], natural logits and nats."""
+    """Return what `rows.spread_of_scores` does for each query: float32 [b, k, g, t], natural logits and nats."""
     run = _sharded(
         call, functools.partial(_scores, call), ("", "btkgh", "bskh", "bs"), ("bkgt", "bkgt")
     )
@@ -158,7 +164,7 @@ def _scale(q: Quantised) -> jax.Array:
 
 
 def _factors(*scalars: jax.Array) -> jax.Array:
-    """Scalars as a float32 vector of eight, which a kernel reads by index."""
+    """Return scalars as a float32 vector of eight, which a kernel reads by index."""
     given = jnp.stack([jnp.asarray(scalar, jnp.float32) for scalar in scalars])
     return jnp.pad(given, (0, 8 - len(scalars)))
 
@@ -166,7 +172,7 @@ def _factors(*scalars: jax.Array) -> jax.Array:
 def _sharded(
     call: Call, function: Callable, inputs: tuple[str, ...], outputs: tuple[str, ...]
 ) -> Callable:
-    """The function on each device's share: dimensions b and k are split as `call.partition` says. '' is a replicated array."""
+    """Run the function on each device's share: `call.partition` splits dimensions b and k; '' is a replicated array."""
     function = _in_parts(function, inputs)
     mesh = jax.sharding.get_abstract_mesh()
     if call.partition is None or mesh.empty or mesh.size == 1:
@@ -180,10 +186,10 @@ def _sharded(
 
 
 def _in_parts(function: Callable, inputs: tuple[str, ...]) -> Callable:
-    """The function over as many sequences at once as keep every array below 2**31 elements: Pallas counts FP8 ones in 32 signed bits.
+    """Run the function over as many sequences at once as keep arrays below 2**31 elements: Pallas counts in 32 signed bits.
 
     Raises:
-        ValueError: when called with a sequence that is larger by itself.
+        ValueError: a single sequence is larger, when the result is called.
     """
 
     def run(*arrays):
@@ -239,7 +245,8 @@ def _backward(
     call: Call, tiles: Tiles, of_q, of_k, q, k, v, do, offset, shift, segments
 ) -> tuple[jax.Array, ...]:
     t = q.shape[1]
-    # Without it the cast of dO is made for its transposed copy, and so is, in float32, what rowsum(dO * O) is summed from.
+    # Without it the cast of dO is made for its transposed copy, and the terms of rowsum(dO * O) in
+    # float32, too.
     do = with_layout_constraint(do, Layout(tuple(range(do.ndim))))
     q, k, v, do, shift, segments = (_padded(a) for a in (q, k, v, do, shift, segments))
     offset = _padded(offset, value=-jnp.inf)  # so that P of a padded query is 0
@@ -350,7 +357,7 @@ def _shape(call: Call, tiles: Tiles, kernel: str, q: jax.Array) -> Shape:
 
 
 def _query_specs(shape: Shape, groups: int, h: int) -> tuple[pl.BlockSpec, ...]:
-    """Of kernels with a program for each tile of queries and query head: that tile, the head's keys, their transpose, rows, the sequence."""
+    """Return specs for kernels with a program per tile of queries and query head: tile, keys, their transpose, rows, sequence."""
     tiles, rows, t = shape.length // shape.tile.queries, shape.tile.queries, shape.length
     return (
         pl.BlockSpec(
@@ -381,7 +388,7 @@ def _call(
     repeats: int = 1,
     **options: Any,
 ) -> Callable:
-    """The kernel as a function of arrays: factors, queries or keys, ..., segments or None; the audit reads `gemms` from the scope."""
+    """Return the kernel as a function of arrays: factors, queries or keys, ..., segments or None; `gemms` go into the scope."""
 
     def run(*arrays):
         specs = in_specs if arrays[-1] is not None else [*in_specs[:-1], None]
@@ -406,13 +413,13 @@ def _call(
 
 
 def _pairs(shape: Shape) -> int:
-    """Pairs of query and key that one head's tiles compute: those below the diagonal and those that touch it."""
+    """Return the number of query and key pairs that one head's tiles compute, below the diagonal and touching it."""
     rows, keys = shape.tile.queries, shape.tile.keys
     return sum(-(-(first + rows) // keys) * rows * keys for first in range(0, shape.length, rows))
 
 
 def _padded(x: jax.Array | None, value: float = 0.0) -> jax.Array | None:
-    """[b, t, ...] padded at the end to whole tiles; keys there are hidden by the causal mask, queries contribute zeros."""
+    """Pad [b, t, ...] at the end to whole tiles; the causal mask hides keys there, queries contribute zeros."""
     if x is None or x.shape[1] % _PAD == 0:
         return x
     widths = [(0, -x.shape[1] % _PAD) if i == 1 else (0, 0) for i in range(x.ndim)]
@@ -420,5 +427,5 @@ def _padded(x: jax.Array | None, value: float = 0.0) -> jax.Array | None:
 
 
 def _ht(x: jax.Array) -> jax.Array:
-    """[b, t, ..., h] to [b, ..., h, t]."""
+    """Transpose [b, t, ..., h] to [b, ..., h, t]."""
     return jnp.moveaxis(x, 1, -1)

@@ -1,14 +1,14 @@
-"""FP8 attention of a block of query rows against a prefix of the keys: what all backends of `attention` share.
+"""Compute FP8 attention of a block of query rows against a prefix of the keys, which all backends of `attention` share.
 
     o, weights = output(call, q, k, v, visible(0, t, s))                         # forward
     p, ds = score_gradient(call, q, k, v, residuals, visible(0, t, s))           # backward, first half
     dq, dk, dv = input_gradients(call, p, quantised_ds, q, k, do)                # second half
 
-The rows may be all queries or some of them; the keys must reach at least to the last row. A row's result does not
-depend on the block that it is in, up to the order of float32 sums. Letters as in `attention`: S, P, dP and dS are
-[b, k, t, g, s].
+The rows may be all queries or some of them; the keys must reach at least to the last row. A row's
+result does not depend on the block that it is in, up to the order of float32 sums. Letters as in
+`attention`: S, P, dP and dS are [b, k, t, g, s].
 
-It does not quantise inputs or dS: their scales belong to whole tensors, and so to who sees all blocks.
+Inputs and dS are quantised by the caller, because their scales belong to whole tensors.
 """
 
 import functools
@@ -26,7 +26,8 @@ from fp8jax.numerics.recipes import GemmRecipe
 
 # P is at most 1, so 1/256 uses e4m3 up to 256 of 448: the next power of two would saturate.
 P_SCALE = 1.0 / 256
-# How much of a row's total goes into dO. What is left of 2**17 equal keys is then 2**-11, five binades above e4m3's subnormal numbers.
+# The part of a row's total that goes into dO. Of 2**17 equal keys 2**-11 is left then, five binades
+# above e4m3's subnormal numbers.
 ROW_BITS = 6
 LOG2_E = math.log2(math.e)
 
@@ -37,10 +38,11 @@ _PTDO = (((2, 3), (1, 3)), ((0, 1), (0, 2)))  # P_bktgs · dO_btkgh → dV_bksh,
 
 
 class Call(NamedTuple):
-    """What is static about one attention: recipes of the two roles, the factor on scores, the dtype of activations.
+    """The static arguments of one attention: recipes of the two roles, the factor on scores, the dtype of activations.
 
-    health: backends report all of `statistics.HEALTH` for the cast of dS, not only its amax.
-    partition: how operands lie on the mesh; None: no mesh, or as the compiler sees fit.
+    Attributes:
+        health: backends report all of `statistics.HEALTH` for the cast of dS, not only its amax.
+        partition: how operands lie on the mesh; None without a mesh, or if the compiler chooses.
     """
 
     scores: GemmRecipe
@@ -52,7 +54,7 @@ class Call(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Inputs as the GEMMs take them: q_btkgh, k_bskh, v_bskh, and the int32 segment_ids [b, s] or None."""
+    """The inputs of the GEMMs: q_btkgh, k_bskh, v_bskh, and the int32 segment_ids [b, s] or None."""
 
     q: Quantised
     k: Quantised
@@ -61,11 +63,12 @@ class Operands(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass takes of each query.
+    """The residuals of each query for the backward pass.
 
-    do: [b, t, k, g, h], the output's gradient divided by the row's factor, as cast.
-    offset: float32 [b, t, k, g], with which exp2(S - offset) is P times the row's factor.
-    delta: float32 [b, t, k, g], rowsum(do * O), of that cast.
+    Attributes:
+        do: [b, t, k, g, h], the output's gradient divided by the row's factor, as cast.
+        offset: float32 [b, t, k, g], with which exp2(S - offset) is P times the row's factor.
+        delta: float32 [b, t, k, g], rowsum(do * O), of that cast.
     """
 
     do: Quantised
@@ -74,7 +77,10 @@ class Residuals(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Of each query, float32 [b, t, k, g]: ceil of the largest score in base 2, and the sum of P~ as cast, 0 without a visible key."""
+    """The softmax's level and weight per query, float32 [b, t, k, g].
+
+    They are the ceil of the largest score in base 2, and the sum of P~ as cast, 0 without a visible key.
+    """
 
     level: jax.Array
     total: jax.Array
@@ -83,13 +89,13 @@ class Weights(NamedTuple):
 def visible(
     start: int | jax.Array, queries: int, keys: int, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """Where a query may look: keys up to its own position, within its segment.
+    """Return which keys a query may see: those up to its own position, within its segment.
 
     Args:
         start: position of the first query; may be traced.
         queries: number of queries.
         keys: number of keys, which start at position 0.
-        segment_ids: int32 [b, length], of the whole sequence.
+        segment_ids: int32 [b, length] of the whole sequence.
 
     Returns:
         bool [b, queries, keys], or [1, queries, keys] without segments.
@@ -104,13 +110,15 @@ def visible(
 def output(
     call: Call, q: Quantised, k: Quantised, v: Quantised, mask: jax.Array
 ) -> tuple[jax.Array, Weights]:
-    """O, [b, t, k, g, h] in the dtype of activations, and what the backward pass needs of the softmax."""
+    """Return O, [b, t, k, g, h] in the dtype of activations, and the softmax's weights for the backward pass."""
     logits = _logits(call, q, k, mask)
-    # A row without any visible key has a maximum of -inf; 0 in its place makes its probabilities 0, not NaN.
+    # A row without a visible key has a maximum of -inf; 0 in its place makes its probabilities 0,
+    # not NaN.
     ceiling = jnp.ceil(jnp.max(logits, axis=-1, keepdims=True))
     ceiling = jnp.where(jnp.isneginf(ceiling), 0.0, ceiling)
     qp = _quantise_p(jnp.exp2(logits - ceiling), call.values, v.data.dtype)
-    # The weights of an average sum to 1: where a row is flat, all its probabilities round the same way, by up to 6%.
+    # The weights of an average sum to 1: where a row is flat, all its probabilities round the same
+    # way, by up to 6%.
     total = jnp.sum(formats.dequantise(qp), axis=-1, keepdims=True)
     o = gemm(qp, v, _PV, **_options(call.values, "fprop"), name="attention_values.fprop")
     o = o / jnp.where(total > 0, total, 1.0)
@@ -120,11 +128,12 @@ def output(
 
 
 def row_factors(call: Call, weights: Weights) -> tuple[jax.Array, jax.Array]:
-    """The factor and the offset of each row in the backward pass, float32 [b, t, k, g]; see `Residuals`.
+    """Return the factor and the offset of each row in the backward pass, float32 [b, t, k, g]; see `Residuals`.
 
-    P is P~ / total. Its GEMM with dO sums over rows, so that one scale has to do for all of them, and cast by itself a row that spreads
-    over 2**14 keys and more would fall among e4m3's subnormal numbers. So P~ is cast again as in the forward pass, and dO is divided
-    by the total. A total beyond 2**ROW_BITS is divided between the two, by an exact power of two, as dO's format ends somewhere, too.
+    P is P~ / total. Its GEMM with dO sums over rows, so all rows share one scale, and a row cast
+    alone that spreads over 2**14 keys and more would fall among e4m3's subnormal numbers. So P~ is
+    cast again as in the forward pass, and dO is divided by the total. A total beyond 2**ROW_BITS is
+    divided between the two, by an exact power of two, as dO's format ends somewhere, too.
     """
     if not call.values.fp8:
         total = jnp.where(weights.total > 0, weights.total, 1.0)
@@ -147,7 +156,7 @@ def row_factors(call: Call, weights: Weights) -> tuple[jax.Array, jax.Array]:
 def score_gradient(
     call: Call, q: Quantised, k: Quantised, v: Quantised, residuals: Residuals, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """P times the rows' factors and dS, before their casts, float32 [b, k, t, g, s]; dS without the softmax scale."""
+    """Return P times the rows' factors and dS, before their casts, float32 [b, k, t, g, s]; dS without the softmax scale."""
     p = jnp.exp2(_logits(call, q, k, mask) - swap_heads(residuals.offset)[..., None])
     dp = gemm(residuals.do, v, _QK, **_options(call.values, "dgrad"), name="attention_values.dgrad")
     return p, p * (dp - swap_heads(residuals.delta)[..., None])
@@ -156,7 +165,7 @@ def score_gradient(
 def input_gradients(
     call: Call, p: jax.Array, ds: Quantised, q: Quantised, k: Quantised, do: Quantised
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """These rows' dQ, [b, t, k, g, h], and their part of dK and dV, [b, k, s, h]; all float32."""
+    """Return these rows' dQ, [b, t, k, g, h], and their part of dK and dV, [b, k, s, h]; all float32."""
     dv = gemm(
         _quantise_p(p, call.values, do.data.dtype),
         do,
@@ -178,9 +187,10 @@ def input_gradients(
 def spread_of_scores(
     call: Call, q: Quantised, k: Quantised, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Of each query of these rows, float32 [b, k, g, t]: the largest visible score, infinite if one is NaN, and the entropy, in nats.
+    """Return per query, float32 [b, k, g, t], the largest visible score, infinite if one is NaN, and the entropy in nats.
 
-    Scores are natural ones, with the softmax scale; the entropy is that of the probabilities before their cast.
+    Scores are natural ones, with the softmax scale; the entropy is that of the probabilities before
+    their cast.
     """
     logits = _logits(call, q, k, mask)
     top = jnp.max(logits, axis=-1, keepdims=True)
@@ -194,12 +204,12 @@ def spread_of_scores(
 
 
 def amax_by_head(x: jax.Array, *, emulated: bool = False) -> jax.Array:
-    """Amax of each sequence and KV head of [b, k, ...]: both may be sharded, so one reduction over devices at the end does."""
+    """Return the amax of each sequence and KV head of [b, k, ...], so that one reduction over devices at the end suffices."""
     return jax.vmap(jax.vmap(functools.partial(formats.amax, emulated=emulated)))(x)
 
 
 def swap_heads(x: jax.Array) -> jax.Array:
-    """[b, t, k, ...] to [b, k, t, ...] and back."""
+    """Transpose [b, t, k, ...] to [b, k, t, ...] and back."""
     return jnp.moveaxis(x, 1, 2)
 
 
@@ -212,15 +222,16 @@ def _options(recipe: GemmRecipe, gemm_pass: str) -> dict:
 
 
 def _logits(call: Call, q: Quantised, k: Quantised, mask: jax.Array) -> jax.Array:
-    """Scores in base 2, float32, -inf where a query may not look."""
+    """Return scores in base 2, float32, -inf for keys that a query may not see."""
     s = gemm(q, k, _QK, **_options(call.scores, "fprop"), name="attention_scores.fprop")
-    # Tied to the mask: a constant of this shape would be moved out of the loop over layers and kept.
+    # It is tied to the mask: a constant of this shape would be moved out of the loop over layers
+    # and kept.
     low, _ = jax.lax.optimization_barrier((jnp.float32(-jnp.inf), mask[0, 0, 0]))
     return jnp.where(mask[:, None, :, None, :], s * (call.softmax_scale * LOG2_E), low)
 
 
 def _quantise_p(p: jax.Array, recipe: GemmRecipe, dtype: jnp.dtype) -> Quantised:
-    """P at its fixed scale; plain cast where the role is not FP8."""
+    """Quantise P at its fixed scale; cast it if the role is not FP8."""
     if not recipe.fp8:
         return Quantised(p.astype(dtype), None)
     return formats.quantise(p, jnp.float32(P_SCALE), formats.E4M3, emulated=recipe.emulated)

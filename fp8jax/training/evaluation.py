@@ -33,7 +33,8 @@ from fp8jax.parallel.sharding import RULES
 from fp8jax.plan import LoadedModel, Plan, make_plan
 from fp8jax.training import manifest, state_formats
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
-from fp8jax.training.step import TrainProgram, token_losses
+from fp8jax.training.losses import token_losses
+from fp8jax.training.step import TrainProgram
 
 # An evaluation takes one in ONE_IN of the model FLOPs of the steps between; a step has three times those of its forward pass.
 ONE_IN, FORWARDS_A_STEP = 50, 3

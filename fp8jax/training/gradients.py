@@ -1,23 +1,156 @@
-"""In which dtypes gradients are written, reduced over devices, and summed over microbatches (`optimizer.gradient_dtype`).
+"""Gradients of a batch over its microbatches, and the dtypes in which they are written, reduced and summed.
 
-    view = gradient_view(params, config)              # differentiate with respect to this
-    sums = GradientSums(config.optimizer, step)
-    total = sums.add(sums.zeros(params), sums.narrow(grads), microbatch)
+    found = gradients(state, batch, config, definition, recipes)      # loss, grads, amaxes, taps
 
-Only matrices ever have less than float32. A sum in bfloat16 is rounded stochastically: of many microbatches each adds less
-than the sum's last place, and rounding to nearest would lose the last ones.
+Weights are quantised once, before the loop over microbatches. Losses and gradients are summed over it; the tokens' cotangents,
+raw amaxes, are combined by maximum. Dtypes are those of `optimizer.gradient_dtype`: only
+matrices ever have less than float32. A sum in bfloat16 is rounded stochastically: of many microbatches each adds less than the
+sum's last place, and rounding to nearest would lose the last ones.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fp8jax.config import Config, OptimizerConfig
-from fp8jax.models.definition import STACKED, Params
-from fp8jax.numerics import low_bit_state
+from fp8jax.config import Config, OptimizerConfig, settled
+from fp8jax.models import gemms
+from fp8jax.models.definition import STACKED, Definition, Params
+from fp8jax.models.gemms import ModelRecipes
+from fp8jax.models.taps import Taps
+from fp8jax.models.transformer import ForwardOptions, PreparedGemms
+from fp8jax.numerics import low_bit_state, statistics
+from fp8jax.training.losses import Batch, batch_losses
 from fp8jax.training.optimizer import MATRIX
+from fp8jax.training.state import TrainState
+
+Amaxes = dict[str, jax.Array]
+
+
+class BatchGradients(NamedTuple):
+    """What a forward and backward pass gives.
+
+    Attributes:
+        loss: mean loss in nats a token, float32, without the z-loss.
+        grads: like the parameters, in dtypes as `optimizer.gradient_dtype` says.
+        amaxes: role → raw amaxes, float32 [layers, operands].
+        taps: statistics, empty unless collected.
+    """
+
+    loss: jax.Array
+    grads: Params
+    amaxes: Amaxes
+    taps: Taps
+
+
+def gradients(
+    state: TrainState,
+    batch: Batch,
+    config: Config,
+    definition: Definition,
+    recipes: ModelRecipes,
+    *,
+    collect: bool = False,
+) -> BatchGradients:
+    """Return loss, gradients, raw amaxes and statistics of a batch, over all its microbatches.
+
+    Args:
+        state: parameters, scaling state and step.
+        batch: arrays [microbatches, b, t].
+        config: of the run.
+        definition: of the model.
+        recipes: of every layer and the head.
+        collect: whether statistics are taken.
+    """
+    config = settled(config)
+    scales = {role: entry["scale"] for role, entry in state.scaling.items()}
+    model = definition.bind(state.params)
+    prepared = model.prepare(recipes, scales, {})
+    total = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
+    microbatch = _Microbatch(config, definition, recipes, prepared, total, collect)
+    view = gradient_view(state.params, config)
+    sums = GradientSums(config.optimizer, state.step)
+    of_weights = model.weight_health(recipes, prepared) if collect else {}
+    if config.training.microbatches == 1:
+        found = microbatch.gradients(view, jax.tree.map(lambda a: a[0], batch), sums)
+    else:
+        found = _accumulated(microbatch, view, batch, sums)
+    amaxes = gemms.over_devices(found.amaxes) | model.weight_amaxes(recipes)
+    return found._replace(amaxes=amaxes, taps=found.taps | of_weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Microbatch:
+    """The pass over one microbatch, whose loss is divided by the targets of the whole batch, `total`."""
+
+    config: Config
+    definition: Definition
+    recipes: ModelRecipes
+    prepared: PreparedGemms
+    total: jax.Array
+    collect: bool
+
+    @property
+    def options(self) -> ForwardOptions:
+        pooled = self.config.monitor.kurtosis == "pooled"
+        return ForwardOptions(self.config.training.remat, self.collect, pooled)
+
+    def gradients(self, view: Params, batch: Batch, sums: "GradientSums") -> BatchGradients:
+        """Gradients with respect to the parameters, and what the tokens bring back."""
+        differentiate = jax.value_and_grad(self.loss, (0, 1), has_aux=True)
+        (_, (loss, taps)), (grads, found) = differentiate(view, self.tokens(), batch)
+        health: Taps = {}
+        if self.collect:
+            pooled = self.options.pooled_kurtosis
+            found, health = gemms.read_reports(found, self.recipes, pooled=pooled)
+        return BatchGradients(loss, sums.narrow(grads), found, taps | health)
+
+    def tokens(self) -> Amaxes:
+        """Zeros whose cotangents are amaxes, or all that is reported of operands."""
+        if self.collect:
+            return gemms.zero_reports(self.recipes)
+        return gemms.zero_tokens(self.recipes, by_device=True)
+
+    def loss(
+        self, params: Params, tokens: Amaxes, batch: Batch
+    ) -> tuple[jax.Array, tuple[jax.Array, Taps]]:
+        """The loss that is differentiated; beside it the one that is logged, and taps."""
+        nll, lse, taps = batch_losses(
+            self.definition.bind(params),
+            batch,
+            self.recipes,
+            self.prepared._replace(tokens=tokens),
+            self.options,
+            chunk=self.config.training.loss_chunk,
+        )
+        z_loss = self.config.optimizer.z_loss
+        with jax.named_scope("loss"):
+            loss = jnp.sum(nll * batch["mask"]) / self.total
+            if not z_loss:
+                return loss, (loss, taps)
+            penalty = z_loss * jnp.sum(lse**2 * batch["mask"]) / self.total
+            return loss + penalty, (loss, taps)
+
+
+def _accumulated(
+    microbatch: _Microbatch, view: Params, batch: Batch, sums: "GradientSums"
+) -> BatchGradients:
+    """The same over all microbatches, one after another."""
+
+    def accumulate(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Taps]:
+        number, part = numbered
+        loss, grads, amaxes = total
+        found = microbatch.gradients(view, part, sums)
+        loss = loss + found.loss
+        grads = sums.add(grads, found.grads, number)
+        return (loss, grads, jax.tree.map(jnp.maximum, amaxes, found.amaxes)), found.taps
+
+    amaxes = gemms.zero_tokens(microbatch.recipes, by_device=not microbatch.collect)
+    zeros = (jnp.zeros((), jnp.float32), sums.zeros(view), amaxes)
+    numbers = jnp.arange(microbatch.config.training.microbatches)
+    (loss, grads, amaxes), taps = jax.lax.scan(accumulate, zeros, (numbers, batch))
+    return BatchGradients(loss, grads, amaxes, statistics.combine(taps))
 
 
 def gradient_view(params: Params, config: Config) -> Params:

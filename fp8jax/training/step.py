@@ -28,47 +28,16 @@ from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, Params
 from fp8jax.models.gemms import ModelRecipes
 from fp8jax.models.taps import Packed, Taps, pack
-from fp8jax.models.transformer import ForwardOptions, PreparedGemms, Transformer
-from fp8jax.numerics import statistics
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel.rows import Rows
 from fp8jax.parallel.sharding import RULES
 from fp8jax.plan import Plan
 from fp8jax.training import bad_steps, state_formats
-from fp8jax.training.gradients import GradientSums, gradient_view
+from fp8jax.training.gradients import gradients
+from fp8jax.training.losses import Batch
 from fp8jax.training.optimizer import learning_rate, make_transform
 from fp8jax.training.state import TrainState, abstract_state, initial_state, state_of
 from fp8jax.training.state_statistics import state_statistics
-
-Batch = dict[str, jax.Array]
-
-
-@jax.custom_vjp
-def token_losses(logits_btv: jax.Array, targets_bt: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each target in nats, float32 [b, t].
-
-    Its gradient is written in one pass over the logits: derived automatically it takes three, and the logits of a large
-    vocabulary are the largest arrays of a step.
-    """
-    return _token_losses(logits_btv, targets_bt)[0]
-
-
-def _token_losses(
-    logits_btv: jax.Array, targets_bt: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    chosen = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
-    lse = jax.nn.logsumexp(logits_btv, axis=-1)
-    return lse - chosen, (logits_btv, targets_bt, lse)
-
-
-def _token_losses_backward(saved: tuple[jax.Array, ...], g_bt: jax.Array) -> tuple[jax.Array, None]:
-    logits, targets, lse = saved
-    probabilities = jnp.exp(logits - lse[..., None])
-    chosen = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
-    return jnp.where(chosen, probabilities - 1, probabilities) * g_bt[..., None], None
-
-
-token_losses.defvjp(_token_losses, _token_losses_backward)
 
 
 class TrainProgram:
@@ -308,119 +277,11 @@ class TrainProgram:
         return jax.jit(amaxes, out_shardings=self.replicated, compiler_options=self._options)
 
 
-def gradients(
-    state: TrainState,
-    batch: Batch,
-    config: Config,
-    definition: Definition,
-    recipes: ModelRecipes,
-    *,
-    collect: bool = False,
-) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
-    """Loss, gradients, raw amaxes and statistics of a batch, over all its microbatches.
-
-    Returns:
-        Mean loss in nats a token, float32, without the z-loss; gradients like the parameters, in dtypes as `optimizer.gradient_dtype`
-        says; role → amaxes; taps.
-    """
-    config = settled(config)
-    scales = {role: entry["scale"] for role, entry in state.scaling.items()}
-    model = definition.bind(state.params)
-    prepared = model.prepare(recipes, scales, {})
-    view = gradient_view(state.params, config)
-    total = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
-    options = ForwardOptions(config.training.remat, collect, config.monitor.kurtosis == "pooled")
-
-    def loss_of(
-        params: Params, tokens: dict[str, jax.Array], part: Batch
-    ) -> tuple[jax.Array, tuple[jax.Array, Taps]]:
-        nll, lse, taps = _losses(
-            definition.bind(params),
-            part,
-            recipes,
-            prepared._replace(tokens=tokens),
-            options,
-            config,
-        )
-        with jax.named_scope("loss"):
-            loss = jnp.sum(nll * part["mask"]) / total
-            if not config.optimizer.z_loss:
-                return loss, (loss, taps)
-            return loss + config.optimizer.z_loss * jnp.sum(lse**2 * part["mask"]) / total, (
-                loss,
-                taps,
-            )
-
-    def one(part: Batch) -> tuple[jax.Array, Params, dict[str, jax.Array], Taps]:
-        tokens = (
-            gemms.zero_reports(recipes) if collect else gemms.zero_tokens(recipes, by_device=True)
-        )
-        (_, (loss, taps)), (grads, found) = jax.value_and_grad(loss_of, (0, 1), has_aux=True)(
-            view, tokens, part
-        )
-        amaxes, health = (
-            gemms.read_reports(found, recipes, pooled=options.pooled_kurtosis)
-            if collect
-            else (found, {})
-        )
-        return loss, sums.narrow(grads), amaxes, taps | health
-
-    sums = GradientSums(config.optimizer, state.step)
-    of_weights = model.weight_health(recipes, prepared) if collect else {}
-    if config.training.microbatches == 1:
-        loss, grads, amaxes, taps = one(jax.tree.map(lambda a: a[0], batch))
-        return (
-            loss,
-            grads,
-            gemms.over_devices(amaxes) | model.weight_amaxes(recipes),
-            taps | of_weights,
-        )
-
-    def accumulate(carry: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Taps]:
-        loss, grads, amaxes, taps = one(numbered[1])
-        return (
-            carry[0] + loss,
-            sums.add(carry[1], grads, numbered[0]),
-            jax.tree.map(jnp.maximum, carry[2], amaxes),
-        ), taps
-
-    zeros = (
-        jnp.zeros((), jnp.float32),
-        sums.zeros(view),
-        gemms.zero_tokens(recipes, by_device=not collect),
-    )
-    (loss, grads, amaxes), taps = jax.lax.scan(
-        accumulate, zeros, (jnp.arange(config.training.microbatches), batch)
-    )
-    return (
-        loss,
-        grads,
-        gemms.over_devices(amaxes) | model.weight_amaxes(recipes),
-        statistics.combine(taps) | of_weights,
-    )
-
-
 def _after(grads: Params, params: Params, opt_state: Any) -> tuple[Params, Any]:
     """The state, tied to the gradients: unpacked before they are there, it would lie in memory in float32 during the backward pass."""
     if not jax.tree.leaves(opt_state.scales):
         return params, opt_state
     return jax.lax.optimization_barrier((params, opt_state, grads))[:2]
-
-
-def _losses(
-    model: Transformer,
-    part: Batch,
-    recipes: ModelRecipes,
-    prepared: PreparedGemms,
-    options: ForwardOptions,
-    config: Config,
-) -> tuple[jax.Array, jax.Array, Taps]:
-    """Negative log-likelihoods and log-partitions, float32 [b, t], and taps."""
-    if config.training.loss_chunk:
-        return model.chunked_losses(part, recipes, prepared, config.training.loss_chunk, options)
-    logits, taps = model(part, recipes, prepared, options)
-    with jax.named_scope("loss"):
-        return token_losses(logits, part["targets"]), jax.nn.logsumexp(logits, axis=-1), taps
 
 
 def train_step(

@@ -11,8 +11,7 @@ from fp8jax import config as config_lib
 from fp8jax.models import gemms
 from fp8jax.models.definition import define
 from fp8jax.training import state as state_lib
-from fp8jax.training.gradients import GradientSums, gradient_view
-from fp8jax.training.step import gradients
+from fp8jax.training.gradients import GradientSums, gradient_view, gradients
 
 MODEL = {
     "layers": 1,

@@ -12,9 +12,10 @@ import pytest
 from fp8jax import config as config_lib
 from fp8jax.data import pipeline
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.training import banner, step
+from fp8jax.training import banner, losses
 from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.evaluation import evaluate_run
+from fp8jax.training.gradients import gradients
 from fp8jax.training.step import TrainProgram
 from tests.helpers.runs import EIGHT, MICRO, logged, micro, program_of, saved, train
 
@@ -106,7 +107,7 @@ def test_microbatches_give_the_gradients_of_the_whole_batch():
     batch = pipeline.train_batches(one.config)[0]
     state = one.init()
     results = [
-        step.gradients(state, p.put(batch), p.config, p.definition, p.recipes) for p in (one, two)
+        gradients(state, p.put(batch), p.config, p.definition, p.recipes) for p in (one, two)
     ]
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
     for a, b in zip(jax.tree.leaves(results[0][1]), jax.tree.leaves(results[1][1]), strict=True):
@@ -119,12 +120,12 @@ def test_tokens_of_microbatches_are_combined_by_maximum():
     program = program_of(config)
     current = program.recipes.scaled_by("current")
     batch, state = program.put(pipeline.train_batches(config)[0]), program.init()
-    whole = step.gradients(state, batch, config, program.definition, current)[2]
+    whole = gradients(state, batch, config, program.definition, current)[2]
     # A microbatch alone is given twice, because the loss is divided by the tokens of the whole batch.
     twice = [
         {name: jnp.stack([array[i], array[i]]) for name, array in batch.items()} for i in range(2)
     ]
-    parts = [step.gradients(state, part, config, program.definition, current)[2] for part in twice]
+    parts = [gradients(state, part, config, program.definition, current)[2] for part in twice]
     for role, amax in whole.items():
         np.testing.assert_array_equal(
             amax, np.maximum(parts[0][role], parts[1][role]), err_msg=role
@@ -134,9 +135,9 @@ def test_tokens_of_microbatches_are_combined_by_maximum():
 
 def test_calibration_makes_the_first_step_see_tiny_gradients(monkeypatch):
     """Gradients near 1e-7 survive the first step's casts; with scales of 1, e5m2 flushes every one of them to zero."""
-    original = step.token_losses
+    original = losses.token_losses
     monkeypatch.setattr(
-        step, "token_losses", lambda logits, targets: 1e-7 * original(logits, targets)
+        losses, "token_losses", lambda logits, targets: 1e-7 * original(logits, targets)
     )
     config = micro()
     program = program_of(config)
@@ -146,7 +147,7 @@ def test_calibration_makes_the_first_step_see_tiny_gradients(monkeypatch):
         (np.asarray(entry["history"])[..., 0] > 0).all() for entry in calibrated.scaling.values()
     )
     seen, blind = (
-        step.gradients(s, batch, config, program.definition, program.recipes)[1]["blocks"]
+        gradients(s, batch, config, program.definition, program.recipes)[1]["blocks"]
         for s in (calibrated, state)
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(seen):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from fp8jax.training.step import token_losses
+from fp8jax.training.losses import token_losses
 
 
 def test_losses_and_gradient_equal_the_definition():

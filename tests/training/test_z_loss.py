@@ -9,7 +9,7 @@ from fp8jax import config as config_lib
 from fp8jax.models import gemms
 from fp8jax.models.definition import define
 from fp8jax.training import state as state_lib
-from fp8jax.training.step import gradients
+from fp8jax.training.gradients import gradients
 
 
 def test_z_loss_adds_its_gradient_and_is_not_reported():

@@ -1,0 +1,68 @@
+"""The loss of every token: from logits, or chunk by chunk of the vocabulary (`training.loss_chunk`).
+
+nll, lse, taps = batch_losses(model, batch, recipes, prepared, options, chunk=0)
+"""
+
+import jax
+import jax.numpy as jnp
+
+from fp8jax.models.gemms import ModelRecipes
+from fp8jax.models.taps import Taps
+from fp8jax.models.transformer import ForwardOptions, PreparedGemms, Transformer
+
+Batch = dict[str, jax.Array]
+
+
+@jax.custom_vjp
+def token_losses(logits_btv: jax.Array, targets_bt: jax.Array) -> jax.Array:
+    """Negative log-likelihood of each target in nats, float32 [b, t].
+
+    Its gradient is written in one pass over the logits: derived automatically it takes three, and the logits of a large
+    vocabulary are the largest arrays of a step.
+    """
+    return _token_losses(logits_btv, targets_bt)[0]
+
+
+def _token_losses(
+    logits_btv: jax.Array, targets_bt: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    chosen = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
+    lse = jax.nn.logsumexp(logits_btv, axis=-1)
+    return lse - chosen, (logits_btv, targets_bt, lse)
+
+
+def _token_losses_backward(saved: tuple[jax.Array, ...], g_bt: jax.Array) -> tuple[jax.Array, None]:
+    logits, targets, lse = saved
+    probabilities = jnp.exp(logits - lse[..., None])
+    chosen = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
+    return jnp.where(chosen, probabilities - 1, probabilities) * g_bt[..., None], None
+
+
+token_losses.defvjp(_token_losses, _token_losses_backward)
+
+
+def batch_losses(
+    model: Transformer,
+    batch: Batch,
+    recipes: ModelRecipes,
+    prepared: PreparedGemms,
+    options: ForwardOptions,
+    *,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array, Taps]:
+    """Return negative log-likelihoods and log-partitions, float32 [b, t], and taps.
+
+    Args:
+        model: bound to parameters.
+        batch: `inputs` and `targets`, int32 [b, t], and what else the model reads.
+        recipes: of every layer and the head.
+        prepared: from `Transformer.prepare`.
+        options: static choices of the forward pass.
+        chunk: rows of the vocabulary at a time; 0: logits of all of it.
+    """
+    if chunk:
+        return model.chunked_losses(batch, recipes, prepared, chunk, options)
+    logits, taps = model(batch, recipes, prepared, options)
+    with jax.named_scope("loss"):
+        nll = token_losses(logits, batch["targets"])
+        return nll, jax.nn.logsumexp(logits, axis=-1), taps

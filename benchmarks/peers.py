@@ -23,10 +23,11 @@ from configs import common as configs
 from fp8jax import config as config_lib
 from fp8jax.config import Config
 from fp8jax.models import activations, architectures, gemms
-from fp8jax.models.gemms import GemmInputs, Gemms
+from fp8jax.models.gemms import Gemms
 from fp8jax.models.layers import apply_rope, rope_frequencies, rope_table
 from fp8jax.models.transformer import Block
 from fp8jax.numerics.compiling import compiler_options
+from fp8jax.numerics.formats import Quantised
 from fp8jax.parallel.mesh import runs_kernels
 
 # This holds for the peers, too: tuning XLA's own Triton GEMMs at 8b shapes takes minutes for each
@@ -108,16 +109,15 @@ def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.A
     )
     graph, params = nnx.split(Block(architectures.resolve(config.model), nnx.Rngs(params=0)))
     tokens = gemms.zero_tokens(recipes)
-    scales = jax.tree.map(lambda token: jnp.full(token.shape[1:], 1 / 64), tokens)
+    scales = {role: jnp.full(token.values.shape, 1 / 64) for role, token in tokens.items()}
 
     def loss(params, tokens, x):
         block = nnx.merge(graph, params)
         weights = {role: w[None] for role, w in jax.lax.stop_gradient(block.gemm_weights()).items()}
-        quantised = jax.tree.map(
-            lambda a: a[0], gemms.quantise_weights(weights, recipes, x.dtype)[0]
-        )
-        given = GemmInputs(quantised, scales, jax.tree.map(lambda token: token[0], tokens))
-        y, _ = block(x, rope, None, Gemms(recipes.blocks[0], given, recipes.attention_backend))
+        quantised = gemms.quantise_weights(weights, recipes, x.dtype, scales)
+        head = Quantised(jnp.zeros(()), None)  # a block has none
+        of_layers = Gemms(recipes, quantised, head, scales, tokens).segment(0)
+        y, _ = block(x, rope, None, jax.tree.map(lambda a: a[0], of_layers))
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
     options = compiler_options(jax.default_backend())

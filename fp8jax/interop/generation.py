@@ -269,7 +269,7 @@ def _read(inference: Inference, rows: list[Ids], capacity: int) -> _State:
 def _reader(capacity: int) -> Callable:
     def read(bound: Bound, ids_bt: jax.Array, lengths_b: jax.Array) -> _State:
         cache = kv_cache.empty(bound.model.config, ids_bt.shape[0], capacity)
-        _, cache = bound.model.extend(ids_bt, cache, bound.recipes, bound.prepared)
+        _, cache = bound.model.extend(ids_bt, cache, bound.gemms)
         # The newest token is processed again by the first decoding step, which yields its logits.
         token = jnp.take_along_axis(ids_bt, lengths_b[:, None] - 1, axis=1)[:, 0]
         return _State(kv_cache.pin(cache._replace(filled=lengths_b - 1)), pin_rows(token))
@@ -292,9 +292,7 @@ def _decode(
 
     def one(carry):
         n, state, done, tokens = carry
-        logits, cache = bound.model.extend(
-            state.token[:, None], state.cache, bound.recipes, bound.prepared
-        )
+        logits, cache = bound.model.extend(state.token[:, None], state.cache, bound.gemms)
         allowed = jnp.arange(logits.shape[-1]) < asked.ids  # the rest pads the table
         of_step = jax.vmap(jax.random.fold_in, (0, None))(keys, asked.count + n)
         token = next_token(

@@ -67,7 +67,7 @@ def compute(
     def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
         bound = definition.bind(params)
         logits, _ = bound(
-            {"inputs": tokens}, recipes, bound.prepare(recipes, {}, gemms.zero_tokens(recipes))
+            {"inputs": tokens}, bound.prepare(recipes, {}, gemms.zero_tokens(recipes))
         )
         chosen = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
         return jnp.mean(jax.nn.logsumexp(logits[:, :-1], axis=-1) - chosen), logits

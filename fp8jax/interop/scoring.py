@@ -155,7 +155,7 @@ def _score(
     bound: Bound, inputs_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array, ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return float32 [b] masked sums of log probabilities; bool [b], whether all tokens are the likeliest of `ids`."""
-    logits, _ = bound.model({"inputs": inputs_bt}, bound.recipes, bound.prepared)
+    logits, _ = bound.model({"inputs": inputs_bt}, bound.gemms)
     chosen = jnp.take_along_axis(logits, targets_bt[..., None], axis=-1)[..., 0]
     total = jnp.sum(jnp.where(mask_bt, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0), axis=-1)
     largest = jnp.max(jnp.where(jnp.arange(logits.shape[-1]) < ids, logits, -jnp.inf), axis=-1)

@@ -7,7 +7,7 @@ from flax import nnx
 
 from fp8jax.config import ModelConfig
 from fp8jax.models import kv_cache
-from fp8jax.models.gemms import Gemms
+from fp8jax.models.gemms import LayerGemms
 from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.layers import Dense, RMSNorm, Tanh, apply_rope
 from fp8jax.models.taps import record, tap
@@ -49,7 +49,7 @@ class Attention(nnx.Module):
         x_btd: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array | None,
-        gemms: Gemms,
+        gemms: LayerGemms,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """[b, t, d] to [b, t, d]; and this layer's cache with the t tokens added, where there is one."""
@@ -62,7 +62,6 @@ class Attention(nnx.Module):
         tap("q", q)
         tap("k", k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        given = gemms.inputs
         partition = Partition(
             RULES["batch"], RULES["sequence"], RULES["kv_heads"], attention_axes(k.shape[2])
         )
@@ -70,7 +69,7 @@ class Attention(nnx.Module):
             score_statistics,
             recipe=gemms.recipes[SCORES],
             softmax_scale=self.softmax_scale,
-            scales=given.scales.get(SCORES),
+            scales=gemms.scales.get(SCORES),
             segment_ids=segment_ids,
             backend=gemms.attention_backend,
             partition=partition,
@@ -90,8 +89,8 @@ class Attention(nnx.Module):
                 gemms.recipes,
                 softmax_scale=self.softmax_scale,
                 segment_ids=segment_ids,
-                scales=given.scales,
-                tokens=given.tokens,
+                scales=gemms.scales,
+                tokens=gemms.tokens,
                 backend=gemms.attention_backend,
                 partition=partition,
                 counted=gemms.counted,

@@ -2,7 +2,7 @@
 
     definition = define(config)                   # allocates nothing
     params = definition.init(seed)                # nested dictionary of arrays
-    logits, taps = definition.bind(params)(batch, recipes, prepared)
+    logits, taps = definition.bind(params)(batch, gemms)
 
 Parameters travel as plain nested dictionaries; NNX modules exist only inside a step.
 """

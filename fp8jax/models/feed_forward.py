@@ -5,7 +5,7 @@ from flax import nnx
 
 from fp8jax.config import ModelConfig
 from fp8jax.models import activations, architectures
-from fp8jax.models.gemms import Gemms
+from fp8jax.models.gemms import LayerGemms
 from fp8jax.models.layers import Dense
 from fp8jax.models.taps import tap
 
@@ -25,7 +25,7 @@ class FeedForward(nnx.Module):
         self.down = Dense(rngs, "mlp_down", (f, d), ("mlp", "embed"), std=std)
         self.xielu = activations.XIELU() if self.kind == "xielu" else None
 
-    def __call__(self, x_btd: jax.Array, gemms: Gemms) -> jax.Array:
+    def __call__(self, x_btd: jax.Array, gemms: LayerGemms) -> jax.Array:
         """[b, t, d] to [b, t, d]."""
         up = self.up(x_btd, gemms)
         gate = None if self.gate is None else self.gate(x_btd, gemms)

@@ -1,9 +1,9 @@
 """Keys and values of the tokens seen so far, so that decoding a token costs one token's work.
 
     cache = kv_cache.empty(model.config, batch=4, capacity=512)
-    logits, cache = model.extend(prompt_bt, cache, recipes, prepared)       # an empty cache takes the whole prompt
+    logits, cache = model.extend(prompt_bt, cache, gemms)       # an empty cache takes the whole prompt
     cache = cache._replace(filled=prompt_lengths_b)                         # rows padded on the right: forget the padding
-    logits, cache = model.extend(token_b1, cache, recipes, prepared)        # then one token at a time
+    logits, cache = model.extend(token_b1, cache, gemms)        # then one token at a time
 
 Slot s of a row holds the token at position s, so the slots that a row's padding took are hidden until they are
 overwritten. In BF16 or float32 only: generation has no FP8 path.

@@ -16,7 +16,7 @@ from jax import lax
 from fp8jax.config import ModelConfig, head_dim
 from fp8jax.models.activations import pointwise
 from fp8jax.models.embedding import lookup
-from fp8jax.models.gemms import Gemms
+from fp8jax.models.gemms import LayerGemms
 from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.gemm_sharding import Placement
 from fp8jax.parallel.sharding import activation_specs
@@ -54,24 +54,23 @@ class Dense(nnx.Module):
         self.features = axes[0], axes[inputs]
         self.w = matrix(rngs, shape, axes, std)
 
-    def __call__(self, x: jax.Array, gemms: Gemms) -> jax.Array:
+    def __call__(self, x: jax.Array, gemms: LayerGemms) -> jax.Array:
         """X [..., inputs] to [..., outputs], in the dtype of x."""
-        role, given = self.role, gemms.inputs
-        scales, recipe = given.scales.get(role), gemms.recipes[role]
+        role = self.role
         lead = x.ndim - self.inputs
         outputs = self.w.shape[self.inputs :]
         # Two-dimensional weights are what FP8 kernels are matched on; merged dimensions stay contiguous.
         flat = (math.prod(self.w.shape[: self.inputs]), math.prod(outputs))
         x = x.reshape(*x.shape[:lead], flat[0])
-        weight = given.weights[role]
+        weight = gemms.weights[role]
         y = dot_general(
             x,
             self.w[...].reshape(flat),
             (((lead,), (0,)), ((), ())),
-            recipe,
+            gemms.recipes[role],
             quantised_w=weight._replace(data=weight.data.reshape(flat)),
-            scales=scales,
-            token=given.tokens.get(role),
+            scales=gemms.scales.get(role),
+            token=gemms.tokens.get(role),
             placements=tuple(Placement(*activation_specs(name)) for name in self.features),
             role=role,
             counted=gemms.counted,

@@ -15,8 +15,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.models.definition import Definition, Params
-from fp8jax.models.gemms import ModelRecipes
-from fp8jax.models.transformer import PreparedGemms, Transformer
+from fp8jax.models.gemms import Gemms
+from fp8jax.models.model_recipes import ModelRecipes
+from fp8jax.models.transformer import Transformer
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel.mesh import replicas
 from fp8jax.parallel.sharding import RULES, constrain
@@ -26,8 +27,7 @@ class Bound(NamedTuple):
     """The model as functions under `Runner.call` see it."""
 
     model: Transformer
-    recipes: ModelRecipes
-    prepared: PreparedGemms
+    gemms: Gemms
 
 
 class Runner:
@@ -54,17 +54,17 @@ class Runner:
         self._compiled: dict[Callable, Any] = {}
         self._options = compiler_options(mesh.devices.flat[0].platform)
         self._prepare = jax.jit(
-            lambda params: self._definition.bind(params).prepare(self._recipes, {}, {}),
+            lambda params: self._definition.bind(params).prepare(self._recipes),
             compiler_options=self._options,
         )
 
     @functools.cached_property
-    def _prepared(self) -> PreparedGemms:
+    def _gemms(self) -> Gemms:
         return self._prepare(self._params)
 
     def call(self, function: Callable, *arrays: Any) -> Any:
         """function(Bound, *arrays), jitted: compiled once for every function and shapes. Host arrays are equal on all processes."""
-        return self._jitted(function)(self._params, self._prepared, *arrays)
+        return self._jitted(function)(self._params, self._gemms, *arrays)
 
     def abstract_weights(self) -> tuple[Any, tuple[Any, ...]]:
         """What makes the weights ready, jitted, and its arguments, which may be shapes as well as arrays."""
@@ -81,11 +81,9 @@ class Runner:
     def _jitted(self, function: Callable) -> Any:
         if function not in self._compiled:
 
-            def run(params, prepared, *arrays):
+            def run(params, gemms, *arrays):
                 with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh):
-                    return function(
-                        Bound(self._definition.bind(params), self._recipes, prepared), *arrays
-                    )
+                    return function(Bound(self._definition.bind(params), gemms), *arrays)
 
             self._compiled[function] = jax.jit(run, compiler_options=self._options)
         return self._compiled[function]

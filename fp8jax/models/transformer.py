@@ -1,7 +1,8 @@
 """The decoder: embedding, a stack of blocks under scan, head (FOG paper, appendix B).
 
     model = Transformer(architectures.resolve(config.model), vocab_size, nnx.Rngs(params=0))
-    logits_btv, taps = model(batch, recipes, inputs)
+    gemms = model.prepare(recipes, scales, tokens)          # quantises the weights
+    logits_btv, taps = model(batch, gemms)
 
 Block: h = x + Npost1(Attention(Npre1(x))), y = h + Npost2(FFN(Npre2(h))); any norm may be absent, and the residual stream
 itself is never normalised. Blocks are stacked (their parameters have a leading axis of layers) and run under
@@ -10,6 +11,8 @@ itself is never normalised. Blocks are stacked (their parameters have a leading 
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +25,7 @@ from fp8jax.models import gemms as gemms_lib
 from fp8jax.models import taps as taps_lib
 from fp8jax.models.attention import Attention
 from fp8jax.models.feed_forward import FeedForward
-from fp8jax.models.gemms import GemmInputs, Gemms, ModelRecipes
+from fp8jax.models.gemms import Gemms, LayerGemms
 from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.layers import (
     Embedding,
@@ -32,8 +35,10 @@ from fp8jax.models.layers import (
     rope_frequencies,
     rope_table,
 )
+from fp8jax.models.model_recipes import ModelRecipes
 from fp8jax.numerics.cross_entropy import linear_cross_entropy
 from fp8jax.numerics.gemm import CHECKPOINT_NAME, dot_general
+from fp8jax.numerics.tokens import Token
 from fp8jax.parallel.mesh import HOST_MEMORY
 from fp8jax.parallel.sharding import constrain, shards
 
@@ -45,15 +50,6 @@ class ForwardOptions:
     remat: str = "none"
     collect: bool = False
     pooled_kurtosis: bool = False
-
-
-class PreparedGemms(NamedTuple):
-    """Weights quantised for this step (a dictionary a segment, and the head's), scales and tokens."""
-
-    weights: list[dict[str, Any]]
-    head: Any
-    scales: dict[str, jax.Array]
-    tokens: dict[str, jax.Array]
 
 
 class Block(nnx.Module):
@@ -70,7 +66,7 @@ class Block(nnx.Module):
         x_btd: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array | None,
-        gemms: Gemms,
+        gemms: LayerGemms,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """[b, t, d] to [b, t, d]; and this layer's cache, where there is one."""
@@ -128,16 +124,24 @@ class Transformer(nnx.Module):
         return (self.embedding if self.head is None else self.head).w[...]
 
     def prepare(
-        self, recipes: ModelRecipes, scales: dict[str, jax.Array], tokens: dict[str, jax.Array]
-    ) -> PreparedGemms:
-        """Quantises all weights once; no gradient flows through this: it reaches the weights through wgrad."""
+        self,
+        recipes: ModelRecipes,
+        scales: Mapping[str, jax.Array] = MappingProxyType({}),
+        tokens: Mapping[str, Token] = MappingProxyType({}),
+    ) -> Gemms:
+        """Quantise all weights once; no gradient flows through this: it reaches the weights through wgrad.
+
+        Args:
+            recipes: of every layer and the head.
+            scales: role → float32 [layers, operands], of the scaling state; needed by delayed scaling.
+            tokens: role → token, stacked over layers; none: nothing comes back.
+        """
         weights = jax.lax.stop_gradient(self.blocks.gemm_weights())
         head = gemms_lib.quantise_head(
             jax.lax.stop_gradient(self.head_weight()), recipes, self.dtype, scales
         )
-        return PreparedGemms(
-            gemms_lib.quantise_weights(weights, recipes, self.dtype, scales), head, scales, tokens
-        )
+        quantised = gemms_lib.quantise_weights(weights, recipes, self.dtype, scales)
+        return Gemms(recipes, quantised, head, dict(scales), dict(tokens))
 
     def weight_amaxes(self, recipes: ModelRecipes) -> dict[str, jax.Array]:
         """Amaxes of weights under delayed scaling, by entry of the scaling state ('qkv.w')."""
@@ -145,37 +149,35 @@ class Transformer(nnx.Module):
             self.blocks.gemm_weights() | {gemms_lib.HEAD: self.head_weight()[None]}, recipes
         )
 
-    def weight_health(self, recipes: ModelRecipes, prepared: PreparedGemms) -> gemms_lib.Health:
+    def weight_health(self, gemms: Gemms) -> gemms_lib.Health:
         """What the casts of `prepare` did, by weight ('mlp_up.w')."""
-        out = gemms_lib.weight_health(self.blocks.gemm_weights(), prepared.weights, recipes)
-        return out | gemms_lib.head_health(self.head_weight(), prepared.head, recipes)
+        recipes = gemms.recipes
+        out = gemms_lib.weight_health(self.blocks.gemm_weights(), gemms.weights, recipes)
+        return out | gemms_lib.head_health(self.head_weight(), gemms.head, recipes)
 
     def __call__(
         self,
         batch: dict[str, jax.Array],
-        recipes: ModelRecipes,
-        prepared: PreparedGemms,
+        gemms: Gemms,
         options: ForwardOptions = ForwardOptions(),
     ) -> tuple[jax.Array, taps_lib.Taps]:
         """Logits and statistics.
 
         Args:
             batch: `inputs` int32 [b, t]; optionally `positions` and `segment_ids`, int32 [b, t].
-            recipes: of every layer and the head.
-            prepared: from `prepare`.
+            gemms: from `prepare`.
             options: static.
 
         Returns:
             float32 logits [b, t, v]; taps, each statistic stacked over layers (empty unless options.collect).
         """
-        x_btd, taps, _ = self._hidden(batch, recipes, prepared, options)
-        return self._logits(x_btd, recipes, prepared, _counted(batch, options)), taps
+        x_btd, taps, _ = self._hidden(batch, gemms, options)
+        return self._logits(x_btd, gemms, _counted(batch, options)), taps
 
     def chunked_losses(
         self,
         batch: dict[str, jax.Array],
-        recipes: ModelRecipes,
-        prepared: PreparedGemms,
+        gemms: Gemms,
         chunk: int,
         options: ForwardOptions = ForwardOptions(),
     ) -> tuple[jax.Array, jax.Array, taps_lib.Taps]:
@@ -183,55 +185,51 @@ class Transformer(nnx.Module):
 
         Args:
             batch: as of a call, and `targets` int32 [b, t].
-            recipes: of every layer and the head.
-            prepared: from `prepare`.
+            gemms: from `prepare`.
             chunk: rows of the vocabulary at a time, on each device.
             options: static.
 
         Returns:
             Negative log-likelihoods of the targets and log-partitions, float32 [b, t]; taps.
         """
-        x_btd, taps, _ = self._hidden(batch, recipes, prepared, options)
-        scales, token = _of_head(prepared)
+        x_btd, taps, _ = self._hidden(batch, gemms, options)
         nll, lse = linear_cross_entropy(
             x_btd,
             self.head_weight(),
             batch["targets"],
-            recipes.head,
+            gemms.recipes.head,
             chunk=chunk,
             shards=shards("vocab"),
-            quantised_w=prepared.head,
-            scales=scales,
-            token=token,
+            quantised_w=gemms.head,
+            scales=gemms.head_scales(),
+            token=gemms.head_token(),
             role=gemms_lib.HEAD,
             counted=_counted(batch, options),
         )
         return nll, lse, taps
 
     def extend(
-        self, inputs_bt: jax.Array, cache: KVCache, recipes: ModelRecipes, prepared: PreparedGemms
+        self, inputs_bt: jax.Array, cache: KVCache, gemms: Gemms
     ) -> tuple[jax.Array, KVCache]:
         """Logits of the tokens that follow those in a cache (models/kv_cache.py): an empty one takes any t, else t is 1.
 
         Args:
             inputs_bt: int32; `cache.filled + t` must not exceed the capacity.
             cache: not changed.
-            recipes: `bf16`.
-            prepared: from `prepare`.
+            gemms: from `prepare`, with recipes in `bf16`.
 
         Returns:
             float32 logits [b, t, v], as of the uncached forward pass; the cache with t more tokens a row.
         """
         length = inputs_bt.shape[1]
         batch = {"inputs": inputs_bt, "positions": cache.filled[:, None] + jnp.arange(length)}
-        x_btd, _, cache = self._hidden(batch, recipes, prepared, ForwardOptions(), cache)
-        return self._logits(x_btd, recipes, prepared), cache._replace(filled=cache.filled + length)
+        x_btd, _, cache = self._hidden(batch, gemms, ForwardOptions(), cache)
+        return self._logits(x_btd, gemms), cache._replace(filled=cache.filled + length)
 
     def _hidden(
         self,
         batch: dict[str, jax.Array],
-        recipes: ModelRecipes,
-        prepared: PreparedGemms,
+        gemms: Gemms,
         options: ForwardOptions,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, taps_lib.Taps, Any]:
@@ -246,101 +244,83 @@ class Transformer(nnx.Module):
         )
         x_btd = self.embedding(inputs, self.config.input_scale, self.dtype)
         x_btd = constrain(x_btd, "batch", "residual", None)
-        x_btd, taps, cache = self._run_blocks(
-            x_btd,
-            rope,
-            batch.get("segment_ids"),
-            recipes,
-            prepared,
-            options,
-            cache,
-            _counted(batch, options),
-        )
+        given = _BlockInputs(rope, batch.get("segment_ids"), _counted(batch, options), cache)
+        x_btd, taps, cache = self._run_blocks(x_btd, given, gemms, options)
         return constrain(_apply(self.final_norm, x_btd), "batch", "sequence", None), taps, cache
 
-    def _run_blocks(self, x, rope, segment_ids, recipes, prepared, options, cache, counted):
+    def _run_blocks(
+        self, x_btd: jax.Array, inputs: "_BlockInputs", gemms: Gemms, options: ForwardOptions
+    ) -> tuple[jax.Array, taps_lib.Taps, KVCache | None]:
+        """All blocks, one segment of equal layers after another."""
         graph, params = nnx.split(self.blocks)
-        found, caches = [], []
-        for (first, last, roles), weights in zip(recipes.segments(), prepared.weights, strict=True):
-
-            def layer(x, stacked, roles=roles, backend=recipes.backend_of(first)):
-                params, cached, weights, scales, tokens = stacked
-                with taps_lib.collecting(
-                    options.collect, pooled=options.pooled_kurtosis, counted=counted
-                ) as taps:
-                    block = nnx.merge(graph, params)
-                    given = Gemms(roles, GemmInputs(weights, scales, tokens), backend, counted)
-                    y, cached = block(
-                        x, rope, segment_ids, given, cached and KVCache(*cached, cache.filled)
-                    )
-                return y, (taps_lib.pack(taps) if taps else taps, cached and cached[:2])
-
-            # An amax or scale of a role that is not in FP8 in these layers is not touched, and stays at zero.
-            mine = {role for role, recipe in roles.items() if recipe.fp8}
-            scales = {role: value for role, value in prepared.scales.items() if role in mine}
-            tokens = {
-                role: value
-                for role, value in prepared.tokens.items()
-                if role in mine or options.collect and role in roles
-            }
-            kv = None if cache is None else cache[:2]
-            stacked = (
-                *gemms_lib.layers_of((params, kv), first, last),
-                weights,
-                *gemms_lib.layers_of((scales, tokens), first, last),
-            )
-            looped = (
-                self.config.scan_layers and last - first > 1
-            )  # compilers take a loop of one step apart
+        cache = inputs.cache
+        kv = None if cache is None else cache[:2]
+        found: list[taps_lib.Taps] = []
+        caches = []
+        for number, (first, last, _) in enumerate(gemms.recipes.segments()):
+            # Compilers take a loop of one step apart.
+            looped = self.config.scan_layers and last - first > 1
+            layer = _rematerialised(_layer(graph, inputs, options), options.remat, looped)
+            mine = gemms_lib.layers_of((params, kv), first, last)
+            stacked = (*mine, gemms.segment(number))
             with activations.in_loop(looped):
-                x, (taps, kv) = jax.lax.scan(
-                    _rematerialised(layer, options.remat, looped),
-                    x,
-                    stacked,
-                    unroll=1 if looped else last - first,
-                )
+                unroll = 1 if looped else last - first
+                x_btd, (taps, added) = jax.lax.scan(layer, x_btd, stacked, unroll=unroll)
             found.append(taps.unpack() if taps else {})
-            caches.append(kv)
+            caches.append(added)
         if cache is not None:
-            cache = cache._replace(
-                k=jnp.concatenate([k for k, _ in caches]), v=jnp.concatenate([v for _, v in caches])
-            )
-        return x, _join(found), cache
+            keys, values = (jnp.concatenate(parts) for parts in zip(*caches, strict=True))
+            cache = cache._replace(k=keys, v=values)
+        return x_btd, _join(found), cache
 
     def _logits(
-        self,
-        x_btd: jax.Array,
-        recipes: ModelRecipes,
-        prepared: PreparedGemms,
-        counted: jax.Array | None = None,
+        self, x_btd: jax.Array, gemms: Gemms, counted: jax.Array | None = None
     ) -> jax.Array:
-        scales, token = _of_head(prepared)
         return dot_general(
             x_btd,
             self.head_weight(),
             (((2,), (1,)), ((), ())),
-            recipes.head,
-            quantised_w=prepared.head,
-            scales=scales,
-            token=token,
+            gemms.recipes.head,
+            quantised_w=gemms.head,
+            scales=gemms.head_scales(),
+            token=gemms.head_token(),
             out_dtype=jnp.float32,
             role=gemms_lib.HEAD,
             counted=counted,
         )
 
 
+class _BlockInputs(NamedTuple):
+    """What every block reads beside the residual stream and its own GEMMs."""
+
+    rope: tuple[jax.Array, jax.Array]
+    segment_ids: jax.Array | None
+    counted: jax.Array | None
+    cache: KVCache | None
+
+
+def _layer(graph: nnx.GraphDef, inputs: _BlockInputs, options: ForwardOptions) -> Any:
+    """Return the scan's body: one block, from its slices of parameters, cache and GEMMs."""
+    rope, segment_ids, counted, cache = inputs
+
+    def layer(x: jax.Array, stacked: Any) -> tuple[jax.Array, Any]:
+        params, kv, gemms = stacked
+        collecting = taps_lib.collecting(
+            options.collect, pooled=options.pooled_kurtosis, counted=counted
+        )
+        with collecting as taps:
+            block = nnx.merge(graph, params)
+            mine = None if cache is None else KVCache(*kv, cache.filled)
+            y, mine = block(x, rope, segment_ids, gemms.layer(counted), mine)
+        packed = taps_lib.pack(taps) if taps else taps
+        return y, (packed, None if mine is None else mine[:2])
+
+    return layer
+
+
 def _counted(batch: dict[str, jax.Array], options: ForwardOptions) -> jax.Array | None:
     """The tokens that statistics are of: padding is none."""
     return batch["mask"] > 0 if options.collect and "mask" in batch else None
-
-
-def _of_head(prepared: PreparedGemms) -> tuple[jax.Array | None, jax.Array | None]:
-    """Scales and token of the head, None where it needs none."""
-    scales, token = (
-        given[gemms_lib.HEAD][0] if gemms_lib.HEAD in given else None
-        for given in (prepared.scales, prepared.tokens)
-    )
-    return scales, token
 
 
 class _Head(nnx.Module):

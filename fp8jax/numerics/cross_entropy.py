@@ -36,9 +36,10 @@ from fp8jax.numerics.gemm import (
     from_bytes,
     gemm,
     quantise_weight,
-    report_cast,
 )
 from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax.numerics.scaling import operand_scale
+from fp8jax.numerics.tokens import FULL, Token, as_token, report_cast
 
 
 def linear_cross_entropy(
@@ -51,7 +52,7 @@ def linear_cross_entropy(
     shards: int = 1,
     quantised_w: Quantised | None = None,
     scales: jax.Array | None = None,
-    token: jax.Array | None = None,
+    token: Token | jax.Array | None = None,
     role: str = "lm_head",
     counted: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -66,7 +67,7 @@ def linear_cross_entropy(
         shards: equal parts of w's rows that are gone through side by side; must divide their number.
         quantised_w: the weight as `quantise_weight` made it.
         scales: float32 [2], of x and g; needed by delayed scaling.
-        token: as of `dot_general`: float32 [2], or [2, len(REPORT)], of zeros; the kurtosis of the gradient stays unknown.
+        token: as of `dot_general`, but not for amaxes by device; the kurtosis of the gradient stays unknown.
         role: name of the GEMMs in profiles and programs.
         counted: bool [b, t]: the tokens that statistics are of; the others' cotangents are zero. None: all.
 
@@ -89,7 +90,9 @@ def linear_cross_entropy(
     if quantised_w is None:
         quantised_w = quantise_weight(lax.stop_gradient(w_vd), recipe, x_btd.dtype)
     call = _Call(recipe, role, chunk, shards, x_btd.dtype, w_vd.dtype)
-    return _cross_entropy(call, x_btd, w_vd, quantised_w, targets_bt, scales, token, counted)
+    return _cross_entropy(
+        call, x_btd, w_vd, quantised_w, targets_bt, scales, as_token(token), counted
+    )
 
 
 class _Call(NamedTuple):
@@ -138,7 +141,7 @@ def _cross_entropy(call, x, w, qw, targets, scales, token, counted):
 
 def _forward(call, x, w, qw, targets, scales, token, counted):
     scales = scales if call.recipe.scaling == "delayed" else None
-    qx, amax_x = call.recipe.quantise(x, None if scales is None else scales[0], "x")
+    qx, amax_x = call.recipe.quantise(x, operand_scale(scales, "x"), "x")
 
     def chunk(running: _Running, part: Quantised, start: jax.Array) -> tuple[_Running, None]:
         logits = _logits(call, qx, part)
@@ -187,7 +190,7 @@ def _backward(call, residuals, cotangents):
     )
     amax = _amax(lse, target, other, of_nll, both) if recipe.fp8 else None
     scale = _gradient_scale(recipe, amax, scales)
-    elements, in_full = lse.size * qw.data.shape[0], token is not None and token.ndim == 2
+    elements, in_full = lse.size * qw.data.shape[0], token is not None and token.brings == FULL
 
     def chunk(carry, part, start):
         dx, health, total = carry
@@ -217,7 +220,7 @@ def _backward(call, residuals, cotangents):
     if in_full and scale is not None:
         whole = jnp.concatenate([jnp.stack([amax, scale]), health[2:]])
         of_g = statistics.of_gradient(whole, lse.shape, counted, mean=total / float(elements))
-    d_token = None if of_x is None else jnp.stack([of_x, of_g])
+    d_token = None if of_x is None else token.like(jnp.stack([of_x, of_g]))
     return jnp.sum(dx, axis=0).astype(call.x_dtype), dw, None, None, None, d_token, None
 
 
@@ -285,7 +288,7 @@ def _gradient_scale(
         return None
     if recipe.scaling == "static":
         return recipe.static_scale("g")
-    return recipe.scale(amax, recipe.format("g")) if scales is None else scales[1]
+    return recipe.scale(amax, recipe.format("g")) if scales is None else operand_scale(scales, "g")
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -14,10 +14,9 @@ With `blockwise` scaling x and g are cut into runs of 128 along the dimension th
 contracts tokens: there g is quantised a second time, and x again from its FP8 residual, as in DeepSeek-V3.
 
 State goes in and out without side effects. Scales of delayed scaling are an argument; the raw amaxes of x and of the
-output gradient come back as the *cotangent of `token`*, a float32 array of zeros (zeros again with `static` scaling, which
-takes none). A token with room for it brings back all of `statistics.REPORT`, in BF16 as well, or the amaxes of every device
-apart. Give each call its own token: cotangents of a token used twice are summed. The weight may come already quantised (once
-a step, `quantise_weight`); then `w` only receives the gradient.
+output gradient come back as the *cotangent of `token`*, zeros (zeros again with `static` scaling, which takes none); a token
+may bring back more, as tokens.py says. Give each call its own: cotangents of a token used twice are summed. The weight may
+come already quantised (once a step, `quantise_weight`); then `w` only receives the gradient.
 """
 
 import functools
@@ -28,12 +27,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
-from fp8jax.numerics import blockwise, statistics
+from fp8jax.numerics import blockwise
 from fp8jax.numerics.formats import E4M3, E5M2, Quantised
-from fp8jax.numerics.gemm_sharding import Placement, moved, pin, report_amax
+from fp8jax.numerics.gemm_sharding import Placement, moved, pin
 from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax.numerics.scaling import operand_scale
+from fp8jax.numerics.tokens import Token, as_token, report_cast
 
 # The name that quantised tensors carry for remat policies (jax.checkpoint_policies.save_only_these_names).
 CHECKPOINT_NAME = "fp8"
@@ -151,7 +151,7 @@ def dot_general(
     *,
     quantised_w: Quantised | None = None,
     scales: jax.Array | None = None,
-    token: jax.Array | None = None,
+    token: Token | jax.Array | None = None,
     placements: tuple[Placement, Placement] | None = None,
     out_dtype: Any = None,
     role: str = "linear",
@@ -166,9 +166,8 @@ def dot_general(
         recipe: scaling, formats, backend.
         quantised_w: the weight as `quantise_weight` made it.
         scales: float32 [2], scales of x and of the output gradient; needed by delayed scaling.
-        token: float32 [2] of zeros, whose cotangent is (amax of x, amax of the output gradient); or [2, len(REPORT)], which
-            brings back what the two casts did, and how the output gradient is spread; or [2, ...] with a dimension for each
-            mesh axis, for amaxes by device.
+        token: float32 [2] of zeros, whose cotangent is (amax of x, amax of the output gradient); or a Token, which may bring
+            back what the two casts did, and how the output gradient is spread, or amaxes by device.
         placements: of x and the output gradient on a mesh; their FP8 values are what is moved between devices.
         out_dtype: dtype of the result; None: that of x.
         role: name of the GEMM in profiles and programs.
@@ -195,7 +194,7 @@ def dot_general(
     )  # hashable, whatever was given
     places = placements or (Placement(None, None),) * 2
     call = _Call(dims, recipe, role, jnp.dtype(out_dtype or x.dtype), x.dtype, w.dtype, *places)
-    return _dot_general(call, x, w, quantised_w, scales, token, counted)
+    return _dot_general(call, x, w, quantised_w, scales, as_token(token), counted)
 
 
 class _Call(NamedTuple):
@@ -218,9 +217,7 @@ def _dot_general(call, x, w, qw, scales, token, counted):
 
 def _forward(call, x, w, qw, scales, token, counted):
     recipe, x = call.recipe, pin(x, call.of_x.cast)
-    qx, amax_x = recipe.quantise(
-        x, None if scales is None else scales[0], "x", axes=call.dims[0][0]
-    )
+    qx, amax_x = recipe.quantise(x, operand_scale(scales, "x"), "x", axes=call.dims[0][0])
     qx = moved(qx, call.of_x.cast)
     qx = named(qx) if recipe.fp8 else qx
     of_x = report_cast(
@@ -244,7 +241,7 @@ def _backward(call, residuals, g):
     )  # moved a second time: kept, it would take its place for every layer
     recipe, dims = call.recipe, call.dims
     g = pin(g if recipe.fp8 else g.astype(call.x_dtype), call.of_g.cast)
-    qg, amax_g = recipe.quantise(g, None if scales is None else scales[1], "g", axes=(g.ndim - 1,))
+    qg, amax_g = recipe.quantise(g, operand_scale(scales, "g"), "g", axes=(g.ndim - 1,))
     of_g = report_cast(
         token, g, qg, amax_g, call.of_g.cast, spread=True, counted=counted, emulated=recipe.emulated
     )
@@ -267,7 +264,7 @@ def _backward(call, residuals, g):
         name=f"{call.role}.wgrad",
         **_options(recipe, "wgrad"),
     )
-    d_token = None if of_x is None else jnp.stack([of_x, of_g])
+    d_token = None if of_x is None else token.like(jnp.stack([of_x, of_g]))
     return pin(dx, call.of_x.cast), dw, None, None, d_token, None
 
 
@@ -298,29 +295,6 @@ def _along_tokens(
 
 def _options(recipe: GemmRecipe, gemm_pass: str) -> dict[str, Any]:
     return {"emulated": recipe.emulated, "precise": recipe.fp8 and recipe.precise(gemm_pass)}
-
-
-def report_cast(
-    token: jax.Array | None,
-    x: jax.Array,
-    q: Quantised,
-    amax: jax.Array | None,
-    spec: PartitionSpec | None = None,
-    *,
-    spread: bool = False,
-    counted: jax.Array | None = None,
-    emulated: bool = False,
-) -> jax.Array | None:
-    """What a token brings back of one operand: its amax, None if that is not taken; or, if the token has room, statistics.REPORT.
-
-    spec: how x is split. spread: whether its distribution belongs to the report. counted: the tokens that it is of.
-    emulated: as of `formats.amax`.
-    """
-    if token is None:
-        return None
-    if token.ndim == 2:
-        return statistics.report(x, q, spread=spread, counted=counted)
-    return None if amax is None else report_amax(x, spec, amax, token[0], emulated=emulated)
 
 
 def named(q: Quantised) -> Quantised:

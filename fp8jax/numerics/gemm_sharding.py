@@ -11,7 +11,6 @@ parallel/sharding.py.
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fp8jax.numerics import formats
@@ -90,19 +89,3 @@ def amax_by_device(
         out_specs=PartitionSpec(*mesh.axis_names),
         check_vma=False,
     )(x)
-
-
-def report_amax(
-    x: jax.Array,
-    spec: PartitionSpec | None,
-    largest: jax.Array,
-    token: jax.Array,
-    *,
-    emulated: bool = False,
-) -> jax.Array:
-    """What one entry of a token brings back: the amax, or, if the entry has a dimension for each mesh axis, that of each device."""
-    if token.ndim == 0:
-        return largest
-    if jax.sharding.get_abstract_mesh().empty:
-        return jnp.broadcast_to(largest, token.shape)
-    return amax_by_device(x, spec, token, emulated=emulated)

@@ -18,7 +18,8 @@ ROLES = LINEAR_ROLES + ATTENTION_ROLES
 
 # Operands whose amax comes back from a GEMM, in the order in which tokens, histories and scales hold them. Weights have none:
 # they are quantised once a step, outside; nor has P, which is at most 1 and has a fixed scale.
-OPERANDS = {role: ("x", "g") for role in LINEAR_ROLES} | {
+LINEAR_OPERANDS = ("x", "g")
+OPERANDS = dict.fromkeys(LINEAR_ROLES, LINEAR_OPERANDS) | {
     "attention_scores": ("q", "k", "ds"),
     "attention_values": ("v", "do"),
 }

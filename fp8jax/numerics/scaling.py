@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.numerics.recipes import LINEAR_ROLES, OPERANDS, GemmRecipe
+from fp8jax.numerics.roles import LINEAR_OPERANDS
 
 Scaling = dict[str, dict[str, jax.Array]]
 Tokens = dict[str, jax.Array]
@@ -35,6 +36,22 @@ def role_of(entry: str) -> str:
 def operands(entry: str) -> tuple[str, ...]:
     """Return the operands of an entry, in the order in which its arrays hold them."""
     return ("w",) if entry.endswith(_WEIGHT) else OPERANDS[entry]
+
+
+def operand_scale(
+    scales: jax.Array | None, operand: str, role: str | None = None
+) -> jax.Array | None:
+    """Return the scale of one operand, float32 scalar, from all of a role's; None from None.
+
+    Args:
+        scales: float32 [operands].
+        operand: such as "x" or "ds".
+        role: of attention; None: a linear layer's, whatever it is called.
+    """
+    if scales is None:
+        return None
+    names = LINEAR_OPERANDS if role is None else OPERANDS[role]
+    return scales[names.index(operand)]
 
 
 def entries(recipes: Mapping[str, GemmRecipe]) -> list[str]:

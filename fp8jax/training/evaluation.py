@@ -66,13 +66,13 @@ class Evaluator:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 model = definition.bind(as_float32(params))
                 prepared, chunk = (
-                    model.prepare(recipes, {}, {}),
+                    model.prepare(recipes),
                     settled(config).training.loss_chunk,
                 )
                 if chunk:
-                    losses = model.chunked_losses(batch, recipes, prepared, chunk)[0]
+                    losses = model.chunked_losses(batch, prepared, chunk)[0]
                 else:
-                    losses = token_losses(model(batch, recipes, prepared)[0], batch["targets"])
+                    losses = token_losses(model(batch, prepared)[0], batch["targets"])
                 return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
 
         self.total_loss = jax.jit(

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from fp8jax.config import Config, OptimizerConfig, settled
-from fp8jax.models import gemms
+from fp8jax.models import gemms as gemms_lib
 from fp8jax.models.definition import STACKED, Definition, Params
-from fp8jax.models.gemms import ModelRecipes
+from fp8jax.models.gemms import Gemms, ModelRecipes
 from fp8jax.models.taps import Taps
-from fp8jax.models.transformer import ForwardOptions, PreparedGemms
+from fp8jax.models.transformer import ForwardOptions
 from fp8jax.numerics import low_bit_state, statistics
+from fp8jax.numerics.tokens import AMAX, AMAX_BY_DEVICE, FULL, Token
 from fp8jax.training.losses import Batch, batch_losses
 from fp8jax.training.optimizer import MATRIX
 from fp8jax.training.state import TrainState
@@ -66,17 +67,17 @@ def gradients(
     config = settled(config)
     scales = {role: entry["scale"] for role, entry in state.scaling.items()}
     model = definition.bind(state.params)
-    prepared = model.prepare(recipes, scales, {})
+    gemms = model.prepare(recipes, scales)
     total = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
-    microbatch = _Microbatch(config, definition, recipes, prepared, total, collect)
+    microbatch = _Microbatch(config, definition, gemms, total, collect)
     view = gradient_view(state.params, config)
     sums = GradientSums(config.optimizer, state.step)
-    of_weights = model.weight_health(recipes, prepared) if collect else {}
+    of_weights = model.weight_health(gemms) if collect else {}
     if config.training.microbatches == 1:
         found = microbatch.gradients(view, jax.tree.map(lambda a: a[0], batch), sums)
     else:
         found = _accumulated(microbatch, view, batch, sums)
-    amaxes = gemms.over_devices(found.amaxes) | model.weight_amaxes(recipes)
+    amaxes = gemms_lib.over_devices(found.amaxes) | model.weight_amaxes(recipes)
     return found._replace(amaxes=amaxes, taps=found.taps | of_weights)
 
 
@@ -86,8 +87,7 @@ class _Microbatch:
 
     config: Config
     definition: Definition
-    recipes: ModelRecipes
-    prepared: PreparedGemms
+    gemms: Gemms
     total: jax.Array
     collect: bool
 
@@ -99,28 +99,24 @@ class _Microbatch:
     def gradients(self, view: Params, batch: Batch, sums: "GradientSums") -> BatchGradients:
         """Gradients with respect to the parameters, and what the tokens bring back."""
         differentiate = jax.value_and_grad(self.loss, (0, 1), has_aux=True)
-        (_, (loss, taps)), (grads, found) = differentiate(view, self.tokens(), batch)
+        recipes = self.gemms.recipes
+        tokens = gemms_lib.zero_tokens(recipes, FULL if self.collect else AMAX_BY_DEVICE)
+        (_, (loss, taps)), (grads, d_tokens) = differentiate(view, tokens, batch)
+        found = {role: token.values for role, token in d_tokens.items()}
         health: Taps = {}
         if self.collect:
             pooled = self.options.pooled_kurtosis
-            found, health = gemms.read_reports(found, self.recipes, pooled=pooled)
+            found, health = gemms_lib.read_reports(found, recipes, pooled=pooled)
         return BatchGradients(loss, sums.narrow(grads), found, taps | health)
 
-    def tokens(self) -> Amaxes:
-        """Zeros whose cotangents are amaxes, or all that is reported of operands."""
-        if self.collect:
-            return gemms.zero_reports(self.recipes)
-        return gemms.zero_tokens(self.recipes, by_device=True)
-
     def loss(
-        self, params: Params, tokens: Amaxes, batch: Batch
+        self, params: Params, tokens: dict[str, Token], batch: Batch
     ) -> tuple[jax.Array, tuple[jax.Array, Taps]]:
         """The loss that is differentiated; beside it the one that is logged, and taps."""
         nll, lse, taps = batch_losses(
             self.definition.bind(params),
             batch,
-            self.recipes,
-            self.prepared._replace(tokens=tokens),
+            self.gemms.with_tokens(tokens),
             self.options,
             chunk=self.config.training.loss_chunk,
         )
@@ -146,7 +142,8 @@ def _accumulated(
         grads = sums.add(grads, found.grads, number)
         return (loss, grads, jax.tree.map(jnp.maximum, amaxes, found.amaxes)), found.taps
 
-    amaxes = gemms.zero_tokens(microbatch.recipes, by_device=not microbatch.collect)
+    brings = AMAX if microbatch.collect else AMAX_BY_DEVICE
+    amaxes = gemms_lib.zero_amaxes(microbatch.gemms.recipes, brings)
     zeros = (jnp.zeros((), jnp.float32), sums.zeros(view), amaxes)
     numbers = jnp.arange(microbatch.config.training.microbatches)
     (loss, grads, amaxes), taps = jax.lax.scan(accumulate, zeros, (numbers, batch))

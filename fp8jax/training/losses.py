@@ -1,14 +1,14 @@
 """The loss of every token: from logits, or chunk by chunk of the vocabulary (`training.loss_chunk`).
 
-nll, lse, taps = batch_losses(model, batch, recipes, prepared, options, chunk=0)
+nll, lse, taps = batch_losses(model, batch, gemms, options, chunk=0)
 """
 
 import jax
 import jax.numpy as jnp
 
-from fp8jax.models.gemms import ModelRecipes
+from fp8jax.models.gemms import Gemms
 from fp8jax.models.taps import Taps
-from fp8jax.models.transformer import ForwardOptions, PreparedGemms, Transformer
+from fp8jax.models.transformer import ForwardOptions, Transformer
 
 Batch = dict[str, jax.Array]
 
@@ -44,8 +44,7 @@ token_losses.defvjp(_token_losses, _token_losses_backward)
 def batch_losses(
     model: Transformer,
     batch: Batch,
-    recipes: ModelRecipes,
-    prepared: PreparedGemms,
+    gemms: Gemms,
     options: ForwardOptions,
     *,
     chunk: int,
@@ -55,14 +54,13 @@ def batch_losses(
     Args:
         model: bound to parameters.
         batch: `inputs` and `targets`, int32 [b, t], and what else the model reads.
-        recipes: of every layer and the head.
-        prepared: from `Transformer.prepare`.
+        gemms: from `Transformer.prepare`.
         options: static choices of the forward pass.
         chunk: rows of the vocabulary at a time; 0: logits of all of it.
     """
     if chunk:
-        return model.chunked_losses(batch, recipes, prepared, chunk, options)
-    logits, taps = model(batch, recipes, prepared, options)
+        return model.chunked_losses(batch, gemms, chunk, options)
+    logits, taps = model(batch, gemms, options)
     with jax.named_scope("loss"):
         nll = token_losses(logits, batch["targets"])
         return nll, jax.nn.logsumexp(logits, axis=-1), taps

@@ -60,7 +60,7 @@ class TrainProgram:
         self.state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.bad_names = bad_steps.names(
-            jax.eval_shape(lambda: gemms.zero_tokens(self.recipes)), self.definition.shapes
+            jax.eval_shape(lambda: gemms.zero_amaxes(self.recipes)), self.definition.shapes
         )
         self._options = compiler_options(plan.device.platform)
         self._compiled: dict[bool, Any] = {}

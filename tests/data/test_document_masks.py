@@ -61,9 +61,7 @@ def test_packed_documents_have_the_logits_of_each_alone(tmp_path, kind, fp8):
     definition = define(config.model, 384)
     recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
     bound = definition.bind(definition.init(0))
-    logits = jax.jit(
-        lambda batch: bound(batch, recipes, bound.prepare(recipes, {}, {}))[0].astype(jnp.float32)
-    )
+    logits = jax.jit(lambda batch: bound(batch, bound.prepare(recipes))[0].astype(jnp.float32))
     packed_btv, alone_btv = (
         np.asarray(logits({name: jnp.asarray(a) for name, a in batch.items()}))
         for batch in (packed, alone)

@@ -41,7 +41,7 @@ def uncached(model: LoadedModel) -> Callable[[list[int]], np.ndarray]:
     @jax.jit
     def forward(params, ids):
         bound = plan.definition.bind(params)
-        return bound({"inputs": ids}, recipes, bound.prepare(recipes, {}, {}))[0]
+        return bound({"inputs": ids}, bound.prepare(recipes))[0]
 
     def logits(ids):
         padded = np.zeros((1, plan.config.data.sequence_length), np.int32)

@@ -230,8 +230,7 @@ def test_loss_and_gradients_are_those_of_the_mathematics(architecture):
         model = definition.bind(params)
         logits, _ = model(
             {"inputs": jnp.asarray(tokens[:, :-1], jnp.int32)},
-            recipes,
-            model.prepare(recipes, {}, {}),
+            model.prepare(recipes),
         )
         chosen = jnp.take_along_axis(
             jax.nn.log_softmax(logits, axis=-1), jnp.asarray(tokens[:, 1:, None]), axis=-1

@@ -28,18 +28,18 @@ def decoded(dtype: str, architecture: str, recipe: str = "bf16"):
     @jax.jit
     def run(params, ids):
         model = definition.bind(params)
-        prepared = model.prepare(recipes, {}, {})
-        whole, _ = model({"inputs": ids}, recipes, prepared)
+        prepared = model.prepare(recipes)
+        whole, _ = model({"inputs": ids}, prepared)
         cache = kv_cache.empty(model.config, 3, CAPACITY)
         # Right-padded prompts: what stands in the padding's slots must never be seen.
         _, cache = model.extend(
-            jnp.where(jnp.arange(LENGTH) < PROMPTS[:, None], ids, 63), cache, recipes, prepared
+            jnp.where(jnp.arange(LENGTH) < PROMPTS[:, None], ids, 63), cache, prepared
         )
         cache = cache._replace(filled=jnp.asarray(PROMPTS, jnp.int32))
 
         def one(cache, _):
             token = jnp.take_along_axis(ids, cache.filled[:, None], axis=1, mode="clip")
-            logits, cache = model.extend(token, cache, recipes, prepared)
+            logits, cache = model.extend(token, cache, prepared)
             return cache, logits[:, 0]
 
         return whole, jax.lax.scan(one, cache, length=LENGTH - 1)[1]

@@ -36,10 +36,7 @@ def operations(*, layers, scan_layers, remat):
     def loss(params, inputs):
         bound = definition.bind(params)
         return jnp.mean(
-            bound(
-                {"inputs": inputs}, recipes, bound.prepare(recipes, {}, {}), ForwardOptions(remat)
-            )[0]
-            ** 2
+            bound({"inputs": inputs}, bound.prepare(recipes), ForwardOptions(remat))[0] ** 2
         )
 
     inputs = jax.ShapeDtypeStruct((2, 32), jnp.int32)

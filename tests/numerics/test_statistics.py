@@ -11,6 +11,7 @@ from fp8jax.numerics.attention import rows as attention_rows
 from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
 from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
+from fp8jax.numerics.tokens import FULL, Token
 
 from . import reference
 from .reference import E4M3, E5M2, kurtosis, spread_of
@@ -369,10 +370,10 @@ def test_tokens_with_room_bring_back_health(scaling):
         return y, *vjp(g)
 
     *narrow, amaxes = run(jnp.zeros(2))
-    *wide, found = run(jnp.zeros((2, len(statistics.REPORT))))
+    *wide, found = run(Token(jnp.zeros((2, len(statistics.REPORT))), FULL))
     for a, b in zip(narrow, wide, strict=True):
         np.testing.assert_array_equal(a, b)
-    found, spread = np.split(found, [len(statistics.HEALTH)], axis=1)
+    found, spread = np.split(found.values, [len(statistics.HEALTH)], axis=1)
     np.testing.assert_array_equal(spread[0], [0, 0, 0, 0, 80, 0, 0])
     np.testing.assert_allclose(spread[1], [*spread_of(g), 80, 80, 2], rtol=2e-5)
     np.testing.assert_array_equal(found[:, 0], [jnp.max(jnp.abs(x)), jnp.max(jnp.abs(g))])
@@ -422,7 +423,8 @@ def test_attention_brings_back_health(scalings):
         SCORES: jnp.asarray([2.0**-5, 2.0**-10, 2.0**-17]),
         VALUES: jnp.asarray([2.0**-2, 2.0**-22]),
     }
-    tokens = {role: jnp.zeros((len(OPERANDS[role]), len(statistics.REPORT))) for role in recipes}
+    width = len(statistics.REPORT)
+    tokens = {role: Token(jnp.zeros((len(OPERANDS[role]), width)), FULL) for role in recipes}
 
     def run(backend):
         @jax.jit
@@ -434,7 +436,7 @@ def test_attention_brings_back_health(scalings):
                 tokens,
             )[1](do)[0]
 
-        return {role: np.asarray(rows) for role, rows in both(tokens).items()}
+        return {role: np.asarray(found.values) for role, found in both(tokens).items()}
 
     whole, chunked = run("emulated"), run("composed")
     cast_do = divided_by_rows(recipes, scales, q, k, v, do)

@@ -18,6 +18,7 @@ from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.gemm_sharding import Partition, Placement
 from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax.numerics.tokens import AMAX_BY_DEVICE
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.parallel.sharding import RULES, activation_specs, attention_axes
 from fp8jax.plan import make_plan
@@ -88,7 +89,7 @@ def linear(features):
             )
 
         y, vjp = jax.vjp(layer, x, w, tokens)
-        return gemms.over_devices({"qkv": vjp(g.astype(y.dtype))[2][None]})
+        return gemms.over_devices({"qkv": vjp(g.astype(y.dtype))[2].values[None]})
 
     return amaxes
 
@@ -97,8 +98,8 @@ def gemms_tokens(roles):
     """Of one layer, one dimension for each mesh axis."""
     recipes = gemms.ModelRecipes(({role: RECIPE for role in roles},), GemmRecipe("bf16"))
     return {
-        role: token[0]
-        for role, token in gemms.zero_tokens(recipes, by_device=True).items()
+        role: token.like(token.values[0])
+        for role, token in gemms.zero_tokens(recipes, AMAX_BY_DEVICE).items()
         if role in roles
     }
 
@@ -126,7 +127,7 @@ def attend(x, w, g):
 
     o, vjp = jax.vjp(run, tokens)
     return gemms.over_devices(
-        {role: token[None] for role, token in vjp(g.reshape(o.shape))[0].items()}
+        {role: token.values[None] for role, token in vjp(g.reshape(o.shape))[0].items()}
     )
 
 

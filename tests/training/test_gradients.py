@@ -78,9 +78,7 @@ def whole():
 
     def losses(params):
         model = definition.bind(params)
-        logits, _ = model(
-            {"inputs": jnp.asarray(sample()["inputs"])}, recipes, model.prepare(recipes, {}, {})
-        )
+        logits, _ = model({"inputs": jnp.asarray(sample()["inputs"])}, model.prepare(recipes))
         lse = jax.nn.logsumexp(logits, axis=-1)
         nll = (
             lse

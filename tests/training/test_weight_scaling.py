@@ -68,7 +68,7 @@ def test_weights_that_outgrow_their_history_saturate():
         entry: jnp.asarray(largest[entry] / 448 / 2)[:, None] for entry in WEIGHTS
     }  # the largest is twice what fits
     roles = {role: jnp.ones((2, 2)) for role in ("qkv", "attention_out", "mlp_up", "mlp_down")}
-    (found,) = model.prepare(program.recipes, scales | roles, {}).weights
+    (found,) = model.prepare(program.recipes, scales | roles).weights
     for entry in WEIGHTS:
         values = np.asarray(jax.vmap(dequantise)(found[entry.removesuffix(".w")]))
         np.testing.assert_allclose(
@@ -107,7 +107,7 @@ def test_the_head_has_an_entry_if_it_is_in_fp8():
         np.abs(np.asarray(state.params["head"]["w"])).max()
     )
     scales = {entry: value["scale"] for entry, value in state.scaling.items()}
-    head = program.definition.bind(state.params).prepare(program.recipes, scales, {}).head
+    head = program.definition.bind(state.params).prepare(program.recipes, scales).head
     assert float(head.scale) == float(scales["lm_head.w"][0, 0])
 
 

@@ -56,8 +56,7 @@ def test_z_loss_adds_its_gradient_and_is_not_reported():
         model = definition.bind(params)
         logits, _ = model(
             jax.tree.map(lambda a: a[0], batch),
-            recipes,
-            definition.bind(params).prepare(recipes, {}, {}),
+            definition.bind(params).prepare(recipes),
         )
         mask = batch["mask"][0]
         return 0.5 * jnp.sum(jax.nn.logsumexp(logits, axis=-1) ** 2 * mask) / mask.sum()

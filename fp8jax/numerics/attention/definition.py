@@ -32,7 +32,7 @@ taken from P~ and not from dO, whose format ends, too: in dV, a probability belo
 
 The residuals are q, k, v in FP8, O in the activations' dtype, ceil(m) and w. As in `dot_general`, raw amaxes come
 back as the cotangents of tokens: (q, k, dS) for role attention_scores, (v, dO~) for attention_values; and as there, tokens
-with room for it bring back `statistics.REPORT`, of dO~ with the distribution of dO. dS is counted over the whole square of
+may bring back `statistics.REPORT`, of dO~ with the distribution of dO. dS is counted over the whole square of
 scores, hidden ones zero. A role in BF16 casts to the activations' dtype; with attention_values in it, dO is taken as it is.
 """
 
@@ -48,9 +48,11 @@ from fp8jax.numerics.attention import composed as attention_composed
 from fp8jax.numerics.attention import pallas as attention_pallas
 from fp8jax.numerics.attention import rows as attention_rows
 from fp8jax.numerics.attention.rows import Call, Operands, Residuals, Weights
-from fp8jax.numerics.gemm import CHECKPOINT_NAME, as_bytes, from_bytes, named, report_cast
-from fp8jax.numerics.gemm_sharding import Partition, moved, pin, placements, report_amax
+from fp8jax.numerics.gemm import CHECKPOINT_NAME, as_bytes, from_bytes, named
+from fp8jax.numerics.gemm_sharding import Partition, moved, pin, placements
 from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax.numerics.scaling import operand_scale
+from fp8jax.numerics.tokens import FULL, Token, as_token, report_amax, report_cast
 
 SCORES, VALUES = "attention_scores", "attention_values"
 BACKENDS = ("emulated", "composed", "pallas")
@@ -73,7 +75,7 @@ def attention(
     softmax_scale: float,
     segment_ids: jax.Array | None = None,
     scales: Mapping[str, jax.Array] | None = None,
-    tokens: Mapping[str, jax.Array] | None = None,
+    tokens: Mapping[str, Token | jax.Array] | None = None,
     backend: str = "emulated",
     partition: Partition | None = None,
     counted: jax.Array | None = None,
@@ -89,7 +91,7 @@ def attention(
         softmax_scale: factor on the scores.
         segment_ids: int32 [b, t]; tokens attend within their own segment only. None: one segment.
         scales: role → float32 scales, in the order of `recipes.OPERANDS`; needed by delayed scaling.
-        tokens: role → zeros of the same shapes, whose cotangents are raw amaxes; or as in `dot_general`, with room for more.
+        tokens: role → zeros of the same shapes, whose cotangents are raw amaxes; or a Token, which may bring back more.
         backend: one of BACKENDS. Whether a recipe's GEMMs are FP8 or emulated is the recipe's business, with any.
             Or CUDNN, on a GPU, for recipes in `bf16` and without segment_ids.
         partition: mesh axes that split the operands; `pallas` needs to know them. Their FP8 values are what is moved between devices.
@@ -108,10 +110,10 @@ def attention(
         if recipes[role].scaling == "delayed" and (scales is None or role not in scales):
             raise ValueError(f"attention: delayed scaling of {role} needs scales[{role!r}]")
     scales = {role: scales[role] for role in (SCORES, VALUES) if role in scales} if scales else {}
-    tokens = {role: tokens[role] for role in (SCORES, VALUES) if role in tokens} if tokens else {}
-    health = SCORES in tokens and tokens[SCORES].ndim == 2
+    given = {role: as_token(tokens[role]) for role in (SCORES, VALUES) if tokens and role in tokens}
+    health = SCORES in given and given[SCORES].brings == FULL
     call = Call(recipes[SCORES], recipes[VALUES], softmax_scale, q_btkgh.dtype, health, partition)
-    return _attention(backend, call, q_btkgh, k_bskh, v_bskh, segment_ids, scales, tokens, counted)
+    return _attention(backend, call, q_btkgh, k_bskh, v_bskh, segment_ids, scales, given, counted)
 
 
 def check_backend(backend: str, recipes: Mapping[str, GemmRecipe], head_dim: int) -> None:
@@ -160,9 +162,9 @@ def _attention(backend, call, q, k, v, segment_ids, scales, tokens, counted):
 def _forward(backend, call, q, k, v, segment_ids, scales, tokens, counted):
     many, few, rows = placements(call.partition, "btkgh", "bskh", "btkg")
     q, k, v = pin(q, many.cast), pin(k, few.cast), pin(v, few.cast)
-    qq, amax_q = call.scores.quantise(q, _scale(scales, SCORES, 0), "q")
-    qk, amax_k = call.scores.quantise(k, _scale(scales, SCORES, 1), "k")
-    qv, amax_v = call.values.quantise(v, _scale(scales, VALUES, 0), "v")
+    qq, amax_q = call.scores.quantise(q, _scale(scales, SCORES, "q"), "q")
+    qk, amax_k = call.scores.quantise(k, _scale(scales, SCORES, "k"), "k")
+    qv, amax_v = call.values.quantise(v, _scale(scales, VALUES, "v"), "v")
     qq, qk, qv = moved(qq, many.cast), moved(qk, few.cast), moved(qv, few.cast)
     qq, qk = (named(qq), named(qk)) if call.scores.fp8 else (qq, qk)
     qv = named(qv) if call.values.fp8 else qv
@@ -197,23 +199,23 @@ def _backward(backend, call, saved, do):
     do = pin(do, many.cast)
     factor, offset = attention_rows.row_factors(call, weights)
     shared = do.astype(jnp.float32) / factor[..., None] if call.values.fp8 else do
-    qdo, amax_do = call.values.quantise(shared, _scale(scales, VALUES, 1), "do")
+    qdo, amax_do = call.values.quantise(shared, _scale(scales, VALUES, "do"), "do")
     # From the cast dO, which dP takes: from any other, rows of dS do not sum to 0, by as much as the values have in common.
     delta = jnp.sum(formats.dequantise(qdo) * o.astype(jnp.float32), axis=-1)
     scale = (
         call.scores.static_scale("ds")
         if call.scores.scaling == "static"
-        else _scale(scales, SCORES, 2)
+        else _scale(scales, SCORES, "ds")
     )
     residuals = Residuals(moved(qdo, *many), pin(offset, rows.gemm), pin(delta, rows.gemm))
     dq, dk, dv, of_ds = _BACKWARD[backend](call, operands, residuals, scale)
     if call.health:
         of_ds = statistics.of_gradient(of_ds, do.shape, counted)
     elif SCORES in tokens and of_ds is not None:
-        of_ds = report_amax(of_ds, heads.gemm, formats.amax(of_ds), tokens[SCORES][2])
+        of_ds = report_amax(tokens[SCORES], of_ds, heads.gemm, formats.amax(of_ds))
     of_do = report_cast(tokens.get(VALUES), shared, qdo, amax_do, many.cast, counted=counted)
     if (
-        of_do is not None and VALUES in tokens and tokens[VALUES].ndim == 2
+        of_do is not None and VALUES in tokens and tokens[VALUES].brings == FULL
     ):  # how dO is spread, and not what its rows are cast as
         spread = statistics.distribution(do, counted)
         names = *statistics.DISTRIBUTION, *statistics.WEIGHTS
@@ -233,11 +235,11 @@ def _backward(backend, call, saved, do):
     )
 
 
-def _stacked(reports: tuple[jax.Array | None, ...], token: jax.Array) -> jax.Array:
+def _stacked(reports: tuple[jax.Array | None, ...], token: Token) -> Token:
     """A token's cotangent; zeros if nothing is reported, as with fixed scales."""
-    return (
-        jnp.zeros_like(token) if any(report is None for report in reports) else jnp.stack(reports)
-    )
+    if any(report is None for report in reports):
+        return token.like(jnp.zeros_like(token.values))
+    return token.like(jnp.stack(reports))
 
 
 _attention.defvjp(_forward, _backward)
@@ -283,5 +285,5 @@ _BACKWARD = {
 }
 
 
-def _scale(scales: Mapping[str, jax.Array], role: str, index: int) -> jax.Array | None:
-    return scales[role][index] if role in scales else None
+def _scale(scales: Mapping[str, jax.Array], role: str, operand: str) -> jax.Array | None:
+    return operand_scale(scales.get(role), operand, role)

@@ -19,6 +19,7 @@ from fp8jax.numerics.attention.rows import Call
 from fp8jax.numerics.formats import Quantised
 from fp8jax.numerics.gemm_sharding import Partition, moved, pin, placements
 from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax.numerics.scaling import operand_scale
 
 
 def score_statistics(
@@ -50,7 +51,7 @@ def score_statistics(
         float32 scalars, and how many `tokens` they are of; of scores that are not finite, infinity or NaN.
     """
     call = Call(recipe, recipe, softmax_scale, q_btkgh.dtype, partition=partition)
-    scale_q, scale_k = (None, None) if scales is None else (scales[0], scales[1])
+    scale_q, scale_k = (operand_scale(scales, name, "attention_scores") for name in ("q", "k"))
     many, few = placements(partition if backend == "pallas" else None, "btkgh", "bskh")
     q, k = (
         moved(recipe.quantise(pin(x, place.cast), scale, name)[0], *place)

@@ -27,6 +27,7 @@ from fp8jax.numerics.attention.scores import score_statistics
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
 from fp8jax.numerics.statistics import HEALTH, REPORT
+from fp8jax.numerics.tokens import FULL, Token
 
 # Where the accumulation differs, some elements of P and dS round to the neighbour in FP8. The worst accumulation known,
 # Hopper's fast one, is accurate to 1e-3 or so at this length; a wrong scale is off by 0.5 or more.
@@ -225,9 +226,10 @@ def _run_with_statistics(
     scales: Mapping[str, jax.Array],
 ) -> dict[str, np.ndarray]:
     """Output, gradients, what the cast of dS does, and the spread of scores, by name."""
-    tokens = {role: jnp.zeros((len(OPERANDS[role]), len(REPORT)), jnp.float32) for role in recipes}
+    widths = {role: (len(OPERANDS[role]), len(REPORT)) for role in recipes}
+    tokens = {role: Token(jnp.zeros(shape, jnp.float32), FULL) for role, shape in widths.items()}
     found, reports = _attend(program, inputs, scales, tokens)
-    ds = reports[SCORES][OPERANDS[SCORES].index("ds")]
+    ds = reports[SCORES].values[OPERANDS[SCORES].index("ds")]
 
     @_compiled
     def spread(q, k):
@@ -277,8 +279,8 @@ def _attend(
     program: Callable[..., Any],
     inputs: Mapping[str, jax.Array],
     scales: Mapping[str, jax.Array],
-    tokens: Mapping[str, jax.Array],
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    tokens: Mapping[str, Token | jax.Array],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Output and gradients by name, and what the tokens bring back."""
     arrays = (inputs[name] for name in ("q", "k", "v", "do", "segment_ids"))
     o, dq, dk, dv, reports = jax.device_get(program(*arrays, scales, dict(tokens)))

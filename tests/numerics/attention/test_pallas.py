@@ -32,6 +32,7 @@ from fp8jax.numerics.attention.self_check import self_check
 from fp8jax.numerics.gemm import CHECKPOINT_NAME
 from fp8jax.numerics.gemm_sharding import Partition
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
+from fp8jax.numerics.tokens import AMAX, FULL, Token
 
 PARTITION = Partition(("data", "fsdp"), None, "tensor", "tensor")
 
@@ -252,7 +253,8 @@ def test_health_of_the_cast_of_ds(scaling, length, segments):
 
     def health(backend):
         tokens = {
-            role: jnp.zeros((len(OPERANDS[role]), len(statistics.REPORT))) for role in recipes
+            role: Token(jnp.zeros((len(OPERANDS[role]), len(statistics.REPORT))), FULL)
+            for role in recipes
         }
 
         def forward(q, k, v, tokens):
@@ -269,7 +271,8 @@ def test_health_of_the_cast_of_ds(scaling, length, segments):
             )
 
         backward = jax.jit(lambda q, k, v, do, tokens: jax.vjp(forward, q, k, v, tokens)[1](do)[3])
-        return jax.device_get(backward(*arrays, tokens))
+        found = jax.device_get(backward(*arrays, tokens))
+        return {role: token.values for role, token in found.items()}
 
     found, expected = health("pallas"), health("emulated")
     np.testing.assert_array_equal(found[VALUES][0], expected[VALUES][0])
@@ -425,6 +428,8 @@ def test_compiles_for_an_h100_in_linear_memory(head_dim, gradient_format, health
             {role: array(len(OPERANDS[role]), *room, dtype=jnp.float32) for role in recipes}
             for room in ((), (len(statistics.REPORT),) * health)
         )
+        brings = FULL if health else AMAX
+        tokens = {role: Token(values, brings) for role, values in tokens.items()}
         with jax.sharding.use_abstract_mesh(
             mesh.abstract_mesh
         ):  # from jax 0.11 on Pallas asks it which GPU this is for

@@ -46,7 +46,7 @@ def gradient_of_qkv(model, batch, recipe, overrides=""):
 
     def loss(params):
         bound = model.plan.definition.bind(params)
-        logits, _ = bound(batch, recipes, bound.prepare(recipes, {}, {}))
+        logits, _ = bound(batch, bound.prepare(recipes))
         return jnp.sum(token_losses(logits, batch["targets"]) * batch["mask"]) / batch["mask"].sum()
 
     found = jax.jit(jax.grad(loss), compiler_options=compiler_options("cpu"))(model.params)

@@ -143,8 +143,8 @@ def _accumulated(
         return (loss, grads, jax.tree.map(jnp.maximum, amaxes, found.amaxes)), found.taps
 
     brings = AMAX if microbatch.collect else AMAX_BY_DEVICE
-    amaxes = gemms_lib.zero_amaxes(microbatch.gemms.recipes, brings)
-    zeros = (jnp.zeros((), jnp.float32), sums.zeros(view), amaxes)
+    nothing = jnp.zeros((), jnp.float32), sums.zeros(view)
+    zeros = (*nothing, gemms_lib.zero_amaxes(microbatch.gemms.recipes, brings))
     numbers = jnp.arange(microbatch.config.training.microbatches)
     (loss, grads, amaxes), taps = jax.lax.scan(accumulate, zeros, (numbers, batch))
     return BatchGradients(loss, grads, amaxes, statistics.combine(taps))

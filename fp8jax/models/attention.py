@@ -1,4 +1,4 @@
-"""Self-attention of a block: one projection for queries, keys and values, QK regulariser, RoPE, FP8 attention, output."""
+"""Compute a block's self-attention: one projection to q, k and v, QK regulariser, RoPE, FP8 attention, output."""
 
 import functools
 
@@ -18,10 +18,11 @@ from fp8jax.parallel.sharding import RULES, attention_axes
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention.
+    """The module of grouped-query attention.
 
-    The projection's weight is [d, k, g + 2, h]: for each of k KV heads its g query heads, its key head, its value head.
-    So one GEMM makes all three, and a split over `tensor` keeps each group together.
+    The projection's weight is [d, k, g + 2, h]: for each of k KV heads its g query heads, its key
+    head, its value head. So one GEMM makes all three, and a split over `tensor` keeps each group
+    together.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -52,7 +53,7 @@ class Attention(nnx.Module):
         gemms: LayerGemms,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """[b, t, d] to [b, t, d]; and this layer's cache with the t tokens added, where there is one."""
+        """Attend, [b, t, d] to [b, t, d]; also return this layer's cache, if any, with the t tokens added."""
         tap("qkv_input", x_btd)
         qkv = self.qkv(x_btd, gemms)
         tap("qkv", qkv.reshape(*qkv.shape[:2], -1))
@@ -78,7 +79,8 @@ class Attention(nnx.Module):
         record(SCORES, spread, q, k)
         if cache is not None:
             cache = kv_cache.append(cache, k, v)
-        # More than one token: a prompt into an empty cache, so there are no older keys to look at.
+        # More than one token is a prompt into an empty cache, so there are no older keys to attend
+        # to.
         if cache is not None and x_btd.shape[1] == 1:
             o = kv_cache.attend(q, cache, gemms.recipes, self.softmax_scale)
         else:
@@ -101,7 +103,7 @@ class Attention(nnx.Module):
 def _regularisers(
     config: ModelConfig, k: int, g: int, h: int
 ) -> tuple[nnx.Module | None, nnx.Module | None]:
-    """What acts on queries and on keys, per head unless the whole projection is normalised (OLMo 2)."""
+    """Return the regularisers of queries and of keys, per head unless the whole projection is normalised (OLMo 2)."""
     kind, eps = config.qk_regulariser, config.norm_eps
     if kind == "none":
         return None, None

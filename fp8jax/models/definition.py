@@ -1,4 +1,4 @@
-"""A model without its parameters: what can be initialised, bound to parameters, sharded and counted.
+"""Define a model without its parameters, which can be initialised, bound to parameters, sharded and counted.
 
     definition = define(config)                   # allocates nothing
     params = definition.init(seed)                # nested dictionary of arrays
@@ -40,18 +40,18 @@ class Definition:
     axes: Params
 
     def init(self, seed: int) -> Params:
-        """float32 parameters; jit it with out_shardings to make them in place."""
+        """Return float32 parameters; jit this with out_shardings to make them in place."""
         model = Transformer(self.config, self.vocab_size, nnx.Rngs(params=seed))
         return nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[1])
 
     def bind(self, params: Params) -> Transformer:
-        """The module with these parameters, which may be tracers."""
+        """Return the module with these parameters, which may be tracers."""
         state = jax.tree.map(lambda leaf: leaf, self.state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self.graph, state)
 
     def complete(self, config: Config) -> Config:
-        """A run's config with every size of the model filled in."""
+        """Return a run's config with every size of the model filled in."""
         hidden = architectures.ffn_hidden(self.config)
         return dataclasses.replace(
             config,
@@ -59,23 +59,24 @@ class Definition:
         )
 
     def parameter_count(self) -> int:
-        """Trained numbers, embedding and head included."""
+        """Return the number of trained numbers, embedding and head included."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))
 
     def gated(self) -> bool:
-        """Whether the FFN has a gate GEMM."""
+        """Return whether the FFN has a gate GEMM."""
         return architectures.gated(self.config)
 
 
 def define(config: ModelConfig, vocab_size: int) -> Definition:
-    """Definition of the model of a config; `vocab_size` is the tokenizer's where the config leaves it open."""
+    """Return the definition of the model of a config; `vocab_size` is the tokenizer's if the config leaves it open."""
     resolved = architectures.resolve(config)
     graph, state, _ = nnx.split(
         nnx.eval_shape(lambda: Transformer(resolved, vocab_size, nnx.Rngs(params=0))),
         nnx.Param,
         ...,
     )
-    # NNX variables are leaves here: their metadata names the axes; blocks have one more, in front.
+    # NNX variables are leaves here; their metadata names the axes, and blocks have one more, in
+    # front.
     axes = {}
     for path, variable in nnx.to_flat_state(state):
         names = variable.get_metadata("axes")

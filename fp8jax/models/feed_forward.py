@@ -1,4 +1,4 @@
-"""The feed-forward branch of a block: two layers with a nonlinearity between, or gated."""
+"""Compute the feed-forward branch of a block: two layers with a nonlinearity between, or gated."""
 
 import jax
 from flax import nnx
@@ -11,7 +11,7 @@ from fp8jax.models.taps import tap
 
 
 class FeedForward(nnx.Module):
-    """up, nonlinearity, down; with a gate GEMM beside `up` for the gated kinds."""
+    """The layers up, nonlinearity, down, with a gate GEMM beside `up` for the gated kinds."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f, std = config.width, architectures.ffn_hidden(config), config.init_std
@@ -26,7 +26,7 @@ class FeedForward(nnx.Module):
         self.xielu = activations.XIELU() if self.kind == "xielu" else None
 
     def __call__(self, x_btd: jax.Array, gemms: LayerGemms) -> jax.Array:
-        """[b, t, d] to [b, t, d]."""
+        """Apply the branch, [b, t, d] to [b, t, d]."""
         up = self.up(x_btd, gemms)
         gate = None if self.gate is None else self.gate(x_btd, gemms)
         tap("mlp_intermediate", up if gate is None else gate)

@@ -1,11 +1,11 @@
-"""The GEMMs of a model as one handle: recipes, quantised weights, scales, and the tokens that bring amaxes back.
+"""The GEMMs of a model as one handle: recipes, quantised weights, scales, and the tokens that return amaxes.
 
     gemms = model.prepare(recipes, scales, tokens)      # once a step; Gemms, a pytree
     logits, taps = model(batch, gemms, options)
-    gemms.segment(0)                                    # a run of equal layers, stacked: what the scan goes over
-    gemms.segment(0).layer(counted)                     # in the scan's body: what the modules of one layer are given
+    gemms.segment(0)                                    # a run of equal layers, stacked, for the scan
+    gemms.segment(0).layer(counted)                     # in the scan's body: the input of one layer's modules
 
-Recipes are static. How they follow from a config is in model_recipes.py.
+Recipes are static; model_recipes.py derives them from a config.
 """
 
 import dataclasses
@@ -38,15 +38,15 @@ _WIDTH = len(statistics.REPORT)
 )
 @dataclasses.dataclass(frozen=True)
 class LayerGemms:
-    """One layer's GEMMs; or those of a segment of equal layers, whose arrays have a leading axis of layers.
+    """The GEMMs of one layer, or of a segment of equal layers, whose arrays have a leading axis of layers.
 
     Attributes:
         recipes: role → recipe.
-        attention_backend: which computes attention.
+        attention_backend: backend of attention.
         weights: role → quantised weight, [inputs, outputs].
         scales: role → float32 [operands], of the roles in FP8.
         tokens: role → token; each is used once.
-        counted: bool [b, t]: the tokens of text that statistics are of; None: all, or there are none.
+        counted: bool [b, t]: the tokens of text in statistics; None counts all, or there are none.
     """
 
     recipes: LayerRecipes
@@ -57,7 +57,7 @@ class LayerGemms:
     counted: jax.Array | None = None
 
     def layer(self, counted: jax.Array | None) -> "LayerGemms":
-        """Return this layer, taken from a segment, with the tokens of text that its statistics are of."""
+        """Return this layer, taken from a segment, with the tokens of text in its statistics."""
         return dataclasses.replace(self, counted=counted)
 
 
@@ -71,11 +71,12 @@ class Gemms:
     """All GEMMs of a model.
 
     Attributes:
-        recipes: of every layer and the head.
-        weights: role → quantised weight, stacked over layers; one dictionary a segment of equal layers.
+        recipes: recipes of every layer and the head.
+        weights: role → quantised weight, stacked over layers; one dictionary per segment of equal
+            layers.
         head: the head's quantised weight, [vocab, embed].
         scales: role → float32 [layers, operands].
-        tokens: role → token, stacked over layers; empty where nothing is to come back.
+        tokens: role → token, stacked over layers; empty if nothing is to be returned.
     """
 
     recipes: ModelRecipes
@@ -91,7 +92,8 @@ class Gemms:
     def segment(self, number: int) -> LayerGemms:
         """Return the GEMMs of a segment, as `ModelRecipes.segments` numbers them.
 
-        The amax or scale of a role that is not in FP8 in these layers is not touched, and stays at zero.
+        The amax or scale of a role that is not in FP8 in these layers is not changed, and stays at
+        zero.
         """
         first, last, recipes = self.recipes.segments()[number]
         fp8 = {role for role, recipe in recipes.items() if recipe.fp8}
@@ -106,7 +108,7 @@ class Gemms:
         return LayerGemms(recipes, backend, self.weights[number], scales, tokens)
 
     def head_scales(self) -> jax.Array | None:
-        """Return the scales of the head's operands, float32 [operands]; None where it needs none."""
+        """Return the scales of the head's operands, float32 [operands]; None if it needs none."""
         return self.scales[HEAD][0] if HEAD in self.scales else None
 
     def head_token(self) -> Token | None:
@@ -118,7 +120,7 @@ class Gemms:
 
 
 def init_scaling(recipes: ModelRecipes) -> scaling_lib.Scaling:
-    """Empty scaling state for a model; see numerics/scaling.py."""
+    """Return the empty scaling state of a model; see numerics/scaling.py."""
     out: scaling_lib.Scaling = {}
     for role, (layers, recipe) in recipes.by_role().items():
         out |= scaling_lib.init({role: recipe}, layers)
@@ -128,20 +130,20 @@ def init_scaling(recipes: ModelRecipes) -> scaling_lib.Scaling:
 def update_scaling(
     scaling: scaling_lib.Scaling, amaxes: scaling_lib.Tokens, recipes: ModelRecipes
 ) -> scaling_lib.Scaling:
-    """State after a step with these amaxes."""
+    """Return the state after a step with these amaxes."""
     return scaling_lib.update(
         scaling, amaxes, {role: recipe for role, (_, recipe) in recipes.by_role().items()}
     )
 
 
 def zero_amaxes(recipes: ModelRecipes, brings: Brings = AMAX) -> scaling_lib.Tokens:
-    """Return the amaxes of nothing, role → zeros, of every role in FP8.
+    """Return initial amaxes, role → zeros, of every role in FP8.
 
     Args:
-        recipes: of the model.
-        brings: AMAX: float32 [layers, operands]. AMAX_BY_DEVICE: on a mesh, the blocks' roles with delayed scaling, which
-            waits for no amax, have a dimension for each mesh axis: no device asks another for its amaxes before `over_devices`,
-            once a step.
+        recipes: recipes of the model.
+        brings: AMAX: float32 [layers, operands]. AMAX_BY_DEVICE: on a mesh, the blocks' roles with
+            delayed scaling, which waits for no amax, have a dimension for each mesh axis: no device
+            asks another for its amaxes before `over_devices`, once a step.
     """
     out: scaling_lib.Tokens = {}
     for role, (layers, recipe) in recipes.by_role().items():
@@ -162,7 +164,7 @@ def _by_device(recipes: ModelRecipes) -> set[str]:
 
 
 def _spread(amax: jax.Array) -> jax.Array:
-    """Return zeros with a dimension more for each mesh axis, split over it."""
+    """Return zeros with one more dimension for each mesh axis, split over it."""
     mesh = jax.sharding.get_abstract_mesh()
     spec = PartitionSpec(None, None, *mesh.axis_names)
     zeros = jnp.zeros((*amax.shape, *mesh.axis_sizes))
@@ -170,12 +172,13 @@ def _spread(amax: jax.Array) -> jax.Array:
 
 
 def zero_tokens(recipes: ModelRecipes, brings: Brings = AMAX) -> dict[str, Token]:
-    """Return one token a GEMM call site, stacked over layers.
+    """Return one token per GEMM call site, stacked over layers.
 
     Args:
-        recipes: of the model.
-        brings: what they bring back. AMAX_BY_DEVICE is taken where it saves communication, AMAX elsewhere. Of AMAX, every
-            role in FP8 has a token; of FULL, every role of the blocks, in FP8 or not, and an FP8 head.
+        recipes: recipes of the model.
+        brings: what they return. AMAX_BY_DEVICE is used where it saves communication, AMAX
+            elsewhere. For AMAX, every role in FP8 has a token; for FULL, every role of the blocks,
+            in FP8 or not, and an FP8 head.
     """
     if brings == FULL:
         return {
@@ -191,7 +194,7 @@ def zero_tokens(recipes: ModelRecipes, brings: Brings = AMAX) -> dict[str, Token
 
 
 def over_devices(amaxes: scaling_lib.Tokens) -> scaling_lib.Tokens:
-    """Amaxes of whole tensors, [layers, operands], from those of all devices; infinite where one is not a number, which a maximum may lose."""
+    """Return amaxes of whole tensors, [layers, operands], from those by device; infinite for NaN, which a maximum may lose."""
     known = {role: jnp.where(jnp.isnan(amax), jnp.inf, amax) for role, amax in amaxes.items()}
     return {role: jnp.max(amax, axis=tuple(range(2, amax.ndim))) for role, amax in known.items()}
 
@@ -199,15 +202,16 @@ def over_devices(amaxes: scaling_lib.Tokens) -> scaling_lib.Tokens:
 def read_reports(
     found: scaling_lib.Tokens, recipes: ModelRecipes, *, pooled: bool
 ) -> tuple[scaling_lib.Tokens, Health]:
-    """Read what tokens for FULL brought back: raw amaxes as those for AMAX, and statistics by operand.
+    """Read the cotangents of tokens for FULL: raw amaxes as those for AMAX, and statistics by operand.
 
     Args:
         found: role → float32 [layers, operands, statistics].
-        recipes: of the model.
+        recipes: recipes of the model.
         pooled: which kurtosis to keep.
 
     Returns:
-        Role → amaxes, 0 in layers that are not in FP8; 'mlp_up.g' → statistic → float32 [layers], of casts 0 where there is none.
+        Role → amaxes, 0 in layers that are not in FP8; 'mlp_up.g' → statistic → float32 [layers],
+        those of casts 0 without a cast.
     """
     amaxes, health = {}, {}
     for role, token in found.items():
@@ -227,12 +231,12 @@ def read_reports(
 def weight_health(
     weights: Mapping[str, jax.Array], quantised: list[dict[str, Quantised]], recipes: ModelRecipes
 ) -> Health:
-    """Health of the weights' casts, as from `read_reports`.
+    """Return the health of the weights' casts, in the form of `read_reports`.
 
     Args:
         weights: role → weight stacked over layers.
         quantised: from `quantise_weights`.
-        recipes: of the model.
+        recipes: recipes of the model.
     """
 
     def one(role: str, first: int, last: int, recipe: GemmRecipe, q: Quantised) -> jax.Array:
@@ -240,8 +244,9 @@ def weight_health(
         if not recipe.fp8 or recipe.scaling == "blockwise":
             cast = q if recipe.fp8 else Quantised(q.data, None)
             return jax.vmap(lambda w, q: statistics.health(_matrix(role, w), q))(stacked, cast)
-        # Layer by layer and cast again: what the GEMMs take lies transposed, and beside it XLA for GPUs writes the weight in float32
-        # and integers in that order, too: 52 bytes an element where here it is 10 (counted in a program for an H100).
+        # They are cast again, layer by layer: the GEMMs' operands lie transposed, and XLA for GPUs
+        # also writes the weight in float32 and integers in that order: 52 bytes per element, where
+        # here it is 10 (counted in a program for an H100).
         return jax.lax.map(
             lambda given: again(_matrix(role, given[0]), given[1], q.data.dtype, recipe),
             (stacked, q.scale),
@@ -262,7 +267,7 @@ def weight_health(
 
 
 def head_health(weight: jax.Array, quantised: Quantised, recipes: ModelRecipes) -> Health:
-    """The same of the head's weight; nothing if it is not in FP8."""
+    """Return the health of the head's weight; {} if it is not in FP8."""
     return (
         {f"{HEAD}.w": _by_name(statistics.health(weight, quantised)[None])}
         if recipes.head.fp8
@@ -271,7 +276,7 @@ def head_health(weight: jax.Array, quantised: Quantised, recipes: ModelRecipes) 
 
 
 def _by_name(rows: jax.Array) -> dict[str, jax.Array]:
-    """[layers, statistics] to statistic → [layers]."""
+    """Turn [layers, statistics] into statistic → [layers]."""
     return {name: rows[:, i] for i, name in enumerate(statistics.HEALTH[: rows.shape[1]])}
 
 
@@ -281,13 +286,14 @@ def quantise_weights(
     dtype: Any,
     scales: Mapping[str, jax.Array],
 ) -> list[dict[str, Quantised]]:
-    """Quantises every GEMM weight once, one dictionary a segment of equal layers.
+    """Quantise every GEMM weight once, one dictionary per segment of equal layers.
 
     Args:
-        weights: role → weight stacked over layers. The quantised ones are matrices, as `Dense` takes them.
-        recipes: of the model.
-        dtype: of activations, for roles that are not in FP8.
-        scales: of the scaling state; those of weights are used where their scaling is delayed.
+        weights: role → weight stacked over layers. The quantised ones are matrices, as `Dense`
+            takes them.
+        recipes: recipes of the model.
+        dtype: dtype of activations, for roles that are not in FP8.
+        scales: scales of the scaling state; those of weights are used if their scaling is delayed.
     """
 
     def one(role: str, first: int, last: int, recipe: GemmRecipe) -> Quantised:
@@ -308,17 +314,18 @@ def quantise_weights(
 def quantise_head(
     weight: jax.Array, recipes: ModelRecipes, dtype: Any, scales: Mapping[str, jax.Array]
 ) -> Quantised:
-    """The same of the head's weight, [vocab, embed]."""
+    """Quantise the head's weight, [vocab, embed]."""
     scale = scales[scaling_lib.weight_entry(HEAD)][0, 0] if recipes.head.delayed_weight else None
     return quantise_weight(weight, recipes.head, dtype, scale)
 
 
 def weight_amaxes(weights: Mapping[str, jax.Array], recipes: ModelRecipes) -> scaling_lib.Tokens:
-    """Amaxes of the weights whose scaling is delayed, by entry of the scaling state.
+    """Return the amaxes of the weights whose scaling is delayed, by entry of the scaling state.
 
     Args:
-        weights: role → weight stacked over layers; of the head, one layer.
-        recipes: of the model; where calibration has replaced `delayed`, amaxes are taken all the same.
+        weights: role → weight stacked over layers; the head has one layer.
+        recipes: recipes of the model; if calibration has replaced `delayed`, amaxes are taken all
+            the same.
 
     Returns:
         'qkv.w' → float32 [layers, 1], 0 in layers that are not in FP8.
@@ -335,10 +342,10 @@ def weight_amaxes(weights: Mapping[str, jax.Array], recipes: ModelRecipes) -> sc
 
 
 def _matrix(role: str, w: jax.Array) -> jax.Array:
-    """[inputs, outputs]: all but the last dimension of attention_out are inputs, else only the first is."""
+    """Return a weight as [inputs, outputs]: only the first dimension is inputs, for attention_out all but the last."""
     return w.reshape(-1, w.shape[-1]) if role == "attention_out" else w.reshape(w.shape[0], -1)
 
 
 def layers_of(tree: Any, first: int, last: int) -> Any:
-    """Slices the leading axis of every array."""
+    """Slice the leading axis of every array."""
     return jax.tree.map(lambda a: a[first:last], tree)

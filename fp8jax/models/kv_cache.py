@@ -1,12 +1,12 @@
-"""Keys and values of the tokens seen so far, so that decoding a token costs one token's work.
+"""Keep keys and values of earlier tokens, so that decoding a token costs one token's work.
 
     cache = kv_cache.empty(model.config, batch=4, capacity=512)
     logits, cache = model.extend(prompt_bt, cache, gemms)       # an empty cache takes the whole prompt
-    cache = cache._replace(filled=prompt_lengths_b)                         # rows padded on the right: forget the padding
+    cache = cache._replace(filled=prompt_lengths_b)                         # rows padded on the right: drop the padding
     logits, cache = model.extend(token_b1, cache, gemms)        # then one token at a time
 
-Slot s of a row holds the token at position s, so the slots that a row's padding took are hidden until they are
-overwritten. In BF16 or float32 only: generation has no FP8 path.
+Slot s of a row holds the token at position s, so the slots that a row's padding took are hidden
+until they are overwritten. Only BF16 and float32 are supported: generation has no FP8 path.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from fp8jax.parallel.sharding import constrain
 
 
 class KVCache(NamedTuple):
-    """Keys (after RoPE) and values, [l, b, s, k, h], of one layer [b, s, k, h]; filled: int32 [b], slots in use."""
+    """The keys (after RoPE) and values, [l, b, s, k, h], of one layer [b, s, k, h]; filled: int32 [b], slots in use."""
 
     k: jax.Array
     v: jax.Array
@@ -32,7 +32,7 @@ class KVCache(NamedTuple):
 
 
 def empty(config: ModelConfig, batch: int, capacity: int) -> KVCache:
-    """A cache for `batch` rows of at most `capacity` tokens, in the dtype of activations."""
+    """Return a cache for `batch` rows of at most `capacity` tokens, in the dtype of activations."""
     zeros = jnp.zeros(
         (config.layers, batch, capacity, config.kv_heads, config.head_dim), jnp.dtype(config.dtype)
     )
@@ -40,13 +40,13 @@ def empty(config: ModelConfig, batch: int, capacity: int) -> KVCache:
 
 
 def pin(cache: KVCache) -> KVCache:
-    """The same, split by rows and heads."""
+    """Return the cache, split by rows and heads."""
     k, v = (constrain(x, None, "batch", None, "kv_heads", None) for x in cache[:2])
     return KVCache(k, v, constrain(cache.filled, "batch"))
 
 
 def append(layer: KVCache, k_btkh: jax.Array, v_btkh: jax.Array) -> KVCache:
-    """One layer's cache with the keys and values of t more tokens a row; `filled` is left to the caller of all layers."""
+    """Return one layer's cache with keys and values of t more tokens per row; the caller of all layers updates `filled`."""
     write = jax.vmap(
         lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0)
     )
@@ -58,13 +58,13 @@ def append(layer: KVCache, k_btkh: jax.Array, v_btkh: jax.Array) -> KVCache:
 def attend(
     q_btkgh: jax.Array, layer: KVCache, recipes: Mapping[str, GemmRecipe], softmax_scale: float
 ) -> jax.Array:
-    """Attention of the newest t tokens, which `append` has just written, to all of their row's tokens up to themselves.
+    """Attend from the newest t tokens, which `append` has just written, to all of their row's tokens up to themselves.
 
     Returns:
         [b, t, k, g, h], equal to `numerics.attention` over the whole sequence.
 
     Raises:
-        ValueError: attention in FP8.
+        ValueError: attention is in FP8.
     """
     if recipes[SCORES].fp8 or recipes[VALUES].fp8:
         raise ValueError("a KV cache works in recipe bf16 only: FP8 attention is for training")

@@ -1,7 +1,8 @@
-"""Parts that every block is built from: Dense, Embedding, RMSNorm, LayerScale, RoPE.
+"""The parts of every block: Dense, Embedding, RMSNorm, LayerScale, RoPE.
 
-Each parameter is an `nnx.Param` with metadata `axes`, the logical axis of each dimension (parallel/sharding.py).
-Matrices are called `w` and are the parameters with weight decay; gains and scalars have other names and none.
+Each parameter is an `nnx.Param` with metadata `axes`, the logical axis of each dimension
+(parallel/sharding.py). Matrices are called `w` and are the parameters with weight decay; gains and
+scalars have other names and none.
 """
 
 import functools
@@ -25,19 +26,20 @@ Axes = tuple[str | None, ...]
 
 
 def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, std: float) -> nnx.Param:
-    """float32 matrix ~ N(0, std)."""
+    """Return a float32 matrix ~ N(0, std)."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
 
 def gain(shape: tuple[int, ...], axes: Axes, value: float = 1.0) -> nnx.Param:
-    """float32 gain, constant at the start."""
+    """Return a float32 gain, constant at the start."""
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
 class Dense(nnx.Module):
-    """Linear map over the last features of x, without bias, computed by the recipe of its role.
+    """A linear map over the last features of x, without bias, computed by the recipe of its role.
 
-    The weight's first `inputs` dimensions are contracted with as many last dimensions of x, e.g. qkv [d, k, g + 2, h].
+    The weight's first `inputs` dimensions are contracted with as many last dimensions of x, e.g.
+    qkv [d, k, g + 2, h].
     """
 
     def __init__(
@@ -55,11 +57,11 @@ class Dense(nnx.Module):
         self.w = matrix(rngs, shape, axes, std)
 
     def __call__(self, x: jax.Array, gemms: LayerGemms) -> jax.Array:
-        """X [..., inputs] to [..., outputs], in the dtype of x."""
+        """Map x [..., inputs] to [..., outputs], in the dtype of x."""
         role = self.role
         lead = x.ndim - self.inputs
         outputs = self.w.shape[self.inputs :]
-        # Two-dimensional weights are what FP8 kernels are matched on; merged dimensions stay contiguous.
+        # FP8 kernels are matched on two-dimensional weights; merged dimensions stay contiguous.
         flat = (math.prod(self.w.shape[: self.inputs]), math.prod(outputs))
         x = x.reshape(*x.shape[:lead], flat[0])
         weight = gemms.weights[role]
@@ -79,25 +81,25 @@ class Dense(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token table [vocab, embed]; float32 rows, scaled before the cast to the activations' dtype."""
+    """The token table [vocab, embed]; float32 rows, scaled before the cast to the activations' dtype."""
 
     def __init__(self, rngs: nnx.Rngs, vocab_size: int, width: int, std: float):
         self.w = matrix(rngs, (vocab_size, width), ("vocab", "embed"), std)
 
     def __call__(self, ids_bt: jax.Array, scale: float, dtype: jnp.dtype) -> jax.Array:
-        """Rows of the table times `scale`, [b, t, d]."""
+        """Return rows of the table times `scale`, [b, t, d]."""
         return lookup(self.w[...], ids_bt, scale, dtype)
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) over the last dimensions, computed in float32.
+    """The norm x / rms(x) over the last dimensions, computed in float32.
 
     Args:
         shape: normalised dimensions.
         axes: their logical axes.
-        init: initial gain; None: no gain at all (frozen at 1).
+        init: initial gain; None means no gain (frozen at 1).
         eps: added to the mean square.
-        trained: False: the gain has no gradient, and so stays what it is.
+        trained: with False the gain has no gradient, and so does not change.
     """
 
     def __init__(
@@ -113,7 +115,7 @@ class RMSNorm(nnx.Module):
         self.gain = None if init is None else gain(shape, axes, init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalised x in the dtype of x."""
+        """Return normalised x in the dtype of x."""
         return _rms_norm(x, _gain_of(self), self.eps, self.dims)
 
 
@@ -125,24 +127,25 @@ def _rms_norm(x: jax.Array, gain: jax.Array | None, eps: float, dims: tuple[int,
 
 
 class LayerScale(nnx.Module):
-    """Trained gain vector on a branch."""
+    """A trained gain vector on a branch."""
 
     def __init__(self, width: int, init: float):
         self.gain = gain((width,), ("embed",), init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """X * gain, in the dtype of x."""
+        """Return x * gain, in the dtype of x."""
         return pointwise(lambda x, gain: (x.astype(jnp.float32) * gain).astype(x.dtype))(
             x, self.gain[...]
         )
 
 
 class Tanh(nnx.Module):
-    """tanh(alpha x) with one trained scalar: the QK regulariser of FOG-flash; times a gain, where there is one.
+    """The function tanh(alpha x) with one trained scalar, FOG-flash's QK regulariser, times an optional gain.
 
     Args:
-        features: the last dimension of x, for a gain [features] that is 1 at the start; None: no gain.
-        trained: False: the gain has no gradient, and so stays what it is.
+        features: the last dimension of x, for a gain [features] that is 1 at the start; None means
+            no gain.
+        trained: with False the gain has no gradient, and so does not change.
     """
 
     def __init__(self, features: int | None = None, *, trained: bool = True):
@@ -150,7 +153,7 @@ class Tanh(nnx.Module):
         self.gain = None if features is None else gain((features,), ("head_dim",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """In float32, returned in the dtype of x."""
+        """Compute in float32, and return in the dtype of x."""
         return _tanh(x, self.alpha[...], _gain_of(self))
 
 
@@ -167,16 +170,17 @@ def _gain_of(module: RMSNorm | Tanh) -> jax.Array | None:
 
 
 def rope_frequencies(config: ModelConfig, length: int = 0) -> np.ndarray:
-    """Angle a position of every rotated pair, float64 [head_dim / 2], scaled as `config.rope_scaling` says.
+    """Return the angle per position of every rotated pair, float64 [head_dim / 2], scaled by `config.rope_scaling`.
 
-    llama3 (Llama 3.1): what turns less than `low` times in the original context is slowed by the factor, what turns more
-    than `high` times stays, and between them the slowing is interpolated. yarn (Peng et al. 2023, arXiv:2309.00071): the same with
-    bounds that are linear in the number of the pair. linear: all are slowed. dynamic: the base grows with the length, once
-    that is above the original context, as transformers has it.
+    llama3 (Llama 3.1): frequencies that turn less than `low` times in the original context are
+    divided by the factor, those that turn more than `high` times do not change, and between them
+    the division is interpolated. yarn (Peng et al. 2023, arXiv:2309.00071): the same with bounds
+    that are linear in the number of the pair. linear: all are divided. dynamic: the base grows with
+    the length once that is above the original context, as in transformers.
 
     Args:
-        config: of the model.
-        length: positions of the sequence; read where scaling is dynamic.
+        config: the model's configuration.
+        length: positions of the sequence; used if scaling is dynamic.
     """
     features, factor = head_dim(config), config.rope_scaling_factor
     pairs = np.arange(0, features, 2)
@@ -200,14 +204,14 @@ def rope_frequencies(config: ModelConfig, length: int = 0) -> np.ndarray:
 
 
 def _kept_by_llama3(config: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
-    """How much of each frequency stays, 0 to 1."""
+    """Return the part of each frequency that is kept, 0 to 1."""
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     turns = config.rope_original_context * frequencies / (2 * np.pi)
     return np.clip((turns - low) / (high - low), 0.0, 1.0)
 
 
 def _kept_by_yarn(config: ModelConfig) -> np.ndarray:
-    """How much of each frequency stays, 0 to 1: a ramp over the pairs between those that turn often enough and those that do not."""
+    """Return the part of each frequency that is kept, 0 to 1: a ramp over the pairs between fast and slow ones."""
     features = head_dim(config)
 
     def pair_that_turns(times: float) -> float:
@@ -225,15 +229,15 @@ def _kept_by_yarn(config: ModelConfig) -> np.ndarray:
 def rope_table(
     positions_bt: jax.Array, frequencies: np.ndarray, factor: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Cos and sin of the rotary angles, times a factor, float32 [b, t, head_dim / 2], to 1e-6 whatever the position.
+    """Return cos and sin of the rotary angles, times a factor, float32 [b, t, head_dim / 2], to 1e-6 at any position.
 
-    In float32 a product of position and frequency has lost 8e-3 of its angle at 131072 and 6e-2 at a million. Here it is in turns, in
-    fixed point: integers wrap where turns do, and lose nothing.
+    In float32 a product of position and frequency has lost 8e-3 of its angle at 131072 and 6e-2 at
+    a million. Here it is in turns, in fixed point: integers wrap where turns do, without loss.
 
     Args:
         positions_bt: integers, at least 0 and below 2**32.
-        frequencies: float64 [head_dim / 2], radians a position.
-        factor: on both.
+        frequencies: float64 [head_dim / 2], radians per position.
+        factor: factor on both.
     """
     turns = np.mod(frequencies / (2 * np.pi), 1.0) * 2.0**32
     whole, rest = np.floor(turns), np.floor(np.mod(turns, 1.0) * 2.0**32)
@@ -248,14 +252,14 @@ def rope_table(
 
 
 def _upper_half(a: jax.Array, b: np.ndarray) -> jax.Array:
-    """The upper 32 of the 64 bits of a product, uint32: long multiplication in digits of 16 bits."""
+    """Return the upper 32 of the 64 bits of a product, uint32, by long multiplication in digits of 16 bits."""
     (a_high, a_low), (b_high, b_low) = ((x >> 16, x & 0xFFFF) for x in (a, b))
     middle = a_high * b_low + (a_low * b_low >> 16)
     return a_high * b_high + (middle >> 16) + ((a_low * b_high + (middle & 0xFFFF)) >> 16)
 
 
 def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the halves of the last dimension (rotate-half layout), in float32.
+    """Rotate the halves of the last dimension (rotate-half layout), in float32.
 
     Args:
         x: [b, t, ..., h].

@@ -1,4 +1,4 @@
-"""Which recipe and which backend of attention every layer of a model has, as `config.fp8` asks.
+"""Derive from `config.fp8` the recipes and the backend of attention of every layer of a model.
 
 recipes = model_recipes(config, gated=True, emulated=False)
 recipes.blocks[3]["qkv"], recipes.head, recipes.backend_of(3)
@@ -18,7 +18,7 @@ Recipes = dict[str, GemmRecipe]
 
 
 class LayerRecipes(dict[str, GemmRecipe]):
-    """Role → recipe of one layer; not changed once it is made, so hashable, and static in a compiled function."""
+    """Role → recipe of one layer; it is never changed, so it is hashable, and static in a compiled function."""
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(frozenset(self.items()))
@@ -34,9 +34,11 @@ class Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ModelRecipes:
-    """Recipes of the blocks, layer by layer, and of the head; and which backend computes attention in each layer.
+    """The recipes of the blocks, layer by layer, and of the head; and the backend of attention in each layer.
 
-    attention_backends: of every layer; layers with the same recipes have the same. Empty: `emulated` everywhere.
+    Attributes:
+        attention_backends: backends of all layers; layers with the same recipes have the same.
+            Empty means `emulated` in all.
     """
 
     blocks: tuple[Mapping[str, GemmRecipe], ...]
@@ -52,12 +54,12 @@ class ModelRecipes:
         return [self.head] if role == HEAD else [layer[role] for layer in self.blocks]
 
     def backend_of(self, layer: int) -> str:
-        """Backend of one layer's attention."""
+        """Return the backend of one layer's attention."""
         return self.attention_backends[layer] if self.attention_backends else "emulated"
 
     @property
     def attention_backend(self) -> str:
-        """Backend of attention in FP8, or, where no layer has it, of all attention."""
+        """Return the backend of attention in FP8, or, if no layer has it, of all attention."""
         in_fp8 = (
             i
             for i, layer in enumerate(self.blocks)
@@ -76,7 +78,7 @@ class ModelRecipes:
         return out
 
     def by_role(self) -> dict[str, tuple[int, GemmRecipe]]:
-        """Role → (layers, recipe that governs its state): delayed if any layer is, else FP8 if any layer is."""
+        """Return role → (layers, recipe of its state): delayed if any layer is, otherwise FP8 if any layer is."""
         order = {"delayed": 0, "bf16": 2}
         out = {}
         for role in self.blocks[0]:
@@ -87,7 +89,7 @@ class ModelRecipes:
         return {**out, HEAD: (1, self.head)}
 
     def scaled_by(self, scaling: str) -> "ModelRecipes":
-        """The same roles in FP8, with another scaling in place of `delayed`: no other needs scales from before."""
+        """Return the same roles in FP8, with another scaling in place of `delayed`, the only one with earlier scales."""
 
         def change(recipe: GemmRecipe) -> GemmRecipe:
             return (
@@ -109,18 +111,20 @@ def model_recipes(
     cudnn: bool = False,
     recipe: str | None = None,
 ) -> ModelRecipes:
-    """Recipes as `config.fp8` asks for them.
+    """Return the recipes that `config.fp8` describes.
 
     Args:
         config: the run's configuration.
         gated: whether the FFN has a gate GEMM.
-        emulated: no FP8 units on the device.
-        fused: the device runs our attention kernels, so that `auto` may choose them.
-        cudnn: the device runs cuDNN's attention, so that `auto` may choose it for layers whose attention is not in FP8.
-        recipe: instead of config.fp8.recipe; evaluation runs in `bf16`.
+        emulated: whether the device has no FP8 units.
+        fused: whether the device runs our attention kernels, so that `auto` may choose them.
+        cudnn: whether the device runs cuDNN's attention, so that `auto` may choose it for layers
+            without FP8 attention.
+        recipe: overrides config.fp8.recipe; evaluation runs in `bf16`.
 
     Raises:
-        ConfigError: the attention backend, or a device with FP8 units, cannot do what is asked of it.
+        ConfigError: the attention backend, or a device with FP8 units, does not support the
+            configuration.
     """
     recipe = recipe or config.fp8.recipe
     _check_blockwise_device(config, recipe, emulated=emulated)
@@ -140,7 +144,7 @@ def model_recipes(
     return ModelRecipes(blocks, head, tuple(backends.choose(layer) for layer in layers))
 
 
-# What a recipe takes from the section `fp8` of a config as it is.
+# The fields that a recipe takes unchanged from the section `fp8` of a config.
 _FROM_SECTION = (
     "weight_scaling",
     "history_length",
@@ -153,7 +157,7 @@ _FROM_SECTION = (
 
 
 def _base_recipe(config: Config, recipe: str, *, emulated: bool) -> GemmRecipe:
-    """Return the recipe of every role in FP8 that has no override; with recipe `bf16` nothing is in FP8."""
+    """Return the recipe of every role in FP8 without override; with recipe `bf16` no role is in FP8."""
     fp8 = config.fp8
     tokens = config.training.batch_size * config.data.sequence_length
     section: dict[str, Any] = {name: getattr(fp8, name) for name in _FROM_SECTION}
@@ -215,7 +219,7 @@ def _check_blockwise_loss(config: Config, head: GemmRecipe) -> None:
 
 
 def _asked_backend(config: Config, recipe: str, *, cudnn: bool) -> str:
-    """What the config asks for, `auto` where that is about FP8 attention and there is none."""
+    """Return the configured backend, or `auto` if it is for FP8 attention and there is none."""
     asked = config.fp8.attention_backend
     if recipe == "bf16":
         return asked if cudnn and asked == attention_lib.CUDNN else "auto"
@@ -232,7 +236,7 @@ def _asked_backend(config: Config, recipe: str, *, cudnn: bool) -> str:
 
 
 def _check_applies(override: recipes_lib.Override, layers: list[Recipes], head: GemmRecipe) -> None:
-    """An override that would change nothing is a mistake, not a wish."""
+    """Raise ConfigError for an override that would change nothing, which is a mistake."""
     if override.role == HEAD and not head.fp8 and override.scaling != "bf16":
         raise ConfigError(
             f"config.fp8.overrides: {HEAD}={override.scaling} needs config.fp8.head=True: the head is in BF16"
@@ -257,9 +261,11 @@ def _check_blockwise_attention(layers: list[Recipes]) -> None:
 
 
 class _Backends(NamedTuple):
-    """Which backend computes a layer's attention.
+    """The choice of the backend for a layer's attention.
 
-    asked: by the config; `auto`: the first in `order`, by what memory they take, that can.
+    Attributes:
+        asked: the configured one; `auto` takes the first in `order`, which is by memory, that
+            supports the layer.
     """
 
     asked: str
@@ -267,7 +273,7 @@ class _Backends(NamedTuple):
     features: int
 
     def choose(self, layer: Recipes) -> str:
-        """The backend asked for; kernels for FP8 alone leave a layer whose attention is not all in FP8 to the best of the others."""
+        """Return the configured backend, or the best other one for a layer whose attention is not all FP8."""
         in_fp8 = all(layer[role].fp8 for role in recipes_lib.ATTENTION_ROLES)
         automatic = self.asked == "auto" or (self.asked == "pallas" and not in_fp8)
         problems = []

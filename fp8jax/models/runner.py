@@ -1,4 +1,4 @@
-"""A loaded model made ready to compute with, and nothing more: weights cast to BF16 once, rows spread over the mesh.
+"""Prepare a loaded model to compute with: weights cast to BF16 once, rows spread over the mesh.
 
 runner = Runner(definition, params, mesh, recipes)
 logits = runner.call(function, runner.put(ids_bt))            # function(Bound, ids_bt), compiled once
@@ -24,7 +24,7 @@ from fp8jax.parallel.sharding import RULES, constrain
 
 
 class Bound(NamedTuple):
-    """The model as functions under `Runner.call` see it."""
+    """The model for functions under `Runner.call`."""
 
     model: Transformer
     gemms: Gemms
@@ -34,14 +34,14 @@ class Runner:
     """A loaded model and its compiled functions.
 
     Args:
-        definition: of the model.
-        params: its parameters, or their shapes where nothing is run.
+        definition: definition of the model.
+        params: its parameters, or their shapes if no function is run.
         mesh: their devices.
-        recipes: of the GEMMs, without scaling state.
+        recipes: recipes of the GEMMs, without scaling state.
 
     Attributes:
-        replicas: a batch must have a multiple of so many rows.
-        vocab_size: logits of a token: rows of the table, padding included.
+        replicas: the rows of a batch must be a multiple of this.
+        vocab_size: logits per token: rows of the table, padding included.
     """
 
     def __init__(self, definition: Definition, params: Params, mesh: Mesh, recipes: ModelRecipes):
@@ -63,15 +63,15 @@ class Runner:
         return self._prepare(self._params)
 
     def call(self, function: Callable, *arrays: Any) -> Any:
-        """function(Bound, *arrays), jitted: compiled once for every function and shapes. Host arrays are equal on all processes."""
+        """Call function(Bound, *arrays), jitted, compiled once per function and shapes; host arrays are equal on all processes."""
         return self._jitted(function)(self._params, self._gemms, *arrays)
 
     def abstract_weights(self) -> tuple[Any, tuple[Any, ...]]:
-        """What makes the weights ready, jitted, and its arguments, which may be shapes as well as arrays."""
+        """Return the jitted function that prepares the weights, and its arguments, which may be shapes as well as arrays."""
         return self._prepare, (self._params,)
 
     def abstract_call(self, function: Callable, *arrays: Any) -> tuple[Any, tuple[Any, ...]]:
-        """What `call` runs, jitted, and its arguments, which may be shapes as well as arrays."""
+        """Return the jitted function that `call` runs, and its arguments, which may be shapes as well as arrays."""
         return self._jitted(function), (
             self._params,
             jax.eval_shape(self._prepare, self._params),
@@ -89,11 +89,11 @@ class Runner:
         return self._compiled[function]
 
     def put(self, rows: np.ndarray) -> jax.Array:
-        """[b, ...] on the devices, b split over the replicas."""
+        """Put [b, ...] on the devices, b split over the replicas."""
         return jax.device_put(rows, NamedSharding(self._mesh, PartitionSpec(RULES["batch"])))
 
     def fetch(self, array: jax.Array) -> np.ndarray:
-        """An array on the host, whole, whichever processes hold its parts."""
+        """Return the whole array on the host, with its parts on any processes."""
         return np.asarray(
             array
             if array.is_fully_addressable
@@ -102,5 +102,5 @@ class Runner:
 
 
 def pin_rows(x: jax.Array) -> jax.Array:
-    """[b, ...] split as by `Runner.put`: for results that go in again, so that what takes them is compiled once."""
+    """Split [b, ...] as `Runner.put` does, for results that are inputs again, so that their functions are compiled once."""
     return constrain(x, "batch")

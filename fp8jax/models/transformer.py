@@ -1,12 +1,13 @@
-"""The decoder: embedding, a stack of blocks under scan, head (FOG paper, appendix B).
+"""Define the decoder: embedding, a stack of blocks under scan, head (FOG paper, appendix B).
 
     model = Transformer(architectures.resolve(config.model), vocab_size, nnx.Rngs(params=0))
     gemms = model.prepare(recipes, scales, tokens)          # quantises the weights
     logits_btv, taps = model(batch, gemms)
 
-Block: h = x + Npost1(Attention(Npre1(x))), y = h + Npost2(FFN(Npre2(h))); any norm may be absent, and the residual stream
-itself is never normalised. Blocks are stacked (their parameters have a leading axis of layers) and run under
-`jax.lax.scan`; where recipes differ by layer, the scan is split into runs of equal layers.
+Block: h = x + Npost1(Attention(Npre1(x))), y = h + Npost2(FFN(Npre2(h))); any norm may be absent,
+and the residual stream itself is never normalised. Blocks are stacked (their parameters have a
+leading axis of layers) and run under `jax.lax.scan`; if recipes differ by layer, the scan is split
+into runs of equal layers.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ from fp8jax.parallel.sharding import constrain, shards
 
 @dataclasses.dataclass(frozen=True)
 class ForwardOptions:
-    """Static choices of one forward pass: rematerialisation, and whether statistics are collected."""
+    """The static choices of one forward pass: rematerialisation, and whether statistics are collected."""
 
     remat: str = "none"
     collect: bool = False
@@ -53,7 +54,7 @@ class ForwardOptions:
 
 
 class Block(nnx.Module):
-    """One layer."""
+    """The module of one layer."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         norm = functools.partial(RMSNorm, (config.width,), ("embed",), eps=config.norm_eps)
@@ -69,7 +70,7 @@ class Block(nnx.Module):
         gemms: LayerGemms,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """[b, t, d] to [b, t, d]; and this layer's cache, where there is one."""
+        """Apply the block, [b, t, d] to [b, t, d]; also return this layer's cache, if any."""
         with jax.named_scope("attention"):
             branch, cache = self.attention(
                 _apply(self.pre_attention, x_btd), rope, segment_ids, gemms, cache
@@ -83,7 +84,7 @@ class Block(nnx.Module):
         return x_btd, cache
 
     def gemm_weights(self) -> dict[str, jax.Array]:
-        """Role → weight of every linear GEMM."""
+        """Return role → weight of every linear GEMM."""
         dense = [
             self.attention.qkv,
             self.attention.out,
@@ -107,7 +108,7 @@ def _apply(module: nnx.Module | None, x: jax.Array) -> jax.Array:
 
 
 class Transformer(nnx.Module):
-    """Decoder-only language model. `config` must be resolved (models/architectures.py)."""
+    """A decoder-only language model; `config` must be resolved (models/architectures.py)."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
         self.config, self.dtype = config, jnp.dtype(config.dtype)
@@ -120,7 +121,7 @@ class Transformer(nnx.Module):
         self.head = None if config.tied_embeddings else _Head(config, vocab_size, rngs)
 
     def head_weight(self) -> jax.Array:
-        """[vocab, embed]."""
+        """Return the head's weight, [vocab, embed]."""
         return (self.embedding if self.head is None else self.head).w[...]
 
     def prepare(
@@ -129,12 +130,13 @@ class Transformer(nnx.Module):
         scales: Mapping[str, jax.Array] = MappingProxyType({}),
         tokens: Mapping[str, Token] = MappingProxyType({}),
     ) -> Gemms:
-        """Quantise all weights once; no gradient flows through this: it reaches the weights through wgrad.
+        """Quantise all weights once; no gradient flows through this, because it reaches the weights through wgrad.
 
         Args:
-            recipes: of every layer and the head.
-            scales: role → float32 [layers, operands], of the scaling state; needed by delayed scaling.
-            tokens: role → token, stacked over layers; none: nothing comes back.
+            recipes: recipes of every layer and the head.
+            scales: role → float32 [layers, operands], from the scaling state; needed by delayed
+                scaling.
+            tokens: role → token, stacked over layers; without them no amaxes are returned.
         """
         weights = jax.lax.stop_gradient(self.blocks.gemm_weights())
         head = gemms_lib.quantise_head(
@@ -144,13 +146,13 @@ class Transformer(nnx.Module):
         return Gemms(recipes, quantised, head, dict(scales), dict(tokens))
 
     def weight_amaxes(self, recipes: ModelRecipes) -> dict[str, jax.Array]:
-        """Amaxes of weights under delayed scaling, by entry of the scaling state ('qkv.w')."""
+        """Return the amaxes of weights under delayed scaling, by entry of the scaling state ('qkv.w')."""
         return gemms_lib.weight_amaxes(
             self.blocks.gemm_weights() | {gemms_lib.HEAD: self.head_weight()[None]}, recipes
         )
 
     def weight_health(self, gemms: Gemms) -> gemms_lib.Health:
-        """What the casts of `prepare` did, by weight ('mlp_up.w')."""
+        """Return the health of the casts of `prepare`, by weight ('mlp_up.w')."""
         recipes = gemms.recipes
         out = gemms_lib.weight_health(self.blocks.gemm_weights(), gemms.weights, recipes)
         return out | gemms_lib.head_health(self.head_weight(), gemms.head, recipes)
@@ -161,7 +163,7 @@ class Transformer(nnx.Module):
         gemms: Gemms,
         options: ForwardOptions = ForwardOptions(),
     ) -> tuple[jax.Array, taps_lib.Taps]:
-        """Logits and statistics.
+        """Compute logits and statistics.
 
         Args:
             batch: `inputs` int32 [b, t]; optionally `positions` and `segment_ids`, int32 [b, t].
@@ -169,7 +171,8 @@ class Transformer(nnx.Module):
             options: static.
 
         Returns:
-            float32 logits [b, t, v]; taps, each statistic stacked over layers (empty unless options.collect).
+            float32 logits [b, t, v]; taps, each statistic stacked over layers (empty unless
+            options.collect).
         """
         x_btd, taps, _ = self._hidden(batch, gemms, options)
         return self._logits(x_btd, gemms, _counted(batch, options)), taps
@@ -181,10 +184,10 @@ class Transformer(nnx.Module):
         chunk: int,
         options: ForwardOptions = ForwardOptions(),
     ) -> tuple[jax.Array, jax.Array, taps_lib.Taps]:
-        """What a loss needs, without the logits of all tokens and the whole vocabulary ever being there (numerics/cross_entropy.py).
+        """Compute the parts of a loss without the logits of all tokens and the whole vocabulary (numerics/cross_entropy.py).
 
         Args:
-            batch: as of a call, and `targets` int32 [b, t].
+            batch: as for a call, and `targets` int32 [b, t].
             gemms: from `prepare`.
             chunk: rows of the vocabulary at a time, on each device.
             options: static.
@@ -211,7 +214,7 @@ class Transformer(nnx.Module):
     def extend(
         self, inputs_bt: jax.Array, cache: KVCache, gemms: Gemms
     ) -> tuple[jax.Array, KVCache]:
-        """Logits of the tokens that follow those in a cache (models/kv_cache.py): an empty one takes any t, else t is 1.
+        """Compute logits of tokens that follow those in a cache (models/kv_cache.py); t is 1 unless the cache is empty.
 
         Args:
             inputs_bt: int32; `cache.filled + t` must not exceed the capacity.
@@ -219,7 +222,8 @@ class Transformer(nnx.Module):
             gemms: from `prepare`, with recipes in `bf16`.
 
         Returns:
-            float32 logits [b, t, v], as of the uncached forward pass; the cache with t more tokens a row.
+            float32 logits [b, t, v], as in the uncached forward pass; the cache with t more tokens
+            per row.
         """
         length = inputs_bt.shape[1]
         batch = {"inputs": inputs_bt, "positions": cache.filled[:, None] + jnp.arange(length)}
@@ -233,7 +237,7 @@ class Transformer(nnx.Module):
         options: ForwardOptions,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, taps_lib.Taps, Any]:
-        """What the head reads, [b, t, d]."""
+        """Compute the head's input, [b, t, d]."""
         inputs = batch["inputs"]
         positions = (
             batch["positions"] if "positions" in batch else jnp.arange(inputs.shape[1])[None]
@@ -251,14 +255,14 @@ class Transformer(nnx.Module):
     def _run_blocks(
         self, x_btd: jax.Array, inputs: "_BlockInputs", gemms: Gemms, options: ForwardOptions
     ) -> tuple[jax.Array, taps_lib.Taps, KVCache | None]:
-        """All blocks, one segment of equal layers after another."""
+        """Run all blocks, one segment of equal layers after another."""
         graph, params = nnx.split(self.blocks)
         cache = inputs.cache
         kv = None if cache is None else cache[:2]
         found: list[taps_lib.Taps] = []
         caches = []
         for number, (first, last, _) in enumerate(gemms.recipes.segments()):
-            # Compilers take a loop of one step apart.
+            # Compilers unroll a loop of one step.
             looped = self.config.scan_layers and last - first > 1
             layer = _rematerialised(_layer(graph, inputs, options), options.remat, looped)
             mine = gemms_lib.layers_of((params, kv), first, last)
@@ -291,7 +295,7 @@ class Transformer(nnx.Module):
 
 
 class _BlockInputs(NamedTuple):
-    """What every block reads beside the residual stream and its own GEMMs."""
+    """The inputs of every block besides the residual stream and its own GEMMs."""
 
     rope: tuple[jax.Array, jax.Array]
     segment_ids: jax.Array | None
@@ -319,7 +323,7 @@ def _layer(graph: nnx.GraphDef, inputs: _BlockInputs, options: ForwardOptions) -
 
 
 def _counted(batch: dict[str, jax.Array], options: ForwardOptions) -> jax.Array | None:
-    """The tokens that statistics are of: padding is none."""
+    """Return the tokens in statistics, without padding."""
     return batch["mask"] > 0 if options.collect and "mask" in batch else None
 
 
@@ -329,7 +333,7 @@ class _Head(nnx.Module):
 
 
 def _rematerialised(layer: Any, remat: str, looped: bool) -> Any:
-    """Return the layer, recomputed in the backward pass as asked; `looped`: as for `activations.in_loop`."""
+    """Return the layer, recomputed in the backward pass by `remat`; `looped` is as for `activations.in_loop`."""
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies
@@ -347,7 +351,7 @@ def _rematerialised(layer: Any, remat: str, looped: bool) -> Any:
 
 
 def _join(found: list[taps_lib.Taps]) -> taps_lib.Taps:
-    """Taps of all segments, each statistic concatenated over layers; zero, as of no tokens, for layers that do not have one."""
+    """Join taps of all segments, each statistic concatenated over layers; zero, as without tokens, for layers without it."""
     if len(found) == 1:
         return found[0]
     lengths = [jax.tree.leaves(taps)[0].shape[0] if jax.tree.leaves(taps) else 0 for taps in found]

@@ -1,10 +1,10 @@
-"""Where operands of GEMMs lie on a mesh: cast where they are, moved between devices only when they are bytes.
+"""Place operands of GEMMs on a mesh: cast them where they are, and move only bytes between devices.
 
-    x = pin(x, placement.cast)                       # as it comes: tokens split over all that split the residual stream
-    q = moved(recipe.quantise(x, ...)[0], *placement)     # as the GEMM takes it: the gather is one of FP8 bytes
+    x = pin(x, placement.cast)                       # as it is: tokens split over all axes that split the residual stream
+    q = moved(recipe.quantise(x, ...)[0], *placement)     # as the GEMM takes it: the gather moves FP8 bytes
     token = amax_by_device(x, placement.cast)        # no communication; the maximum over devices is taken later
 
-Without a mesh (`jax.set_mesh`) nothing is pinned. Which mesh axes there are is not known here: specs come from
+Without a mesh (`jax.set_mesh`) no array is pinned. Mesh axes are not known here: specs come from
 parallel/sharding.py.
 """
 
@@ -18,14 +18,17 @@ from fp8jax.numerics.formats import Quantised
 
 
 class Placement(NamedTuple):
-    """Of one operand: how it is split where it is cast, and how the GEMM takes it."""
+    """The placement of one operand: how it is split where it is cast, and how the GEMM takes it."""
 
     cast: PartitionSpec | None
     gemm: PartitionSpec | None
 
 
 class Partition(NamedTuple):
-    """Mesh axes that split attention's operands: batch, sequence and KV heads outside; KV heads inside, where sequences are whole."""
+    """The mesh axes that split attention's operands.
+
+    Batch, sequence and KV heads are split outside; only batch and KV heads inside, where sequences are whole.
+    """
 
     batch: Any
     sequence: Any
@@ -33,7 +36,7 @@ class Partition(NamedTuple):
     inner_heads: Any
 
     def of(self, letters: str) -> Placement:
-        """Of an array with these dimensions, such as 'btkgh': outside, and where attention is computed."""
+        """Return the placement of an array with these dimensions, such as 'btkgh': outside, and where attention is computed."""
         outside = {"b": self.batch, "t": self.sequence, "s": self.sequence, "k": self.heads}
         inside = {"b": self.batch, "k": self.inner_heads}
         return Placement(
@@ -45,19 +48,19 @@ class Partition(NamedTuple):
 
 
 def placements(partition: Partition | None, *letters: str) -> list[Placement]:
-    """Of attention's arrays with these dimensions; without a partition, as the compiler sees fit."""
+    """Return placements of attention's arrays with these dimensions; without a partition, the compiler chooses."""
     return [Placement(None, None) if partition is None else partition.of(word) for word in letters]
 
 
 def pin(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
-    """Constrains an array to a spec; None leaves it to the compiler."""
+    """Constrain an array to a spec; None leaves it to the compiler."""
     if spec is None or jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
 
 
 def moved(q: Quantised, *specs: PartitionSpec | None) -> Quantised:
-    """Brings values from one place to the next. Unless they are pinned where they are cast, what they are cast from is moved instead."""
+    """Move values from one place to the next; unless they are pinned where they are cast, their source is moved instead."""
     for spec in specs:
         q = q._replace(data=pin(q.data, spec))
     return q
@@ -66,16 +69,17 @@ def moved(q: Quantised, *specs: PartitionSpec | None) -> Quantised:
 def amax_by_device(
     x: jax.Array, spec: PartitionSpec | None, like: jax.Array, *, emulated: bool = False
 ) -> jax.Array:
-    """Each device's largest magnitude in its own part of an array: a reduction without communication.
+    """Return each device's largest magnitude in its own part of an array, without communication.
 
     Args:
         x: an array split by `spec`.
-        spec: of x; None: replicated.
+        spec: spec of x; None means replicated.
         like: float32, a dimension for each mesh axis, of the axis's size.
-        emulated: as of `formats.amax`.
+        emulated: as for `formats.amax`.
 
     Returns:
-        float32, the shape of `like`, one number on each device; its maximum is `formats.amax(x)`, bit for bit.
+        float32, the shape of `like`, one number on each device; its maximum is `formats.amax(x)`,
+        bit for bit.
     """
     mesh = jax.sharding.get_abstract_mesh()
 

@@ -1,8 +1,9 @@
-"""Names of GEMM roles, scalings and recipes, and the grammar of exceptions by role and layer: words of a configuration.
+"""Name GEMM roles, scalings and recipes, and parse exceptions by role and layer, for configurations.
 
     parse_overrides("mlp_down=bf16,qkv@0-3=current", layers=4)
 
-Imports nothing, so that a mistake in a configuration is found before JAX is loaded. What the words compute: recipes.py.
+The module imports no JAX, so that a mistake in a configuration is found before it is loaded.
+recipes.py computes with these names.
 """
 
 import dataclasses
@@ -16,8 +17,9 @@ LINEAR_ROLES = ("qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_down", "lm_he
 ATTENTION_ROLES = ("attention_scores", "attention_values")
 ROLES = LINEAR_ROLES + ATTENTION_ROLES
 
-# Operands whose amax comes back from a GEMM, in the order in which tokens, histories and scales hold them. Weights have none:
-# they are quantised once a step, outside; nor has P, which is at most 1 and has a fixed scale.
+# Operands whose amax comes back from a GEMM, in the order in which tokens, histories and scales
+# hold them. Weights have none: they are quantised once a step, outside; nor has P, which is at most
+# 1 and has a fixed scale.
 LINEAR_OPERANDS = ("x", "g")
 OPERANDS = dict.fromkeys(LINEAR_ROLES, LINEAR_OPERANDS) | {
     "attention_scores": ("q", "k", "ds"),
@@ -25,7 +27,7 @@ OPERANDS = dict.fromkeys(LINEAR_ROLES, LINEAR_OPERANDS) | {
 }
 GRADIENTS = ("g", "ds", "do")
 
-# How an optimizer's moments may be stored: the keys of storage.FORMATS.
+# Formats for an optimizer's moments: the keys of low_bit_state.FORMATS.
 STORED = ("float32", "bfloat16", "float16", "fp8")
 
 
@@ -40,16 +42,16 @@ class Override:
 
 
 def parse_overrides(text: str, *, layers: int) -> tuple[Override, ...]:
-    """Reads 'role=scaling' pairs, separated by commas; 'role@2-5=scaling' limits one to layers 2 to 5.
+    """Parse 'role=scaling' pairs, separated by commas; 'role@2-5=scaling' limits one to layers 2 to 5.
 
     Raises:
-        ValueError: one line that names the part that is wrong and what is allowed.
+        ValueError: a part is wrong; one line names it and what is allowed.
     """
     return tuple(_parse_override(part.strip(), layers) for part in text.split(",") if part.strip())
 
 
 def in_bf16(targets: str) -> str:
-    """Overrides that take 'role' or 'role@2-5', separated by commas, out of FP8."""
+    """Return overrides that take 'role' or 'role@2-5', separated by commas, out of FP8."""
     return ",".join(f"{part.strip()}=bf16" for part in targets.split(",") if part.strip())
 
 

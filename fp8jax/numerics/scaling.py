@@ -1,12 +1,13 @@
-"""State of delayed scaling: amax histories and the scales taken from them, a plain pytree beside the parameters.
+"""Keep the state of delayed scaling: amax histories and the scales taken from them, a plain pytree beside the parameters.
 
     scaling = init({"qkv": recipe, ...}, layers=16)      # {"qkv": {"history": [16, 2, H], "scale": [16, 2]}, ...}
     tokens = zero_tokens(recipes, layers=16)             # {"qkv": [16, 2], ...}: cotangents become raw amaxes
     scaling = update(scaling, amaxes, recipes)           # once, at the end of a step
 
-Amaxes of microbatches are combined with `jnp.maximum`, never summed. The operands' order within a role is
-`recipes.OPERANDS`; a weight under delayed scaling has an entry of its own, `qkv.w`, with one operand. Only roles with
-delayed scaling have state; every FP8 role has tokens, because amaxes are watched too.
+Amaxes of microbatches are combined with `jnp.maximum`, never summed. The operands' order within a
+role is `recipes.OPERANDS`; a weight under delayed scaling has an entry of its own, `qkv.w`, with
+one operand. Only roles with delayed scaling have state; every FP8 role has tokens, because amaxes
+are also logged.
 """
 
 from collections.abc import Mapping
@@ -45,8 +46,8 @@ def operand_scale(
 
     Args:
         scales: float32 [operands].
-        operand: such as "x" or "ds".
-        role: of attention; None: a linear layer's, whatever it is called.
+        operand: name of the operand, such as "x" or "ds".
+        role: role of attention; None for any linear layer.
     """
     if scales is None:
         return None
@@ -55,7 +56,7 @@ def operand_scale(
 
 
 def entries(recipes: Mapping[str, GemmRecipe]) -> list[str]:
-    """Return what has state: roles with delayed scaling, and their weights where those are delayed, too."""
+    """Return the entries with state: roles with delayed scaling, and their weights if those are delayed, too."""
     roles = [role for role, recipe in recipes.items() if recipe.scaling == "delayed"]
     return roles + [
         weight_entry(role)
@@ -65,7 +66,7 @@ def entries(recipes: Mapping[str, GemmRecipe]) -> list[str]:
 
 
 def init(recipes: Mapping[str, GemmRecipe], layers: int) -> Scaling:
-    """Empty histories (zeros) and scales of 1 for the roles with delayed scaling. Calibrate before the first step."""
+    """Return empty histories (zeros) and scales of 1 for the roles with delayed scaling; calibrate before the first step."""
     return {
         entry: _empty(layers, len(operands(entry)), recipes[role_of(entry)].history_length)
         for entry in entries(recipes)
@@ -80,7 +81,7 @@ def _empty(layers: int, count: int, history_length: int) -> dict[str, jax.Array]
 
 
 def zero_tokens(recipes: Mapping[str, GemmRecipe], layers: int) -> Tokens:
-    """Zeros, one float32 [layers, operands] a role in FP8."""
+    """Return zeros, one float32 [layers, operands] per role in FP8."""
     return {
         role: jnp.zeros((layers, len(OPERANDS[role])), jnp.float32)
         for role, recipe in recipes.items()
@@ -89,12 +90,12 @@ def zero_tokens(recipes: Mapping[str, GemmRecipe], layers: int) -> Tokens:
 
 
 def update(scaling: Scaling, amaxes: Tokens, recipes: Mapping[str, GemmRecipe]) -> Scaling:
-    """Pushes this step's amaxes into the histories and takes new scales from them.
+    """Push this step's amaxes into the histories and take new scales from them.
 
-    An amax that is zero throughout the history leaves its scale as it was.
+    An amax that is zero throughout the history leaves its scale unchanged.
 
     Args:
-        scaling: state, as `init` made it.
+        scaling: state from `init`.
         amaxes: entry → float32 [layers, operands], finite.
         recipes: role → recipe, for history reduction, formats and rounding.
     """
@@ -113,12 +114,12 @@ def _update_entry(
 
 
 def scales_of(history: jax.Array, recipe: GemmRecipe, entry: str) -> tuple[jax.Array, jax.Array]:
-    """Return the scales that a history gives, and the amaxes that they are for; where one is 0, its scale means nothing.
+    """Return the scales that a history gives, and the amaxes that they are for; where one is 0, its scale has no meaning.
 
     Args:
         history: float32 [layers, operands, steps], the newest step first.
-        recipe: of its role.
-        entry: whose operands they are.
+        recipe: recipe of its role.
+        entry: entry of the operands.
     """
     largest = jnp.max(history, axis=-1) if recipe.history_reduction == "max" else history[..., 0]
     scales = [

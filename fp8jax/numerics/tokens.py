@@ -1,13 +1,13 @@
-"""Tokens: zeros that go into a GEMM's VJP, and whose cotangents bring back what the GEMM has seen of its operands.
+"""Tokens are zeros that go into a GEMM's VJP, and their cotangents return what the GEMM measured of its operands.
 
     y, pull = jax.vjp(lambda token: dot_general(x, w, dims, recipe, token=token), Token(jnp.zeros(2), AMAX))
     pull(g)[0].values                        # float32 [2]: amax of x, amax of g
 
-What comes back is a static choice, `brings`, and decides the shape; the first dimension is always that of the operands, in
-the order of `roles.OPERANDS`:
+A static choice, `brings`, sets what is returned, and so the shape; the first dimension is always
+that of the operands, in the order of `roles.OPERANDS`:
 
     AMAX             [operands]                    raw amaxes
-    AMAX_BY_DEVICE   [operands, *mesh sizes]       each device's own, without communication; their maximum is the amax
+    AMAX_BY_DEVICE   [operands, *mesh sizes]       the amax on each device, without communication; their maximum is the amax
     FULL             [operands, len(REPORT)]       all of `statistics.REPORT`, in BF16 as well
 
 Give each call its own token: cotangents of a token used twice are summed.
@@ -34,7 +34,7 @@ FULL: Brings = "full"
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["brings"])
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """Zeros on the way in; on the way back, as a cotangent, what `brings` says."""
+    """Zeros as an input; as a cotangent, the values that `brings` names."""
 
     values: jax.Array
     brings: Brings = AMAX
@@ -45,7 +45,7 @@ class Token:
 
 
 def as_token(given: Token | jax.Array | None) -> Token | None:
-    """Return a token as it is; of a plain array, float32 [operands], one that brings back amaxes."""
+    """Return a token unchanged; turn a plain array, float32 [operands], into one that returns amaxes."""
     return Token(given) if given is not None and not isinstance(given, Token) else given
 
 
@@ -60,17 +60,17 @@ def report_cast(
     counted: jax.Array | None = None,
     emulated: bool = False,
 ) -> jax.Array | None:
-    """Return what a token brings back of one operand; None if nothing was measured.
+    """Return a token's cotangent for one operand; None if nothing was measured.
 
     Args:
-        token: of the GEMM; None: nothing is asked for.
+        token: token of the GEMM; None if nothing is asked for.
         x: the operand.
         q: its cast.
-        amax: of x; None if it is not taken.
+        amax: amax of x; None if it is not taken.
         spec: how x is split.
         spread: whether its distribution belongs to FULL.
-        counted: bool [b, t]: the tokens of text that statistics are of; None: all.
-        emulated: as of `formats.amax`.
+        counted: bool [b, t]: the tokens of text in statistics; None counts all.
+        emulated: as for `formats.amax`.
     """
     if token is None:
         return None
@@ -87,7 +87,7 @@ def report_amax(
     *,
     emulated: bool = False,
 ) -> jax.Array:
-    """Return what a token brings back of the amax of x, split by `spec`: it itself, or that of each device."""
+    """Return a token's cotangent for the amax of x, split by `spec`: the amax, or that of each device."""
     if token.brings == AMAX:
         return amax
     if jax.sharding.get_abstract_mesh().empty:

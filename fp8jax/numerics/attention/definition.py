@@ -1,11 +1,12 @@
-"""Causal attention with all seven GEMMs on FP8 operands: two forward, five backward.
+"""Compute causal attention with all seven GEMMs on FP8 operands: two forward, five backward.
 
     o_btkgh = attention(q_btkgh, k_bskh, v_bskh, recipes, softmax_scale=0.125, scales=scales, tokens=tokens)
 
-Letters: b batch, t query time, s key time, k KV heads, g query heads a KV head, h head dim. Backend `emulated` takes
-all rows at once and is the definition of what is computed; `composed` takes them in chunks, in memory linear in the
-sequence length; `pallas` is one fused kernel forward and two backward, for Hopper GPUs. Where no
-GEMM is in FP8, `cudnn` is NVIDIA's flash attention. Written so that blocking does not matter:
+Letters: b batch, t query time, s key time, k KV heads, g query heads per KV head, h head dim.
+Backend `emulated` takes all rows at once and is the definition of what is computed; `composed`
+takes them in chunks, in memory linear in the sequence length; `pallas` is one fused kernel forward
+and two backward, for Hopper GPUs. Where no GEMM is in FP8, `cudnn` is NVIDIA's flash attention. The
+definition does not depend on blocking:
 
 forward    S = q·k                                        e4m3 x e4m3
            P~ = exp2(S·c - ceil(m)), m the row maximum in base 2, cast to e4m3 at the fixed scale 1/256
@@ -16,24 +17,28 @@ backward   S and P~ again, cast alike; dO~ = dO / w, cast to the gradient format
            dS = P~ * (dP - rowsum(dO~ * O)), P~ before its cast; cast to the gradient format before the softmax scale
            dQ = dS·k, dK = dSᵀ·q                          gradient format x e4m3
 
-with c = softmax_scale * log2(e); w, and dO~ in all places, are of the values as cast. Softmax, its sums and all
-accumulation are float32. Three things follow, which hold for every backend and are tested:
+with c = softmax_scale * log2(e); w, and dO~ in all places, are of the values as cast. Softmax, its
+sums and all accumulation are float32. Three things follow, which hold for every backend and are
+tested:
 
-- The weights of O sum to 1, however P~ rounds, and dV takes the same ones.
-- A row of dS sums to 0, but for the rounding of O and of the weights, whatever the values have in common: dP and what is
-  subtracted from it come of one dO~. (From dO before its cast, dW_k of a trained model's last layer was wrong by 105%.)
+- The weights of O sum to 1 for any rounding of P~, and dV takes the same ones.
+- A row of dS sums to 0, up to the rounding of O and of the weights, for any common part of the values: dP and what is
+  subtracted from it come from one dO~. (From dO before its cast, dW_k of a trained model's last layer was wrong by 105%.)
 - Because ceil(m) is an integer, moving to another block's maximum multiplies P~ by an exact power of two.
 
-P~ is relative to its row, so flat rows keep their precision at any length: dV loses less than 1% of its magnitude at 131072
-keys. What is lost: a probability below 2**-18 of its row's largest casts to zero, one below 2**-14 to few bits. With n keys that
-is at most n * 2**-18 / w of the row's mass in O and dV (of n equal ones nothing, as w is n); only a row that gives a few keys much and
-100,000 others almost nothing each, together as much, comes near. Where w is above 2**6 the rest of it, an exact power of two, is
-taken from P~ and not from dO, whose format ends, too: in dV, a probability below 2**-23 is then lost as well.
+P~ is relative to its row, so flat rows keep their precision at any length: dV loses less than 1% of
+its magnitude at 131072 keys. The loss is this: a probability below 2**-18 of its row's largest
+casts to zero, one below 2**-14 to few bits. With n keys that is at most n * 2**-18 / w of the row's
+mass in O and dV (of n equal ones nothing, as w is n); only a row that gives a few keys much and
+100,000 others almost nothing each, together as much, comes near. Where w is above 2**6 the rest of
+it, an exact power of two, is taken from P~ and not from dO, whose format ends, too: in dV, a
+probability below 2**-23 is then lost as well.
 
-The residuals are q, k, v in FP8, O in the activations' dtype, ceil(m) and w. As in `dot_general`, raw amaxes come
-back as the cotangents of tokens: (q, k, dS) for role attention_scores, (v, dO~) for attention_values; and as there, tokens
-may bring back `statistics.REPORT`, of dO~ with the distribution of dO. dS is counted over the whole square of
-scores, hidden ones zero. A role in BF16 casts to the activations' dtype; with attention_values in it, dO is taken as it is.
+The residuals are q, k, v in FP8, O in the activations' dtype, ceil(m) and w. As in `dot_general`,
+raw amaxes come back as the cotangents of tokens: (q, k, dS) for role attention_scores, (v, dO~) for
+attention_values; and as there, tokens may bring back `statistics.REPORT`, of dO~ with the
+distribution of dO. dS is counted over the whole square of scores, hidden ones zero. A role in BF16
+casts to the activations' dtype; with attention_values in it, dO is not divided.
 """
 
 import functools
@@ -56,14 +61,15 @@ from fp8jax.numerics.tokens import FULL, Token, as_token, report_amax, report_ca
 
 SCORES, VALUES = "attention_scores", "attention_values"
 BACKENDS = ("emulated", "composed", "pallas")
-CUDNN = "cudnn"  # one more backend, of BF16 alone: what a user would train BF16 with on a GPU
-# Blocks of P and dS would make results depend on how rows are chunked; no backend has them.
+CUDNN = "cudnn"  # one more backend, for BF16 alone, the usual choice for BF16 on a GPU
+# Blockwise scaling of P and dS would make results depend on how rows are chunked; no backend
+# supports it.
 SCALINGS = (
     "delayed",
     "current",
     "static",
     "bf16",
-)  # those with one scale a tensor, the same for every chunk
+)  # scalings with one scale per tensor, the same for every chunk
 
 
 def attention(
@@ -80,28 +86,33 @@ def attention(
     partition: Partition | None = None,
     counted: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention.
+    """Compute causal grouped-query attention.
 
     Args:
         q_btkgh: queries, KV heads outside, query heads of each group inside.
         k_bskh: keys, as long as the queries.
         v_bskh: values, likewise.
-        recipes: a GemmRecipe for `attention_scores` and one for `attention_values`; scaling `bf16` leaves a role's
-            operands in the dtype of the inputs.
+        recipes: a GemmRecipe for `attention_scores` and one for `attention_values`; scaling `bf16`
+            leaves a role's operands in the dtype of the inputs.
         softmax_scale: factor on the scores.
-        segment_ids: int32 [b, t]; tokens attend within their own segment only. None: one segment.
-        scales: role → float32 scales, in the order of `recipes.OPERANDS`; needed by delayed scaling.
-        tokens: role → zeros of the same shapes, whose cotangents are raw amaxes; or a Token, which may bring back more.
-        backend: one of BACKENDS. Whether a recipe's GEMMs are FP8 or emulated is the recipe's business, with any.
-            Or CUDNN, on a GPU, for recipes in `bf16` and without segment_ids.
-        partition: mesh axes that split the operands; `pallas` needs to know them. Their FP8 values are what is moved between devices.
-        counted: bool [b, t]: the tokens that statistics are of; None: all.
+        segment_ids: int32 [b, t]; tokens attend within their own segment only. None means one
+            segment.
+        scales: role → float32 scales, in the order of `recipes.OPERANDS`; needed by delayed
+            scaling.
+        tokens: role → zeros of the same shapes, whose cotangents are raw amaxes; or a Token, which
+            may bring back more.
+        backend: one of BACKENDS, each with FP8 or emulated GEMMs as the recipe has them;
+            or CUDNN, on a GPU, for recipes in `bf16` and without segment_ids.
+        partition: mesh axes that split the operands, which `pallas` needs. FP8 values are moved
+            between devices.
+        counted: bool [b, t]: the tokens in statistics; None counts all.
 
     Returns:
         O, [b, t, k, g, h], in the dtype of q.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot do a recipe's scaling; delayed scaling without scales.
+        ValueError: the backend is unknown or does not support a recipe's scaling, or delayed
+            scaling has no scales.
     """
     check_backend(backend, recipes, q_btkgh.shape[-1])
     if backend == CUDNN:
@@ -117,7 +128,7 @@ def attention(
 
 
 def check_backend(backend: str, recipes: Mapping[str, GemmRecipe], head_dim: int) -> None:
-    """Raises ValueError, which says what can, if a backend is unknown or cannot do what the two roles' recipes ask for."""
+    """Raise ValueError, which names the alternatives, if a backend is unknown or does not support the two roles' recipes."""
     if backend not in (*BACKENDS, CUDNN):
         raise ValueError(f"{backend!r} is not one of {', '.join((*BACKENDS, CUDNN))}")
     for role in (SCORES, VALUES):
@@ -139,7 +150,7 @@ def check_backend(backend: str, recipes: Mapping[str, GemmRecipe], head_dim: int
 def _cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: jax.Array | None
 ) -> jax.Array:
-    """Backend `cudnn`; its gradient is cuDNN's own."""
+    """Compute attention by backend `cudnn`; its gradient is cuDNN's own."""
     if segment_ids is not None:
         raise ValueError(f"attention: {CUDNN} has no document masks; {', '.join(BACKENDS)} do")
     b, t, kv_heads, groups, h = q.shape
@@ -200,7 +211,8 @@ def _backward(backend, call, saved, do):
     factor, offset = attention_rows.row_factors(call, weights)
     shared = do.astype(jnp.float32) / factor[..., None] if call.values.fp8 else do
     qdo, amax_do = call.values.quantise(shared, _scale(scales, VALUES, "do"), "do")
-    # From the cast dO, which dP takes: from any other, rows of dS do not sum to 0, by as much as the values have in common.
+    # It is taken from the cast dO, as dP is: otherwise rows of dS do not sum to 0, by as much as
+    # the values have in common.
     delta = jnp.sum(formats.dequantise(qdo) * o.astype(jnp.float32), axis=-1)
     scale = (
         call.scores.static_scale("ds")
@@ -216,7 +228,7 @@ def _backward(backend, call, saved, do):
     of_do = report_cast(tokens.get(VALUES), shared, qdo, amax_do, many.cast, counted=counted)
     if (
         of_do is not None and VALUES in tokens and tokens[VALUES].brings == FULL
-    ):  # how dO is spread, and not what its rows are cast as
+    ):  # the distribution of dO, not of its rows as cast
         spread = statistics.distribution(do, counted)
         names = *statistics.DISTRIBUTION, *statistics.WEIGHTS
         of_do = jnp.concatenate(
@@ -236,7 +248,7 @@ def _backward(backend, call, saved, do):
 
 
 def _stacked(reports: tuple[jax.Array | None, ...], token: Token) -> Token:
-    """A token's cotangent; zeros if nothing is reported, as with fixed scales."""
+    """Return a token's cotangent; zeros without reports, as with fixed scales."""
     if any(report is None for report in reports):
         return token.like(jnp.zeros_like(token.values))
     return token.like(jnp.stack(reports))
@@ -246,7 +258,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _all_forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
-    """Backend `emulated`: all rows at once."""
+    """Compute backend `emulated`'s forward pass: all rows at once."""
     length = x.q.data.shape[1]
     return attention_rows.output(
         call, x.q, x.k, x.v, attention_rows.visible(0, length, length, x.segment_ids)
@@ -256,7 +268,7 @@ def _all_forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
 def _all_backward(
     call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """Gradients of q, k, v in the dtype of activations, and dS's amax by head, [b, k] (None if it is not measured), or its health."""
+    """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, [b, k] (or None), or its health."""
     length = x.q.data.shape[1]
     mask = attention_rows.visible(0, length, length, x.segment_ids)
     p, ds = attention_rows.score_gradient(call, x.q, x.k, x.v, residuals, mask)

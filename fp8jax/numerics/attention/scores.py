@@ -1,10 +1,11 @@
-"""Largest attention score and entropy of the attention probabilities, computed apart from attention itself.
+"""Compute the largest attention score and the entropy of attention's probabilities, apart from attention itself.
 
     found = score_statistics(q_btkgh, k_bskh, recipe, softmax_scale=0.125, scales=scales)
     found["max_logit"], found["entropy"]
 
-The scores are computed again, from operands cast as attention casts them: one GEMM more, in steps with statistics only. So attention
-itself is the same in every step. Where attention runs our kernels, a kernel does this as well; else it is done in chunks of queries.
+The scores are computed again, from operands cast as attention casts them: one GEMM more, in steps
+with statistics only. So attention itself is the same in every step. If attention runs our kernels,
+a kernel computes them as well; otherwise chunks of queries do.
 """
 
 import jax
@@ -34,21 +35,22 @@ def score_statistics(
     partition: Partition | None = None,
     counted: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """`max_logit`, the largest scaled score that any query sees, and `entropy`, in nats, a mean over queries and heads.
+    """Return `max_logit`, the largest scaled score that any query sees, and `entropy` in nats, a mean over queries and heads.
 
     Args:
         q_btkgh: queries as `attention` takes them.
         k_bskh: keys, likewise.
-        recipe: of role attention_scores.
+        recipe: recipe of role attention_scores.
         softmax_scale: factor on the scores.
-        scales: of q, k and dS; needed by delayed scaling.
+        scales: scales of q, k and dS; needed by delayed scaling.
         segment_ids: int32 [b, t], or None.
-        backend: that of `attention`, of whose operands this is told; only `pallas` makes a difference.
-        partition: as `attention` takes it.
-        counted: bool [b, t]: the queries that are meant; None: all.
+        backend: backend of `attention`; only `pallas` makes a difference.
+        partition: as for `attention`.
+        counted: bool [b, t]: the queries that count; None counts all.
 
     Returns:
-        float32 scalars, and how many `tokens` they are of; of scores that are not finite, infinity or NaN.
+        float32 scalars, and the number of `tokens` in them; infinity or NaN for scores that are not
+        finite.
     """
     call = Call(recipe, recipe, softmax_scale, q_btkgh.dtype, partition=partition)
     scale_q, scale_k = (operand_scale(scales, name, "attention_scores") for name in ("q", "k"))
@@ -93,7 +95,7 @@ def _in_chunks(
 def _reduced(
     meant_bt: jax.Array, top_bkgt: jax.Array, entropy_bkgt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Largest score and sum of the entropies of the queries that are meant, [b, k]."""
+    """Return the largest score and the sum of the entropies of the queries that count, [b, k]."""
     of_query = meant_bt[:, None, None, :]
     return jnp.max(jnp.where(of_query, top_bkgt, -jnp.inf), axis=(2, 3)), jnp.sum(
         jnp.where(of_query, entropy_bkgt, 0.0), axis=(2, 3)

@@ -1,17 +1,18 @@
-"""Does an attention backend compute on this device what the definition says? Asked once, before training starts.
+"""Check once, before training, that an attention backend agrees on this device with the definition and the mathematics.
 
     errors = self_check("composed", {"attention_scores": recipe, "attention_values": recipe})
-    errors = self_check("pallas", recipes, statistics=True)      # also what steps with statistics run
+    errors = self_check("pallas", recipes, statistics=True)      # also checks steps with statistics
 
-Runs the backend with the recipes as they are, and `emulated` with the same recipes emulated, on random inputs: grouped
-queries, two documents a sequence, more than one chunk, an odd last one, and operands whose scales all differ, so that a
-scale that is left out, doubled or given to the wrong operand shows as an error of a factor of two at the least.
+The check runs the backend with the given recipes, and `emulated` with the same recipes emulated, on
+random inputs: grouped queries, two documents per sequence, more than one chunk, an odd last one,
+and operands whose scales all differ, so that a scale that is left out, doubled or given to the
+wrong operand shows as an error of at least a factor of two.
 
-A backend that agrees with the definition says nothing about the definition. So its results are also held against what shares no line with
-it: attention and its gradients in float64, from the mathematics, within what FP8 costs (BOUNDS); and dO times a power of two, which has to
-come back in every gradient.
+Agreement with the definition does not test the definition. So results are also compared with
+independent code: attention and its gradients in float64, from the mathematics, within the errors of
+FP8 (BOUNDS); and dO times a power of two, which must come back in every gradient.
 
-It compares results, not speed, and says nothing about the kernels that ran: that is the audit's business.
+Only results are compared, not speed; the audit shows which kernels run.
 """
 
 import dataclasses
@@ -29,12 +30,14 @@ from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
 from fp8jax.numerics.statistics import HEALTH, REPORT
 from fp8jax.numerics.tokens import FULL, Token
 
-# Where the accumulation differs, some elements of P and dS round to the neighbour in FP8. The worst accumulation known,
-# Hopper's fast one, is accurate to 1e-3 or so at this length; a wrong scale is off by 0.5 or more.
+# Where the accumulation differs, some elements of P and dS round to the neighbour in FP8. The worst
+# accumulation known, Hopper's fast one, is accurate to 1e-3 or so at this length; a wrong scale is
+# off by 0.5 or more.
 TOLERANCE = 0.02
 LENGTH = 640
 _MAGNITUDES = {"q": 3.0, "k": 0.05, "v": 20.0, "do": 1e-3}
-# Largest relative errors against float64, twice what was measured of such inputs on a CPU with e5m2 gradients.
+# Largest relative errors against float64, twice what was measured of such inputs on a CPU with e5m2
+# gradients.
 BOUNDS = {"o": 0.1, "dq": 0.2, "dk": 0.2, "dv": 0.13}
 
 
@@ -46,24 +49,26 @@ def self_check(
     statistics: bool = False,
     tolerance: float = TOLERANCE,
 ) -> dict[str, float]:
-    """Compares a backend with `emulated` on the default device.
+    """Compare a backend with `emulated` on the default device.
 
     Args:
         backend: one of `attention.BACKENDS`.
-        recipes: of `attention_scores` and `attention_values`, as training will use them.
+        recipes: recipes of `attention_scores` and `attention_values`, as training will use them.
         head_dim: width of a head.
-        statistics: as a step with statistics runs it.
+        statistics: check it as a step with statistics runs it.
         tolerance: largest relative error that passes.
 
     Returns:
-        Relative errors (norm of the difference over norm) of `o`, `dq`, `dk`, `dv`, and, where they are measured, of `amax_q`,
-        `amax_k`, `amax_ds`, `amax_v`, `amax_do`. With `statistics`, of output and gradients, of what the cast of dS does, `underflow_ds`,
-        `signal_ds` and `noise_ds`, and of `max_logit` and `entropy`.
+        Relative errors (norm of the difference over norm) of `o`, `dq`, `dk`, `dv`, and, if they are measured, of `amax_q`,
+        `amax_k`, `amax_ds`, `amax_v`, `amax_do`. With `statistics`, those of output and gradients,
+            of the cast of dS (`underflow_ds`,
+        `signal_ds` and `noise_ds`), and of `max_logit` and `entropy`.
 
     Raises:
-        ValueError: an error is above the tolerance or not a number, or results are further from attention in float64 than FP8 explains;
-            names the backend, the device, every such error. Not compared with float64: static scaling and margins, which may lose what
-            they like.
+        ValueError: an error is above the tolerance or not a number, or results are further from
+            attention in float64 than FP8 explains; the message names the backend, the device, every
+            such error. Static scaling and margins have no bound on their losses and are not
+            compared with float64.
     """
     recipes = {role: recipes[role] for role in (SCORES, VALUES)}
     emulated = {
@@ -91,7 +96,7 @@ def true_attention(
     softmax_scale: float,
     segment_ids: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Output and gradients of causal attention in float64, by name; shapes as `attention` takes them. Knows of no cast."""
+    """Return output and gradients of causal attention in float64, by name, without casts; shapes as for `attention`."""
     q, k, v, do = (np.asarray(x).astype(np.float64) for x in (q, k, v, do))
     position = np.arange(q.shape[1])
     seen = (position[:, None] >= position) & (segment_ids[:, :, None] == segment_ids[:, None, :])
@@ -128,7 +133,7 @@ def _check_powers_of_two(
     scales: Mapping[str, jax.Array],
     found: Mapping[str, np.ndarray],
 ) -> None:
-    """dO, and delayed scales of dO and dS with it, 16 times larger: gradients have to be, too. Static scales stay as they are."""
+    """Check that dO, with delayed scales of dO and dS, 16 times larger gives 16 times the gradients; static scales stay."""
     if any(recipe.scaling == "static" for recipe in recipes.values()):
         return
     larger = {role: some.at[-1].multiply(16) for role, some in scales.items()}
@@ -161,7 +166,7 @@ def _refuse(
 
 
 def _inputs(head_dim: int) -> dict[str, jax.Array]:
-    """q, k, v, do in bfloat16 and segment_ids: one sequence, two KV heads, two query heads each."""
+    """Return q, k, v, do in bfloat16 and segment_ids: one sequence, two KV heads, two query heads each."""
     random = np.random.default_rng(0)
     few, many = (1, LENGTH, 2, head_dim), (1, LENGTH, 2, 2, head_dim)
     shapes = {"q": many, "k": few, "v": few, "do": many}
@@ -175,7 +180,7 @@ def _inputs(head_dim: int) -> dict[str, jax.Array]:
 def _scales(
     recipes: Mapping[str, GemmRecipe], inputs: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """Scales for delayed scaling: those that the definition finds with current scaling."""
+    """Return scales for delayed scaling: those that the definition finds with current scaling."""
     delayed = {role: recipe for role, recipe in recipes.items() if recipe.scaling == "delayed"}
     if not delayed:
         return {}
@@ -195,7 +200,7 @@ def _scales(
 
 
 def _softmax_scale(head_dim: int) -> float:
-    """Brings the scores to a standard deviation of about 1."""
+    """Return the factor that brings the scores to a standard deviation of about 1."""
     return 1 / (_MAGNITUDES["q"] * _MAGNITUDES["k"] * head_dim**0.5)
 
 
@@ -206,7 +211,7 @@ def _run(
     inputs: Mapping[str, jax.Array],
     scales: Mapping[str, jax.Array],
 ) -> dict[str, np.ndarray]:
-    """Output, gradients and amaxes by name; the program is that of backend and recipes."""
+    """Return output, gradients and amaxes by name; the program is that of backend and recipes."""
     tokens = {
         role: jnp.zeros(len(OPERANDS[role]), jnp.float32)
         for role, recipe in recipes.items()
@@ -225,7 +230,7 @@ def _run_with_statistics(
     inputs: Mapping[str, jax.Array],
     scales: Mapping[str, jax.Array],
 ) -> dict[str, np.ndarray]:
-    """Output, gradients, what the cast of dS does, and the spread of scores, by name."""
+    """Return output, gradients, the effects of the cast of dS, and the spread of scores, by name."""
     widths = {role: (len(OPERANDS[role]), len(REPORT)) for role in recipes}
     tokens = {role: Token(jnp.zeros(shape, jnp.float32), FULL) for role, shape in widths.items()}
     found, reports = _attend(program, inputs, scales, tokens)
@@ -252,7 +257,7 @@ def _run_with_statistics(
 
 
 def _program(backend: str, recipes: Mapping[str, GemmRecipe]) -> Callable[..., Any]:
-    """(q, k, v, do, segment_ids, scales, tokens) → output, gradients, and what the tokens bring back; compiled once."""
+    """Return a function of (q, k, v, do, segment_ids, scales, tokens) to output, gradients, and token cotangents; compiled once."""
 
     @_compiled
     def both(q, k, v, do, segment_ids, scales, tokens):
@@ -281,14 +286,14 @@ def _attend(
     scales: Mapping[str, jax.Array],
     tokens: Mapping[str, Token | jax.Array],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Output and gradients by name, and what the tokens bring back."""
+    """Return output and gradients by name, and the tokens' cotangents."""
     arrays = (inputs[name] for name in ("q", "k", "v", "do", "segment_ids"))
     o, dq, dk, dv, reports = jax.device_get(program(*arrays, scales, dict(tokens)))
     return {"o": o, "dq": dq, "dk": dk, "dv": dv}, reports
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As training compiles it: with excess precision, the error of a cast is 0."""
+    """Compile a function as training does: with excess precision, the error of a cast would be 0."""
     return jax.jit(function, compiler_options=compiler_options(jax.default_backend()))
 
 

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import common
 
@@ -39,79 +40,57 @@ class Part:
     limit: int
 
 
+class Measure(NamedTuple):
+    """How much is measured."""
+
+    rounds: str
+    step: tuple[str, ...]
+    depths: str
+    lengths: str
+    tokens: tuple[str, ...]
+    batch: tuple[str, ...]
+
+
+_WHOLE = Measure(
+    rounds="--rounds=10",
+    step=("--batch=4", "--rounds=2", "--steps=5"),
+    depths="6,2",
+    lengths="4096,8192,2048,16384",
+    tokens=(),
+    batch=(),
+)
+_QUICK = Measure(
+    rounds="--rounds=1",
+    step=("--batch=1", "--rounds=1", "--steps=1"),
+    depths="2,1",
+    lengths="256",
+    tokens=("--tokens=256",),
+    batch=("--batch=1",),
+)
+_CHECKS = "-m pytest tests/gpu -m gpu -s -W default -p no:cacheprovider"
+
+
 def parts(args: argparse.Namespace) -> list[Part]:
     """Return the parts to run, in order."""
     size, where = f"--size={args.size}", f"--results={args.results}"
-    rounds = "--rounds=1" if args.quick else "--rounds=10"
-    step = (
-        ("--batch=1", "--rounds=1", "--steps=1")
-        if args.quick
-        else ("--batch=4", "--rounds=2", "--steps=5")
-    )
-    depths, lengths = ("2,1", "256") if args.quick else ("6,2", "4096,8192,2048,16384")
-    tokens, batch = (("--tokens=256",), ("--batch=1",)) if args.quick else ((), ())
-    script = "benchmarks/{}.py".format
+    measure = _QUICK if args.quick else _WHOLE
     figures = f"--figures={args.results / 'gpu_checks.json'}"
+    first_depth = measure.depths.split(",")[0]
+    step = ("benchmarks/train_step.py", size, where)
+    main = f"--models={MAIN}", f"--layers={measure.depths}", "--profile"
+    others = f"--models={OTHERS}", f"--layers={first_depth}", "--name=train_step_others"
+    lengths = f"--lengths={measure.lengths}", "--batch=2", "--scalings=delayed"
+    attention = ("benchmarks/attention.py", size, where, *lengths, measure.rounds)
+    gemm = ("benchmarks/gemm.py", size, where, measure.rounds, *measure.tokens)
+    peers = ("benchmarks/peers.py", size, where, measure.rounds, *measure.batch)
     return [
-        Part(
-            "step",
-            (
-                script("train_step"),
-                size,
-                where,
-                f"--models={MAIN}",
-                f"--layers={depths}",
-                "--profile",
-                *step,
-            ),
-            170,
-        ),
-        Part(
-            "checks",
-            (
-                "-m",
-                "pytest",
-                "tests/gpu",
-                "-m",
-                "gpu",
-                "-s",
-                "-W",
-                "default",
-                "-p",
-                "no:cacheprovider",
-                figures,
-            ),
-            150,
-        ),
-        Part(
-            "attention",
-            (
-                script("attention"),
-                size,
-                where,
-                f"--lengths={lengths}",
-                "--batch=2",
-                "--scalings=delayed",
-                rounds,
-            ),
-            100,
-        ),
-        Part("gemm", (script("gemm"), size, where, rounds, *tokens), 60),
-        Part("peers", (script("peers"), size, where, rounds, *batch), 200),
-        Part(
-            "others",
-            (
-                script("train_step"),
-                size,
-                where,
-                f"--models={OTHERS}",
-                f"--layers={depths.split(',')[0]}",
-                "--name=train_step_others",
-                *step,
-            ),
-            120,
-        ),
-        Part("tune", (script("tune_attention"), where), 150),
+        Part("step", (*step, *main, *measure.step), 170),
+        Part("checks", (*_CHECKS.split(), figures), 150),
+        Part("attention", attention, 100),
+        Part("gemm", gemm, 60),
+        Part("peers", peers, 200),
+        Part("others", (*step, *others, *measure.step), 120),
+        Part("tune", ("benchmarks/tune_attention.py", where), 150),
     ]
 
 

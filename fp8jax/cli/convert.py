@@ -81,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
+    _add_from_hf(commands)
+    _add_to_hf(commands)
+    _add_logits(commands)
+    return parser
+
+
+def _add_from_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
         "from-hf",
         help="make a run's directory, to continue with train.py, of a model directory",
@@ -96,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_ignore_keys(command)
     command.set_defaults(check=_check_from_hf, run="from_hf")
 
+
+def _add_to_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
         "to-hf",
         help="make a model directory that transformers loads, of a run's checkpoint",
@@ -122,6 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(check=_check_to_hf, run="to_hf")
 
+
+def _add_logits(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
         "logits",
         help="float32 logits, loss and gradients of a model directory or a run, to compare with another implementation's",
@@ -151,4 +162,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_ignore_keys(command)
     command.set_defaults(check=_check_logits, run="logits")
-    return parser

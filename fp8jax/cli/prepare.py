@@ -167,6 +167,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python -m fp8jax prepare --input 'crawl/*.jsonl.zst' --tokenizer tokenizer.json --out tokens\n"
         "         python train.py --config=configs/fp8_base.py:tiny --config.data.source=tokens --workdir=runs/own",
     )
+    _add_input_and_output(parser)
+    _add_options(parser)
+    return parser
+
+
+def _add_input_and_output(parser: Parser) -> None:
     parser.add_argument(
         "--input",
         nargs="+",
@@ -196,6 +202,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="VOCAB",
         help="train a byte-level BPE of so many ids on the input",
     )
+
+
+def _add_options(parser: Parser) -> None:
     parser.add_argument(
         "--text_field",
         default="text",
@@ -231,7 +240,6 @@ def _parser() -> argparse.ArgumentParser:
         default=len(os.sched_getaffinity(0)),
         help="processes (default: one a core)",
     )
-    return parser
 
 
 def _inspect_parser() -> argparse.ArgumentParser:

@@ -78,21 +78,10 @@ def prepare(
         ConfigError: a file cannot be read, the directory is of other inputs, or there are too few
             documents.
     """
-    if not 0.0 <= validation_fraction < 1.0:
-        raise ConfigError(
-            f"--validation_fraction: {validation_fraction!r} is not at least 0 and below 1"
-        )
-    if workers < 1:
-        raise ConfigError(f"--workers: {workers} is below 1")
+    _check_numbers(validation_fraction, workers)
     directory = pathlib.Path(directory)
-    job = Job(
-        directory,
-        str(tokenizer),
-        text_field,
-        int(validation_fraction * HASHES),
-        allow_normalisation,
-        skip_bad_rows,
-    )
+    held_out = int(validation_fraction * HASHES)
+    job = Job(directory, str(tokenizer), text_field, held_out, allow_normalisation, skip_bad_rows)
     loaded = job.load()
     for line in loaded.notes:
         note(f"tokenizer: {line}")
@@ -110,6 +99,15 @@ def prepare(
         _write(directory, index, _sources(job, parts))
         shutil.rmtree(directory / UNFINISHED)
     return _pack(index["splits"], directory, loaded, best_fit)
+
+
+def _check_numbers(validation_fraction: float, workers: int) -> None:
+    if not 0.0 <= validation_fraction < 1.0:
+        raise ConfigError(
+            f"--validation_fraction: {validation_fraction!r} is not at least 0 and below 1"
+        )
+    if workers < 1:
+        raise ConfigError(f"--workers: {workers} is below 1")
 
 
 def _pack(

@@ -160,17 +160,8 @@ def save(
         raise HuggingFaceError(f"{directory}: is not empty; choose another --out")
     directory.mkdir(parents=True, exist_ok=True)
     params = jax.tree.map(np.asarray, params)
-
-    def produce(slot: hf_tensors.Slot) -> np.ndarray:
-        view, cast = slot.view(params), np.empty(slot.shape, dtype)
-        with np.errstate(over="ignore"):
-            cast.reshape(view.shape)[...] = view
-        if not np.isfinite(cast).all():
-            raise HuggingFaceError(f"{slot.name}: holds values that are not finite in {dtype}")
-        return cast
-
     tensors: dict[str, Any] = {
-        slot.name: (slot.shape, lambda slot=slot: produce(slot))
+        slot.name: (slot.shape, lambda slot=slot: _cast(slot, params, dtype))
         for slot in hf_tensors.slots(model, vocab_size, model_type)
     }
     tensors |= {
@@ -187,6 +178,17 @@ def save(
             }
     values["torch_dtype"] = dtype.name
     (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _cast(slot: hf_tensors.Slot, params: Params, dtype: np.dtype) -> np.ndarray:
+    """Return a tensor as a file holds it."""
+    view = slot.view(params)
+    cast = np.empty(slot.shape, dtype)
+    with np.errstate(over="ignore"):
+        cast.reshape(view.shape)[...] = view
+    if not np.isfinite(cast).all():
+        raise HuggingFaceError(f"{slot.name}: holds values that are not finite in {dtype}")
+    return cast
 
 
 def carry(source: pathlib.Path, target: pathlib.Path) -> list[str]:

@@ -66,23 +66,15 @@ def from_config(
     )
     if "num_key_value_heads" in values and values["num_key_value_heads"] is None:
         given.pop("num_key_value_heads", None)  # null means as many as query heads, not the default
-    size = {
-        key: number(given, key, int)
-        for key in (*_REQUIRED, *_OPTIONAL)
-        if key in _REQUIRED or key in given
-    }
-    head_dim = size.get("head_dim") or size["hidden_size"] // size["num_attention_heads"]
-    if not head_dim:
-        raise HuggingFaceError(
-            f"config.json: hidden_size: {size['hidden_size']} is less than num_attention_heads"
-        )
+    size = _sizes(given)
+    head_dim = size["head_dim"]
     switches = form.switches or hf_fog.switches_of(given)
     hidden, gated = size["intermediate_size"], switches["activation"] in architectures.GATED
     fields = dict(
         layers=size["num_hidden_layers"],
         width=size["hidden_size"],
         heads=size["num_attention_heads"],
-        kv_heads=size.get("num_key_value_heads") or size["num_attention_heads"],
+        kv_heads=size["num_key_value_heads"],
         head_dim=head_dim,
         vocab_size=size["vocab_size"],
         tied_embeddings=boolean(given, "tie_word_embeddings"),
@@ -100,6 +92,23 @@ def from_config(
         return config_lib.from_dict({"model": fields}).model, model_type
     except config_lib.ConfigError as error:
         raise HuggingFaceError(f"config.json: {error}") from None
+
+
+def _sizes(given: Mapping[str, Any]) -> dict[str, int]:
+    """Return the numbers of _REQUIRED and _OPTIONAL keys; of the latter also those that are left out or 0."""
+    size = {
+        key: number(given, key, int)
+        for key in (*_REQUIRED, *_OPTIONAL)
+        if key in _REQUIRED or key in given
+    }
+    heads = size["num_attention_heads"]
+    size["head_dim"] = size.get("head_dim") or size["hidden_size"] // heads
+    size["num_key_value_heads"] = size.get("num_key_value_heads") or heads
+    if not size["head_dim"]:
+        raise HuggingFaceError(
+            f"config.json: hidden_size: {size['hidden_size']} is less than num_attention_heads"
+        )
+    return size
 
 
 def to_config(model: ModelConfig, vocab_size: int, model_type: str) -> dict[str, Any]:

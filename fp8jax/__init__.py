@@ -4,9 +4,6 @@ The letters in array names are b batch, t time, s key time, d model width, n hea
 query heads per KV head, h head dim, f FFN width, v vocabulary, l layers.
 """
 
-import importlib.metadata
-import sys
-
 __version__ = "0.1.0"
 
 # The tested versions go from the first of these to below the second, as in requirements.txt.
@@ -20,7 +17,3 @@ def untested_jax(version: str) -> str | None:
         return None
     least, below = (".".join(map(str, numbers)) for numbers in JAX_VERSIONS)
     return f"warning: jax {version} is not tested with fp8jax, which needs >={least},<{below}: pip install -r requirements.txt"
-
-
-if line := untested_jax(importlib.metadata.version("jax")):
-    print(line, file=sys.stderr)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from fp8jax.cli.errors import complain, with_underscores
-from fp8jax.cli.words import version
+from fp8jax.cli.words import version, warn_of_untested_jax
 from fp8jax.config import did_you_mean
 
 # Command → its purpose. Each is the module fp8jax.cli.COMMAND, whose main(argv) returns the exit
@@ -26,6 +26,7 @@ _WITH_PROGRAM = ("train", "eval")  # their main takes the program's name first, 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command, and return the exit code."""
+    warn_of_untested_jax()
     name, rest = (argv[0] if argv else "help"), list(argv[1:])
     if name == "help" and rest:
         name, rest = rest[0], ["--help"]

@@ -44,10 +44,14 @@ def test_requirements_say_the_same():
             assert found == f">={least},<{below}", file
 
 
-def test_importing_says_it():
+def test_commands_say_it_and_an_import_does_not():
     code = "import importlib.metadata as m; real = m.version; m.version = lambda n: '0.9.1' if n == 'jax' else real(n); import fp8jax"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert result.stderr.count("\n") == 1 and "0.9.1" in result.stderr
+    run = "; from fp8jax import __main__ as command; command.main(['--version'])"
+    error = {}
+    for name, text in (("import", code), ("command", code + run)):
+        error[name] = subprocess.run(
+            [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stderr
+    assert error["import"] == ""
+    assert error["command"].count("\n") == 1 and "0.9.1" in error["command"]
     assert fp8jax.untested_jax(importlib.metadata.version("jax")) is None

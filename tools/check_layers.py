@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping
 # of its own.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "cli": frozenset(
-        "training monitor audit interop plan data models parallel config hardware numerics files".split()
+        "training monitor audit interop plan data models parallel config hardware numerics files exit_codes".split()
     ),
     "training": frozenset(
-        "monitor audit interop plan data models parallel config numerics files".split()
+        "monitor audit interop plan data models parallel config numerics files exit_codes".split()
     ),
     "monitor": frozenset("config numerics files".split()),
     "audit": frozenset("config".split()),
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "models": frozenset("parallel config numerics".split()),
     "parallel": frozenset("config".split()),
     "config": frozenset("numerics files".split()),
+    "exit_codes": frozenset(),
     "files": frozenset(),
     "hardware": frozenset(),
     "numerics": frozenset(),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from fp8jax import config as config_lib
 from fp8jax.audit import target_names
 from fp8jax.cli import checks, words
-from fp8jax.cli.errors import Parser, complain, local_path
+from fp8jax.cli.errors import Parser, local_path, run_command
 from fp8jax.cli.flags import find_config, read_config, split
 from fp8jax.config import ConfigError
 
@@ -22,15 +22,16 @@ _INSTEAD = ("memory", "fit", "rehearse")  # these take one configuration
 
 def main(argv: Sequence[str]) -> int:
     """Run the command, and return the exit code."""
-    try:
-        options, overrides = _options(argv)
-        _check(options, overrides)
-        target = _target(options.target)
-        from fp8jax.cli import audit_step
+    return run_command(lambda: _audit(argv))
 
-        return audit_step.run(options, overrides, target)
-    except (ValueError, OSError) as error:  # ConfigError and TargetError are ValueErrors
-        return complain(str(error))
+
+def _audit(argv: Sequence[str]) -> int:
+    options, overrides = _options(argv)
+    _check(options, overrides)
+    target = _target(options.target)
+    from fp8jax.cli import audit_step
+
+    return audit_step.run(options, overrides, target)
 
 
 def _check(options: argparse.Namespace, overrides: dict[str, list[str]]) -> None:

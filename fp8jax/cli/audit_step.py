@@ -25,13 +25,11 @@ from fp8jax.cli.audit_memory import memory_report, show_memory
 from fp8jax.cli.audit_rehearsal import rehearsal_json, show_rehearsal
 from fp8jax.cli.flags import read_config
 from fp8jax.config import Config, ConfigError
+from fp8jax.exit_codes import WOULD_FAIL
 from fp8jax.models.flops import model_flops
-from fp8jax.numerics.recipes import ATTENTION_ROLES, ROLES
+from fp8jax.numerics.roles import ATTENTION_ROLES, BLOCK_ROLES
 from fp8jax.training.fit_target import TargetFit, fit_target
 from fp8jax.training.rehearsal import rehearse
-
-WOULD_FAIL = 1
-BLOCK_ROLES = [role for role in ROLES if role != "lm_head"]
 
 
 def run(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from fp8jax.cli import checks
-from fp8jax.cli.errors import Parser, complain, local_path
+from fp8jax.cli.errors import Parser, local_path, run_command
 from fp8jax.config import ConfigError
 from fp8jax.monitor.stages import Stages
 
@@ -19,17 +19,14 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def main(argv: Sequence[str]) -> int:
     """Run the command, and return the exit code."""
     options = _parser().parse_args(argv)
-    try:
-        options.check(options)
-        with Stages()("loading JAX"):
-            from fp8jax.cli import converting
-        getattr(converting, options.run)(options)
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # HuggingFaceError, ConfigError and CheckpointError are ValueErrors
-        return complain(str(error))
-    return 0
+    return run_command(lambda: _convert(options))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    options.check(options)
+    with Stages()("loading JAX"):
+        from fp8jax.cli import converting
+    getattr(converting, options.run)(options)
 
 
 def _check_from_hf(options: argparse.Namespace) -> None:

@@ -8,27 +8,22 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from fp8jax import config as config_lib
-from fp8jax.cli.errors import Parser, complain, local_path
+from fp8jax.cli.errors import Parser, local_path, run_command
 from fp8jax.data import run_tokenizer, tokenizer
 from fp8jax.monitor import logs
 
 END = "<|end of document|>"
-STOPPED = 4
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command, and return the exit code."""
     options = _parser().parse_args(argv)
-    try:
-        for line in show(options.workdir, options.step):
-            print(line)
-    except ValueError as error:  # ConfigError is a ValueError
-        return complain(str(error))
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stderr.close()
-    except KeyboardInterrupt:
-        return STOPPED
-    return 0
+    return run_command(lambda: _show(options))
+
+
+def _show(options: argparse.Namespace) -> None:
+    for line in show(options.workdir, options.step):
+        print(line)
 
 
 def show(workdir: pathlib.Path, step: int) -> Iterator[str]:

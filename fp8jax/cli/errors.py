@@ -4,13 +4,12 @@ import argparse
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fp8jax import files
 from fp8jax.cli import words
 from fp8jax.config import ConfigError, did_you_mean
-
-BAD_USAGE = 2
+from fp8jax.exit_codes import BAD_USAGE, FINISHED, STOPPED
 
 
 def complain(message: str) -> int:
@@ -18,6 +17,32 @@ def complain(message: str) -> int:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     print(f"error: {' '.join(lines)}", file=sys.stderr)
     return BAD_USAGE
+
+
+def run_command(work: Callable[[], int | None], stopped: str | None = None) -> int:
+    """Run the work of a command; return its exit code.
+
+    Mistakes that are the user's to fix are ValueErrors (ConfigError, CheckpointError, MetricsError,
+    TargetError and HuggingFaceError are) or the system's, and become one line.
+
+    Args:
+        work: returns an exit code; None if it finished.
+        stopped: what to print on standard error where the user interrupts.
+    """
+    try:
+        return work() or FINISHED
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+        return FINISHED
+    except ValueError as error:
+        return complain(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return complain(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        if stopped is not None:
+            print(stopped, file=sys.stderr)
+        return STOPPED
 
 
 class Parser(argparse.ArgumentParser):

@@ -37,6 +37,7 @@ def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
     Errors that the user can fix (flags, config, checkpoint) are printed as one line, without a
     traceback.
     """
+    words.warn_of_untested_jax()
     logging.set_verbosity(logging.WARNING)
     known = [
         flags.FLAGS["workdir"],

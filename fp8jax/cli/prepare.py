@@ -9,25 +9,18 @@ import time
 from collections.abc import Sequence
 
 from fp8jax.cli import checks
-from fp8jax.cli.errors import Parser, complain, local_path
+from fp8jax.cli.errors import Parser, complain, local_path, run_command
 from fp8jax.data import inspection, shards
 from fp8jax.data import prepare as preparation
 
-STOPPED = 4
 _SAMPLES, _SOURCES = 3, 10
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command, and return the exit code."""
-    try:
-        return _inspect(argv[1:]) if argv[:1] == ["inspect"] else _prepare(argv)
-    except ValueError as error:  # ConfigError is a ValueError
-        return complain(str(error))
-    except OSError as error:
-        return complain(f"{error.filename or 'output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        print("\nstopped; run again to continue", file=sys.stderr)
-        return STOPPED
+    if argv[:1] == ["inspect"]:
+        return run_command(lambda: _inspect(argv[1:]))
+    return run_command(lambda: _prepare(argv), stopped="\nstopped; run again to continue")
 
 
 def _prepare(argv: Sequence[str]) -> int:

@@ -6,10 +6,9 @@ import pathlib
 from collections.abc import Sequence
 
 from fp8jax.cli import checks
-from fp8jax.cli.errors import Parser, complain, local_path
+from fp8jax.cli.errors import Parser, local_path, run_command
+from fp8jax.config import ConfigError
 from fp8jax.monitor.report import write_report
-
-STOPPED = 4
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,30 +19,28 @@ def main(argv: Sequence[str]) -> int:
         parser.error("give WORKDIRs for a page, or --warnings FILE")
     if options.background:
         os.nice(15)
-    try:
-        if options.warnings:
-            from fp8jax.cli import (
-                early_warnings,
-            )  # loads JAX, which the page that a run refreshes should not start
+    return run_command(lambda: _warnings(options) if options.warnings else _page(options))
 
-            for line in early_warnings.lines(options.warnings):
-                print(line)
-            return 0
-        checks.new_file("--out", options.out)
+
+def _warnings(options: argparse.Namespace) -> None:
+    from fp8jax.cli import early_warnings  # needs JAX, which a page's refresh should not start
+
+    for line in early_warnings.lines(options.warnings):
+        print(line)
+
+
+def _page(options: argparse.Namespace) -> None:
+    checks.new_file("--out", options.out)
+    try:
         out = write_report(
             options.workdirs,
             options.out,
             remember=options.background,
             note=lambda line: print(f"note     {line}"),
         )
-    except ValueError as error:  # MetricsError is a ValueError
-        return complain(str(error))
     except OSError as error:
-        return complain(f"--out: {error}")
-    except KeyboardInterrupt:
-        return STOPPED
+        raise ConfigError(f"--out: {error}") from None
     print(f"{out}  {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

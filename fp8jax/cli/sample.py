@@ -5,21 +5,20 @@ import sys
 from collections.abc import Sequence
 
 from fp8jax.cli import checks
-from fp8jax.cli.errors import Parser, complain, local_path
+from fp8jax.cli.errors import Parser, local_path, run_command
 from fp8jax.config import ConfigError
 from fp8jax.interop import sampling
 from fp8jax.monitor.stages import Stages
-
-STOPPED = 4
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command, and return the exit code."""
     options = _parser().parse_args(argv)
-    try:
-        _check(options)
-    except ValueError as error:
-        return complain(str(error))
+    return run_command(lambda: _sample(options))
+
+
+def _sample(options: argparse.Namespace) -> None:
+    _check(options)
     stage = Stages(sys.stderr.isatty(), sys.stderr)  # standard output is the text
     with stage("loading JAX"):
         import jax
@@ -27,29 +26,25 @@ def main(argv: Sequence[str]) -> int:
         from fp8jax.interop.generation import stream
         from fp8jax.interop.inference import Inference
         from fp8jax.training.evaluation import load_run
+    # One device: generation reads all weights for every token, and sharded ones would travel each time.
+    model, _ = load_run(options.workdir, options.step, jax.devices()[:1], stage=stage)
+    pieces = stream(
+        Inference(model),
+        options.prompt,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    shown = options.prompt
     try:
-        # One device is used: generation reads all weights for every token, and sharded ones would
-        # be sent each time.
-        model, _ = load_run(options.workdir, options.step, jax.devices()[:1], stage=stage)
-        pieces = stream(
-            Inference(model),
-            options.prompt,
-            tokens=options.tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-        )
-        shown = options.prompt
         for piece in pieces:
             print(_shown(shown + piece), end="", flush=True)
             shown = ""
-    except ValueError as error:  # ConfigError and CheckpointError are ValueErrors
-        return complain(str(error))
     except KeyboardInterrupt:
         print()
-        return STOPPED
+        raise
     print()
-    return 0
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ The module imports no JAX.
 
 import decimal
 import difflib
+import functools
 import importlib.metadata
 import re
 import sys
@@ -26,6 +27,14 @@ def version() -> str:
     """Return the versions of fp8jax and of what its numbers depend on."""
     jax_version = importlib.metadata.version("jax")
     return f"fp8jax {fp8jax.__version__}, jax {jax_version}, python {sys.version.split()[0]}"
+
+
+@functools.cache
+def warn_of_untested_jax() -> None:
+    """Say on standard error, once a process, that fp8jax was not tested with the JAX that is installed."""
+    line = fp8jax.untested_jax(importlib.metadata.version("jax"))
+    if line:
+        print(line, file=sys.stderr)
 
 
 def unknown_flag(word: str, known: Iterable[str], *, fields: bool = False) -> str:

@@ -12,8 +12,8 @@ from fp8jax.config import Config, ConfigError, head_dim
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics.attention import definition as attention_lib
 from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax.numerics.roles import HEAD
 
-HEAD = "lm_head"
 Recipes = dict[str, GemmRecipe]
 
 

@@ -18,6 +18,7 @@ values. Followers, such as the report and Weights & Biases, get what is written 
 the writer.
 """
 
+import functools
 import json
 import logging
 import math
@@ -35,9 +36,6 @@ from fp8jax.monitor import layered
 from fp8jax.monitor.logs import MetricsError, cut, read_metrics
 from fp8jax.monitor.retrying_file import RetryingFile
 
-# tensorboardX prints a warning for every NaN. A diverging run has many, and its own log already has
-# them.
-logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 _RETRYING = "retrying"
 _KEPT_SUMMARIES = 8  # sets of names: steps with statistics, without them, with an evaluation
 
@@ -52,7 +50,11 @@ class _RetryingFiles:
         os.makedirs(path.partition(":")[2], exist_ok=True)
 
 
-record_writer.register_writer_factory(_RETRYING, _RetryingFiles())
+@functools.cache
+def _set_up_tensorboard() -> None:
+    """Have tensorboardX write through retrying files, and not warn of every NaN: a run's own log has them."""
+    record_writer.register_writer_factory(_RETRYING, _RetryingFiles())
+    logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
 
 class Follower(Protocol):
@@ -85,6 +87,7 @@ class MetricsWriter:
     def __init__(
         self, workdir: str | os.PathLike, start_step: int = 0, followers: Sequence[Follower] = ()
     ):
+        _set_up_tensorboard()
         self._followers = followers
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)

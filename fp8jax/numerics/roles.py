@@ -13,9 +13,11 @@ SCALINGS = ("delayed", "current", "static", "blockwise")
 WEIGHT_SCALINGS = ("current", "delayed")
 FAST_ACCUMULATION = ("fprop", "all", "none")
 
-LINEAR_ROLES = ("qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_down", "lm_head")
+HEAD = "lm_head"
+LINEAR_ROLES = ("qkv", "attention_out", "mlp_gate", "mlp_up", "mlp_down", HEAD)
 ATTENTION_ROLES = ("attention_scores", "attention_values")
 ROLES = LINEAR_ROLES + ATTENTION_ROLES
+BLOCK_ROLES = tuple(role for role in ROLES if role != HEAD)
 
 # Operands whose amax comes back from a GEMM, in the order in which tokens, histories and scales
 # hold them. Weights have none: they are quantised once a step, outside; nor has P, which is at most

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from fp8jax.models.definition import STACKED
 from fp8jax.numerics.recipes import GRADIENTS, OPERANDS
+from fp8jax.numerics.roles import HEAD
 
-HEAD = "lm_head"
 # As a block computes them; backwards in the backward pass.
 _ORDER = (
     "qkv",

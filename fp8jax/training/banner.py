@@ -20,12 +20,12 @@ from fp8jax.monitor.stages import Stages
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics.attention.definition import SCORES, VALUES
 from fp8jax.numerics.attention.self_check import self_check
+from fp8jax.numerics.roles import BLOCK_ROLES
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.training.step import TrainProgram
 from fp8jax.training.warning_actions import fallbacks
 
 UNROLLED = 4  # layers from which on compiling each by itself is worth a warning
-BLOCK_ROLES = [role for role in recipes_lib.ROLES if role != "lm_head"]
 
 
 def introduce(program: TrainProgram, stage: Stages) -> list[str]:

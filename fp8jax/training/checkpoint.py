@@ -17,6 +17,7 @@ Not here: when to save, and what belongs to a state.
 """
 
 import difflib
+import functools
 import json
 import logging
 import math
@@ -44,9 +45,13 @@ Names = tuple[str, ...]
 # Orbax tells some 70 lines of its inner life a save at INFO, absl's level in any program under absl.app, and as many stacks at
 # ERROR where one save fails, of which an exception tells as well.
 _ORBAX = os.path.join("orbax", "checkpoint")
-absl_logging.get_absl_logger().addFilter(
-    lambda line: line.levelno == logging.WARNING or _ORBAX not in line.pathname
-)
+
+
+@functools.cache
+def _quieten_orbax() -> None:
+    absl_logging.get_absl_logger().addFilter(
+        lambda line: line.levelno == logging.WARNING or _ORBAX not in line.pathname
+    )
 
 
 class Checkpoints:
@@ -69,6 +74,7 @@ class Checkpoints:
         keep_best: int = 0,
         facts: dict[str, Any] | None = None,
     ):
+        _quieten_orbax()
         # Orbax takes absolute paths only.
         self.directory = pathlib.Path(workdir).absolute() / "checkpoints"
         self._keep, self._keep_every, self._keep_best, self._facts = (

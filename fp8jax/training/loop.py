@@ -20,6 +20,7 @@ import fp8jax
 from fp8jax import config as config_lib
 from fp8jax.config import Config, DataError
 from fp8jax.data import fingerprints, pipeline, run_tokenizer, tokenizer
+from fp8jax.exit_codes import BAD_NUMBERS, FINISHED, STOPPED
 from fp8jax.monitor import layered, outliers
 from fp8jax.monitor.progress import Progress
 from fp8jax.monitor.report import Refresher
@@ -59,7 +60,6 @@ from fp8jax.training.step_clock import Feed
 from fp8jax.training.warning_actions import Decision, Reaction
 from fp8jax.training.watchdog import Watchdog
 
-FINISHED, BAD_NUMBERS, STOPPED = 0, 3, 4
 CALIBRATION_BATCHES = 1000  # looked at for one that has targets
 
 

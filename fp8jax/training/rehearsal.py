@@ -21,7 +21,7 @@ from fp8jax.audit.roofline import DEVICES
 from fp8jax.config import Config, DataConfig, MeshConfig, settled
 from fp8jax.data import pipeline, tokenizer
 from fp8jax.models.flops import model_flops
-from fp8jax.numerics.recipes import ROLES
+from fp8jax.numerics.roles import BLOCK_ROLES
 from fp8jax.plan import make_plan
 from fp8jax.training.banner import check_attention, check_fallbacks
 from fp8jax.training.estimates import state_bytes
@@ -30,7 +30,6 @@ from fp8jax.training.fit_target import TargetFit, fit_target
 from fp8jax.training.programs import programs
 from fp8jax.training.step import TrainProgram
 
-_BLOCK_ROLES = [role for role in ROLES if role != "lm_head"]
 _ALONE = ("init", "sampling")  # programs that run without a training state beside them
 _FORWARD = 1 / 3  # of the model's FLOPs
 
@@ -188,9 +187,9 @@ def _peak(name: str, memory: program.Memory, state: int, target: targets.Target)
 
 def _share(traced: Any) -> float | None:
     gemms = program.traced_gemms(traced.jaxpr)
-    if not any(gemm.role in _BLOCK_ROLES for gemm in gemms):
+    if not any(gemm.role in BLOCK_ROLES for gemm in gemms):
         return None
-    return fp8_share(gemms, _BLOCK_ROLES)
+    return fp8_share(gemms, BLOCK_ROLES)
 
 
 def _too_large(peak: int | None, limit: Limit | None) -> str:

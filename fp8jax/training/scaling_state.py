@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fp8jax.models.gemms import HEAD, ModelRecipes
+from fp8jax.models.gemms import ModelRecipes
 from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax.numerics.roles import HEAD
 from fp8jax.numerics.scaling import Scaling, entries, operands, role_of, scales_of
 
 Record = dict[str, Any]  # of one role; plain JSON values

@@ -1,9 +1,9 @@
-"""Logits, loss and gradients of a model in float32: what a conversion is checked with against another implementation.
+"""Compute logits, loss and gradients of a model in float32, to check a conversion against another implementation.
 
     found = compute(model, vocab_size, params, tokens_bt, gradients=True)
     found["logits"], found["loss"], found["gradients"]
 
-Nothing is quantised and activations are float32, whatever the run's config says.
+No tensor is quantised and activations are float32, for any config of the run.
 """
 
 import dataclasses
@@ -27,21 +27,21 @@ def compute(
     *,
     gradients: bool = False,
 ) -> dict[str, Any]:
-    """One forward, and at request one backward pass.
+    """Compute one forward pass and, if asked for, one backward pass.
 
     Args:
         model: model config.
         vocab_size: rows of the embedding.
         params: float32 parameters.
         tokens_bt: ids, [batch, length], within the vocabulary.
-        gradients: of the loss, too.
+        gradients: whether to return the loss's gradients, too.
 
     Returns:
         `logits` float32 [b, t, v]; `loss`, float32, the mean of -log p(token i + 1 | tokens to i) over each row's first
         t - 1 positions; with `gradients`, those, like the parameters.
 
     Raises:
-        ValueError: ids that are not integers [batch, length], shorter than 2, or outside the vocabulary.
+        ValueError: ids are not integers [batch, length], shorter than 2, or outside the vocabulary.
     """
     if (
         tokens_bt.ndim != 2

@@ -12,7 +12,7 @@ class Inference(Runner):
     """A runner in BF16 (models/runner.py).
 
     Attributes:
-        config: of the run.
+        config: the run's configuration.
         tokenizer: the run's tokenizer.
         context: tokens of the context that the model was trained with, config.data.sequence_length.
     """

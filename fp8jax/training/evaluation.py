@@ -1,12 +1,13 @@
-"""Held-out loss, perplexity and bits per byte, computed in BF16 as in the paper.
+"""Compute held-out loss, perplexity and bits per byte, in BF16 as in the paper.
 
     evaluator = Evaluator(plan)
     evaluator.describe()   # "held-out 192 of 1,824 sequences, every 200 steps and at the end: about 2.0% of the time; ..."
     evaluator(params)      # {"loss": ..., "perplexity": ..., "bits_per_byte": ..., "tokens": ..., "bytes": ...}
 
-While a run trains, an evaluation reads a part of the held-out split by default, in proportion to the
-steps between evaluations: 2% of their model FLOPs, counted and not timed, so that a continued run
-reads the same sequences. They are the same at every evaluation of a run. `eval.py` reads the whole split.
+While a run trains, an evaluation reads a part of the held-out split by default, in proportion to
+the steps between evaluations: 2% of their model FLOPs, counted and not timed, so that a continued
+run reads the same sequences. They are the same at every evaluation of a run. `eval.py` reads the
+whole split.
 """
 
 import dataclasses
@@ -36,15 +37,17 @@ from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
 from fp8jax.training.losses import token_losses
 from fp8jax.training.step import TrainProgram
 
-# An evaluation takes one in ONE_IN of the model FLOPs of the steps between; a step has three times those of its forward pass.
+# An evaluation takes one in ONE_IN of the model FLOPs of the steps between; a step has three times
+# those of its forward pass.
 ONE_IN, FORWARDS_A_STEP = 50, 3
 
 
 class Evaluator:
-    """Evaluates parameters on the held-out split; compiles once.
+    """An evaluator of parameters on the held-out split; it compiles once.
 
     Attributes:
-        sequences: how many of the held-out text an evaluation reads; 0: there is none, and nothing to call this for.
+        sequences: how many of the held-out text an evaluation reads; 0 if there is none, and then
+            do not call it.
         all_sequences: how many the text has.
     """
 
@@ -83,7 +86,8 @@ class Evaluator:
 
     def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         training, data = self.config.training, self.config.data
-        # A run that has not been fitted yet, as a converted model: one row on a device fits, whatever the model.
+        # In a run that has not been fitted yet, such as a converted model, one row per device fits
+        # with any model.
         parts = training.microbatches or training.batch_size // self.plan.replicas
         shape = training.batch_size // parts, data.sequence_length
         dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
@@ -117,12 +121,14 @@ class Evaluator:
         """Compute metrics over `sequences` of the held-out text.
 
         Args:
-            params: of the model, in 16 or 32 bits.
-            progress: called before each batch with the number of batches done and that of all of them.
+            params: the model's parameters, in 16 or 32 bits.
+            progress: called before each batch with the number of batches done and that of all of
+                them.
 
         Returns:
-            `loss` in nats a token, `perplexity`, `bits_per_byte` of text, `tokens` and `bytes` scored, `sequences`
-            of `all_sequences` read. Where there are several texts also `texts`: name → loss, perplexity, bits per byte, tokens, bytes.
+            `loss` in nats per token, `perplexity`, `bits_per_byte` of text, `tokens` and `bytes` scored, `sequences`
+            of `all_sequences` read. With several texts also `texts`: name → loss, perplexity, bits
+                per byte, tokens, bytes.
         """
         size = self.abstract_batch["inputs"].shape[0]
         count, done = sum(-(-read // size) for read, _ in self.parts.values()), 0
@@ -164,7 +170,7 @@ class Evaluator:
 
 
 def _parts(config: Config, there: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """Return for each text how many of its sequences are read, in proportion, a batch at least; and how many there are."""
+    """Return for each text how many of its sequences are read, in proportion, at least a batch; and its total."""
     asked = batches_by_share(config) if config.evaluation.batches < 0 else config.evaluation.batches
     batch_size, total = config.training.batch_size, sum(there.values())
     parts = {}
@@ -204,18 +210,18 @@ def evaluate_run(
     stage: Stages = Stages(False),
     held_out: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run on the whole held-out text and writes WORKDIR/eval.json.
+    """Evaluate a checkpoint of a run on the whole held-out text, and write WORKDIR/eval.json.
 
     Args:
         workdir: directory of the run.
-        step: of the checkpoint; None: the newest.
+        step: step of the checkpoint; None for the newest.
         progress: as in `Evaluator`.
-        stage: announces what takes time.
+        stage: announces slow parts.
         held_out: other text than that of the run, as `config.data.held_out`.
 
     Raises:
-        CheckpointError: no run there, or no such checkpoint.
-        ConfigError: no held-out text, or none that can be read.
+        CheckpointError: there is no run, or no such checkpoint.
+        ConfigError: there is no held-out text, or it cannot be read.
     """
     model, step = load_run(workdir, step, stage=stage)
     config = model.plan.config
@@ -249,18 +255,20 @@ def load_run(
     *,
     stage: Stages = Stages(False),
 ) -> tuple[LoadedModel, int]:
-    """The model of a run as a checkpoint has it, and the checkpoint's step.
+    """Load the model of a run from a checkpoint, and return it with the checkpoint's step.
 
     Args:
         workdir: directory of the run.
-        step: of the checkpoint; None: the newest.
-        devices: to hold the parameters; None: all there are. Those that trained may be others: the run's mesh is taken where it
-            fits, else the nearest that does, over as many devices as it can have.
-        stage: announces what takes time.
+        step: step of the checkpoint; None for the newest.
+        devices: devices for the parameters; None for all. They may differ from those that trained:
+            the run's mesh is used if it fits, otherwise the nearest that does, over as many devices
+            as it can have.
+        stage: announces slow parts.
 
     Raises:
-        CheckpointError: no run there, or no such checkpoint.
-        ConfigError: several processes, and no mesh of all their devices that divides the model and a microbatch.
+        CheckpointError: there is no run, or no such checkpoint.
+        ConfigError: there are several processes, and no mesh of all their devices divides the model
+            and a microbatch.
     """
     workdir = pathlib.Path(workdir)
     if not (workdir / "config.json").exists():
@@ -283,10 +291,10 @@ def load_run(
 
 
 def run_config(workdir: pathlib.Path) -> Config:
-    """Return the configuration of a run with the tokenizer of its own: its data may be away.
+    """Return the configuration of a run with its own tokenizer, because its data may be missing.
 
     Raises:
-        CheckpointError: no run there.
+        CheckpointError: there is no run.
     """
     checkpoints = Checkpoints(workdir)
     fingerprint = manifest.fact(checkpoints.directory / str(checkpoints.latest_step()), "tokenizer")
@@ -294,7 +302,7 @@ def run_config(workdir: pathlib.Path) -> Config:
 
 
 def _elsewhere(config: Config) -> Config:
-    """A run's configuration for evaluation on devices that may be others: without what only those that trained may have."""
+    """Return a run's configuration for evaluation on other devices, without what only its training devices may have."""
     attention = config.fp8.attention_backend
     fp8 = dataclasses.replace(
         config.fp8, attention_backend="auto" if attention in ("pallas", "cudnn") else attention
@@ -305,12 +313,12 @@ def _elsewhere(config: Config) -> Config:
 
 
 def as_float32(params: Params) -> Params:
-    """Parameters that may be kept in 16 bits, as a model computes with them."""
+    """Return parameters, which may be kept in 16 bits, in float32 to compute with."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Writes a JSON file, strict JSON, whole or not at all; on process 0 alone."""
+    """Write a file of strict JSON atomically, on process 0 alone."""
     if not distributed.is_first():
         return
     temporary = path.with_suffix(".tmp")

@@ -1,11 +1,12 @@
-"""Gradients of a batch over its microbatches, and the dtypes in which they are written, reduced and summed.
+"""Compute the gradients of a batch over its microbatches, and set the dtypes in which they are written, reduced and summed.
 
     found = gradients(state, batch, config, definition, recipes)      # loss, grads, amaxes, taps
 
-Weights are quantised once, before the loop over microbatches. Losses and gradients are summed over it; the tokens' cotangents,
-raw amaxes, are combined by maximum. Dtypes are those of `optimizer.gradient_dtype`: only
-matrices ever have less than float32. A sum in bfloat16 is rounded stochastically: of many microbatches each adds less than the
-sum's last place, and rounding to nearest would lose the last ones.
+Weights are quantised once, before the loop over microbatches. Losses and gradients are summed over
+it; the tokens' cotangents, raw amaxes, are combined by maximum. Dtypes are those of
+`optimizer.gradient_dtype`: only matrices have less than float32. A sum in bfloat16 is rounded
+stochastically: of many microbatches each adds less than the sum's last place, and rounding to
+nearest would lose the last ones.
 """
 
 import dataclasses
@@ -30,11 +31,11 @@ Amaxes = dict[str, jax.Array]
 
 
 class BatchGradients(NamedTuple):
-    """What a forward and backward pass gives.
+    """The results of a forward and backward pass.
 
     Attributes:
-        loss: mean loss in nats a token, float32, without the z-loss.
-        grads: like the parameters, in dtypes as `optimizer.gradient_dtype` says.
+        loss: mean loss in nats per token, float32, without the z-loss.
+        grads: like the parameters, in the dtypes of `optimizer.gradient_dtype`.
         amaxes: role → raw amaxes, float32 [layers, operands].
         taps: statistics, empty unless collected.
     """
@@ -59,9 +60,9 @@ def gradients(
     Args:
         state: parameters, scaling state and step.
         batch: arrays [microbatches, b, t].
-        config: of the run.
-        definition: of the model.
-        recipes: of every layer and the head.
+        config: the run's configuration.
+        definition: definition of the model.
+        recipes: recipes of every layer and the head.
         collect: whether statistics are taken.
     """
     config = settled(config)
@@ -97,7 +98,7 @@ class _Microbatch:
         return ForwardOptions(self.config.training.remat, self.collect, pooled)
 
     def gradients(self, view: Params, batch: Batch, sums: "GradientSums") -> BatchGradients:
-        """Gradients with respect to the parameters, and what the tokens bring back."""
+        """Return gradients with respect to the parameters, and the tokens' cotangents."""
         differentiate = jax.value_and_grad(self.loss, (0, 1), has_aux=True)
         recipes = self.gemms.recipes
         tokens = gemms_lib.zero_tokens(recipes, FULL if self.collect else AMAX_BY_DEVICE)
@@ -112,7 +113,7 @@ class _Microbatch:
     def loss(
         self, params: Params, tokens: dict[str, Token], batch: Batch
     ) -> tuple[jax.Array, tuple[jax.Array, Taps]]:
-        """The loss that is differentiated; beside it the one that is logged, and taps."""
+        """Return the loss to differentiate, and with it the loss to log, and taps."""
         nll, lse, taps = batch_losses(
             self.definition.bind(params),
             batch,
@@ -132,7 +133,7 @@ class _Microbatch:
 def _accumulated(
     microbatch: _Microbatch, view: Params, batch: Batch, sums: "GradientSums"
 ) -> BatchGradients:
-    """The same over all microbatches, one after another."""
+    """Return the sums over all microbatches, one after another."""
 
     def accumulate(total: Any, numbered: tuple[jax.Array, Batch]) -> tuple[Any, Taps]:
         number, part = numbered
@@ -151,10 +152,10 @@ def _accumulated(
 
 
 def gradient_view(params: Params, config: Config) -> Params:
-    """The parameters in the dtypes in which gradients with respect to them are written and reduced.
+    """Return the parameters in the dtypes in which gradients with respect to them are written and reduced.
 
-    The matrices of the blocks and of an untied head reach their GEMMs quantised, so of them this view only sets the dtype in
-    which wgrad writes; the other parameters are computed with, in float32.
+    The matrices of the blocks and of an untied head reach their GEMMs quantised, so for them this
+    view only sets the dtype in which wgrad writes; the other parameters are used in float32.
     """
     asked = config.optimizer.gradient_dtype
     narrow = jnp.dtype(config.model.dtype if asked == "mixed" else asked)
@@ -169,13 +170,13 @@ def gradient_view(params: Params, config: Config) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class GradientSums:
-    """Sums gradients over the microbatches of a step, whose number, int32, seeds the rounding."""
+    """The sums of gradients over the microbatches of a step, whose number, int32, seeds the rounding."""
 
     config: OptimizerConfig
     step: jax.Array
 
     def narrow(self, grads: Params) -> Params:
-        """One microbatch's gradients, in bfloat16 where the sum is."""
+        """Return one microbatch's gradients, in bfloat16 if the sum is."""
 
         def one(path: Any, g: jax.Array) -> jax.Array:
             return g.astype(jnp.bfloat16) if self._in_bfloat16(path) else g
@@ -183,7 +184,7 @@ class GradientSums:
         return jax.tree_util.tree_map_with_path(one, grads)
 
     def zeros(self, params: Params) -> Params:
-        """Sums of nothing."""
+        """Return sums of zero."""
 
         def one(path: Any, p: jax.Array) -> jax.Array:
             return jnp.zeros(p.shape, jnp.bfloat16 if self._in_bfloat16(path) else jnp.float32)
@@ -191,12 +192,12 @@ class GradientSums:
         return jax.tree_util.tree_map_with_path(one, params)
 
     def add(self, total: Params, grads: Params, microbatch: jax.Array) -> Params:
-        """The sums with the gradients of the microbatch of this number, int32."""
+        """Return the sums with the gradients of the microbatch of this number, int32."""
         leaves = jax.tree_util.tree_leaves_with_path(total)
         added = [
             self._add(
                 path, a, b, (1 << 20) + microbatch * len(leaves) + i
-            )  # precision.py's numbers are below
+            )  # state_formats.py's numbers are below
             for i, ((path, a), b) in enumerate(zip(leaves, jax.tree.leaves(grads), strict=True))
         ]
         return jax.tree.structure(total).unflatten(added)

@@ -1,4 +1,4 @@
-"""The loss of every token: from logits, or chunk by chunk of the vocabulary (`training.loss_chunk`).
+"""Compute the loss of every token: from logits, or chunk by chunk of the vocabulary (`training.loss_chunk`).
 
 nll, lse, taps = batch_losses(model, batch, gemms, options, chunk=0)
 """
@@ -15,10 +15,10 @@ Batch = dict[str, jax.Array]
 
 @jax.custom_vjp
 def token_losses(logits_btv: jax.Array, targets_bt: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each target in nats, float32 [b, t].
+    """Return the negative log-likelihood of each target in nats, float32 [b, t].
 
-    Its gradient is written in one pass over the logits: derived automatically it takes three, and the logits of a large
-    vocabulary are the largest arrays of a step.
+    Its gradient is written in one pass over the logits: derived automatically it takes three, and
+    the logits of a large vocabulary are the largest arrays of a step.
     """
     return _token_losses(logits_btv, targets_bt)[0]
 
@@ -52,11 +52,11 @@ def batch_losses(
     """Return negative log-likelihoods and log-partitions, float32 [b, t], and taps.
 
     Args:
-        model: bound to parameters.
-        batch: `inputs` and `targets`, int32 [b, t], and what else the model reads.
+        model: model bound to parameters.
+        batch: `inputs` and `targets`, int32 [b, t], and the model's other inputs.
         gemms: from `Transformer.prepare`.
         options: static choices of the forward pass.
-        chunk: rows of the vocabulary at a time; 0: logits of all of it.
+        chunk: rows of the vocabulary at a time; 0 takes all logits at once.
     """
     if chunk:
         return model.chunked_losses(batch, gemms, chunk, options)

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from train_step import VOCABULARY, make_program
 
+from fp8jax.training.calibration import calibrate
 from fp8jax.training.checkpoint import Checkpoints
 from fp8jax.training.step import TrainProgram
 
@@ -43,7 +44,7 @@ class Run:
                 "mask": np.ones(shape, np.float32),
             }
         )
-        self.state = program.calibrate(program.init(), self._batch)
+        self.state = calibrate(program, program.init(), self._batch)
 
     def __call__(self) -> Any:
         """Take a step and return its metrics."""

@@ -38,6 +38,7 @@ from fp8jax.numerics import formats
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.plan import make_plan
 from fp8jax.training import state_formats
+from fp8jax.training.calibration import calibrate
 from fp8jax.training.evaluation import Evaluator
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram, gradients
@@ -73,7 +74,7 @@ def train(config: config_lib.Config) -> tuple[float, TrainState]:
     """Train a run, and return its held-out loss, of the whole split, and its final state."""
     program = program_of(config)
     batches = pipeline.train_batches(config)
-    state = program.calibrate(program.init(), program.put(batches[0]))
+    state = calibrate(program, program.init(), program.put(batches[0]))
     for step in range(config.training.steps):
         state, metrics, _ = program.step(state, program.put(batches[step]))
         if step % 10 == 9:

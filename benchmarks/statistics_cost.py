@@ -22,6 +22,7 @@ import train_step
 from configs import common as configs
 from fp8jax.monitor import outliers
 from fp8jax.monitor.writers import MetricsWriter
+from fp8jax.training.calibration import calibrate
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
@@ -37,7 +38,7 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         model, args.layers, size=args.size, batch=args.batch, length=args.length, remat="none"
     )
     batch = train_step.Run(program).batch
-    state, seconds = program.calibrate(program.init(), batch), {False: [], True: []}
+    state, seconds = calibrate(program, program.init(), batch), {False: [], True: []}
     taps: Any = {}
     with tempfile.TemporaryDirectory() as folder, MetricsWriter(folder) as writer:
         log = []

@@ -31,6 +31,7 @@ from fp8jax import config as config_lib
 from fp8jax.models.definition import define
 from fp8jax.models.flops import model_flops
 from fp8jax.plan import make_plan
+from fp8jax.training.calibration import calibrate
 from fp8jax.training.state import initial_state
 from fp8jax.training.step import TrainProgram
 
@@ -82,7 +83,7 @@ class Run:
             lambda: initial_state(program.definition, program.recipes, program.config),
             out_shardings=program.state_shardings,
         )
-        self.scaling = jax.device_get(program.calibrate(self._init(), self.batch).scaling)
+        self.scaling = jax.device_get(calibrate(program, self._init(), self.batch).scaling)
 
     def turn(self, steps: int, folder: pathlib.Path | None = None) -> None:
         """Run from fresh weights a step that is not counted, then `steps` timed ones, or as many traced into a folder."""

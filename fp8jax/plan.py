@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from fp8jax.config import Config, settled
+from fp8jax.config import Config, ModelConfig, settled
 from fp8jax.data import tokenizer
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, Params, define
@@ -51,6 +51,11 @@ class Plan:
     emulated: bool
 
     @property
+    def model(self) -> ModelConfig:
+        """The model's config with every switch filled."""
+        return self.definition.config
+
+    @property
     def device(self) -> jax.Device:
         """One of the devices, which are all of a kind."""
         return self.mesh.devices.flat[0]
@@ -67,6 +72,16 @@ class Plan:
             ConfigError: the recipes or the backend of attention cannot be had on these devices.
         """
         return _planned(config, self.definition, self.mesh)
+
+    def with_overrides(self, overrides: str) -> "Plan":
+        """Plan more exceptions, written as `config.fp8.overrides`.
+
+        Raises:
+            ConfigError: a role that the model does not have, or recipes that cannot be had on these devices.
+        """
+        together = ",".join(part for part in (self.config.fp8.overrides, overrides) if part)
+        fp8 = dataclasses.replace(self.config.fp8, overrides=together)
+        return self.change(dataclasses.replace(self.config, fp8=fp8))
 
 
 class LoadedModel(NamedTuple):

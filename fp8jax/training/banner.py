@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 import fp8jax
-from fp8jax import config as config_lib
 from fp8jax.audit import program as audit
 from fp8jax.audit.roofline import device_of
 from fp8jax.config import ConfigError
@@ -22,6 +21,7 @@ from fp8jax.numerics.attention.definition import SCORES, VALUES
 from fp8jax.numerics.attention.self_check import self_check
 from fp8jax.numerics.roles import BLOCK_ROLES
 from fp8jax.parallel import mesh as mesh_lib
+from fp8jax.plan import Plan
 from fp8jax.training.step import TrainProgram
 from fp8jax.training.warning_actions import fallbacks
 
@@ -34,12 +34,12 @@ def introduce(program: TrainProgram, stage: Stages) -> list[str]:
         _traced(program)
     lines = describe(program)
     with stage("checking attention on this device"):
-        return lines + check_attention(program)
+        return lines + check_attention(program.plan)
 
 
 def describe(program: TrainProgram) -> list[str]:
     """What is about to run: model, FP8 share counted from the traced step, mesh, batch, data."""
-    config, device = program.config, program.mesh.devices.flat[0]
+    config, device = program.config, program.plan.device
     tokens = config.training.batch_size * config.data.sequence_length
     share = audit.fp8_share(_traced(program), BLOCK_ROLES)
     how = (
@@ -65,7 +65,7 @@ def describe(program: TrainProgram) -> list[str]:
     return lines + [f"data     {line}{own}" for line in pipeline.describe(config)]
 
 
-def check_attention(program: TrainProgram) -> list[str]:
+def check_attention(plan: Plan) -> list[str]:
     """Compares the attention backend with `emulated` on the device at hand, before any step relies on it.
 
     Returns:
@@ -75,29 +75,30 @@ def check_attention(program: TrainProgram) -> list[str]:
         ConfigError: the backend computes something else here.
     """
     by_backend: dict[str, list[Any]] = {}
-    for layer, recipes in enumerate(program.recipes.blocks):
+    for layer, recipes in enumerate(plan.recipes.blocks):
         pair, pairs = (
             {role: recipes[role] for role in (SCORES, VALUES)},
-            by_backend.setdefault(program.recipes.backend_of(layer), []),
+            by_backend.setdefault(plan.recipes.backend_of(layer), []),
         )
         if pair not in pairs and any(recipe.fp8 for recipe in pair.values()):
             pairs.append(pair)
-    return [
-        _check_backend(program, backend, pairs) for backend, pairs in by_backend.items() if pairs
-    ]
+    return [_check_backend(plan, backend, pairs) for backend, pairs in by_backend.items() if pairs]
 
 
-def _check_backend(program: TrainProgram, backend: str, pairs: list[Any]) -> str:
+def _check_backend(plan: Plan, backend: str, pairs: list[Any]) -> str:
     """A line about one backend, for all recipes of the two roles that it computes."""
     line = f"         attention in FP8 by backend {backend}"
     if backend == "emulated":
         return line
     # Only `pallas` has kernels of their own for steps with statistics.
-    kinds = (False, True) if backend == "pallas" and program.config.monitor.every else (False,)
-    head_dim = config_lib.head_dim(program.config.model)
+    kinds = (False, True) if backend == "pallas" and plan.config.monitor.every else (False,)
     try:
         errors = [
-            max(self_check(backend, pair, head_dim=head_dim, statistics=statistics).values())
+            max(
+                self_check(
+                    backend, pair, head_dim=plan.model.head_dim, statistics=statistics
+                ).values()
+            )
             for pair in pairs
             for statistics in kinds
         ]
@@ -106,11 +107,11 @@ def _check_backend(program: TrainProgram, backend: str, pairs: list[Any]) -> str
     return f"{line}, within {max(errors):.1g} of the definition on this device"
 
 
-def check_fallbacks(program: TrainProgram) -> None:
+def check_fallbacks(plan: Plan) -> None:
     """Raise ConfigError if something that a warning can take out of FP8 cannot be: found at the start, not when it must be."""
-    warning = program.config.warning
-    for overrides in fallbacks(warning, program.recipes) or [recipes_lib.in_bf16(warning.fallback)]:
-        program.check_fallback(overrides)
+    warning = plan.config.warning
+    for overrides in fallbacks(warning, plan.recipes) or [recipes_lib.in_bf16(warning.fallback)]:
+        plan.with_overrides(overrides)
 
 
 def describe_compiled(program: TrainProgram) -> list[str]:
@@ -143,7 +144,7 @@ def process_seconds() -> float:
 
 def facts(program: TrainProgram) -> dict[str, Any]:
     """What WORKDIR/run.json says of a run, for its report; compiles the step, if it is not yet."""
-    device, plan = program.mesh.devices.flat[0], program.compiled_step().memory_analysis()
+    device, memory = program.plan.device, program.compiled_step().memory_analysis()
     model = program.definition.config
     return {
         "model": f"{model.architecture}, {model.layers} layers of width {model.width}",
@@ -153,10 +154,10 @@ def facts(program: TrainProgram) -> dict[str, Any]:
         "mesh": mesh_lib.describe(program.mesh),
         "devices": program.mesh.size,
         "device": device.device_kind,
-        "memory_bytes": plan.argument_size_in_bytes
-        + plan.temp_size_in_bytes
-        + plan.output_size_in_bytes
-        - plan.alias_size_in_bytes,
+        "memory_bytes": memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
         "model_flops": _model_flops(program),
         "seconds_at_peak": seconds_at_peak(program),
         "versions": f"fp8jax {fp8jax.__version__}, jax {jax.__version__}",
@@ -165,7 +166,7 @@ def facts(program: TrainProgram) -> dict[str, Any]:
 
 def seconds_at_peak(program: TrainProgram) -> float | None:
     """What a step's model FLOPs would take at all devices' BF16 peak: MFU is this over a step's time. None: peak not known."""
-    device = device_of(program.mesh.devices.flat[0].device_kind)
+    device = device_of(program.plan.device.device_kind)
     return device and _model_flops(program) / (device.bf16 * program.mesh.size)
 
 

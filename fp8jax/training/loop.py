@@ -37,6 +37,7 @@ from fp8jax.training.banner import (
     process_seconds,
     seconds_at_peak,
 )
+from fp8jax.training.calibration import calibrate, has_targets, without_fallen
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, save_config
 from fp8jax.training.evaluation import Evaluator, write_json
 from fp8jax.training.farewell import how_to_go_on, what_next
@@ -86,7 +87,7 @@ def train(
     workdir, first, stage = pathlib.Path(workdir), True, Stages(distributed.is_first())
     config = run_tokenizer.found(config, workdir)
     plan = make_plan(config, devices)
-    check_fallbacks(TrainProgram(plan))
+    check_fallbacks(plan)
     origin = {
         "config": config_lib.digest(config),
         "tokenizer": tokenizer.of(config.data).fingerprint,
@@ -199,7 +200,7 @@ def _roll_back(
     )
     program = resumed.program.fallen_back(later)
     position = position._replace(skipped_batches=skipped, rollbacks=position.rollbacks + 1)
-    state = program.carry(resumed.state)
+    state = without_fallen(program, resumed.state)
     calibrate = tuple(role for role in resumed.calibrate if role in state.scaling)
     return resumed._replace(
         program=program, state=state, position=position, calibrate=calibrate
@@ -311,7 +312,7 @@ class _Run:
         )
         for number in range(first, first + CALIBRATION_BATCHES):
             batch = self.program.put(batches[number])
-            if self.program.has_targets(batch):
+            if has_targets(self.program, batch):
                 break
         else:
             raise DataError(
@@ -319,7 +320,7 @@ class _Run:
                 "predict; check the data's masks"
             )
         with stage("calibrating scales"):
-            self.state = self.program.calibrate(self.state, batch, roles)
+            self.state = calibrate(self.program, self.state, batch, roles)
         self.writer.event("calibrated", self.step, roles=list(roles))
         self.progress.message(
             f"fp8      scales calibrated on the batch of step {self.step + 1 + number - first}"
@@ -419,7 +420,7 @@ class _Run:
         )
         self.program.compiled_step()
         self._restart_clock()
-        self.state, self.saver.program = self.program.carry(self.state), self.program
+        self.state, self.saver.program = without_fallen(self.program, self.state), self.program
 
     def _end(self, bad: int) -> int | None:
         """Goes back, or saves and stops: the exit code, None for going back."""

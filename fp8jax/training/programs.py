@@ -18,6 +18,7 @@ from fp8jax.config import Config, settled
 from fp8jax.interop import generation
 from fp8jax.interop.inference import Inference
 from fp8jax.plan import LoadedModel, Plan
+from fp8jax.training.calibration import jitted_calibration
 from fp8jax.training.evaluation import Evaluator
 from fp8jax.training.step import TrainProgram
 from fp8jax.training.warning_actions import fallbacks
@@ -56,7 +57,7 @@ def programs(plan: Plan) -> dict[str, Program]:
     found = {"init": Program(lambda: (run.jitted_init(), (None,)))}
     if run.abstract_state.scaling:
         found["calibration"] = Program(
-            lambda: (run.jitted_calibration(), (run.abstract_state, run.abstract_batch))
+            lambda: (jitted_calibration(run), (run.abstract_state, run.abstract_batch))
         )
     found |= _steps(config, "step", "statistics", lambda: run)
     for overrides in fallbacks(config.warning, run.recipes):

@@ -102,9 +102,9 @@ def rehearse(
     chosen = found[0]
     if compiling:
         checks.append(Rehearsed("memory", not chosen.advice, chosen.advice))
-    checks.append(_check("fallback", lambda: check_fallbacks(_program(chosen))))
+    checks.append(_check("fallback", lambda: check_fallbacks(chosen.plan)))
     if target.kind == "local":
-        checks.append(_check("attention", lambda: check_attention(_program(chosen))))
+        checks.append(_check("attention", lambda: check_attention(chosen.plan)))
     rows = list(_programs(chosen, target, compiling, say))
     if compiling:
         checks += _limits(chosen, target, {row.name: row for row in rows})
@@ -126,7 +126,7 @@ def _without(
     if not found:
         return Rehearsal(config, [], [*checks, model])
     say("memory and limits are not looked at; programs are traced on one device, with other data")
-    checks.append(_check("fallback", lambda: check_fallbacks(_program(found[0]))))
+    checks.append(_check("fallback", lambda: check_fallbacks(found[0].plan)))
     return Rehearsal(config, list(_programs(found[0], one, False, say)), checks)
 
 

@@ -13,7 +13,9 @@ from fp8jax.data import fingerprints, tokenizer
 from fp8jax.monitor.stages import Stages
 from fp8jax.parallel import distributed
 from fp8jax.training import manifest, scaling_state, state_formats
+from fp8jax.training.calibration import fresh_scaling
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
+from fp8jax.training.conversion import abstract_state_kept_as, kept_as_configured
 from fp8jax.training.fit_options import OPEN
 from fp8jax.training.fixed_fields import is_fixed
 from fp8jax.training.state import TrainState
@@ -94,7 +96,7 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     program = program.fallen_back(position.fallback)
     optimizer = program.config.optimizer
     saved = state_formats.saved_as(optimizer, checkpoints.dtypes(step))
-    items = program.abstract_state_kept_as(saved).items()
+    items = abstract_state_kept_as(program, saved).items()
     if (
         step == 0
     ):  # Nothing has been trained: weights are all that counts, and all that a converted model has.
@@ -115,7 +117,7 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     kept, why = scaling_state.choose(program.recipes, found["scaling"], data.get("scaling"))
     if why:
         tell(scaling_state.tell(kept, why))
-    found["scaling"] = program.fresh_scaling() | kept if why else kept
+    found["scaling"] = fresh_scaling(program) | kept if why else kept
     if saved.name != optimizer.name:
         tell(
             f"optimizer {saved.name} in the checkpoint, {optimizer.name} from here on: its moments start anew"
@@ -128,7 +130,7 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
         tell(
             f"optimizer state kept as {state_formats.describe(saved)} in the checkpoint, as {state_formats.describe(optimizer)} from here on"
         )
-        state = program.keep_as_configured(state)
+        state = kept_as_configured(program, state)
     return Resumed(program, state, step, position, tuple(why))
 
 

@@ -20,6 +20,7 @@ from fp8jax.monitor.writers import MetricsWriter, Silent
 from fp8jax.training import scaling_state
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints
 from fp8jax.training.resume import Position
+from fp8jax.training.soundness import first_unsound
 from fp8jax.training.state import TrainState
 from fp8jax.training.step import TrainProgram
 from fp8jax.training.watchdog import Watchdog
@@ -109,7 +110,7 @@ class Saver:
 
     def unsound(self, step: int, state: TrainState) -> bool:
         """Whether a state has come to hold what is not finite, as after a fault of memory; tells which array."""
-        name = self.program.unsound(state)
+        name = first_unsound(state, self.program.replicated)
         if name:
             self.writer.event("unsound_state", step, first=name)
             self.progress.message(f"step {step}: {name} is not finite; this state is not saved")

@@ -1,8 +1,7 @@
-"""One training step as a pure function of (state, batch), and the calibration pass before the first.
+"""One training step as a pure function of (state, batch), compiled for the devices of a plan.
 
     program = TrainProgram(plan)                             # of plan.make_plan(config, devices)
-    state = program.init()                                   # sharded
-    state = program.calibrate(state, batch)                  # fills empty amax histories; no update
+    state = calibrate(program, program.init(), batch)        # calibration.py: fills empty amax histories
     state, metrics, taps = program.step(state, batch)        # jitted, donates the state
 
 Weights are quantised once, before the microbatch loop. Gradients are summed over microbatches (gradients.py); the tokens'
@@ -15,15 +14,13 @@ positions.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fp8jax.config import Config, OptimizerConfig, settled
+from fp8jax.config import Config, settled
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, Params
 from fp8jax.models.gemms import ModelRecipes
@@ -62,9 +59,8 @@ class TrainProgram:
         self.bad_names = bad_steps.names(
             jax.eval_shape(lambda: gemms.zero_amaxes(self.recipes)), self.definition.shapes
         )
-        self._options = compiler_options(plan.device.platform)
+        self.compiler_options = compiler_options(plan.device.platform)
         self._compiled: dict[bool, Any] = {}
-        self._is_finite: Any = None
 
     def _abstract_batch(self) -> Batch:
         training, data = self.config.training, self.config.data
@@ -103,50 +99,9 @@ class TrainProgram:
 
         return jax.jit(make, out_shardings=self.state_shardings)
 
-    def fresh_scaling(self) -> dict[str, Any]:
-        """Scaling state that is not calibrated yet."""
-        return jax.jit(
-            lambda: gemms.init_scaling(self.recipes), out_shardings=self.state_shardings.scaling
-        )()
-
-    def abstract_state_kept_as(self, optimizer: OptimizerConfig) -> TrainState:
-        """The abstract state with parameters and moments in the formats of another config."""
-        config = dataclasses.replace(self.config, optimizer=optimizer)
-        return abstract_state(self.definition, self.recipes, config, self.mesh)
-
-    def keep_as_configured(self, state: TrainState) -> TrainState:
-        """A state whose parameters and moments are in other formats, in those of this program's config."""
-
-        def convert(params: Params, opt_state: Any, step: jax.Array) -> tuple[Params, Any]:
-            return state_formats.pack(
-                self.config.optimizer, *state_formats.unpack(params, opt_state), step
-            )
-
-        shardings = self.state_shardings.params, self.state_shardings.opt_state
-        params, opt_state = jax.jit(convert, out_shardings=shardings)(
-            state.params, state.opt_state, state.step
-        )
-        return dataclasses.replace(state, params=params, opt_state=opt_state)
-
     def fallen_back(self, overrides: str) -> "TrainProgram":
         """The program of the same run with more exceptions, written as `config.fp8.overrides`; itself if there are none."""
-        return type(self)(self.plan.change(self._with(overrides))) if overrides else self
-
-    def check_fallback(self, overrides: str) -> None:
-        """Raise ConfigError if the program with these exceptions cannot be built."""
-        self.plan.change(self._with(overrides))
-
-    def _with(self, overrides: str) -> Config:
-        together = ",".join(part for part in (self.config.fp8.overrides, overrides) if part)
-        return dataclasses.replace(
-            self.config, fp8=dataclasses.replace(self.config.fp8, overrides=together)
-        )
-
-    def carry(self, state: TrainState) -> TrainState:
-        """A state of the program that this one has fallen back from: without the scaling state of roles that left FP8."""
-        return dataclasses.replace(
-            state, scaling={role: state.scaling[role] for role in self.abstract_state.scaling}
-        )
+        return type(self)(self.plan.with_overrides(overrides)) if overrides else self
 
     def put(self, batch: dict[str, Any]) -> Batch:
         """Moves a host batch, this process's `rows` of [batch, t], to the devices, split into microbatches."""
@@ -178,7 +133,7 @@ class TrainProgram:
             step,
             donate_argnums=0,
             out_shardings=(self.state_shardings, whole, whole),
-            compiler_options=self._options,
+            compiler_options=self.compiler_options,
         )
 
     def compiled_step(self, *, collect: bool = False) -> Any:
@@ -203,78 +158,6 @@ class TrainProgram:
         """
         state, metrics, packed = self.compiled_step(collect=collect)(state, batch)
         return state, metrics, jax.device_get(packed).unpack() if collect else {}
-
-    def unsound(self, state: TrainState) -> str | None:
-        """The first array of a state, of those that every step builds on, that is not finite; None where all are."""
-        items = {
-            "parameter": state.params,
-            "scaling": state.scaling,
-            "optimizer state": state.opt_state,
-        }
-        leaves = [
-            (path, leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(items)
-            if jnp.issubdtype(leaf.dtype, jnp.inexact)
-        ]
-        if self._is_finite is None:
-            self._is_finite = jax.jit(
-                lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]),
-                out_shardings=self.replicated,
-            )
-        finite = jax.device_get(self._is_finite([leaf for _, leaf in leaves]))
-        names = (
-            f"{path[0].key} {jax.tree_util.keystr(path[1:], simple=True, separator='.')}"
-            for path, _ in leaves
-        )
-        return next((name for name, fine in zip(names, finite, strict=True) if not fine), None)
-
-    def calibrate(
-        self, state: TrainState, batch: Batch, roles: Sequence[str] | None = None
-    ) -> TrainState:
-        """Fill empty amax histories from one forward and backward pass with `current` scaling; update nothing else.
-
-        Args:
-            state: of this program.
-            batch: one that has targets, or gradients stay at their scale of 1.
-            roles: whose histories to fill; None: all.
-
-        Raises:
-            FloatingPointError: an amax of the batch is not finite.
-        """
-        chosen = tuple(state.scaling) if roles is None else tuple(roles)
-        if not chosen:
-            return state
-        found = self.jitted_calibration()(state, batch)
-        bad = [role for role, amax in jax.device_get(found).items() if not np.isfinite(amax).all()]
-        if bad:
-            raise FloatingPointError(
-                f"calibration: amax of {', '.join(bad)} is not finite on the first batch; check the initial "
-                "weights or the checkpoint for NaN"
-            )
-        update = jax.jit(
-            lambda scaling, found: gemms.update_scaling(scaling, found, self.recipes),
-            out_shardings=self.replicated,
-        )
-        filled = update({role: state.scaling[role] for role in chosen}, found)
-        return dataclasses.replace(state, scaling=state.scaling | filled)
-
-    def has_targets(self, batch: Batch) -> bool:
-        """Whether any token of a batch counts in the loss."""
-        return bool(jax.device_get(self._any_target(batch["mask"])))
-
-    @functools.cached_property
-    def _any_target(self) -> Any:
-        return jax.jit(lambda mask: jnp.any(mask > 0), out_shardings=self.replicated)
-
-    def jitted_calibration(self) -> Any:
-        """The jitted pass of `calibrate`, for tracing: (state, batch) to role → amaxes."""
-        current = self.recipes.scaled_by("current")
-
-        def amaxes(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return gradients(state, batch, self.config, self.definition, current)[2]
-
-        return jax.jit(amaxes, out_shardings=self.replicated, compiler_options=self._options)
 
 
 def _after(grads: Params, params: Params, opt_state: Any) -> tuple[Params, Any]:

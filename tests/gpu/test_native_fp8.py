@@ -24,6 +24,7 @@ from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.gemm import dot_general
 from fp8jax.numerics.recipes import OPERANDS, ROLES, GemmRecipe
 from fp8jax.plan import make_plan
+from fp8jax.training.calibration import calibrate
 from fp8jax.training.step import TrainProgram
 
 pytestmark = [
@@ -270,7 +271,7 @@ def steps_of(backend):
             "mask": np.ones(tokens.shape, np.float32),
         }
     )
-    state, losses = run.calibrate(run.init(), batch), []
+    state, losses = calibrate(run, run.init(), batch), []
     for _ in range(3):
         state, metrics, _ = run.step(state, batch)
         losses.append(float(metrics["loss"]))

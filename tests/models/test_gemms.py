@@ -16,6 +16,7 @@ from fp8jax.numerics import statistics
 from fp8jax.numerics.gemm import dot_general
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.plan import make_plan
+from fp8jax.training.calibration import calibrate
 from fp8jax.training.step import TrainProgram
 
 # No two weights have the same shape, and no weight that of an activation.
@@ -256,7 +257,7 @@ def loss_after_ten_steps(**fp8):
     """On one batch."""
     program = program_of(make(fp8, {"steps": 10}))
     batch = batch_for(program)
-    state = program.calibrate(program.init(), batch)
+    state = calibrate(program, program.init(), batch)
     for _ in range(10):
         state, metrics, _ = program.step(state, batch)
         assert int(metrics["bad_step"]) == 0
@@ -365,7 +366,7 @@ def test_tensors_that_wait_on_the_host_come_back_as_they_were():
     for remat in ("save_fp8", "offload_fp8"):
         program = program_of(make({}, {"remat": remat, "steps": 1}))
         batch = batch_for(program)
-        state, metrics, _ = program.step(program.calibrate(program.init(), batch), batch)
+        state, metrics, _ = program.step(calibrate(program, program.init(), batch), batch)
         found.append(jax.tree.map(np.asarray, (state.params, metrics)))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(a, b)

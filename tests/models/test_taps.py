@@ -11,6 +11,7 @@ from fp8jax.models import taps as taps_lib
 from fp8jax.monitor import outliers
 from fp8jax.numerics import statistics
 from fp8jax.plan import make_plan
+from fp8jax.training.calibration import calibrate
 from fp8jax.training.state_statistics import state_statistics
 from fp8jax.training.step import TrainProgram
 from tests.numerics.reference import spread_of
@@ -355,7 +356,7 @@ def test_a_step_with_statistics_updates_as_one_without():
         program.mesh,
     )
     batch = batch_for(program)
-    calibrated = [program.calibrate(program.init(), batch) for _ in range(2)]
+    calibrated = [calibrate(program, program.init(), batch) for _ in range(2)]
     (plain, one, _), (observed, other, taps) = (
         program.step(state, batch, collect=i == 1) for i, state in enumerate(calibrated)
     )

@@ -22,6 +22,7 @@ from fp8jax.numerics.tokens import AMAX_BY_DEVICE
 from fp8jax.parallel.mesh import make_mesh
 from fp8jax.parallel.sharding import RULES, activation_specs, attention_axes
 from fp8jax.plan import make_plan
+from fp8jax.training.calibration import calibrate
 from fp8jax.training.step import TrainProgram
 from tests.helpers.runs import devices_of
 from tests.helpers.runs import on_mesh as config_of
@@ -205,7 +206,7 @@ def train(config, steps=5, moved=None):
             program.state_shardings.params,
         )
         state = dataclasses.replace(state, params=params)
-    state = program.calibrate(state, program.put(batches[0]))
+    state = calibrate(program, state, program.put(batches[0]))
     first = state.scaling
     losses = []
     for index in range(steps):

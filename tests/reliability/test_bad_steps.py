@@ -11,6 +11,7 @@ from fp8jax.data import pipeline
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.training import loop, step
 from fp8jax.training.bad_steps import WINDOW, Health
+from fp8jax.training.calibration import calibrate
 from tests.helpers.runs import micro, program_of, train
 
 
@@ -23,7 +24,7 @@ def one_step(program, state, batch):
 def started():
     program = program_of(micro(training={"microbatches": 2}))
     batch = program.put(pipeline.train_batches(program.config)[0])
-    return program, jax.device_get(program.calibrate(program.init(), batch)), batch
+    return program, jax.device_get(calibrate(program, program.init(), batch)), batch
 
 
 @pytest.mark.parametrize(

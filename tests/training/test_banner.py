@@ -1,10 +1,13 @@
 """What a run tells before its first step, and what it refuses."""
 
+import dataclasses
+
 import pytest
 
 from fp8jax.config import ConfigError
 from fp8jax.numerics.attention import composed as attention_composed
 from fp8jax.numerics.attention import definition as attention
+from fp8jax.plan import Plan
 from fp8jax.training import banner
 from tests.helpers.runs import micro, program_of
 
@@ -15,7 +18,7 @@ def program():
 
 
 def test_attention_is_checked_against_the_definition(program):
-    (line,) = banner.check_attention(program)
+    (line,) = banner.check_attention(program.plan)
     assert program.recipes.attention_backend == "composed" and "composed, within" in line
 
 
@@ -30,7 +33,7 @@ def test_attention_that_computes_something_else_is_refused(program, monkeypatch)
     with pytest.raises(
         ConfigError, match="config.fp8.attention_backend: .*'composed' disagrees.* o 1[ ,.;]"
     ):
-        banner.check_attention(program)
+        banner.check_attention(program.plan)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,7 @@ def test_attention_that_computes_something_else_is_refused(program, monkeypatch)
     [({"recipe": "bf16"}, 0), ({"recipe": "fp8"}, 0), ({"attention_backend": "emulated"}, 1)],
 )
 def test_nothing_to_check(fp8, lines):
-    assert len(banner.check_attention(program_of(micro(fp8=fp8)))) == lines
+    assert len(banner.check_attention(program_of(micro(fp8=fp8)).plan)) == lines
 
 
 def test_a_backend_that_cannot_do_the_scaling_names_one_that_can():
@@ -60,7 +63,7 @@ def test_a_gemm_that_lost_fp8_is_a_warning(program, monkeypatch):
         "fallbacks",
         lambda asked, found: ["qkv.dgrad: bfloat16 x bfloat16, cuBLASLt"],
     )
-    monkeypatch.setattr(program, "emulated", False)
+    monkeypatch.setattr(program, "plan", dataclasses.replace(program.plan, emulated=False))
     assert banner.describe_compiled(program)[1:] == [
         "warning  not compiled to an FP8 GEMM: qkv.dgrad: bfloat16 x bfloat16, cuBLASLt"
     ]
@@ -73,12 +76,14 @@ def test_every_role_that_a_warning_can_name_is_tried(monkeypatch):
         micro(model=model, fp8={"attention_backend": "pallas"}, warning={"action": "fallback"})
     )
     tried = []
-    monkeypatch.setattr(
-        program,
-        "check_fallback",
-        lambda overrides, check=program.check_fallback: (tried.append(overrides), check(overrides)),
-    )
-    banner.check_fallbacks(program)
+    original = Plan.with_overrides
+
+    def noted(self, overrides):
+        tried.append(overrides)
+        return original(self, overrides)
+
+    monkeypatch.setattr(Plan, "with_overrides", noted)
+    banner.check_fallbacks(program.plan)
     assert {"attention_scores=bf16", "attention_values=bf16", "mlp_down=bf16"} <= set(
         tried
     ) and len(tried) == 7
@@ -90,9 +95,8 @@ def test_every_role_that_a_warning_can_name_is_tried(monkeypatch):
 def test_a_fallback_that_cannot_be_is_refused_at_the_start():
     for action in ("fallback", "log"):
         with pytest.raises(ConfigError, match="mlp_gate: the FFN has no gate"):
-            banner.check_fallbacks(
-                program_of(micro(warning={"action": action, "fallback": "mlp_gate"}))
-            )
+            config = micro(warning={"action": action, "fallback": "mlp_gate"})
+            banner.check_fallbacks(program_of(config).plan)
 
 
 @pytest.mark.parametrize(

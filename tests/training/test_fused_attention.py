@@ -7,6 +7,7 @@ import pytest
 from configs import common
 from fp8jax import config as config_lib
 from fp8jax.plan import make_plan
+from fp8jax.training.calibration import calibrate
 from fp8jax.training.step import TrainProgram
 
 
@@ -28,7 +29,7 @@ def losses(backend, steps, devices, mesh):
             "mask": np.ones(tokens.shape, np.float32),
         }
     )
-    state, found = program.calibrate(program.init(), batch), []
+    state, found = calibrate(program, program.init(), batch), []
     for _ in range(steps):
         state, metrics, _ = program.step(state, batch)
         found.append(float(metrics["loss"]))

@@ -19,6 +19,7 @@ from fp8jax.models import gemms
 from fp8jax.monitor.writers import Silent
 from fp8jax.numerics.scaling import role_of
 from fp8jax.training import loop, scaling_state
+from fp8jax.training.calibration import calibrate, fresh_scaling
 from fp8jax.training.checkpoint import Checkpoints
 from fp8jax.training.resume import Position, resume
 from tests.helpers.runs import logged, micro, program_of
@@ -124,8 +125,9 @@ def test_calibration_leaves_the_other_roles_as_they_are():
         }
     )
     before = jax.device_get(state.scaling)
-    after = run.calibrate(
-        dataclasses.replace(state, scaling=state.scaling | {"qkv": run.fresh_scaling()["qkv"]}),
+    after = calibrate(
+        run,
+        dataclasses.replace(state, scaling=state.scaling | {"qkv": fresh_scaling(run)["qkv"]}),
         batch,
         ["qkv"],
     ).scaling

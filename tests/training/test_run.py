@@ -13,6 +13,7 @@ from fp8jax import config as config_lib
 from fp8jax.data import pipeline
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.training import banner, losses
+from fp8jax.training.calibration import calibrate
 from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.evaluation import evaluate_run
 from fp8jax.training.gradients import gradients
@@ -77,7 +78,7 @@ def run_steps(config, count):
     """Losses, and the program's state, after some steps on the training batches."""
     program = program_of(config)
     batches = pipeline.train_batches(config)
-    state = program.calibrate(program.init(), program.put(batches[0]))
+    state = calibrate(program, program.init(), program.put(batches[0]))
     losses = []
     for index in range(count):
         state, metrics, _ = program.step(state, program.put(batches[index]))
@@ -142,7 +143,7 @@ def test_calibration_makes_the_first_step_see_tiny_gradients(monkeypatch):
     config = micro()
     program = program_of(config)
     batch, state = program.put(pipeline.train_batches(config)[0]), program.init()
-    calibrated = program.calibrate(state, batch)
+    calibrated = calibrate(program, state, batch)
     assert all(
         (np.asarray(entry["history"])[..., 0] > 0).all() for entry in calibrated.scaling.values()
     )
@@ -163,7 +164,7 @@ def test_a_bad_step_changes_nothing_but_the_counters(where):
     config = micro()
     program = program_of(config)
     batch = program.put(pipeline.train_batches(config)[0])
-    state = program.calibrate(program.init(), batch)
+    state = calibrate(program, program.init(), batch)
     if where == "params":
         broken = jax.tree.map(lambda leaf: leaf, state.params)
         broken["blocks"]["post_ffn"]["gain"] = (

@@ -14,6 +14,7 @@ from fp8jax.data import pipeline
 from fp8jax.numerics import low_bit_state
 from fp8jax.plan import make_plan
 from fp8jax.training import loop, scaling_state, state_formats
+from fp8jax.training.calibration import calibrate
 from fp8jax.training.checkpoint import Checkpoints, save_config
 from fp8jax.training.evaluation import load_run
 from fp8jax.training.gradients import GradientSums
@@ -83,7 +84,9 @@ def advance(program, state, first, last):
 
 
 def start(program):
-    return program.calibrate(program.init(), program.put(pipeline.train_batches(program.config)[0]))
+    return calibrate(
+        program, program.init(), program.put(pipeline.train_batches(program.config)[0])
+    )
 
 
 def arrays(tree):

@@ -1,11 +1,11 @@
-"""What follows from a config and its devices, derived once and read everywhere below.
+"""Derive once what follows from a config and its devices, for all rooms below.
 
     plan = make_plan(config)                        # over all devices; allocates nothing
     plan = make_plan(config, devices)               # over some, or over compile-only ones
     plan.definition, plan.mesh, plan.recipes, plan.emulated
 
-A program (training/step.py), an evaluation, a fit and a rehearsal all take a plan, so that none of them asks the device again
-what it can do, or the tokenizer how large it is.
+A program (training/step.py), an evaluation, a fit and a rehearsal all take a plan, so that none of
+them asks the device for its abilities again, or the tokenizer for its size.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ class Plan:
     """A run on its devices.
 
     Attributes:
-        config: of the run; fit.py chooses what it leaves open.
+        config: the run's configuration; fit.py chooses its open fields.
         definition: the model, every switch filled, and the structure of its parameters.
         mesh: the devices, which may be compile-only.
-        recipes: of a training step's GEMMs.
-        bf16_recipes: of evaluation and sampling, which have nothing in FP8.
-        emulated: True where FP8 GEMMs are emulated, as the config asks or for want of FP8 units.
+        recipes: recipes of a training step's GEMMs.
+        bf16_recipes: recipes of evaluation and sampling, which use no FP8.
+        emulated: True if FP8 GEMMs are emulated, by the config or for lack of FP8 units.
     """
 
     config: Config
@@ -52,12 +52,12 @@ class Plan:
 
     @property
     def model(self) -> ModelConfig:
-        """The model's config with every switch filled."""
+        """Return the model's config with every switch filled."""
         return self.definition.config
 
     @property
     def device(self) -> jax.Device:
-        """One of the devices, which are all of a kind."""
+        """Return one of the devices, which are all alike."""
         return self.mesh.devices.flat[0]
 
     @property
@@ -66,10 +66,10 @@ class Plan:
         return replicas(self.mesh)
 
     def change(self, config: Config) -> "Plan":
-        """Plan a config that differs, but not in its model or mesh.
+        """Plan another config with the same model and mesh.
 
         Raises:
-            ConfigError: the recipes or the backend of attention cannot be had on these devices.
+            ConfigError: these devices do not support the recipes or the backend of attention.
         """
         return _planned(config, self.definition, self.mesh)
 
@@ -77,7 +77,8 @@ class Plan:
         """Plan more exceptions, written as `config.fp8.overrides`.
 
         Raises:
-            ConfigError: a role that the model does not have, or recipes that cannot be had on these devices.
+            ConfigError: the model does not have a role, or these devices do not support the
+                recipes.
         """
         together = ",".join(part for part in (self.config.fp8.overrides, overrides) if part)
         fp8 = dataclasses.replace(self.config.fp8, overrides=together)
@@ -85,7 +86,7 @@ class Plan:
 
 
 class LoadedModel(NamedTuple):
-    """Parameters and the plan to compute with them: what reads a run or another program's files returns."""
+    """A model's parameters and the plan to compute with them, as loaded from a run or another program's files."""
 
     plan: Plan
     params: Params
@@ -98,17 +99,18 @@ def make_plan(
     vocab_size: int | None = None,
     other_mesh: bool = False,
 ) -> Plan:
-    """Derive everything that follows from a config and its devices.
+    """Derive all that follows from a config and its devices.
 
     Args:
         config: validated configuration.
-        devices: of all processes; None: all that JAX has.
-        vocab_size: rows of the embedding; None: as the config or its tokenizer says.
-        other_mesh: where the devices do not allow the config's mesh, take the nearest that they do.
+        devices: devices of all processes; None for all that JAX has.
+        vocab_size: rows of the embedding; None for that of the config or its tokenizer.
+        other_mesh: if the devices do not allow the config's mesh, take the nearest that they do.
 
     Raises:
-        ConfigError: the vocabulary is too small for the tokenizer, the mesh does not suit the devices, the model or the batch,
-            or the recipes or the backend of attention cannot be had on these devices.
+        ConfigError: the vocabulary is too small for the tokenizer, the mesh does not suit the
+            devices, the model or the batch, or these devices do not support the recipes or the
+            backend of attention.
     """
     if vocab_size is None:
         vocab_size = tokenizer.vocab_size(config)

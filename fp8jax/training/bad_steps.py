@@ -1,10 +1,11 @@
-"""Which steps must not update the model, and where their trouble began.
+"""Find the steps that must not update the model, and where their fault began.
 
-A step is bad if its loss, an amax or a gradient is not finite, or, where the config asks for it, if its loss or gradient
-norm is a spike. The step itself finds out, on the devices; the loop tells people, by `names`.
+A step is bad if its loss, an amax or a gradient is not finite, or, if the config asks for it, if
+its loss or gradient norm is a spike. The step itself finds out, on the devices; the loop reports
+it, by `names`.
 
-Flags are in the order of computation: amaxes of the forward pass layer by layer, the loss, amaxes of the backward pass
-from the last layer down, the gradients, and at last the spike.
+Flags are in the order of computation: amaxes of the forward pass layer by layer, the loss, amaxes
+of the backward pass from the last layer down, the gradients, and last the spike.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from fp8jax.models.definition import STACKED
 from fp8jax.numerics.recipes import GRADIENTS, OPERANDS
 from fp8jax.numerics.roles import HEAD
 
-# As a block computes them; backwards in the backward pass.
+# The order in which a block computes them; it is reversed in the backward pass.
 _ORDER = (
     "qkv",
     "attention_scores",
@@ -28,7 +29,7 @@ _ORDER = (
     "mlp_down",
 )
 WINDOW = 128
-# No loss or norm. Not NaN: whoever has JAX look for NaN would find it in a run that is well.
+# No loss or norm yet. It is not NaN, because JAX's search for NaN would find it in a healthy run.
 NOTHING = -(2.0**100)
 # The median absolute deviation of a normal distribution, in standard deviations.
 _MAD = 0.6745
@@ -37,9 +38,11 @@ _MAD = 0.6745
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """What a run remembers of its steps: how many were bad, at all and in a row, and the last finite losses and norms.
+    """A run's record of its steps: how many were bad, in all and in a row, and the last finite losses and norms.
 
-    bad_steps, in_a_row: int32. recent: float32 [2, WINDOW], losses and gradient norms, NOTHING where there were none yet.
+    Attributes:
+        bad_steps, in_a_row: int32.
+        recent: float32 [2, WINDOW], losses and gradient norms, NOTHING where there are none yet.
     """
 
     bad_steps: jax.Array
@@ -48,7 +51,7 @@ class Health:
 
     @staticmethod
     def initial() -> "Health":
-        """Of a run that has not begun."""
+        """Return the record of a run that has not begun."""
         return Health(
             jnp.zeros((), jnp.int32),
             jnp.zeros((), jnp.int32),
@@ -56,21 +59,22 @@ class Health:
         )
 
     def after(self, bad: jax.Array, values: jax.Array) -> "Health":
-        """After a step: `bad` is bool, `values` float32 [2], its loss and gradient norm.
+        """Return the record after a step: `bad` is bool, `values` float32 [2], its loss and gradient norm.
 
-        What is finite is remembered even of a skipped step: a new level that lasts is accepted once it fills half the window.
+        Finite values are kept even of a skipped step: a new level that lasts is accepted once it
+        fills half the window.
         """
         shifted = jnp.concatenate([self.recent[:, 1:], values[:, None]], axis=1)
         recent = jnp.where(jnp.isfinite(values).all(), shifted, self.recent)
-        recent = jnp.where(jnp.isnan(recent), NOTHING, recent)  # of checkpoints that had NaN there
+        recent = jnp.where(jnp.isnan(recent), NOTHING, recent)  # older checkpoints have NaN there
         return Health(
             self.bad_steps + bad.astype(jnp.int32), jnp.where(bad, self.in_a_row + 1, 0), recent
         )
 
     def is_spike(self, values: jax.Array, threshold: float) -> jax.Array:
-        """Whether loss or gradient norm lies `threshold` robust standard deviations above the median; bool.
+        """Return whether loss or gradient norm lies `threshold` robust standard deviations above the median; bool.
 
-        False until the window is full: the beginning of a run is no measure.
+        It is False until the window is full, because the beginning of a run is no measure.
         """
         median = jnp.median(self.recent, axis=1)
         spread = jnp.median(jnp.abs(self.recent - median[:, None]), axis=1) / _MAD
@@ -80,12 +84,12 @@ class Health:
 def flags(
     loss: jax.Array, amaxes: dict[str, jax.Array], squares: list[jax.Array], spike: jax.Array
 ) -> jax.Array:
-    """Whether each tensor is bad: bool [tensors], in the order of `names`.
+    """Return whether each tensor is bad: bool [tensors], in the order of `names`.
 
     Args:
         loss: float32 scalar.
         amaxes: role → float32 [layers, operands].
-        squares: of the gradients.
+        squares: sums of squares of the gradients.
         spike: bool scalar.
     """
     finite = {role: jnp.isfinite(a) for role, a in amaxes.items()}
@@ -101,7 +105,7 @@ def flags(
 
 
 def names(amaxes: dict[str, Any], params: Any) -> list[str]:
-    """What each of the flags stands for; takes arrays or shapes of amaxes and parameters."""
+    """Return the meaning of each flag, from arrays or shapes of amaxes and parameters."""
 
     def of(backward: bool) -> list[str]:
         layers = range(max((a.shape[0] for role, a in amaxes.items() if role != HEAD), default=0))
@@ -125,7 +129,7 @@ def names(amaxes: dict[str, Any], params: Any) -> list[str]:
 
 
 def squares(grads: Any) -> list[jax.Array]:
-    """Sum of squares of each gradient, float32 [1], or [layers] where parameters are stacked."""
+    """Return the sum of squares of each gradient, float32 [1], or [layers] for stacked parameters."""
 
     def one(path: Any, g: jax.Array) -> jax.Array:
         axes = tuple(range(1, g.ndim)) if path[0].key == STACKED else None
@@ -135,7 +139,7 @@ def squares(grads: Any) -> list[jax.Array]:
 
 
 def _operands(amaxes: dict[str, Any], backward: bool) -> list[tuple[str, int]]:
-    """Role and index of every operand of a block that one direction casts, in the order of computation."""
+    """Return role and index of every operand of a block that one direction casts, in the order of computation."""
     return [
         (role, i)
         for role in (reversed(_ORDER) if backward else _ORDER)
@@ -146,7 +150,7 @@ def _operands(amaxes: dict[str, Any], backward: bool) -> list[tuple[str, int]]:
 
 
 def _columns(finite: dict[str, jax.Array], *, backward: bool) -> jax.Array:
-    """Flags of the operands of one direction, layer after layer; those of the head where the pass reaches it."""
+    """Return flags of the operands of one direction, layer after layer, and of the head where the pass reaches it."""
     blocks = [finite[role][:, i] for role, i in _operands(finite, backward)]
     by_layer = jnp.stack(blocks, axis=1) if blocks else jnp.ones((0, 0), bool)
     inner = (by_layer[::-1] if backward else by_layer).reshape(-1)

@@ -1,4 +1,4 @@
-"""The calibration pass before the first step: scales of delayed scaling from one batch.
+"""Calibrate scales of delayed scaling from one batch before the first step.
 
 state = calibrate(program, state, batch)
 """
@@ -26,10 +26,10 @@ def calibrate(
     """Fill empty amax histories from one forward and backward pass with `current` scaling; update nothing else.
 
     Args:
-        program: of the run.
-        state: of this program.
-        batch: one that has targets, or gradients stay at their scale of 1.
-        roles: whose histories to fill; None: all.
+        program: the run's program.
+        state: a state of this program.
+        batch: a batch with targets, or gradients keep their scale of 1.
+        roles: roles whose histories to fill; None for all.
 
     Raises:
         FloatingPointError: an amax of the batch is not finite.

@@ -1,19 +1,20 @@
-"""Checkpoints of a run, under WORKDIR/checkpoints, and its configuration, WORKDIR/config.json.
+"""Save and restore checkpoints of a run, under WORKDIR/checkpoints, and its configuration, WORKDIR/config.json.
 
     with Checkpoints(workdir, keep=2) as checkpoints:
         checkpoints.save(20, {"params": params, "opt_state": opt_state}, data_state={"step": 20})   # in the background
         step = checkpoints.latest_step()                                                            # or None
         state, data_state = checkpoints.restore(step, abstract_state)
 
-`abstract_state` has the structure of the state, with a `jax.ShapeDtypeStruct` (shape, dtype, sharding) for each array.
-The sharding may be of another mesh or another number of devices than the one that saved.
+`abstract_state` has the structure of the state, with a `jax.ShapeDtypeStruct` (shape, dtype,
+sharding) for each array. The sharding may be of another mesh or another number of devices than the
+one that saved.
 
-A state is a dictionary of pytrees of arrays. Each of its entries is an *item* that can be restored without the others
-(`partial=True`): evaluation leaves the optimizer alone. On disk an item is a nested dictionary of arrays by name,
-whatever its containers were, so Orbax alone can read it too; tuples, dataclasses and empty containers come back from
-`abstract_state`.
+A state is a dictionary of pytrees of arrays. Each of its entries is an *item* that can be restored
+without the others (`partial=True`): evaluation does not read the optimizer. On disk an item is a
+nested dictionary of arrays by name, for any containers, so Orbax alone can read it too; tuples,
+dataclasses and empty containers come back from `abstract_state`.
 
-Not here: when to save, and what belongs to a state.
+Other modules decide when to save, and what belongs to a state.
 """
 
 import difflib
@@ -37,13 +38,13 @@ from fp8jax.data import run_tokenizer
 from fp8jax.parallel.distributed import from_any, from_first
 from fp8jax.training import manifest
 
-# What is under way has another name than a checkpoint, so a checkpoint is there whole or not at all.
+# An unfinished save has another name than a checkpoint, so every checkpoint is complete.
 _SAVING, _DELETING = "saving-", "deleting-"
 State = dict[str, Any]  # item → pytree
 Names = tuple[str, ...]
 
-# Orbax tells some 70 lines of its inner life a save at INFO, absl's level in any program under absl.app, and as many stacks at
-# ERROR where one save fails, of which an exception tells as well.
+# Orbax logs some 70 lines per save at INFO, absl's level in any program under absl.app, and as many
+# stacks at ERROR if one save fails, which an exception reports as well.
 _ORBAX = os.path.join("orbax", "checkpoint")
 
 
@@ -55,14 +56,15 @@ def _quieten_orbax() -> None:
 
 
 class Checkpoints:
-    """Saves and restores states of a run. Only `save` and `set_aside` ever write: readers may look on.
+    """The checkpoints of a run; only `save` and `set_aside` write, so other processes may read.
 
     Args:
         workdir: directory of the run.
-        keep: newest checkpoints that stay; older ones go once a newer one is complete. At least 1.
-        keep_every: checkpoints of steps that this divides stay too; 0: none.
-        keep_best: so many checkpoints of the lowest held-out loss stay too.
-        facts: what the manifest of each checkpoint says about the run.
+        keep: newest checkpoints that stay, at least 1; older ones are deleted once a newer one is
+            complete.
+        keep_every: checkpoints of steps that this divides stay too; 0 for none.
+        keep_best: this many checkpoints of the lowest held-out loss stay too.
+        facts: facts about the run for the manifest of each checkpoint.
     """
 
     def __init__(
@@ -88,18 +90,19 @@ class Checkpoints:
         self._cleaned = False
 
     def steps(self) -> list[int]:
-        """Return the steps of all complete checkpoints on disk, ascending. Complete is not yet undamaged: see `newest`."""
+        """Return the steps of all complete checkpoints on disk, ascending; `newest` also checks for damage."""
         return manifest.steps(self.directory)
 
     def latest_step(self) -> int | None:
-        """Return the step of the newest complete checkpoint, None where there is none."""
+        """Return the step of the newest complete checkpoint, None if there is none."""
         return max(self.steps(), default=None)
 
     def chosen(self, step: int | None) -> int:
         """Return the step, or that of the newest complete checkpoint for None; the same on every process.
 
         Raises:
-            CheckpointError: there is none, or none of this step; it lists those that there are.
+            CheckpointError: there is none, or none of this step; the message lists the existing
+                ones.
         """
         steps = self.steps()
         found = from_first(
@@ -110,9 +113,10 @@ class Checkpoints:
         raise manifest.missing(self.directory, step, steps)
 
     def newest(self) -> tuple[int | None, dict[int, str]]:
-        """Return the newest step whose files are what was written, or None; and newer ones passed over, with reasons.
+        """Return the newest step whose files are intact, or None; and newer ones that are skipped, with reasons.
 
-        Every process must ask: each reads its share of the files, and all get the same answer.
+        Every process must call this: each reads its share of the files, and all get the same
+        answer.
         """
         passed: dict[int, str] = {}
         paths = self.directory.iterdir() if self.directory.is_dir() else ()
@@ -142,7 +146,7 @@ class Checkpoints:
         return to
 
     def _clean(self) -> None:
-        """Once, before the first save: removes what interrupted saves and deletions left behind."""
+        """Remove, once before the first save, what interrupted saves and deletions left behind."""
         if not self._cleaned and self.directory.is_dir() and jax.process_index() == 0:
             for path in self.directory.iterdir():
                 if path.name.startswith((_SAVING, _DELETING)):
@@ -159,14 +163,15 @@ class Checkpoints:
     ) -> None:
         """Start saving; files are written in the background and get their final name when complete.
 
-        Returns when the arrays are copied, so the next step may take their memory (donation). An earlier save still
-        under way is finished first: ask `busy`. A step that is already saved stays as it is.
+        The call returns when the arrays are copied, so the next step may take their memory
+        (donation). An earlier save that is still running is finished first: see `busy`. A step that
+        is already saved is not saved again.
 
         Args:
             step: steps taken so far.
             state: item → pytree of jax arrays, of any dtype, PRNG keys included.
-            data_state: where the data stands, as JSON values.
-            held_out_loss: of this state, where it is known: what `keep_best` goes by.
+            data_state: the position in the data, as JSON values.
+            held_out_loss: held-out loss of this state, if known, for `keep_best`.
 
         Raises:
             CheckpointError: this save cannot begin, or the earlier one failed.
@@ -176,7 +181,8 @@ class Checkpoints:
         if from_first(step in self.steps()):
             return
         items = {item: _nested(tree) for item, tree in state.items()}
-        # A training loop may forbid implicit transfers to the host; copying the state there is what a save is for.
+        # A training loop may forbid implicit transfers to the host; a save must copy the state
+        # there.
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with jax.transfer_guard("allow"):
@@ -185,10 +191,10 @@ class Checkpoints:
                     {
                         item: tree for item, tree in items.items() if tree
                     },  # Orbax refuses an empty item
-                    overwrite=True,  # an earlier try that failed
+                    overwrite=True,  # replaces an earlier try that failed
                     custom_metadata={"data_state": data_state},
                 )
-        except Exception as error:  # whatever Orbax's storage, threads and checks raise
+        except Exception as error:  # Orbax's storage, threads and checks raise many kinds
             raise CheckpointError(self._why(error)) from error
         facts = {"step": step, **self._facts} | (
             {} if held_out_loss is None else {"held_out_loss": held_out_loss}
@@ -199,23 +205,23 @@ class Checkpoints:
         self._saving.start()
 
     def busy(self) -> bool:
-        """Whether a save is under way, for which another would have to wait."""
+        """Return whether a save is running, for which another would have to wait."""
         return self._saving is not None and self._saving.is_alive()
 
     def failure(self) -> str | None:
-        """Why the last save failed, if it has come to an end and did; asked once. Never waits."""
+        """Return once why the last save failed, if it has ended and failed; never wait."""
         failure, self._failure = (None, self._failure) if self.busy() else (self._failure, None)
         return failure
 
     def _finish(self, step: int, response: Any, facts: dict[str, Any]) -> None:
-        """In the background: waits for the files, seals them with a manifest, removes what need not be kept."""
+        """Wait in the background for the files, seal them with a manifest, and remove checkpoints that need not be kept."""
         try:
             response.result()
             if jax.process_index() == 0:
                 path = self.directory / f"{_SAVING}{step}"
                 manifest.write(path, facts)
                 os.rename(path, self.directory / str(step))
-                manifest.sync(self.directory)  # before an older one goes
+                manifest.sync(self.directory)  # before an older one is deleted
                 self._prune()
         except Exception as error:
             self._failure = self._why(error)
@@ -229,13 +235,13 @@ class Checkpoints:
         }
         for step in steps:
             if step not in kept:
-                # Under its own name it would, half deleted, look damaged.
+                # Half deleted under its own name, it would look damaged.
                 going = self.directory / f"{_DELETING}{step}"
                 os.rename(self.directory / str(step), going)
                 shutil.rmtree(going)
 
     def _best(self, steps: list[int]) -> list[int]:
-        """The steps of the lowest held-out losses, as many as stay."""
+        """Return the steps of the lowest held-out losses, as many as stay."""
         losses = (
             {step: manifest.fact(self.directory / str(step), "held_out_loss") for step in steps}
             if self._keep_best
@@ -261,7 +267,7 @@ class Checkpoints:
         return {name: spec.rpartition(" ")[2] for name, spec in _specs(metadata.metadata).items()}
 
     def data_state(self, step: int) -> dict[str, Any]:
-        """What `save` was given as `data_state`; reads no arrays."""
+        """Return the `data_state` of a checkpoint, without reading arrays."""
         return v1.checkpointables_metadata(self.directory / str(step)).custom_metadata["data_state"]  # pyright: ignore[reportOptionalSubscript]
 
     def abstract_item(self, step: int, item: str, sharding: Any) -> Any:
@@ -278,16 +284,19 @@ class Checkpoints:
 
         Args:
             step: one of `steps()`.
-            abstract_state: item → pytree of `jax.ShapeDtypeStruct` with sharding, as the state to be returned.
-            partial: ignore items of the checkpoint that `abstract_state` lacks. Within an item, all must agree.
-            verify: read every file, each process its share, and compare it with the manifest first; unnecessary for the
-                step that `newest` found.
+            abstract_state: item → pytree of `jax.ShapeDtypeStruct` with sharding, as the state to
+                be returned.
+            partial: ignore items of the checkpoint that `abstract_state` lacks. Within an item, all
+                must agree.
+            verify: first read every file, each process its share, and compare it with the manifest;
+                unnecessary for the step that `newest` found.
 
         Returns:
             The state, bit for bit as saved, and `data_state`.
 
         Raises:
-            CheckpointError: no such step, a damaged file, or the first array that differs in name, shape or dtype.
+            CheckpointError: the step does not exist, a file is damaged, or an array differs in
+                name, shape or dtype.
         """
         path = self.directory / str(step)
         if step not in self.steps():
@@ -313,10 +322,10 @@ class Checkpoints:
         return state, metadata.custom_metadata["data_state"]  # pyright: ignore[reportOptionalSubscript]
 
     def wait(self) -> None:
-        """Return when a save under way is complete.
+        """Wait until a running save is complete.
 
         Raises:
-            CheckpointError: it failed; nothing of it counts as a checkpoint.
+            CheckpointError: it failed, and left no checkpoint.
         """
         if self._saving:
             self._saving.join()
@@ -325,7 +334,7 @@ class Checkpoints:
             raise CheckpointError(failure)
 
     def close(self) -> None:
-        """Complete a save under way."""
+        """Complete a running save."""
         self.wait()
 
     def __enter__(self) -> "Checkpoints":
@@ -333,12 +342,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Complete a save under way."""
+        """Complete a running save."""
         self.close()
 
 
 def save_config(workdir: str | os.PathLike, config: config_lib.Config) -> None:
-    """Write WORKDIR/config.json, all or nothing; makes the directory if missing."""
+    """Write WORKDIR/config.json atomically, creating the directory if missing."""
     path = pathlib.Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name("config.json.tmp")
@@ -364,7 +373,7 @@ def load_config(workdir: str | os.PathLike) -> config_lib.Config:
 
 
 def _by_name(tree: Any) -> dict[Names, Any]:
-    """Map the names on the way to a leaf to the leaf, in the tree's order."""
+    """Map the names on the path to a leaf to the leaf, in the tree's order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {tuple(map(_name, path)) or ("value",): leaf for path, leaf in leaves}
 
@@ -374,7 +383,7 @@ def _name(key: Any) -> str:
 
 
 def _nested(tree: Any) -> dict[str, Any]:
-    """Turn a tree into nested dictionaries, so that the files do not depend on Python classes; {} without leaves."""
+    """Turn a tree into nested dictionaries, so that files do not depend on Python classes; {} without leaves."""
     out: dict[str, Any] = {}
     for names, leaf in _by_name(tree).items():
         inner = out
@@ -402,7 +411,7 @@ def _specs(state: State) -> dict[str, str]:
 
 def _spec(leaf: Any) -> str:
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.eval_shape(jax.random.key_data, leaf)  # how Orbax stores keys
+        leaf = jax.eval_shape(jax.random.key_data, leaf)  # Orbax stores keys so
     return f"{tuple(leaf.shape)} {leaf.dtype}"
 
 

@@ -1,4 +1,4 @@
-"""States whose parameters and moments are kept in other formats than the run's: read, and converted."""
+"""Read and convert states whose parameters and moments are kept in other formats than the run's."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""One run at a time in a directory."""
+"""Allow one run at a time in a directory."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from fp8jax.config import ConfigError
 
 @contextlib.contextmanager
 def exclusive(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds WORKDIR/lock, which names the host and process; the system frees it when the process ends, however it ends.
+    """Hold WORKDIR/lock, which names host and process; the system frees it when the process ends in any way.
 
     Raises:
         ConfigError: another process holds it, or the directory cannot be written.
@@ -24,7 +24,7 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # A file system without locks cannot protect the run; that is no reason not to train.
+            # A file system without locks cannot protect the run; it trains without one.
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
@@ -52,5 +52,5 @@ def _opened(workdir: pathlib.Path) -> TextIO:
 
 def _unwritable(workdir: pathlib.Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"{workdir}: cannot be written: {error.strerror}; mend that, or choose another --workdir"
+        f"{workdir}: cannot be written: {error.strerror}; fix that, or choose another --workdir"
     )

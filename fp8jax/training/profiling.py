@@ -1,6 +1,7 @@
-"""A window of steps traced by the JAX profiler, for XProf or Perfetto: `config.profile.start` and `.steps`.
+"""Trace a window of steps by the JAX profiler, for XProf or Perfetto: `config.profile.start` and `.steps`.
 
-The trace lies in WORKDIR/profile; its operations carry the names of blocks, roles and passes (`attention_scores.dgrad`).
+The trace lies in WORKDIR/profile; its operations carry the names of blocks, roles and passes
+(`attention_scores.dgrad`).
 """
 
 import pathlib
@@ -12,7 +13,7 @@ from fp8jax.config import ProfileConfig
 
 
 class ProfileWindow:
-    """Starts and stops the profiler around the configured steps; does nothing where none are configured.
+    """A window that starts and stops the profiler around the configured steps, if any.
 
     Args:
         config: first step, counted from 1 (0 means the first that runs), and number of steps.
@@ -23,20 +24,20 @@ class ProfileWindow:
         self.config, self.directory, self.end = config, directory, None
 
     def before(self, step: int) -> None:
-        """Called before each step; `step` counts from 1."""
+        """Start the profiler if the window begins; called before each step, which counts from 1."""
         if self.config.steps and self.end is None and self.config.start in (0, step):
             self.end = step + self.config.steps - 1
             jax.profiler.start_trace(self.directory)
 
     def after(self, step: int, results: Any) -> str | None:
-        """Called after each step with what it returned; the line to tell when the window closes."""
+        """Stop the profiler if the window ends, and return a line on it; called after each step with its results."""
         if self.end is None or step != self.end:
             return None
         jax.block_until_ready(results)
         return self._stop()
 
     def close(self) -> str | None:
-        """Writes a window that the end of the run cut short."""
+        """Write a window that the end of the run cut short."""
         return self._stop() if self.end is not None and self.end > 0 else None
 
     def _stop(self) -> str:

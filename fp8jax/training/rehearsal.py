@@ -1,10 +1,11 @@
 """Rehearse a run: compile every program that it will execute, read its first data, check what its start checks.
 
-    found = rehearse(config, target)            # nothing is trained, written or allocated but the first batches
+    found = rehearse(config, target)            # does not train or write, and allocates only the first batches
     found.ok, found.programs, found.checks
 
-What would end a run hours after its start ends the rehearsal. A fault is a row, not an exception: the others are looked at as
-well. `compiling=False` only traces, which finds wrong shapes and fallbacks at every size in seconds.
+A rehearsal finds what would end a run hours after its start. A fault is a row, not an exception, so
+that the others are checked as well. `compiling=False` only traces, which finds wrong shapes and
+fallbacks at every size in seconds.
 """
 
 import dataclasses
@@ -31,19 +32,21 @@ from fp8jax.training.programs import programs
 from fp8jax.training.step import TrainProgram
 
 _ALONE = ("init", "sampling")  # programs that run without a training state beside them
-_FORWARD = 1 / 3  # of the model's FLOPs
+_FORWARD = 1 / 3  # part of the model's FLOPs
 
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsed:
     """One program, or one check.
 
-    name: as in programs.py.
-    ok: whether the run would get past it.
-    error: one line; empty where it is ok.
-    peak_bytes_per_device: with everything that is in a device's memory meanwhile; None: not compiled.
-    fp8_share: of the block's GEMM FLOPs, traced; None where there are no such GEMMs.
-    seconds: that tracing and compiling took.
+    Attributes:
+        name: as in programs.py.
+        ok: whether the run would get past it.
+        error: one line; empty if it is ok.
+        peak_bytes_per_device: peak with all that is in a device's memory meanwhile; None if not
+            compiled.
+        fp8_share: FP8 part of the block's GEMM FLOPs, traced; None without such GEMMs.
+        seconds: seconds that tracing and compiling took.
     """
 
     name: str
@@ -56,7 +59,7 @@ class Rehearsed:
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsal found; `config` has nothing left open, where one was found."""
+    """The results of a rehearsal; `config` has no open fields, if one was found."""
 
     config: Config
     programs: list[Rehearsed]
@@ -65,7 +68,7 @@ class Rehearsal:
 
     @property
     def ok(self) -> bool:
-        """True if nothing would fail."""
+        """Return True if nothing would fail."""
         return all(row.ok for row in (*self.programs, *self.checks))
 
 
@@ -79,10 +82,10 @@ def rehearse(
     """Rehearse a run on a target.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         target: its devices, at hand or not.
-        compiling: False only traces.
-        say: receives a line before each thing that takes long.
+        compiling: with False, only trace.
+        say: receives a line before each slow part.
     """
     say("reading the first batches")
     checks = [_check("data", lambda: _read_data(config))]
@@ -117,7 +120,7 @@ def _without(
     checks: list[Rehearsed],
     say: Callable[[str], None],
 ) -> Rehearsal:
-    """What can be looked at where the data or the mesh is wrong: all programs, traced, with sound ones in their place."""
+    """Check what can be checked if the data or the mesh is wrong: all programs, traced, with valid ones in their place."""
     data = dataclasses.replace(DataConfig(), sequence_length=config.data.sequence_length)
     sound = dataclasses.replace(config, data=data, mesh=MeshConfig())
     found: list[TargetFit] = []
@@ -125,13 +128,13 @@ def _without(
     model = _check("model", lambda: found.append(_traced(sound, one)))
     if not found:
         return Rehearsal(config, [], [*checks, model])
-    say("memory and limits are not looked at; programs are traced on one device, with other data")
+    say("memory and limits are not checked; programs are traced on one device, with other data")
     checks.append(_check("fallback", lambda: check_fallbacks(found[0].plan)))
     return Rehearsal(config, list(_programs(found[0], one, False, say)), checks)
 
 
 def _traced(config: Config, target: targets.Target) -> TargetFit:
-    """The plainest option, which has the largest arrays, not compiled."""
+    """Return the simplest option, which has the largest arrays, not compiled."""
     plan = make_plan(settled(config), target.devices)
     return TargetFit(plan, None, None, None, "", [])
 
@@ -143,7 +146,7 @@ def _program(found: TargetFit) -> TrainProgram:
 def _programs(
     found: TargetFit, target: targets.Target, compiling: bool, say: Callable[[str], None]
 ) -> Iterator[Rehearsed]:
-    """Every program of the run; the step is not compiled twice."""
+    """Yield every program of the run; the step is not compiled twice."""
     state = state_bytes(_program(found).abstract_state)
     for name, each in programs(found.plan).items():
         say(f"{'compiling' if compiling else 'tracing'} {name}")
@@ -158,7 +161,7 @@ def _programs(
             error = _too_large(peak, found.limit)
         except (
             Exception
-        ) as failure:  # whatever a program cannot be made for: the others are looked at as well
+        ) as failure:  # any reason why a program cannot be made: the others are checked as well
             error = one_line(failure)
         seconds = round(time.perf_counter() - started, 2)
         yield Rehearsed(name, not error, error, peak, share, seconds)
@@ -175,7 +178,7 @@ def _executable(found: TargetFit, name: str, traced: Any, target: targets.Target
 
 
 def _peak(name: str, memory: program.Memory, state: int, target: targets.Target) -> int:
-    """Bytes of a device while a program runs: a run's state is there whether or not the program takes it."""
+    """Return the bytes of a device while a program runs; a run's state is there even if the program does not use it."""
     if name.startswith(_ALONE):
         return memory.peak_bytes
     taken = sum(
@@ -201,7 +204,7 @@ def _too_large(peak: int | None, limit: Limit | None) -> str:
 
 
 def _read_data(config: Config) -> None:
-    """The first two batches, the split that is held out, the tokenizer."""
+    """Read the first two batches, the held-out split and the tokenizer."""
     tokenizer.vocab_size(config)
     batches = pipeline.train_batches(config)
     for step in (0, 1):
@@ -213,7 +216,7 @@ def _read_data(config: Config) -> None:
 def _limits(
     found: TargetFit, target: targets.Target, rows: dict[str, Rehearsed]
 ) -> Iterator[Rehearsed]:
-    """Times against the limits after which a run ends itself: what compiling took here, and times at peak rates."""
+    """Compare times with the limits after which a run ends itself: seconds of compiling here, and times at peak rates."""
     training, evaluation = found.plan.config.training, rows.get("evaluation")
     steps = [row for row in rows.values() if "sampling" not in row.name]
     start = sum(row.seconds or 0 for row in steps if row.name in ("init", "calibration", "step"))
@@ -238,7 +241,7 @@ def _within(name: str, field: str, limit: int, seconds: float, what: str) -> Reh
 
 
 def _seconds(found: TargetFit, target: targets.Target, sequences: int) -> float:
-    """Of training on so many sequences, at peak rates: those of the device, or what this machine reaches."""
+    """Return the seconds of training on `sequences`, at peak rates of the device, or as measured on this machine."""
     flops = model_flops(
         found.plan.definition.config,
         found.plan.definition.vocab_size,
@@ -251,7 +254,7 @@ def _seconds(found: TargetFit, target: targets.Target, sequences: int) -> float:
 
 
 def _measured_rate(width: int = 1024) -> float:
-    """FLOP/s of a matrix product on this machine's processors, all together."""
+    """Return the FLOP/s of a matrix product on this machine's processors, all together."""
     a = np.ones((width, width), np.float32)
     np.matmul(a, a)
     started = time.perf_counter()
@@ -263,13 +266,13 @@ def _check(name: str, work: Callable[[], Any]) -> Rehearsed:
     started = time.perf_counter()
     try:
         work()
-    except Exception as failure:  # anything that would end the run's start
+    except Exception as failure:  # any error would end the run's start
         return Rehearsed(name, False, one_line(failure))
     return Rehearsed(name, True, seconds=round(time.perf_counter() - started, 2))
 
 
 def one_line(failure: Exception) -> str:
-    """An exception's message; with its kind where the message is not meant for users."""
+    """Return an exception's message, with its kind if the message is not meant for users."""
     text = " ".join(str(failure).split())[:500]
     if isinstance(failure, (ValueError, OSError)) and text:
         return text

@@ -1,6 +1,6 @@
-"""Where a run continues: which checkpoint, which data, and whether the config is still that of the run.
+"""Find where a run continues: which checkpoint, which data, and whether the config is still that of the run.
 
-Call `check_continues` first, which refuses what would make it another run, then `resume`.
+Call `check_continues` first, which refuses changes that would make it another run, then `resume`.
 """
 
 import pathlib
@@ -23,10 +23,11 @@ from fp8jax.training.step import TrainProgram
 
 
 class Position(NamedTuple):
-    """Where a run stands beyond the step.
+    """A run's position besides the step.
 
-    Batches passed over by rollbacks, how many of those, what fell back, as `fp8.overrides`, sequences that could not be read, and
-    what the early warning knows of the losses (monitor/trend.py).
+    It has the batches that rollbacks skipped, how many rollbacks there were, what fell back, as
+    `fp8.overrides`, sequences that could not be read, and the early warning's record of the losses
+    (monitor/trend.py).
     """
 
     skipped_batches: int = 0
@@ -37,7 +38,7 @@ class Position(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """A program and a state to go on with; `calibrate`: roles whose scales are still unknown."""
+    """A program and a state to continue with; `calibrate` names roles whose scales are still unknown."""
 
     program: TrainProgram
     state: TrainState
@@ -47,7 +48,7 @@ class Resumed(NamedTuple):
 
 
 def finished_step(config: Config, checkpoints: Checkpoints, stage: Stages) -> int | None:
-    """The step of a run that has all its steps and a sound checkpoint of the last; None where there is something left to do."""
+    """Return the step of a run that has all its steps and an intact checkpoint of the last; None if steps are left."""
     latest = distributed.from_first(-1 if (step := checkpoints.latest_step()) is None else step)
     if latest < config.training.steps:
         return None
@@ -57,7 +58,7 @@ def finished_step(config: Config, checkpoints: Checkpoints, stage: Stages) -> in
 
 
 def restore(program: TrainProgram, checkpoints: Checkpoints, stage: Stages) -> Resumed:
-    """As `resume`, with words on what is done and where the run goes on."""
+    """Resume, and report what is done and where the run continues."""
     latest, lines = (
         distributed.from_first(-1 if (step := checkpoints.latest_step()) is None else step),
         [],
@@ -74,12 +75,14 @@ def restore(program: TrainProgram, checkpoints: Checkpoints, stage: Stages) -> R
 
 
 def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str], None]) -> Resumed:
-    """The newest checkpoint whose files are what was written; a fresh state where there is none.
+    """Resume from the newest checkpoint with intact files, or from a fresh state if there is none.
 
     Args:
-        program: of this run, without what has fallen back to BF16.
-        checkpoints: of its directory. Damaged ones newer than the chosen one are set aside, under another name.
-        tell: receives a line for each that is passed over, and for what of the state does not fit the configuration.
+        program: this run's program, without fallbacks to BF16.
+        checkpoints: checkpoints of its directory. Damaged ones newer than the chosen one are
+            renamed.
+        tell: receives a line for each skipped checkpoint, and for parts of the state that do not
+            fit the configuration.
 
     Raises:
         CheckpointError: there are only damaged checkpoints.
@@ -97,9 +100,7 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     optimizer = program.config.optimizer
     saved = state_formats.saved_as(optimizer, checkpoints.dtypes(step))
     items = abstract_state_kept_as(program, saved).items()
-    if (
-        step == 0
-    ):  # Nothing has been trained: weights are all that counts, and all that a converted model has.
+    if step == 0:  # At step 0 only the weights count, and a converted model has only those.
         found, _ = checkpoints.restore(
             step, {"params": items["params"]}, partial=True, verify=False
         )
@@ -135,7 +136,7 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
 
 
 def _choose(checkpoints: Checkpoints, tell: Callable[[str], None]) -> int:
-    """Return the newest undamaged checkpoint's step, damaged newer ones set aside; -1 where there is none."""
+    """Return the newest undamaged checkpoint's step, after renaming damaged newer ones; -1 if there is none."""
     step, passed = checkpoints.newest()
     if step is None and any(not reason.startswith(manifest.NAME) for reason in passed.values()):
         reasons = "; ".join(f"step {number}: {reason}" for number, reason in passed.items())
@@ -158,13 +159,14 @@ def check_continues(
     """Refuse a configuration that would make the run in a directory another one.
 
     Args:
-        config: of the run that is about to start.
+        config: configuration of the run that is about to start.
         workdir: its directory, which may hold a run already.
-        allowed: fields, like 'data.source', that may differ though they make it another run.
+        allowed: fields, like 'data.source', that may differ although they make it another run.
         tell: receives a line for each field that differs.
 
     Raises:
-        ConfigError: other such fields differ, all of which are named; or a field that there is not is allowed.
+        ConfigError: other such fields differ, all of which are named; or an allowed field does not
+            exist.
     """
     now = _flat(config)
     for path in allowed:
@@ -200,7 +202,7 @@ def check_continues(
 
 
 class _Saved:
-    """What the newest checkpoint of a run was trained with; None of what its manifest does not say."""
+    """The facts on the newest checkpoint of a run; None for those that its manifest lacks."""
 
     def __init__(self, workdir: pathlib.Path):
         directory = Checkpoints(workdir)
@@ -217,17 +219,18 @@ def _same_content(
     allowed: Sequence[str],
     tell: Callable[[str], None],
 ) -> set[str]:
-    """Return which of the tokenizer and the sources are, by content, those of the run: their names may change then.
+    """Return which of the tokenizer and the sources equal, by content, those of the run, so that their names may change.
 
     Args:
-        config: of the run that is about to start.
-        saved: what the run was trained with.
-        changed: fields that differ; what differs by name is refused by name.
+        config: configuration of the run that is about to start.
+        saved: facts on what the run was trained with.
+        changed: fields that differ; one that differs by name is refused by name.
         allowed: fields that may differ.
-        tell: receives a line where held-out text is another.
+        tell: receives a line if held-out text has changed.
 
     Raises:
-        ConfigError: a file holds another tokenizer, or a source other data, than when the run was saved.
+        ConfigError: a file holds another tokenizer, or a source other data, than when the run was
+            saved.
     """
     same = set()
     if saved.tokenizer is not None and "data.tokenizer" not in allowed:
@@ -268,6 +271,6 @@ def _flat(config: Config) -> dict[str, object]:
 
 
 def _is_fitted(path: str, value: object) -> bool:
-    """True for what a run chooses by itself (fit.py), left open, and for its note of the choice."""
+    """Return True for open fields that a run chooses by itself (fit.py), and for its note of the choice."""
     section, name = path.split(".")
     return section == "training" and (name == "fitted" or name in OPEN and value == OPEN[name])

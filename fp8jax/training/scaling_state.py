@@ -1,11 +1,12 @@
-"""The scaling state of a checkpoint in a run whose FP8 settings may be others: what still fits is kept, by role.
+"""Reuse the scaling state of a checkpoint in a run with other FP8 settings: roles that still fit keep it.
 
     checkpoints.save(step, state.items(), {"scaling": record(program.recipes)})
     kept, why = choose(program.recipes, saved_arrays, saved_record)
-    kept["qkv"]["history"], why["mlp_down"]      # arrays that fit; why a role must be calibrated anew
+    kept["qkv"]["history"], why["mlp_down"]      # arrays that fit; why a role must be calibrated again
 
-Amaxes are the same whatever was done with them, so a role's state fits where its scales mean the same: formats, margin and
-rounding, a history of the same length, and every layer that needs it was measured before.
+Amaxes do not depend on their use, so a role's state fits if its scales mean the same: formats,
+margin and rounding, a history of the same length, and every layer that needs it was measured
+before.
 """
 
 from collections.abc import Mapping
@@ -20,11 +21,11 @@ from fp8jax.numerics.recipes import GemmRecipe
 from fp8jax.numerics.roles import HEAD
 from fp8jax.numerics.scaling import Scaling, entries, operands, role_of, scales_of
 
-Record = dict[str, Any]  # of one role; plain JSON values
+Record = dict[str, Any]  # settings of one role; plain JSON values
 
 
 def record(recipes: ModelRecipes) -> dict[str, Record]:
-    """Return what the scaling state of a run with these recipes is made with, entry by entry, as JSON values."""
+    """Return the settings that make the scaling state of a run with these recipes, by entry, as JSON values."""
     by_role = {role: recipe for role, (_, recipe) in recipes.by_role().items()}
     return {entry: _record(entry, by_role[role_of(entry)], recipes) for entry in entries(by_role)}
 
@@ -44,12 +45,13 @@ def _record(entry: str, recipe: GemmRecipe, recipes: ModelRecipes) -> Record:
 def choose(
     recipes: ModelRecipes, saved: Scaling, saved_with: Mapping[str, Record] | None
 ) -> tuple[Scaling, dict[str, str]]:
-    """Return the state of the roles that a checkpoint's state fits, and why it does not for the others.
+    """Return the state of the roles that a checkpoint's state fits, and for the others why it does not.
 
     Args:
-        recipes: of the run that goes on.
+        recipes: recipes of the continued run.
         saved: state in the checkpoint: role → `history`, `scale`.
-        saved_with: from `record`; None: an older checkpoint, which has none, and tells by its scales.
+        saved_with: from `record`; None for an older checkpoint without it, which is judged by its
+            scales.
     """
     kept: Scaling = {}
     why: dict[str, str] = {}
@@ -80,7 +82,7 @@ def _change(before: Record | None, now: Record) -> str:
 
 
 def _difference(before: Any, now: Any) -> str:
-    """Return 'were e5m2, are e4m3', of what differs."""
+    """Describe the difference, such as 'were e5m2, are e4m3'."""
     if not isinstance(before, dict):
         return f"was {before}, is {now}"
     changed = next(name for name in now if before.get(name) != now[name])
@@ -90,7 +92,7 @@ def _difference(before: Any, now: Any) -> str:
 def _made_with(
     state: Mapping[str, jax.Array], recipe: GemmRecipe, role: str, scalings: list[str]
 ) -> bool:
-    """Return whether scales are what this recipe makes of the history, which all layers that need it have."""
+    """Return whether this recipe makes these scales of the history, and all layers that need one have it."""
     found = jax.device_get(state)
     if found["history"].shape[-1] != recipe.history_length:
         return False
@@ -102,7 +104,7 @@ def _made_with(
 
 
 def tell(kept: Scaling, why: Mapping[str, str]) -> str:
-    """Return one line about roles that are calibrated anew."""
+    """Return one line about roles that are calibrated again."""
     reasons: dict[str, list[str]] = {}
     for role, reason in why.items():
         reasons.setdefault(reason, []).append(role)

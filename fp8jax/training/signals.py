@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted for the loop, and acknowledged at once."""
+"""Note signals that ask a run to stop, for the loop, and acknowledge them at once."""
 
 import contextlib
 import os
@@ -10,10 +10,11 @@ from typing import Any
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list to which signals that ask to stop are appended; the loop stops at the end of the step.
+    """Yield a list to which signals that ask to stop are appended; the loop stops at the end of the step.
 
-    SIGINT, SIGTERM, SIGHUP (a lost terminal) and SIGUSR1 (a scheduler's notice). A second SIGINT interrupts. Under nohup
-    SIGHUP stays ignored; SIGINT does not, which shells ignore for what they start in the background.
+    They are SIGINT, SIGTERM, SIGHUP (a lost terminal) and SIGUSR1 (a scheduler's notice). A second
+    SIGINT interrupts. Under nohup SIGHUP stays ignored; SIGINT, which shells ignore for background
+    processes, does not.
     """
     caught: list[int] = []
 
@@ -36,7 +37,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _acknowledged(numbers: Sequence[int]) -> Iterator[None]:
-    """Say at once that a signal came: Python's handlers wait until a compilation or a step is over, for minutes at times."""
+    """Report a signal at once, because Python's handlers wait until a compilation or a step is over, at times for minutes."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 

@@ -1,4 +1,4 @@
-"""Whether a state still is what a step may build on: after a fault of memory, say, it may not be."""
+"""Check that a state is finite, which it may not be after a fault of memory."""
 
 import functools
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from fp8jax.training.state import TrainState
 
 
 def first_unsound(state: TrainState, replicated: NamedSharding) -> str | None:
-    """Return the name of the first array, of those that every step builds on, that is not finite; None where all are.
+    """Return the name of the first array, of those that every step builds on, that is not finite; None if all are.
 
     Args:
-        state: on the devices.
+        state: a state on the devices.
         replicated: a sharding over all of them, so that every process knows.
     """
     items = {

@@ -1,15 +1,16 @@
-"""One training step as a pure function of (state, batch), compiled for the devices of a plan.
+"""Define one training step as a pure function of (state, batch), compiled for the devices of a plan.
 
     program = TrainProgram(plan)                             # of plan.make_plan(config, devices)
     state = calibrate(program, program.init(), batch)        # calibration.py: fills empty amax histories
     state, metrics, taps = program.step(state, batch)        # jitted, donates the state
 
-Weights are quantised once, before the microbatch loop. Gradients are summed over microbatches (gradients.py); the tokens'
-cotangents, raw amaxes, are combined by maximum. The scaling state is updated once, at the end. A step in which a loss, a
-gradient or an amax is not finite changes nothing but the counters.
+Weights are quantised once, before the microbatch loop. Gradients are summed over microbatches
+(gradients.py); the tokens' cotangents, raw amaxes, are combined by maximum. The scaling state is
+updated once, at the end. A step in which a loss, a gradient or an amax is not finite changes
+nothing but the counters.
 
-A batch is a dictionary of arrays [microbatches, batch, t]: inputs, targets, mask, and with document masks segment_ids and
-positions.
+A batch is a dictionary of arrays [microbatches, batch, t]: inputs, targets, mask, and with document
+masks segment_ids and positions.
 """
 
 import dataclasses
@@ -41,8 +42,8 @@ class TrainProgram:
     """The jitted functions of a run: init, calibrate, step, step with statistics.
 
     Args:
-        plan: of the run. What its config leaves to be fitted is taken to be the plainest (config.settled). Where its devices are
-            compile-only, only `lower_step` is of use.
+        plan: the run's plan. Open fields of its config are taken at their simplest
+            (config.settled). With compile-only devices, only `lower_step` can be used.
     """
 
     def __init__(self, plan: Plan):
@@ -81,11 +82,11 @@ class TrainProgram:
         }
 
     def init(self, params: Params | None = None) -> TrainState:
-        """Fresh, sharded state; around these parameters, if there are any, whatever their dtypes."""
+        """Return a fresh, sharded state, with these parameters of any dtypes, if given."""
         return self.jitted_init()(params)
 
     def jitted_init(self) -> Any:
-        """The jitted `init`, for tracing."""
+        """Return the jitted `init`, for tracing."""
 
         def make(params: Params | None) -> TrainState:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
@@ -100,24 +101,24 @@ class TrainProgram:
         return jax.jit(make, out_shardings=self.state_shardings)
 
     def fallen_back(self, overrides: str) -> "TrainProgram":
-        """The program of the same run with more exceptions, written as `config.fp8.overrides`; itself if there are none."""
+        """Return the program of the same run with more exceptions, as `config.fp8.overrides`; itself if there are none."""
         return type(self)(self.plan.with_overrides(overrides)) if overrides else self
 
     def put(self, batch: dict[str, Any]) -> Batch:
-        """Moves a host batch, this process's `rows` of [batch, t], to the devices, split into microbatches."""
+        """Move a host batch, this process's `rows` of [batch, t], to the devices, split into microbatches."""
         return {name: self.rows.put(batch[name]) for name in self.abstract_batch}
 
     @functools.cached_property
     def rows(self) -> Rows:
-        """The rows of a batch that this process loads."""
+        """Return the rows of a batch that this process loads."""
         return Rows(self.abstract_batch["inputs"].shape, self.batch_sharding)
 
     def lower_step(self, *, collect: bool = False) -> Any:
-        """The step, traced and lowered but not compiled; `.compile()` it."""
+        """Return the step, traced and lowered but not compiled; `.compile()` it."""
         return self.jitted_step(collect=collect).lower(self.abstract_state, self.abstract_batch)
 
     def jitted_step(self, *, collect: bool = False) -> Any:
-        """The jitted step, for tracing."""
+        """Return the jitted step, for tracing."""
 
         def step(
             state: TrainState, batch: Batch
@@ -137,23 +138,24 @@ class TrainProgram:
         )
 
     def compiled_step(self, *, collect: bool = False) -> Any:
-        """The step's executable, compiled at the first request: one without statistics, one with."""
+        """Return the step's executable, without or with statistics, compiled at the first request."""
         if collect not in self._compiled:
             self._compiled[collect] = self.lower_step(collect=collect).compile()
         return self._compiled[collect]
 
     def is_compiled(self, *, collect: bool = False) -> bool:
-        """Whether `compiled_step` has its executable already."""
+        """Return whether `compiled_step` has its executable already."""
         return collect in self._compiled
 
     def step(
         self, state: TrainState, batch: Batch, *, collect: bool = False
     ) -> tuple[TrainState, dict[str, jax.Array], Taps]:
-        """One update. Donates `state`. With `collect`, waits until it is done.
+        """Make one update, donating `state`; with `collect`, wait until it is done.
 
         Returns:
-            New state; metrics (float32 scalars `loss`, `grad_norm`, `learning_rate`; int32 `bad_step`, `bad_steps_in_a_row`
-            and `first_bad`, an index into `bad_names` that means something in a bad step only); taps, empty unless
+            The new state; metrics (float32 scalars `loss`, `grad_norm`, `learning_rate`; int32 `bad_step`, `bad_steps_in_a_row`
+            and `first_bad`, an index into `bad_names` that is valid in a bad step only); taps,
+                empty unless
             `collect`: name → statistic → NumPy float32 [layers].
         """
         state, metrics, packed = self.compiled_step(collect=collect)(state, batch)
@@ -161,7 +163,7 @@ class TrainProgram:
 
 
 def _after(grads: Params, params: Params, opt_state: Any) -> tuple[Params, Any]:
-    """The state, tied to the gradients: unpacked before they are there, it would lie in memory in float32 during the backward pass."""
+    """Tie the state to the gradients: unpacked earlier, it would take memory in float32 during the backward pass."""
     if not jax.tree.leaves(opt_state.scales):
         return params, opt_state
     return jax.lax.optimization_barrier((params, opt_state, grads))[:2]
@@ -176,7 +178,7 @@ def train_step(
     *,
     collect: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array], Taps]:
-    """The whole step; see TrainProgram.step."""
+    """Take the whole step; see TrainProgram.step."""
     loss, grads, amaxes, taps = gradients(
         state, batch, config, definition, recipes, collect=collect
     )

@@ -1,13 +1,13 @@
-"""Ends a process that hangs, and tells where: for a pod, a job that ends and restarts beats one that waits for ever.
+"""End a process that hangs, and report where: for a pod, a job that ends and restarts is better than one that waits forever.
 
-    with Watchdog({"start": 3600, "step": 1800, "evaluation": 1800, "save": 3600}) as watchdog:     # seconds; 0: any
-        watchdog.begin("step", "step 17 (batch 16)")    # takes the place of the step before
-        watchdog.begin("evaluation", "batch 3 of 12")   # with each batch anew: a long evaluation that moves on may last
+    with Watchdog({"start": 3600, "step": 1800, "evaluation": 1800, "save": 3600}) as watchdog:     # seconds; 0: no limit
+        watchdog.begin("step", "step 17 (batch 16)")    # replaces the step before
+        watchdog.begin("evaluation", "batch 3 of 12")   # with each batch again: a long evaluation that progresses may last
         watchdog.begin("save", "saving step 17")        # beside the steps, in the background
         watchdog.end("save")
 
-On SIGUSR2 it prints the stacks of all threads, and the process goes on. A crash in native code, such as that of a mapped file
-which was cut off meanwhile, prints them too.
+On SIGUSR2 it prints the stacks of all threads, and the process continues. A crash in native code,
+such as that of a mapped file which was cut off meanwhile, prints them too.
 """
 
 import faulthandler
@@ -20,10 +20,11 @@ from collections.abc import Mapping
 
 
 class Watchdog:
-    """Prints all stacks and exits with code 1 when something under way takes too long.
+    """A watchdog that prints all stacks and exits with code 1 when a running part takes too long.
 
     Args:
-        limits: kind of work → seconds; 0: any time. Names are those of `config.training.KIND_limit`.
+        limits: kind of work → seconds; 0 for no limit. Names are those of
+            `config.training.KIND_limit`.
     """
 
     def __init__(self, limits: Mapping[str, float]):
@@ -32,17 +33,17 @@ class Watchdog:
         self._done = threading.Event()
 
     def begin(self, kind: str, what: str) -> None:
-        """`what` is under way from now on, in the place of anything else of its kind."""
+        """Begin `what`, which replaces any other work of its kind."""
         self._under_way[kind] = what, time.monotonic()
         if kind == "step":
             self._last = f"last begun: {what}"
 
     def end(self, kind: str) -> None:
-        """Nothing of this kind is under way any more."""
+        """End the work of this kind."""
         self._under_way.pop(kind, None)
 
     def __enter__(self) -> "Watchdog":
-        """Starts watching."""
+        """Start watching."""
         faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
         faulthandler.enable(file=sys.__stderr__, all_threads=True)
         if limited := [limit for limit in self.limits.values() if limit]:
@@ -52,7 +53,7 @@ class Watchdog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Stops watching."""
+        """Stop watching."""
         self._done.set()
 
     def _watch(self, pause: float) -> None:

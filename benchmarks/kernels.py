@@ -45,8 +45,8 @@ def milliseconds(folder: pathlib.Path, program: str, steps: int) -> dict[str, An
         steps: how many steps the trace holds.
 
     Returns:
-        `classes`: class → ms per step, with `idle` between the first and the last kernel; `busy_ms` and `span_ms` per step;
-        `kernels`: the longest, each with its class, ms and number per step.
+        `classes`: class → ms per step, with `idle` between the first and the last kernel; `busy_ms`
+        and `span_ms` per step; `kernels`: the longest, each with its class, ms and number per step.
     """
     instructions = _instructions(hlo.parse(program))
     names: dict[tuple[str, str], list[float]] = collections.defaultdict(list)

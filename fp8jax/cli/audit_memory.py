@@ -45,10 +45,9 @@ def memory_report(config: Config, target: targets.Target) -> dict[str, Any]:
     """Return where the bytes of a device are, and the peak with each option that is not set and that the model allows.
 
     Returns:
-        `peak_bytes_per_device`, `arguments`, `largest` (arrays that the program writes: dtype, dims, bytes, times, where; not all
-        of them are there at once), `options` (`changes`, `peak_bytes_per_device`, `saves`,
-            `host_bytes_per_device`; the last row is all of
-        them).
+        `peak_bytes_per_device`, `arguments`, `largest` (arrays that the program writes: dtype,
+        dims, bytes, times, where; not all of them are there at once), `options` (`changes`,
+        `peak_bytes_per_device`, `saves`, `host_bytes_per_device`; the last row is all of them).
     """
     _say("the step as it is")
     _, traced = traced_step(config, target)

@@ -221,9 +221,10 @@ def held_out_batches(
         stream: one of `held_out_streams`; None reads what the sources hold out.
 
     Yields:
-        A batch [len(rows), T], the last one padded with sequences of mask 0; and how many bytes of text the targets
-        of the whole batch, over all processes, stand for. Over a whole pass, bits per byte is
-        nats summed under the mask / ln 2 / bytes: an end of document costs bits but is no byte.
+        A batch [len(rows), T], the last one padded with sequences of mask 0; and how many bytes of
+        text the targets of the whole batch, over all processes, stand for. Over a whole pass, bits
+        per byte is nats summed under the mask / ln 2 / bytes: an end of document costs bits but is
+        no byte.
 
     Raises:
         ConfigError: as `train_batches`.

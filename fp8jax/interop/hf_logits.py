@@ -37,8 +37,8 @@ def compute(
         gradients: whether to return the loss's gradients, too.
 
     Returns:
-        `logits` float32 [b, t, v]; `loss`, float32, the mean of -log p(token i + 1 | tokens to i) over each row's first
-        t - 1 positions; with `gradients`, those, like the parameters.
+        `logits` float32 [b, t, v]; `loss`, float32, the mean of -log p(token i + 1 | tokens to i)
+        over each row's first t - 1 positions; with `gradients`, those, like the parameters.
 
     Raises:
         ValueError: ids are not integers [batch, length], shorter than 2, or outside the vocabulary.

@@ -25,11 +25,10 @@ def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
             (statistics.WEIGHTS).
 
     Returns:
-        `STATISTIC/TENSOR_layerNNN` and `STATISTIC/TENSOR_avg`; amax and max_logit have a maximum, `amax/TENSOR_max`, instead
-        of an average; `snr`, in decibels, in place of signal and noise, infinite for an exact cast;
-            and, where anything is cast to
-        FP8, `fp8/saturated_fraction` and `fp8/underflow_fraction`: averages over all cast operands
-            and layers.
+        `STATISTIC/TENSOR_layerNNN` and `STATISTIC/TENSOR_avg`; amax and max_logit have a maximum,
+        `amax/TENSOR_max`, instead of an average; `snr`, in decibels, in place of signal and noise,
+        infinite for an exact cast; and, where anything is cast to FP8, `fp8/saturated_fraction` and
+        `fp8/underflow_fraction`: averages over all cast operands and layers.
     """
     out: dict[str, float] = {}
     of_casts: dict[str, list[np.ndarray]] = {"overflow": [], "underflow": []}

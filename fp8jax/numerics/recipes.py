@@ -124,8 +124,8 @@ class GemmRecipe:
                 or both of a weight.
 
         Returns:
-            The quantised operand and its raw amax (float32 scalar; None with `static`, which does not take it); with
-            scaling `bf16`, x itself, unscaled, and None.
+            The quantised operand and its raw amax (float32 scalar; None with `static`, which does
+            not take it); with scaling `bf16`, x itself, unscaled, and None.
         """
         if not self.fp8:
             return formats.Quantised(x, None), None

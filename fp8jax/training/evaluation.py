@@ -126,9 +126,9 @@ class Evaluator:
                 them.
 
         Returns:
-            `loss` in nats per token, `perplexity`, `bits_per_byte` of text, `tokens` and `bytes` scored, `sequences`
-            of `all_sequences` read. With several texts also `texts`: name → loss, perplexity, bits
-                per byte, tokens, bytes.
+            `loss` in nats per token, `perplexity`, `bits_per_byte` of text, `tokens` and `bytes`
+            scored, `sequences` of `all_sequences` read. With several texts also `texts`: name →
+            loss, perplexity, bits per byte, tokens, bytes.
         """
         size = self.abstract_batch["inputs"].shape[0]
         count, done = sum(-(-read // size) for read, _ in self.parts.values()), 0

@@ -153,10 +153,10 @@ class TrainProgram:
         """Make one update, donating `state`; with `collect`, wait until it is done.
 
         Returns:
-            The new state; metrics (float32 scalars `loss`, `grad_norm`, `learning_rate`; int32 `bad_step`, `bad_steps_in_a_row`
-            and `first_bad`, an index into `bad_names` that is valid in a bad step only); taps,
-                empty unless
-            `collect`: name → statistic → NumPy float32 [layers].
+            The new state; metrics (float32 scalars `loss`, `grad_norm`, `learning_rate`; int32
+            `bad_step`, `bad_steps_in_a_row` and `first_bad`, an index into `bad_names` that is
+            valid in a bad step only); taps, empty unless `collect`: name → statistic → NumPy
+            float32 [layers].
         """
         state, metrics, packed = self.compiled_step(collect=collect)(state, batch)
         return state, metrics, jax.device_get(packed).unpack() if collect else {}

@@ -111,18 +111,10 @@ class _Call(NamedTuple):
         return accumulator(self.x_dtype)
 
     def gemm(
-        self, lhs: Quantised, rhs: Quantised, dims: Any, out_dtype: Any, name: str
+        self, lhs: Quantised, rhs: Quantised, dims: Any, out_dtype: Any, gemm_pass: str
     ) -> jax.Array:
         """One of the head's GEMMs."""
-        return gemm(
-            lhs,
-            rhs,
-            dims,
-            out_dtype=out_dtype,
-            emulated=self.recipe.emulated,
-            name=f"{self.role}.{name}",
-            precise=self.recipe.fp8 and self.recipe.precise(name),
-        )
+        return gemm(lhs, rhs, dims, self.recipe, self.role, gemm_pass, out_dtype=out_dtype)
 
 
 class _Running(NamedTuple):

@@ -31,7 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fp8jax.numerics import blockwise
 from fp8jax.numerics.formats import E4M3, E5M2, Quantised
 from fp8jax.numerics.gemm_sharding import Placement, moved, pin
-from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax.numerics.recipes import ATTENTION_ROLES, GemmRecipe
 from fp8jax.numerics.scaling import operand_scale
 from fp8jax.numerics.tokens import Token, as_token, report_cast
 
@@ -46,52 +46,59 @@ DimensionNumbers = tuple[
 def gemm(
     lhs: Quantised,
     rhs: Quantised,
-    dimension_numbers: DimensionNumbers,
+    dims: DimensionNumbers,
+    recipe: GemmRecipe,
+    role: str,
+    gemm_pass: str,
     *,
     out_dtype: Any,
-    emulated: bool,
-    precise: bool = False,
-    name: str = "gemm",
 ) -> jax.Array:
     """One GEMM of quantised (or plain) operands, dequantised by a scalar.
 
     Args:
         lhs: left operand; its scale is a scalar, or None for 1.
         rhs: right operand.
-        dimension_numbers: as in `lax.dot_general`.
+        dims: dimension numbers, as in `lax.dot_general`.
+        recipe: with `emulated`, float8 operands are widened to bfloat16 (exact) and accumulated in float32: what a device
+            without FP8 units does. Whether Hopper's tensor cores accumulate fast is its choice, too.
+        role: such as `qkv`.
+        gemm_pass: `fprop`, `dgrad` or `wgrad`; profiles and compiled programs show `fp8jax.gemm[role.pass]`.
         out_dtype: dtype of the result, rounded once.
-        emulated: widen float8 operands to bfloat16 (exact) and accumulate in float32: what a device without FP8 units does.
-        precise: no fast accumulation on Hopper's FP8 tensor cores (the usual choice for dgrad and wgrad).
-        name: shown in profiles and compiled programs as `fp8jax.gemm[name]`.
 
     Raises:
         ValueError: both operands are e5m2, which no FP8 tensor core takes.
     """
+    name = f"{role}.{gemm_pass}"
     if lhs.data.dtype == E5M2 and rhs.data.dtype == E5M2:
         raise ValueError(
             f"GEMM {name}: both operands are e5m2, which no device multiplies in FP8; make one of them e4m3"
         )
     with jax.named_scope(f"fp8jax.gemm[{name}]"):
         a, b = lhs.data, rhs.data
-        if emulated:
+        if recipe.emulated:
             # The barriers, here and below, keep XLA's CPU compiler from folding transposes into the bfloat16 GEMM: it
             # makes forms of it that its own runtime then refuses ("unsupported element type for DotThunk", jax 0.10.2)
             # or sums in bfloat16 (jax 0.12: 2% off for 1024 terms).
             # It refuses some batch dimensions that do not lead, too: transposing them first costs nothing measurable.
-            a, b, dimension_numbers = _batch_first(_widen(a), _widen(b), dimension_numbers)
+            a, b, dims = _batch_first(_widen(a), _widen(b), dims)
             a, b = lax.optimization_barrier((a, b))
-        exact = precise or a.dtype == jnp.float32
+        exact = a.dtype == jnp.float32 or _is_precise(recipe, role, gemm_pass)
         out = lax.dot_general(
             a,
             b,
-            dimension_numbers,
+            dims,
             precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
-            preferred_element_type=accumulator(a.dtype) if emulated else out_dtype,
+            preferred_element_type=accumulator(a.dtype) if recipe.emulated else out_dtype,
         )
-        if emulated:
+        if recipe.emulated:
             out = lax.optimization_barrier(out)
         scale = _product(lhs.scale, rhs.scale)
         return (out if scale is None else out.astype(jnp.float32) * scale).astype(out_dtype)
+
+
+def _is_precise(recipe: GemmRecipe, role: str, gemm_pass: str) -> bool:
+    """Whether the highest precision is asked for: no fast accumulation of FP8 products; attention asks for it in BF16, too."""
+    return recipe.precise(gemm_pass) and (recipe.fp8 or role in ATTENTION_ROLES)
 
 
 def accumulator(dtype: Any) -> Any:
@@ -210,61 +217,78 @@ class _Call(NamedTuple):
     of_g: Placement
 
 
+class _Residuals(NamedTuple):
+    """What the backward pass keeps: x as cast, in bytes, the weight, and what the token brings back of x."""
+
+    qx: Quantised
+    qw: Quantised
+    scales: jax.Array | None
+    token: Token | None
+    counted: jax.Array | None
+    of_x: jax.Array | None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot_general(call, x, w, qw, scales, token, counted):
+def _dot_general(
+    call: _Call,
+    x: jax.Array,
+    w: jax.Array,
+    qw: Quantised,
+    scales: jax.Array | None,
+    token: Token | None,
+    counted: jax.Array | None,
+) -> jax.Array:
     return _forward(call, x, w, qw, scales, token, counted)[0]
 
 
-def _forward(call, x, w, qw, scales, token, counted):
-    recipe, x = call.recipe, pin(x, call.of_x.cast)
-    qx, amax_x = recipe.quantise(x, operand_scale(scales, "x"), "x", axes=call.dims[0][0])
+def _forward(
+    call: _Call,
+    x: jax.Array,
+    w: jax.Array,
+    qw: Quantised,
+    scales: jax.Array | None,
+    token: Token | None,
+    counted: jax.Array | None,
+) -> tuple[jax.Array, _Residuals]:
+    recipe = call.recipe
+    x = pin(x, call.of_x.cast)
+    qx, amax = recipe.quantise(x, operand_scale(scales, "x"), "x", axes=call.dims[0][0])
     qx = moved(qx, call.of_x.cast)
     qx = named(qx) if recipe.fp8 else qx
     of_x = report_cast(
-        token, x, qx, amax_x, call.of_x.cast, counted=counted, emulated=recipe.emulated
+        token, x, qx, amax, call.of_x.cast, counted=counted, emulated=recipe.emulated
     )
-    report = checkpoint_name(of_x, CHECKPOINT_NAME)
-    y = gemm(
-        *_operands(recipe, moved(qx, call.of_x.gemm), qw),
-        call.dims,
-        out_dtype=call.out_dtype,
-        name=f"{call.role}.fprop",
-        **_options(recipe, "fprop"),
-    )
-    return pin(y, call.of_g.cast), (as_bytes(qx), qw, scales, token, counted, report)
+    of_x = checkpoint_name(of_x, CHECKPOINT_NAME)
+    operands = _operands(recipe, moved(qx, call.of_x.gemm), qw)
+    y = gemm(*operands, call.dims, recipe, call.role, "fprop", out_dtype=call.out_dtype)
+    return pin(y, call.of_g.cast), _Residuals(as_bytes(qx), qw, scales, token, counted, of_x)
 
 
-def _backward(call, residuals, g):
-    qx, qw, scales, token, counted, of_x = residuals
-    qx = moved(
-        from_bytes(qx), *call.of_x
-    )  # moved a second time: kept, it would take its place for every layer
+def _backward(call: _Call, saved: _Residuals, g: jax.Array) -> tuple[Any, ...]:
+    # Moved a second time: kept, it would take its place for every layer.
+    qx = moved(from_bytes(saved.qx), *call.of_x)
     recipe, dims = call.recipe, call.dims
     g = pin(g if recipe.fp8 else g.astype(call.x_dtype), call.of_g.cast)
-    qg, amax_g = recipe.quantise(g, operand_scale(scales, "g"), "g", axes=(g.ndim - 1,))
+    scale = operand_scale(saved.scales, "g")
+    qg, amax = recipe.quantise(g, scale, "g", axes=(g.ndim - 1,))
     of_g = report_cast(
-        token, g, qg, amax_g, call.of_g.cast, spread=True, counted=counted, emulated=recipe.emulated
+        saved.token,
+        g,
+        qg,
+        amax,
+        call.of_g.cast,
+        spread=True,
+        counted=saved.counted,
+        emulated=recipe.emulated,
     )
     qg = moved(qg, *call.of_g)
-    dx = _transposed_lhs(
-        *_operands(recipe, qg, qw),
-        dims,
-        qx.data.ndim,
-        out_dtype=call.x_dtype,
-        name=f"{call.role}.dgrad",
-        **_options(recipe, "dgrad"),
-    )
+    dx = _transposed_lhs(call, *_operands(recipe, qg, saved.qw), qx.data.ndim)
     if recipe.scaling == "blockwise":
         qx, qg, dims = _along_tokens(call, qx, g)
-    dw = _transposed_rhs(
-        *_operands(recipe, qg, qx),
-        dims,
-        qw.data.ndim,
-        out_dtype=call.w_dtype,
-        name=f"{call.role}.wgrad",
-        **_options(recipe, "wgrad"),
-    )
-    d_token = None if of_x is None else token.like(jnp.stack([of_x, of_g]))
+    dw = _transposed_rhs(call, *_operands(recipe, qg, qx), dims, saved.qw.data.ndim)
+    d_token = None
+    if saved.token is not None and saved.of_x is not None:
+        d_token = saved.token.like(jnp.stack([saved.of_x, of_g]))
     return pin(dx, call.of_x.cast), dw, None, None, d_token, None
 
 
@@ -291,10 +315,6 @@ def _along_tokens(
     again, _ = call.recipe.quantise(x.reshape(tokens, features), None, "x", axes=(0,))
     qg, _ = call.recipe.quantise(g.reshape(tokens, g.shape[-1]), None, "g", axes=(0,))
     return again, qg, (((1,), w_contract), none)
-
-
-def _options(recipe: GemmRecipe, gemm_pass: str) -> dict[str, Any]:
-    return {"emulated": recipe.emulated, "precise": recipe.fp8 and recipe.precise(gemm_pass)}
 
 
 def named(q: Quantised) -> Quantised:
@@ -335,41 +355,38 @@ def _remaining(ndim: int, *used: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(i for i in range(ndim) if i not in taken)
 
 
-def _transposed_lhs(
-    g: Quantised, w: Quantised, dims: DimensionNumbers, x_ndim: int, **options
-) -> jax.Array:
+def _transposed_lhs(call: _Call, g: Quantised, w: Quantised, x_ndim: int) -> jax.Array:
     """Gradient of the left operand of a dot_general: g contracted with w over w's own free dimensions."""
-    (x_contract, w_contract), (x_batch, w_batch) = dims
-    x_free, w_free = (
-        _remaining(x_ndim, x_contract, x_batch),
-        _remaining(w.data.ndim, w_contract, w_batch),
-    )
+    (x_contract, w_contract), (x_batch, w_batch) = call.dims
+    x_free = _remaining(x_ndim, x_contract, x_batch)
+    w_free = _remaining(w.data.ndim, w_contract, w_batch)
     batch = tuple(range(len(x_batch)))
     g_free = tuple(range(len(batch) + len(x_free), g.data.ndim))
-    out = gemm(g, w, ((g_free, w_free), (batch, w_batch)), **options)
+    dims = ((g_free, w_free), (batch, w_batch))
+    out = gemm(g, w, dims, call.recipe, call.role, "dgrad", out_dtype=call.x_dtype)
     # The result's dimensions: batch, x's free ones, then w's contracted ones in w's order. Bring them to x's order.
     by_w = [x_contract[i] for i in sorted(range(len(w_contract)), key=w_contract.__getitem__)]
     return _in_order(out, (*x_batch, *x_free, *by_w))
 
 
 def _transposed_rhs(
-    g: Quantised, x: Quantised, dims: DimensionNumbers, w_ndim: int, **options
+    call: _Call, g: Quantised, x: Quantised, dims: DimensionNumbers, w_ndim: int
 ) -> jax.Array:
     """Gradient of the right operand: x contracted with g over x's free dimensions."""
-    (x_contract, w_contract), (x_batch, w_batch) = dims
-    x_free, w_free = (
-        _remaining(x.data.ndim, x_contract, x_batch),
-        _remaining(w_ndim, w_contract, w_batch),
+    product = functools.partial(
+        gemm, recipe=call.recipe, role=call.role, gemm_pass="wgrad", out_dtype=call.w_dtype
     )
+    (x_contract, w_contract), (x_batch, w_batch) = dims
+    x_free = _remaining(x.data.ndim, x_contract, x_batch)
+    w_free = _remaining(w_ndim, w_contract, w_batch)
     batch = tuple(range(len(x_batch)))
     g_x_free = tuple(range(len(batch), len(batch) + len(x_free)))
     by_x = [w_contract[i] for i in sorted(range(len(x_contract)), key=x_contract.__getitem__)]
-    if (
-        w_free and by_x and w_free[0] < by_x[0]
-    ):  # w is [outputs, inputs]: this order needs no transpose
-        out = gemm(g, x, ((g_x_free, x_free), (batch, x_batch)), **options)
+    # Where w is [outputs, inputs], this order needs no transpose.
+    if w_free and by_x and w_free[0] < by_x[0]:
+        out = product(g, x, ((g_x_free, x_free), (batch, x_batch)))
         return _in_order(out, (*w_batch, *w_free, *by_x))
-    out = gemm(x, g, ((x_free, g_x_free), (x_batch, batch)), **options)
+    out = product(x, g, ((x_free, g_x_free), (x_batch, batch)))
     return _in_order(out, (*w_batch, *by_x, *w_free))
 
 

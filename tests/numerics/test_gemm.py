@@ -210,7 +210,8 @@ def test_two_e5m2_operands_are_refused():
     q = module.Quantised(jnp.ones((4, 4), jnp.float8_e5m2), jnp.float32(1))
     for emulated in (True, False):
         with pytest.raises(ValueError, match="GEMM mlp_up.*both operands are e5m2"):
-            module.gemm(q, q, PLAIN, out_dtype=jnp.bfloat16, emulated=emulated, name="mlp_up")
+            recipe = GemmRecipe("current", emulated=emulated)
+            module.gemm(q, q, PLAIN, recipe, "mlp_up", "fprop", out_dtype=jnp.bfloat16)
 
 
 def test_delayed_scaling_needs_scales():

@@ -22,7 +22,10 @@ from fp8jax.numerics import formats
 from fp8jax.numerics.formats import Quantised
 from fp8jax.numerics.gemm import gemm
 from fp8jax.numerics.gemm_sharding import Partition
-from fp8jax.numerics.recipes import GemmRecipe
+from fp8jax.numerics.recipes import ATTENTION_ROLES, GemmRecipe
+
+SCORES, VALUES = ATTENTION_ROLES
+_gemm = functools.partial(gemm, out_dtype=jnp.float32)
 
 # P is at most 1, so 1/256 uses e4m3 up to 256 of 448: the next power of two would saturate.
 P_SCALE = 1.0 / 256
@@ -120,7 +123,7 @@ def output(
     # The weights of an average sum to 1: where a row is flat, all its probabilities round the same
     # way, by up to 6%.
     total = jnp.sum(formats.dequantise(qp), axis=-1, keepdims=True)
-    o = gemm(qp, v, _PV, **_options(call.values, "fprop"), name="attention_values.fprop")
+    o = _gemm(qp, v, _PV, call.values, VALUES, "fprop")
     o = o / jnp.where(total > 0, total, 1.0)
     return swap_heads(o).astype(call.dtype), Weights(
         swap_heads(ceiling[..., 0]), swap_heads(total[..., 0])
@@ -158,7 +161,7 @@ def score_gradient(
 ) -> tuple[jax.Array, jax.Array]:
     """Return P times the rows' factors and dS, before their casts, float32 [b, k, t, g, s]; dS without the softmax scale."""
     p = jnp.exp2(_logits(call, q, k, mask) - swap_heads(residuals.offset)[..., None])
-    dp = gemm(residuals.do, v, _QK, **_options(call.values, "dgrad"), name="attention_values.dgrad")
+    dp = _gemm(residuals.do, v, _QK, call.values, VALUES, "dgrad")
     return p, p * (dp - swap_heads(residuals.delta)[..., None])
 
 
@@ -166,21 +169,10 @@ def input_gradients(
     call: Call, p: jax.Array, ds: Quantised, q: Quantised, k: Quantised, do: Quantised
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return these rows' dQ, [b, t, k, g, h], and their part of dK and dV, [b, k, s, h]; all float32."""
-    dv = gemm(
-        _quantise_p(p, call.values, do.data.dtype),
-        do,
-        _PTDO,
-        **_options(call.values, "wgrad"),
-        name="attention_values.wgrad",
-    )
-    dq = (
-        gemm(ds, k, _PV, **_options(call.scores, "dgrad"), name="attention_scores.dgrad")
-        * call.softmax_scale
-    )
-    dk = (
-        gemm(ds, q, _PTDO, **_options(call.scores, "wgrad"), name="attention_scores.wgrad")
-        * call.softmax_scale
-    )
+    qp = _quantise_p(p, call.values, do.data.dtype)
+    dv = _gemm(qp, do, _PTDO, call.values, VALUES, "wgrad")
+    dq = _gemm(ds, k, _PV, call.scores, SCORES, "dgrad") * call.softmax_scale
+    dk = _gemm(ds, q, _PTDO, call.scores, SCORES, "wgrad") * call.softmax_scale
     return swap_heads(dq), dk, dv
 
 
@@ -213,17 +205,9 @@ def swap_heads(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, 1, 2)
 
 
-def _options(recipe: GemmRecipe, gemm_pass: str) -> dict:
-    return {
-        "out_dtype": jnp.float32,
-        "precise": recipe.precise(gemm_pass),
-        "emulated": recipe.emulated,
-    }
-
-
 def _logits(call: Call, q: Quantised, k: Quantised, mask: jax.Array) -> jax.Array:
     """Return scores in base 2, float32, -inf for keys that a query may not see."""
-    s = gemm(q, k, _QK, **_options(call.scores, "fprop"), name="attention_scores.fprop")
+    s = _gemm(q, k, _QK, call.scores, SCORES, "fprop")
     # It is tied to the mask: a constant of this shape would be moved out of the loop over layers
     # and kept.
     low, _ = jax.lax.optimization_barrier((jnp.float32(-jnp.inf), mask[0, 0, 0]))

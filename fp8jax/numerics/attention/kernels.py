@@ -14,7 +14,8 @@ skipped.
 
 A kernel sees one head of one sequence (for dK and dV one KV head with its `g` query heads). Letters
 as in `attention`; lengths are whole numbers of tiles. `factors` are the scalars that the scales
-fold into.
+fold into, by the names below. What a kernel reads comes as one tuple of references, what it writes
+as references after it.
 
 In steps with statistics the dQ kernel also counts the effects of the cast of dS, and `scores` takes
 the largest logit and the entropy of each query.
@@ -73,14 +74,71 @@ TALLY = ("overflow", "underflow", "nonzero", "negative_zero", "signal", "noise")
 TALLY_DTYPES = (jnp.int32,) * 4 + (jnp.float32,) * 2
 
 
-def forward(shape: Shape, factors, q, k, v_ht, segments, o, level, weight):
-    """Compute O, [queries, h], and for each query the ceil of its largest score in base 2 and the sum of its P~ as cast.
+# Where the scalars stand in `factors`. SCORE: softmax scale * log2(e) * scale of q * scale of k. VALUE: scale of v.
+SCORE, VALUE = 0, 1
+# Of the backward kernels. DS: scale of dO * scale of v / scale of dS / 256. GRADIENT: scale of dS * softmax scale * scale of k
+# for dQ, of q for dK. DV: scale of dO / 256.
+DS, GRADIENT, DV = 1, 2, 3
 
-    factors: softmax scale * log2(e) * scale of q * scale of k; scale of v.
+
+class ForwardInputs(NamedTuple):
+    """What `forward` reads."""
+
+    factors: Any
+    q: Any
+    k: Any
+    v_ht: Any
+    segments: Any
+
+
+class ScoreInputs(NamedTuple):
+    """What `scores` reads."""
+
+    factors: Any
+    q: Any
+    k: Any
+    segments: Any
+
+
+class QueryInputs(NamedTuple):
+    """What `query_gradient` reads.
+
+    do, offset, shift: each row's dO divided by its factor, as cast; 8 - `Residuals.offset`; -rowsum(do * O) / scale of dS / 256; so that
+        dS = 2**(s factor + offset) * (dp factor + shift), where the row's factor cancels.
     """
+
+    factors: Any
+    q: Any
+    k: Any
+    k_ht: Any
+    v: Any
+    do: Any
+    offset: Any
+    shift: Any
+    segments: Any
+
+
+class KeyInputs(NamedTuple):
+    """What `key_gradients` reads; do, offset, shift as in QueryInputs."""
+
+    factors: Any
+    k: Any
+    v: Any
+    q: Any
+    q_ht: Any
+    do: Any
+    do_ht: Any
+    offset: Any
+    shift: Any
+    segments: Any
+
+
+def forward(shape: Shape, x: ForwardInputs, o: Any, level: Any, weight: Any) -> None:
+    """Compute O, [queries, h], and for each query the ceil of its largest score in base 2 and the sum of its P~ as cast."""
+    factors, q, k, v_ht, segments = x
     rows, keys = shape.tile.queries, shape.tile.keys
     first = _from_the_end(0) * rows
-    q_tile, factor = q[...], factors[0]
+    q_tile, factor = q[...], factors[SCORE]
     own = None if segments is None else segments[pl.ds(first, rows)]
 
     def step(j, carry, masked):
@@ -105,20 +163,16 @@ def forward(shape: Shape, factors, q, k, v_ht, segments, o, level, weight):
         jnp.full(rows, -jnp.inf, jnp.float32),
     )
     total, weights, peak = _over_keys(shape, first, segments is not None, step, init)
-    o[...] = (total * (factors[1] / jnp.where(weights == 0, 1.0, weights))[:, None]).astype(o.dtype)
+    o[...] = (total * (factors[VALUE] / jnp.where(weights == 0, 1.0, weights))[:, None]).astype(
+        o.dtype
+    )
     level[...] = jnp.where(peak == -jnp.inf, 0.0, peak)
     weight[...] = weights * P_SCALE
 
 
-def query_gradient(
-    shape: Shape, factors, q, k, k_ht, v, do, offset, shift, segments, dq, largest, *tally
-):
-    """Compute dQ, [queries, h], the largest |dS| of each query, [queries], in units of its scale, and its TALLY if asked.
-
-    factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of k * softmax scale.
-    do, offset, shift: each row's dO divided by its factor, as cast; 8 - `Residuals.offset`; -rowsum(do * O) / scale of dS / 256; so that
-        dS = 2**(s factor + offset) * (dp factor + shift), where the row's factor cancels.
-    """
+def query_gradient(shape: Shape, x: QueryInputs, dq: Any, largest: Any, *tally: Any) -> None:
+    """Compute dQ, [queries, h], the largest |dS| of each query, [queries], in units of its scale, and its TALLY if asked."""
+    factors, q, k, k_ht, v, do, offset, shift, segments = x
     rows, keys = shape.tile.queries, shape.tile.keys
     first = _from_the_end(0) * rows
     q_tile, do_tile = q[...], do[...]
@@ -133,8 +187,8 @@ def query_gradient(
         if masked:
             s = jnp.where(seen, s, -jnp.inf)
         dp = dot(do_tile, v[at, :].T, interpret=shape.interpret)
-        p = _exponentials(s, factors[0], row_offset[:, None], shape)
-        ds = p * fma(dp, factors[1], row_shift[:, None], interpret=shape.interpret)
+        p = _exponentials(s, factors[SCORE], row_offset[:, None], shape)
+        ds = p * fma(dp, factors[DS], row_shift[:, None], interpret=shape.interpret)
         qds = _cast(ds, shape.ds_dtype, shape)
         total = _add(total, qds, k_ht[:, at].T, shape, "dgrad")
         if shape.health:
@@ -146,19 +200,15 @@ def query_gradient(
     total, peak, *sums = _over_keys(shape, first, segments is not None, step, init)
     for out, value in zip(tally, sums, strict=True):
         out[...] = value
-    dq[...] = (total * factors[2]).astype(dq.dtype)
+    dq[...] = (total * factors[GRADIENT]).astype(dq.dtype)
     # A GPU's maximum drops NaN, but a NaN in dS is one in dQ.
     bad = jnp.max(jnp.where(jnp.isnan(total), 1.0, 0.0), axis=1) > 0
     largest[...] = jnp.where(bad, jnp.nan, peak)
 
 
-def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, offset, shift, segments, dk, dv):
-    """Compute the gradients of one KV head, dK and dV, [keys, h], summed over its query heads.
-
-    factors: that of the scores; scale of dO * scale of v / scale of dS / 256; scale of dS * scale of q * softmax scale;
-        scale of dO / 256.
-    do, offset, shift: as for `query_gradient`.
-    """
+def key_gradients(shape: Shape, x: KeyInputs, dk: Any, dv: Any) -> None:
+    """Compute the gradients of one KV head, dK and dV, [keys, h], summed over its query heads."""
+    factors, k, v, q, q_ht, do, do_ht, offset, shift, segments = x
     rows, keys = shape.tile.queries, shape.tile.keys
     first = pl.program_id(0) * keys
     k_tile, v_tile = k[...], v[...]
@@ -172,12 +222,12 @@ def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, offset, shift
             s_t = jnp.where(
                 _visible(i * rows, first, rows, keys, own, segments, transposed=True), s_t, -jnp.inf
             )
-        p_t = _exponentials(s_t, factors[0], offset[head, at][None, :], shape)
+        p_t = _exponentials(s_t, factors[SCORE], offset[head, at][None, :], shape)
         total_v = _add(
             total_v, _cast(p_t, formats.E4M3, shape), do_ht[head, :, at].T, shape, "wgrad"
         )
         dp_t = dot(v_tile, do[at, head, :].T, interpret=shape.interpret)
-        ds_t = p_t * fma(dp_t, factors[1], shift[head, at][None, :], interpret=shape.interpret)
+        ds_t = p_t * fma(dp_t, factors[DS], shift[head, at][None, :], interpret=shape.interpret)
         total_k = _add(
             total_k, _cast(ds_t, shape.ds_dtype, shape), q_ht[head, :, at].T, shape, "wgrad"
         )
@@ -192,18 +242,16 @@ def key_gradients(shape: Shape, factors, k, v, q, q_ht, do, do_ht, offset, shift
 
     zeros = jnp.zeros(k_tile.shape, jnp.float32)
     total_k, total_v = lax.fori_loop(0, q.shape[1], one_head, (zeros, zeros))
-    dk[...] = (total_k * factors[2]).astype(dk.dtype)
-    dv[...] = (total_v * factors[3]).astype(dv.dtype)
+    dk[...] = (total_k * factors[GRADIENT]).astype(dk.dtype)
+    dv[...] = (total_v * factors[DV]).astype(dv.dtype)
 
 
-def scores(shape: Shape, factors, q, k, segments, top, entropy):
-    """Compute each query's largest scaled logit, infinite if one is not finite, and its entropy in base 2, [queries].
-
-    factors: softmax scale * log2(e) * scale of q * scale of k.
-    """
+def scores(shape: Shape, x: ScoreInputs, top: Any, entropy: Any) -> None:
+    """Compute each query's largest scaled logit, infinite if one is not finite, and its entropy in base 2, [queries]."""
+    factors, q, k, segments = x
     rows, keys = shape.tile.queries, shape.tile.keys
     first = _from_the_end(0) * rows
-    q_tile, factor = q[...], factors[0]
+    q_tile, factor = q[...], factors[SCORE]
     own = None if segments is None else segments[pl.ds(first, rows)]
 
     def step(j, carry, masked):

@@ -32,7 +32,14 @@ from fp8jax.numerics import statistics, triton_dot
 from fp8jax.numerics.attention import composed as attention_composed
 from fp8jax.numerics.attention import kernels as attention_kernels
 from fp8jax.numerics.attention import rows as attention_rows
-from fp8jax.numerics.attention.kernels import Shape, Tile
+from fp8jax.numerics.attention.kernels import (
+    ForwardInputs,
+    KeyInputs,
+    QueryInputs,
+    ScoreInputs,
+    Shape,
+    Tile,
+)
 from fp8jax.numerics.attention.rows import LOG2_E, P_SCALE, Call, Operands, Residuals, Weights
 from fp8jax.numerics.formats import Quantised
 
@@ -52,6 +59,7 @@ TILES = {
     (KEYS, 256): Tile(32, 64, 8, 2),
 }
 Tiles = dict[tuple[str, int], Tile]
+KernelInputs = ForwardInputs | ScoreInputs | QueryInputs | KeyInputs
 # Lengths are padded to whole numbers of the largest tile; FP8 rows are then also aligned for
 # 16-byte copies.
 _PAD = 128
@@ -233,11 +241,11 @@ def _forward(call: Call, tiles: Tiles, factors, q, k, v, segments) -> tuple[jax.
         shape,
         (shape.length // shape.tile.queries, kv * g, b),
         ("attention_scores.fprop", "attention_values.fprop"),
-        in_specs=[_whole(8), of_head, of_keys, of_keys_ht, of_batch],
+        in_specs=ForwardInputs(_whole(8), of_head, of_keys, of_keys_ht, of_batch),
         out_specs=[of_head, of_rows, of_rows],
         out_shape=[jax.ShapeDtypeStruct(q.shape, call.dtype)]
         + [jax.ShapeDtypeStruct((b, kv, g, shape.length), jnp.float32)] * 2,
-    )(factors, q, k, _ht(v), segments)
+    )(ForwardInputs(factors, q, k, _ht(v), segments))
     return o[:, :t], *(jnp.moveaxis(row, 3, 1)[:, :t] for row in rows)
 
 
@@ -269,10 +277,10 @@ def _scores(call: Call, factors, q, k, segments) -> tuple[jax.Array, ...]:
         shape,
         (shape.length // shape.tile.queries, kv * g, b),
         ("attention_scores.fprop",),
-        in_specs=[_whole(8), of_head, of_keys, of_batch],
+        in_specs=ScoreInputs(_whole(8), of_head, of_keys, of_batch),
         out_specs=[of_rows] * 2,
         out_shape=[jax.ShapeDtypeStruct((b, kv, g, shape.length), jnp.float32)] * 2,
-    )(factors, q, k, segments)
+    )(ScoreInputs(factors, q, k, segments))
     return tuple(rows[..., :t] for rows in found)
 
 
@@ -284,21 +292,21 @@ def _query_gradient(call, shape, factors, q, k, v, do, offset, shift, segments) 
         shape,
         (t // shape.tile.queries, kv * g, b),
         ("attention_scores.fprop*", "attention_values.dgrad*", "attention_scores.dgrad"),
-        in_specs=[
-            _whole(8),
-            of_head,
-            of_keys,
-            of_keys_ht,
-            of_keys,
-            of_head,
-            of_rows,
-            of_rows,
-            of_batch,
-        ],
+        in_specs=QueryInputs(
+            factors=_whole(8),
+            q=of_head,
+            k=of_keys,
+            k_ht=of_keys_ht,
+            v=of_keys,
+            do=of_head,
+            offset=of_rows,
+            shift=of_rows,
+            segments=of_batch,
+        ),
         out_specs=[of_head, of_rows, *[of_rows] * len(tally)],
         out_shape=[jax.ShapeDtypeStruct(q.shape, call.dtype)]
         + [jax.ShapeDtypeStruct((b, kv, g, t), dtype) for dtype in (jnp.float32, *tally)],
-    )(factors, q, k, _ht(k), v, do, offset, shift, segments)
+    )(QueryInputs(factors, q, k, _ht(k), v, do, offset, shift, segments))
 
 
 def _key_gradients(call, shape, factors, q, k, v, do, offset, shift, segments) -> list[jax.Array]:
@@ -321,21 +329,21 @@ def _key_gradients(call, shape, factors, q, k, v, do, offset, shift, segments) -
             "attention_scores.wgrad",
         ),
         repeats=g,
-        in_specs=[
-            _whole(8),
-            of_tile,
-            of_tile,
-            of_heads,
-            of_heads_ht,
-            of_heads,
-            of_heads_ht,
-            of_rows,
-            of_rows,
-            of_batch,
-        ],
+        in_specs=KeyInputs(
+            factors=_whole(8),
+            k=of_tile,
+            v=of_tile,
+            q=of_heads,
+            q_ht=of_heads_ht,
+            do=of_heads,
+            do_ht=of_heads_ht,
+            offset=of_rows,
+            shift=of_rows,
+            segments=of_batch,
+        ),
         out_specs=[of_tile, of_tile],
         out_shape=[jax.ShapeDtypeStruct(k.shape, call.dtype)] * 2,
-    )(factors, k, v, q, _ht(q), do, _ht(do), offset, shift, segments)
+    )(KeyInputs(factors, k, v, q, _ht(q), do, _ht(do), offset, shift, segments))
 
 
 def _shape(call: Call, tiles: Tiles, kernel: str, q: jax.Array) -> Shape:
@@ -384,28 +392,28 @@ def _call(
     grid: tuple[int, ...],
     gemms: tuple[str, ...],
     *,
-    in_specs: list,
+    in_specs: KernelInputs,
     repeats: int = 1,
     **options: Any,
 ) -> Callable:
-    """Return the kernel as a function of arrays: factors, queries or keys, ..., segments or None; `gemms` go into the scope."""
+    """Return the kernel as a function of what it reads, arrays, segments or None; `gemms` go into the scope."""
 
-    def run(*arrays):
-        specs = in_specs if arrays[-1] is not None else [*in_specs[:-1], None]
-        head_dim = arrays[1].shape[-1]
+    def run(x: KernelInputs) -> Any:
+        specs = in_specs if x.segments is not None else in_specs._replace(segments=None)
+        head_dim = x.k.shape[-1]
         names, flops = "+".join(gemms), 2 * _pairs(shape) * head_dim * math.prod(grid[1:]) * repeats
         with jax.named_scope(f"fp8jax.fused[{names}][{flops}]"):
             return pl.pallas_call(
                 functools.partial(kernel, shape),
                 grid=grid,
-                in_specs=specs,
+                in_specs=[specs],
                 interpret=shape.interpret,
                 name=f"fp8_attention_{kernel.__name__}",
                 compiler_params=triton.CompilerParams(
                     num_warps=shape.tile.warps, num_stages=shape.tile.stages
                 ),
                 **options,
-            )(*arrays)
+            )(x)
 
     if not shape.interpret:
         triton_dot.register()

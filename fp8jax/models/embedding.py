@@ -30,7 +30,9 @@ def lookup(table_vd: jax.Array, ids_bt: jax.Array, scale: float, dtype: Any) -> 
     return _forward(table_vd, ids_bt, scale, dtype)[0]
 
 
-def _forward(table, ids, scale, dtype):
+def _forward(
+    table: jax.Array, ids: jax.Array, scale: float, dtype: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     mesh = jax.sharding.get_abstract_mesh()
     rows = functools.partial(_rows, scale=scale, dtype=dtype)
     if not _is_split(mesh, ids):
@@ -45,7 +47,9 @@ def _forward(table, ids, scale, dtype):
     return run(table, ids), (ids, table)
 
 
-def _backward(scale, _, saved, g):
+def _backward(
+    scale: float, _: Any, saved: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, None]:
     ids, table = saved
     mesh = jax.sharding.get_abstract_mesh()
     scatter = functools.partial(_scatter, scale=scale, dtype=table.dtype)

@@ -126,12 +126,45 @@ class _Running(NamedTuple):
     other: jax.Array
 
 
+class _Residuals(NamedTuple):
+    """What the backward pass keeps; lse, target and other are [b, t], of_x is what the token brings back of x."""
+
+    qx: Quantised
+    qw: Quantised
+    targets: jax.Array
+    lse: jax.Array
+    target: jax.Array
+    other: jax.Array
+    scales: jax.Array | None
+    token: Token | None
+    counted: jax.Array | None
+    of_x: jax.Array | None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(call, x, w, qw, targets, scales, token, counted):
+def _cross_entropy(
+    call: _Call,
+    x: jax.Array,
+    w: jax.Array,
+    qw: Quantised,
+    targets: jax.Array,
+    scales: jax.Array | None,
+    token: Token | None,
+    counted: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     return _forward(call, x, w, qw, targets, scales, token, counted)[0]
 
 
-def _forward(call, x, w, qw, targets, scales, token, counted):
+def _forward(
+    call: _Call,
+    x: jax.Array,
+    w: jax.Array,
+    qw: Quantised,
+    targets: jax.Array,
+    scales: jax.Array | None,
+    token: Token | None,
+    counted: jax.Array | None,
+) -> tuple[tuple[jax.Array, jax.Array], _Residuals]:
     scales = scales if call.recipe.scaling == "delayed" else None
     qx, amax_x = call.recipe.quantise(x, operand_scale(scales, "x"), "x")
 
@@ -159,7 +192,7 @@ def _forward(call, x, w, qw, targets, scales, token, counted):
         jnp.sum(found.total * jnp.exp(found.largest - largest[..., None]), axis=2)
     )
     of_x = report_cast(token, x, qx, amax_x, counted=counted)
-    return (lse - target, lse), (
+    return (lse - target, lse), _Residuals(
         as_bytes(qx),
         qw,
         targets,
@@ -173,7 +206,9 @@ def _forward(call, x, w, qw, targets, scales, token, counted):
     )
 
 
-def _backward(call, residuals, cotangents):
+def _backward(
+    call: _Call, residuals: _Residuals, cotangents: tuple[jax.Array, jax.Array]
+) -> tuple[Any, ...]:
     qx, qw, targets, lse, target, other, scales, token, counted, of_x = residuals
     qx, recipe = from_bytes(qx), call.recipe
     of_nll, both = (
@@ -212,7 +247,9 @@ def _backward(call, residuals, cotangents):
     if in_full and scale is not None:
         whole = jnp.concatenate([jnp.stack([amax, scale]), health[2:]])
         of_g = statistics.of_gradient(whole, lse.shape, counted, mean=total / float(elements))
-    d_token = None if of_x is None else token.like(jnp.stack([of_x, of_g]))
+    d_token = None
+    if token is not None and of_x is not None:
+        d_token = token.like(jnp.stack([of_x, of_g]))
     return jnp.sum(dx, axis=0).astype(call.x_dtype), dw, None, None, None, d_token, None
 
 

@@ -43,6 +43,7 @@ casts to the activations' dtype; with attention_values in it, dO is not divided.
 
 import functools
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ from fp8jax.numerics.attention import pallas as attention_pallas
 from fp8jax.numerics.attention import rows as attention_rows
 from fp8jax.numerics.attention.rows import Call, Operands, Residuals, Weights
 from fp8jax.numerics.gemm import CHECKPOINT_NAME, as_bytes, from_bytes, named
-from fp8jax.numerics.gemm_sharding import Partition, moved, pin, placements
+from fp8jax.numerics.gemm_sharding import Partition, Placement, moved, pin, placements
 from fp8jax.numerics.recipes import GemmRecipe
 from fp8jax.numerics.scaling import operand_scale
 from fp8jax.numerics.tokens import FULL, Token, as_token, report_amax, report_cast
@@ -165,12 +166,47 @@ def _cudnn(
     return o.reshape(q.shape)
 
 
+Reports = dict[str, tuple[jax.Array | None, ...]]
+
+
+class _Saved(NamedTuple):
+    """What the backward pass keeps: operands in bytes, the result, its weights, and what tokens bring back of operands."""
+
+    operands: Operands
+    o: jax.Array
+    weights: Weights
+    reports: Reports
+    scales: dict[str, jax.Array]
+    tokens: dict[str, Token]
+    counted: jax.Array | None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(backend, call, q, k, v, segment_ids, scales, tokens, counted):
+def _attention(
+    backend: str,
+    call: Call,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    scales: dict[str, jax.Array],
+    tokens: dict[str, Token],
+    counted: jax.Array | None,
+) -> jax.Array:
     return _forward(backend, call, q, k, v, segment_ids, scales, tokens, counted)[0]
 
 
-def _forward(backend, call, q, k, v, segment_ids, scales, tokens, counted):
+def _forward(
+    backend: str,
+    call: Call,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    scales: dict[str, jax.Array],
+    tokens: dict[str, Token],
+    counted: jax.Array | None,
+) -> tuple[jax.Array, _Saved]:
     many, few, rows = placements(call.partition, "btkgh", "bskh", "btkg")
     q, k, v = pin(q, many.cast), pin(k, few.cast), pin(v, few.cast)
     qq, amax_q = call.scores.quantise(q, _scale(scales, SCORES, "q"), "q")
@@ -179,72 +215,78 @@ def _forward(backend, call, q, k, v, segment_ids, scales, tokens, counted):
     qq, qk, qv = moved(qq, many.cast), moved(qk, few.cast), moved(qv, few.cast)
     qq, qk = (named(qq), named(qk)) if call.scores.fp8 else (qq, qk)
     qv = named(qv) if call.values.fp8 else qv
-    o, weights = _FORWARD[backend](
-        call, Operands(moved(qq, many.gemm), moved(qk, few.gemm), moved(qv, few.gemm), segment_ids)
-    )
-    o, weights = pin(o, many.cast), Weights(*(pin(row, rows.cast) for row in weights))
-    scores, values, report = (
-        tokens.get(SCORES),
-        tokens.get(VALUES),
-        functools.partial(report_cast, counted=counted),
-    )
-    reports = {
-        SCORES: (report(scores, q, qq, amax_q, many.cast), report(scores, k, qk, amax_k, few.cast)),
-        VALUES: (report(values, v, qv, amax_v, few.cast),),
-    }
+    given = Operands(moved(qq, many.gemm), moved(qk, few.gemm), moved(qv, few.gemm), segment_ids)
+    o, weights = _FORWARD[backend](call, given)
+    o = pin(o, many.cast)
+    weights = Weights(*(pin(row, rows.cast) for row in weights))
+    report = functools.partial(report_cast, counted=counted)
+    of_q = report(tokens.get(SCORES), q, qq, amax_q, many.cast)
+    of_k = report(tokens.get(SCORES), k, qk, amax_k, few.cast)
+    of_v = report(tokens.get(VALUES), v, qv, amax_v, few.cast)
+    reports: Reports = {SCORES: (of_q, of_k), VALUES: (of_v,)}
     o, weights, reports = checkpoint_name((o, weights, reports), CHECKPOINT_NAME)
     kept = Operands(as_bytes(qq), as_bytes(qk), as_bytes(qv), segment_ids)
-    return o, (kept, o, weights, reports, scales, tokens, counted)
+    return o, _Saved(kept, o, weights, reports, scales, tokens, counted)
 
 
-def _backward(backend, call, saved, do):
-    kept, o, weights, reports, scales, tokens, counted = saved
-    many, few, rows, heads = placements(call.partition, "btkgh", "bskh", "btkg", "bk")
-    operands = Operands(
-        *(
-            moved(from_bytes(q), *place)
-            for q, place in zip(kept[:3], (many, few, few), strict=True)
-        ),
-        kept.segment_ids,
-    )
+def _backward(backend: str, call: Call, saved: _Saved, do: jax.Array) -> tuple[Any, ...]:
+    many, few, rows = placements(call.partition, "btkgh", "bskh", "btkg")
+    operands = _operands(saved.operands, many, few)
     do = pin(do, many.cast)
-    factor, offset = attention_rows.row_factors(call, weights)
+    factor, offset = attention_rows.row_factors(call, saved.weights)
     shared = do.astype(jnp.float32) / factor[..., None] if call.values.fp8 else do
-    qdo, amax_do = call.values.quantise(shared, _scale(scales, VALUES, "do"), "do")
+    qdo, amax_do = call.values.quantise(shared, _scale(saved.scales, VALUES, "do"), "do")
     # It is taken from the cast dO, as dP is: otherwise rows of dS do not sum to 0, by as much as
     # the values have in common.
-    delta = jnp.sum(formats.dequantise(qdo) * o.astype(jnp.float32), axis=-1)
-    scale = (
-        call.scores.static_scale("ds")
-        if call.scores.scaling == "static"
-        else _scale(scales, SCORES, "ds")
-    )
+    delta = jnp.sum(formats.dequantise(qdo) * saved.o.astype(jnp.float32), axis=-1)
+    if call.scores.scaling == "static":
+        scale = call.scores.static_scale("ds")
+    else:
+        scale = _scale(saved.scales, SCORES, "ds")
     residuals = Residuals(moved(qdo, *many), pin(offset, rows.gemm), pin(delta, rows.gemm))
     dq, dk, dv, of_ds = _BACKWARD[backend](call, operands, residuals, scale)
-    if call.health:
-        of_ds = statistics.of_gradient(of_ds, do.shape, counted)
-    elif SCORES in tokens and of_ds is not None:
-        of_ds = report_amax(tokens[SCORES], of_ds, heads.gemm, formats.amax(of_ds))
-    of_do = report_cast(tokens.get(VALUES), shared, qdo, amax_do, many.cast, counted=counted)
-    if (
-        of_do is not None and VALUES in tokens and tokens[VALUES].brings == FULL
-    ):  # the distribution of dO, not of its rows as cast
-        spread = statistics.distribution(do, counted)
-        names = *statistics.DISTRIBUTION, *statistics.WEIGHTS
-        of_do = jnp.concatenate(
-            [of_do[: len(statistics.HEALTH)], jnp.stack([spread[name] for name in names])]
-        )
-    found = {SCORES: (*reports[SCORES], of_ds), VALUES: (*reports[VALUES], of_do)}
+    of_ds = _report_ds(call, saved, of_ds, do)
+    token = saved.tokens.get(VALUES)
+    of_do = report_cast(token, shared, qdo, amax_do, many.cast, counted=saved.counted)
+    of_do = _with_spread(token, of_do, do, saved.counted)
+    found = {SCORES: (*saved.reports[SCORES], of_ds), VALUES: (*saved.reports[VALUES], of_do)}
     dq, dk, dv = pin(dq, many.cast), pin(dk, few.cast), pin(dv, few.cast)
-    return (
-        dq,
-        dk,
-        dv,
-        None,
-        None,
-        {role: _stacked(found[role], token) for role, token in tokens.items()},
-        None,
-    )
+    d_tokens = {role: _stacked(found[role], token) for role, token in saved.tokens.items()}
+    return dq, dk, dv, None, None, d_tokens, None
+
+
+def _operands(kept: Operands, many: Placement, few: Placement) -> Operands:
+    """Operands of the forward pass again, from bytes, as the GEMMs take them."""
+    q = moved(from_bytes(kept.q), *many)
+    k = moved(from_bytes(kept.k), *few)
+    v = moved(from_bytes(kept.v), *few)
+    return Operands(q, k, v, kept.segment_ids)
+
+
+def _report_ds(
+    call: Call, saved: _Saved, of_ds: jax.Array | None, do: jax.Array
+) -> jax.Array | None:
+    """What the token brings back of dS, from what a backend reports of it: its amax by head, or its health."""
+    if of_ds is None:
+        return None
+    if call.health:
+        return statistics.of_gradient(of_ds, do.shape, saved.counted)
+    if SCORES not in saved.tokens:
+        return of_ds
+    (heads,) = placements(call.partition, "bk")
+    return report_amax(saved.tokens[SCORES], of_ds, heads.gemm, formats.amax(of_ds))
+
+
+def _with_spread(
+    token: Token | None, of_do: jax.Array | None, do: jax.Array, counted: jax.Array | None
+) -> jax.Array | None:
+    """What is reported of dO, with how dO itself is spread, and not what its rows are cast as."""
+    if of_do is None or token is None or token.brings != FULL:
+        return of_do
+    spread = statistics.distribution(do, counted)
+    names = *statistics.DISTRIBUTION, *statistics.WEIGHTS
+    of_cast = of_do[: len(statistics.HEALTH)]
+    return jnp.concatenate([of_cast, jnp.stack([spread[name] for name in names])])
 
 
 def _stacked(reports: tuple[jax.Array | None, ...], token: Token) -> Token:

@@ -25,6 +25,7 @@ from fp8jax.config import Config
 from fp8jax.models import activations, architectures, gemms
 from fp8jax.models.gemms import Gemms
 from fp8jax.models.layers import apply_rope, rope_frequencies, rope_table
+from fp8jax.models.model_recipes import model_recipes
 from fp8jax.models.transformer import Block
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.numerics.formats import Quantised
@@ -99,7 +100,7 @@ def with_torch(config: Config, shape: tuple[int, ...], *, fp8: bool) -> Callable
 
 def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Callable:
     """Return the block of fp8jax, with delayed scaling, weights quantised in each call and amaxes reported."""
-    recipes = gemms.model_recipes(
+    recipes = model_recipes(
         config,
         gated=False,
         emulated=not common.on_gpu(),

@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 
 from fp8jax.config import Config, ModelConfig, settled
 from fp8jax.data import tokenizer
-from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, Params, define
-from fp8jax.models.gemms import ModelRecipes
+from fp8jax.models.model_recipes import ModelRecipes, model_recipes
 from fp8jax.parallel.mesh import (
     emulates_fp8,
     fitting_mesh,
@@ -124,12 +123,12 @@ def _planned(config: Config, definition: Definition, mesh: Mesh) -> Plan:
     plain = settled(config)
     gated = definition.gated()
     emulated = emulates_fp8(config, device)
-    recipes = gemms.model_recipes(
+    recipes = model_recipes(
         plain,
         gated=gated,
         emulated=emulated,
         fused=not emulated and runs_kernels(device),
         cudnn=has_cudnn_attention(config, device),
     )
-    bf16_recipes = gemms.model_recipes(plain, gated=gated, emulated=emulated, recipe="bf16")
+    bf16_recipes = model_recipes(plain, gated=gated, emulated=emulated, recipe="bf16")
     return Plan(config, definition, mesh, recipes, bf16_recipes, emulated)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fp8jax.models.model_recipes import HEAD, LayerRecipes, ModelRecipes
-from fp8jax.models.model_recipes import model_recipes as model_recipes
+from fp8jax.models.taps import Taps
 from fp8jax.numerics import formats, statistics
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics import scaling as scaling_lib
@@ -27,7 +27,6 @@ from fp8jax.numerics.gemm import quantise_weight
 from fp8jax.numerics.recipes import GemmRecipe
 from fp8jax.numerics.tokens import AMAX, AMAX_BY_DEVICE, FULL, Brings, Token
 
-Health = dict[str, dict[str, jax.Array]]
 _WIDTH = len(statistics.REPORT)
 
 
@@ -201,7 +200,7 @@ def over_devices(amaxes: scaling_lib.Tokens) -> scaling_lib.Tokens:
 
 def read_reports(
     found: scaling_lib.Tokens, recipes: ModelRecipes, *, pooled: bool
-) -> tuple[scaling_lib.Tokens, Health]:
+) -> tuple[scaling_lib.Tokens, Taps]:
     """Read the cotangents of tokens for FULL: raw amaxes as those for AMAX, and statistics by operand.
 
     Args:
@@ -230,7 +229,7 @@ def read_reports(
 
 def weight_health(
     weights: Mapping[str, jax.Array], quantised: list[dict[str, Quantised]], recipes: ModelRecipes
-) -> Health:
+) -> Taps:
     """Return the health of the weights' casts, in the form of `read_reports`.
 
     Args:
@@ -266,7 +265,7 @@ def weight_health(
     return out
 
 
-def head_health(weight: jax.Array, quantised: Quantised, recipes: ModelRecipes) -> Health:
+def head_health(weight: jax.Array, quantised: Quantised, recipes: ModelRecipes) -> Taps:
     """Return the health of the head's weight; {} if it is not in FP8."""
     return (
         {f"{HEAD}.w": _by_name(statistics.health(weight, quantised)[None])}

@@ -151,7 +151,7 @@ class Transformer(nnx.Module):
             self.blocks.gemm_weights() | {gemms_lib.HEAD: self.head_weight()[None]}, recipes
         )
 
-    def weight_health(self, gemms: Gemms) -> gemms_lib.Health:
+    def weight_health(self, gemms: Gemms) -> taps_lib.Taps:
         """Return the health of the casts of `prepare`, by weight ('mlp_up.w')."""
         recipes = gemms.recipes
         out = gemms_lib.weight_health(self.blocks.gemm_weights(), gemms.weights, recipes)

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from fp8jax.config import Config, OptimizerConfig, settled
 from fp8jax.models import gemms as gemms_lib
 from fp8jax.models.definition import STACKED, Definition, Params
-from fp8jax.models.gemms import Gemms, ModelRecipes
+from fp8jax.models.gemms import Gemms
+from fp8jax.models.model_recipes import ModelRecipes
 from fp8jax.models.taps import Taps
 from fp8jax.models.transformer import ForwardOptions
 from fp8jax.numerics import low_bit_state, statistics

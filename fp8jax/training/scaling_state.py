@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fp8jax.models.gemms import ModelRecipes
+from fp8jax.models.model_recipes import ModelRecipes
 from fp8jax.numerics.recipes import GemmRecipe
 from fp8jax.numerics.roles import HEAD
 from fp8jax.numerics.scaling import Scaling, entries, operands, role_of, scales_of

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition
-from fp8jax.models.gemms import ModelRecipes
+from fp8jax.models.model_recipes import ModelRecipes
 from fp8jax.parallel.sharding import named_sharding
 from fp8jax.training import state_formats
 from fp8jax.training.bad_steps import Health

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fp8jax.config import Config, settled
 from fp8jax.models import gemms
 from fp8jax.models.definition import Definition, Params
-from fp8jax.models.gemms import ModelRecipes
+from fp8jax.models.model_recipes import ModelRecipes
 from fp8jax.models.taps import Packed, Taps, pack
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.parallel.rows import Rows

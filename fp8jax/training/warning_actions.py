@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fp8jax.config import WARNING_LEVELS, WarningConfig
-from fp8jax.models.gemms import ModelRecipes
+from fp8jax.models.model_recipes import ModelRecipes
 from fp8jax.monitor.early_warning import REMEMBERED, WINDOW, Alarm, EarlyWarning, advised_fallbacks
 from fp8jax.monitor.logs import tail
 from fp8jax.monitor.progress import Progress

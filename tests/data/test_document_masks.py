@@ -7,8 +7,8 @@ import pytest
 
 from fp8jax import config as configs
 from fp8jax.data import packing, pipeline, shards, sources, tokenizer
-from fp8jax.models import gemms
 from fp8jax.models.definition import define
+from fp8jax.models.model_recipes import model_recipes
 
 BYTE = tokenizer.load("byte")
 TEXTS = ["Anne Elliot", "", "of Kellynch Hall, in Somersetshire", "was a man"]
@@ -59,7 +59,7 @@ def test_packed_documents_have_the_logits_of_each_alone(tmp_path, kind, fp8):
         {"model": model, "fp8": fp8, "data": {"document_masks": True, "sequence_length": 64}}
     )
     definition = define(config.model, 384)
-    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
+    recipes = model_recipes(config, gated=definition.gated(), emulated=True)
     bound = definition.bind(definition.init(0))
     logits = jax.jit(lambda batch: bound(batch, bound.prepare(recipes))[0].astype(jnp.float32))
     packed_btv, alone_btv = (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fp8jax import config as config_lib
-from fp8jax.models import gemms
 from fp8jax.models.definition import define
+from fp8jax.models.model_recipes import model_recipes
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, LENGTH = 2, 24, 6, 2, 10, 20, 96, 9
 MODEL = {
@@ -223,7 +223,7 @@ def sample(architecture):
 @architectures
 def test_loss_and_gradients_are_those_of_the_mathematics(architecture):
     config, definition = definition_of(architecture)
-    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
+    recipes = model_recipes(config, gated=definition.gated(), emulated=True)
     params, tokens, mask = sample(architecture)
 
     def loss(params):

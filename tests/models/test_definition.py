@@ -9,6 +9,7 @@ from configs import common
 from fp8jax import config as config_lib
 from fp8jax.models import gemms
 from fp8jax.models.definition import define
+from fp8jax.models.model_recipes import model_recipes
 from fp8jax.models.transformer import ForwardOptions
 from fp8jax.numerics.compiling import compiler_options
 
@@ -51,9 +52,7 @@ def test_parameter_counts(size, architecture):
 def test_every_architecture_has_gradients_everywhere(architecture):
     config = config_lib.from_dict({"model": TINY | {"architecture": architecture}})
     definition = define(config.model, 128)
-    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True).scaled_by(
-        "current"
-    )
+    recipes = model_recipes(config, gated=definition.gated(), emulated=True).scaled_by("current")
     params = definition.init(0)
     batch = {"inputs": jnp.asarray(np.random.default_rng(0).integers(0, 128, (2, 32)), jnp.int32)}
     weights = definition.bind(params).prepare(recipes)
@@ -75,9 +74,7 @@ def run_tiny(overrides: str = "", recipe: str = "fp8_dpa", **model):
         {"model": TINY | model, "fp8": {"recipe": recipe, "overrides": overrides}}
     )
     definition = define(config.model, 128)
-    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True).scaled_by(
-        "current"
-    )
+    recipes = model_recipes(config, gated=definition.gated(), emulated=True).scaled_by("current")
     params = definition.init(0)
     batch = {"inputs": jnp.asarray(np.random.default_rng(0).integers(0, 128, (2, 32)), jnp.int32)}
 

@@ -10,7 +10,8 @@ import pytest
 
 from fp8jax import config as config_lib
 from fp8jax.config import ConfigError
-from fp8jax.models import gemms, layers
+from fp8jax.models import layers
+from fp8jax.models.model_recipes import model_recipes
 from fp8jax.monitor import outliers
 from fp8jax.numerics import statistics
 from fp8jax.numerics.gemm import dot_general
@@ -36,7 +37,7 @@ def make(fp8=None, training=None, **model):
 
 
 def recipes(fp8, *, emulated=True):
-    return gemms.model_recipes(make(fp8), gated=False, emulated=emulated)
+    return model_recipes(make(fp8), gated=False, emulated=emulated)
 
 
 def test_scalings_by_role_and_layer():
@@ -53,7 +54,7 @@ def test_scalings_by_role_and_layer():
 
 
 def test_the_head_is_overridden_too():
-    found = gemms.model_recipes(
+    found = model_recipes(
         make({"head": True, "overrides": "lm_head=current"}, tied_embeddings=False),
         gated=False,
         emulated=True,
@@ -62,7 +63,7 @@ def test_the_head_is_overridden_too():
         "delayed"
     }
     assert recipes({"overrides": "lm_head=bf16"}).head.scaling == "bf16"
-    evaluated = gemms.model_recipes(
+    evaluated = model_recipes(
         make({"head": True}, tied_embeddings=False), gated=False, emulated=True, recipe="bf16"
     )
     assert evaluated.head.scaling == "bf16" and not any(
@@ -118,10 +119,9 @@ def test_fast_accumulation(choice, precise):
 def test_attention_is_cudnns_where_it_may_be_and_none_of_it_is_in_fp8(fp8, backend):
     config = make(fp8)
     assert (
-        gemms.model_recipes(config, gated=False, emulated=True, cudnn=True).attention_backend
-        == backend
+        model_recipes(config, gated=False, emulated=True, cudnn=True).attention_backend == backend
     )
-    assert gemms.model_recipes(config, gated=False, emulated=True).attention_backend != "cudnn"
+    assert model_recipes(config, gated=False, emulated=True).attention_backend != "cudnn"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_attention_that_leaves_fp8_takes_the_best_backend_for_bf16(asked, overri
     config = make(
         {"recipe": "fp8_dpa", "attention_backend": asked, "overrides": overrides}, head_dim=64
     )
-    found = gemms.model_recipes(config, gated=False, emulated=False, fused=True, cudnn=True)
+    found = model_recipes(config, gated=False, emulated=False, fused=True, cudnn=True)
     assert [found.backend_of(layer) for layer in range(2)] == backends
 
 
@@ -148,7 +148,7 @@ def test_a_kernel_for_fp8_alone_is_refused_where_no_attention_is_in_fp8():
     with pytest.raises(
         ConfigError, match=r"attention_backend: pallas has no role in BF16, .*recipe=fp8_dpa"
     ):
-        gemms.model_recipes(
+        model_recipes(
             make({"recipe": "fp8", "attention_backend": "pallas"}, head_dim=64),
             gated=False,
             emulated=False,
@@ -160,7 +160,7 @@ def test_cudnn_is_refused_for_fp8_and_without_a_gpu():
     with pytest.raises(
         ConfigError, match="config.fp8.attention_backend: attention_scores: cudnn is for BF16 alone"
     ):
-        gemms.model_recipes(
+        model_recipes(
             make({"recipe": "fp8_dpa", "attention_backend": "cudnn"}),
             gated=False,
             emulated=False,
@@ -198,7 +198,7 @@ def test_blockwise_is_refused_where_it_cannot_run():
         }
     )
     assert mixed.blocks[0]["qkv"].scaling == "blockwise"
-    gemms.model_recipes(
+    model_recipes(
         make({"scaling": "blockwise"}), gated=False, emulated=False, recipe="bf16"
     )  # evaluation
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fp8jax import config as config_lib
-from fp8jax.models import gemms, kv_cache
+from fp8jax.models import kv_cache
 from fp8jax.models.definition import define
+from fp8jax.models.model_recipes import model_recipes
 
 MICRO = {"layers": 2, "width": 32, "ffn_width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8}
 LENGTH, CAPACITY = 12, 16
@@ -18,7 +19,7 @@ def decoded(dtype: str, architecture: str, recipe: str = "bf16"):
     """Logits of every position past the prompt: (uncached, cached), float32 [b, t, v], NaN before it."""
     config = config_lib.from_dict({"model": MICRO | {"architecture": architecture, "dtype": dtype}})
     definition = define(config.model, 64)
-    recipes = gemms.model_recipes(
+    recipes = model_recipes(
         config, gated=definition.gated(), emulated=True, recipe=recipe
     ).scaled_by("current")
     # Large weights: with those of an untrained model attention is nearly uniform, and a wrong mask hardly shows.

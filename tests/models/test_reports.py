@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fp8jax.models import gemms
+from fp8jax.models.model_recipes import ModelRecipes
 from fp8jax.numerics import statistics
 from fp8jax.numerics.recipes import OPERANDS, GemmRecipe
 
@@ -17,7 +18,7 @@ def recipes():
     """Two layers; mlp_down is in FP8 in the first alone, qkv nowhere."""
     roles = ("qkv", "mlp_up", "mlp_down", "attention_scores")
     first = dict.fromkeys(roles, FP8) | {"qkv": PLAIN}
-    return gemms.ModelRecipes(
+    return ModelRecipes(
         (first, first | {"mlp_down": PLAIN}), dataclasses.replace(FP8, scaling="current")
     )
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from fp8jax import config as config_lib
-from fp8jax.models import gemms
 from fp8jax.models.definition import define
+from fp8jax.models.model_recipes import model_recipes
 from fp8jax.models.transformer import ForwardOptions
 
 FORWARD = 5  # GEMMs of a layer's forward pass that its backward pass needs again: all but mlp_down
@@ -31,7 +31,7 @@ def operations(*, layers, scan_layers, remat):
         {"model": model | {"scan_layers": scan_layers}, "fp8": {"recipe": "bf16"}}
     )
     definition = define(config.model, 128)
-    recipes = gemms.model_recipes(config, gated=False, emulated=True)
+    recipes = model_recipes(config, gated=False, emulated=True)
 
     def loss(params, inputs):
         bound = definition.bind(params)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fp8jax.data import pipeline
 from fp8jax.models import gemms
+from fp8jax.models.model_recipes import ModelRecipes
 from fp8jax.numerics import formats
 from fp8jax.numerics.attention.definition import SCORES, VALUES, attention
 from fp8jax.numerics.compiling import compiler_options
@@ -97,7 +98,7 @@ def linear(features):
 
 def gemms_tokens(roles):
     """Of one layer, one dimension for each mesh axis."""
-    recipes = gemms.ModelRecipes(({role: RECIPE for role in roles},), GemmRecipe("bf16"))
+    recipes = ModelRecipes(({role: RECIPE for role in roles},), GemmRecipe("bf16"))
     return {
         role: token.like(token.values[0])
         for role, token in gemms.zero_tokens(recipes, AMAX_BY_DEVICE).items()

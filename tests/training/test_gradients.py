@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fp8jax import config as config_lib
-from fp8jax.models import gemms
 from fp8jax.models.definition import define
+from fp8jax.models.model_recipes import model_recipes
 from fp8jax.training import state as state_lib
 from fp8jax.training.gradients import GradientSums, gradient_view, gradients
 
@@ -54,7 +54,7 @@ def config_of(microbatches=1, **optimizer):
 def run(config):
     """Loss, gradients and parameters."""
     definition = define(config.model, VOCAB)
-    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
+    recipes = model_recipes(config, gated=definition.gated(), emulated=True)
     count = config.training.microbatches
     batch = {
         name: jnp.asarray(a).reshape(count, ROWS // count, LENGTH) for name, a in sample().items()

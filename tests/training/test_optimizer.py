@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fp8jax import config as config_lib
-from fp8jax.models import gemms
 from fp8jax.models.definition import define
+from fp8jax.models.model_recipes import model_recipes
 from fp8jax.training import optimizer, step
 from fp8jax.training.state import state_of
 
@@ -79,7 +79,7 @@ def gradients_of(like, seed, norm):
 def two_steps(config, monkeypatch):
     """Parameters before, after one and after two steps of the real program whose gradients are given; the gradients; metrics."""
     definition = define(config.model, 10)
-    recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
+    recipes = model_recipes(config, gated=definition.gated(), emulated=True)
     start = gradients_of(definition.shapes, 7, 3.0)
     state, given, metrics = (
         jax.jit(lambda: state_of(start, recipes, config), compiler_options=QUICK)(),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fp8jax import config as config_lib
-from fp8jax.models import gemms
 from fp8jax.models.definition import define
+from fp8jax.models.model_recipes import model_recipes
 from fp8jax.training import state as state_lib
 from fp8jax.training.gradients import gradients
 
@@ -41,7 +41,7 @@ def test_z_loss_adds_its_gradient_and_is_not_reported():
             values | {"optimizer": {"z_loss": weight}, "training": {"loss_chunk": loss_chunk}}
         )
         definition = define(config.model, 128)
-        recipes = gemms.model_recipes(config, gated=definition.gated(), emulated=True)
+        recipes = model_recipes(config, gated=definition.gated(), emulated=True)
         state = state_lib.initial_state(definition, recipes, config)
         loss, grads, _, _ = jax.jit(lambda s, b: gradients(s, b, config, definition, recipes))(
             state, batch

@@ -10,10 +10,10 @@ import pytest
 from configs import common as configs
 from fp8jax import config as config_lib
 from fp8jax.data import pipeline
-from fp8jax.models import gemms
+from fp8jax.models.model_recipes import model_recipes
 from fp8jax.numerics.compiling import compiler_options
 from fp8jax.training.evaluation import load_run
-from fp8jax.training.step import token_losses
+from fp8jax.training.losses import token_losses
 from tests.helpers.runs import train
 
 LINEAR = "qkv=bf16,attention_out=bf16,mlp_up=bf16,mlp_down=bf16"
@@ -42,7 +42,7 @@ def gradient_of_qkv(model, batch, recipe, overrides=""):
             model.plan.config.fp8, recipe=recipe, scaling="current", overrides=overrides
         ),
     )
-    recipes = gemms.model_recipes(config, gated=model.plan.definition.gated(), emulated=True)
+    recipes = model_recipes(config, gated=model.plan.definition.gated(), emulated=True)
 
     def loss(params):
         bound = model.plan.definition.bind(params)

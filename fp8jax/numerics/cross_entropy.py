@@ -1,23 +1,28 @@
-"""Cross-entropy of a linear head, a chunk of the vocabulary at a time: the logits of all tokens are never there at once.
+"""Compute the cross-entropy of a linear head, a chunk of the vocabulary at a time, without the logits of all tokens at once.
 
     nll_bt, lse_bt = linear_cross_entropy(x_btd, w_vd, targets_bt, recipe, chunk=8192)
 
-The forward pass keeps a running maximum, a running sum of exponentials and the target's logit of each token. The backward
-pass computes each chunk's logits again (one more head GEMM in three), from them its gradient, and from that this chunk's
-rows of dW and its part of dx. Beside inputs and results there is one chunk of logits, tokens x chunk, whatever the vocabulary.
+The forward pass keeps a running maximum, a running sum of exponentials and the target's logit of
+each token. The backward pass computes each chunk's logits again (one more head GEMM in three), from
+them its gradient, and from that this chunk's rows of dW and its part of dx. Besides inputs and
+results, memory holds one chunk of logits, tokens x chunk, for any vocabulary.
 
-All three GEMMs are FP8 if the recipe is: x is cast once, w comes quantised, the logits' gradient g is cast chunk by chunk with
-one scale. Its amax is known before any of it is computed: with a and c the cotangents of nll and lse, g is (a + c) p off the
-target and (a + c) p - a on it, so each token's largest |g| follows from its two largest candidates, the target's logit and the
-largest other one. So `current` scaling takes no second pass, and the token, which must get the maximum over chunks, gets it.
+All three GEMMs are FP8 if the recipe is: x is cast once, w comes quantised, the logits' gradient g
+is cast chunk by chunk with one scale. Its amax is known before any of it is computed: with a and c
+the cotangents of nll and lse, g is (a + c) p off the target and (a + c) p - a on it, so each
+token's largest |g| follows from its two largest candidates, the target's logit and the largest
+other one. So `current` scaling takes no second pass, and the token, which must get the maximum over
+chunks, gets it.
 
-With `shards` > 1 the vocabulary is taken as so many equal parts that lie on different devices, and every part is gone through
-at the same time: running values and dx stay apart to the end and are combined once.
+With `shards` > 1 the vocabulary is taken as that many equal parts on different devices, and all
+parts are processed at the same time: running values and dx stay separate to the end and are
+combined once.
 
-Value and log-partition come apart so that a z-loss is plain JAX around this: lse ** 2. Looked at before: optax's losses take
-logits, tokamax's has no mask, no z-loss, no FP8, no sharded vocabulary, and holds all logits except on TPUs (0.0.12).
+Value and log-partition are separate results so that a z-loss is plain JAX around this: lse ** 2. Of
+other libraries, optax's losses take logits, tokamax's has no mask, no z-loss, no FP8, no sharded
+vocabulary, and holds all logits except on TPUs (0.0.12).
 
-What it does not do: blockwise scaling.
+Blockwise scaling is not supported.
 """
 
 import functools
@@ -56,26 +61,29 @@ def linear_cross_entropy(
     role: str = "lm_head",
     counted: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihoods of targets under softmax(x wᵀ), and the log-partitions.
+    """Return negative log-likelihoods of targets under softmax(x wᵀ), and the log-partitions.
 
     Args:
-        x_btd: what the head reads; float32, bfloat16 or float64.
+        x_btd: input of the head; float32, bfloat16 or float64.
         w_vd: weight; its gradient has its shape and dtype. Not read if `quantised_w` is given.
         targets_bt: int, rows of w.
         recipe: scaling, formats, backend of the GEMMs.
-        chunk: rows of w, of each shard, whose logits are there at a time.
-        shards: equal parts of w's rows that are gone through side by side; must divide their number.
+        chunk: rows of w, of each shard, whose logits are in memory at a time.
+        shards: equal parts of w's rows that are processed side by side; must divide their number.
         quantised_w: the weight as `quantise_weight` made it.
         scales: float32 [2], of x and g; needed by delayed scaling.
-        token: as of `dot_general`, but not for amaxes by device; the kurtosis of the gradient stays unknown.
+        token: as for `dot_general`, but not for amaxes by device; the kurtosis of the gradient
+            stays unknown.
         role: name of the GEMMs in profiles and programs.
-        counted: bool [b, t]: the tokens that statistics are of; the others' cotangents are zero. None: all.
+        counted: bool [b, t]: the tokens in statistics; the others' cotangents are zero. None counts
+            all.
 
     Returns:
         nll and lse, [b, t], in float32, or float64 for such x.
 
     Raises:
-        ValueError: blockwise scaling; delayed scaling without scales; shards that do not divide the vocabulary.
+        ValueError: scaling is blockwise, or delayed without scales, or the shards do not divide the
+            vocabulary.
     """
     if recipe.scaling == "blockwise":
         raise ValueError(
@@ -96,7 +104,7 @@ def linear_cross_entropy(
 
 
 class _Call(NamedTuple):
-    """What is static about one call."""
+    """The static arguments of one call."""
 
     recipe: GemmRecipe
     role: str
@@ -107,18 +115,18 @@ class _Call(NamedTuple):
 
     @property
     def wide(self) -> Any:
-        """The dtype of logits and sums."""
+        """Return the dtype of logits and sums."""
         return accumulator(self.x_dtype)
 
     def gemm(
         self, lhs: Quantised, rhs: Quantised, dims: Any, out_dtype: Any, gemm_pass: str
     ) -> jax.Array:
-        """One of the head's GEMMs."""
+        """Compute one of the head's GEMMs."""
         return gemm(lhs, rhs, dims, self.recipe, self.role, gemm_pass, out_dtype=out_dtype)
 
 
 class _Running(NamedTuple):
-    """Of each token and shard, [b, t, shards]: largest logit, sum of exp(logit - largest), the target's, the largest other."""
+    """Running values per token and shard, [b, t, shards]: largest logit, sum of exp(logit - largest), target's, largest other."""
 
     largest: jax.Array
     total: jax.Array
@@ -127,7 +135,7 @@ class _Running(NamedTuple):
 
 
 class _Residuals(NamedTuple):
-    """What the backward pass keeps; lse, target and other are [b, t], of_x is what the token brings back of x."""
+    """The residuals of the backward pass; lse, target and other are [b, t], of_x is the token's cotangent for x."""
 
     qx: Quantised
     qw: Quantised
@@ -259,7 +267,7 @@ _cross_entropy.defvjp(_forward, _backward)
 def _over_chunks(
     call: _Call, qw: Quantised, body: Callable, carry: Any
 ) -> tuple[Any, jax.Array | None]:
-    """Folds body(carry, rows of every shard, first row) → (carry, rows of dW or None) over the chunks; their dW joined, [v, d]."""
+    """Fold body(carry, rows of every shard, first row) → (carry, rows of dW or None) over the chunks; join dW, [v, d]."""
     vocabulary, width = qw.data.shape
     by_shard = qw.data.reshape(call.shards, vocabulary // call.shards, width)
     rows = by_shard.shape[1]
@@ -286,12 +294,12 @@ def _over_chunks(
 
 
 def _logits(call: _Call, qx: Quantised, part: Quantised) -> jax.Array:
-    """[b, t, shards, rows]."""
+    """Return a chunk's logits, [b, t, shards, rows]."""
     return call.gemm(qx, part, (((2,), (2,)), ((), ())), call.wide, "fprop")
 
 
 def _hits(call: _Call, qw: Quantised, targets: jax.Array, start: jax.Array, rows: int) -> jax.Array:
-    """Where a chunk's logits are the targets', bool [b, t, shards, rows]."""
+    """Return where a chunk's logits are the targets', bool [b, t, shards, rows]."""
     shape = call.shards, rows
     ids = (
         start
@@ -304,7 +312,7 @@ def _hits(call: _Call, qw: Quantised, targets: jax.Array, start: jax.Array, rows
 def _amax(
     lse: jax.Array, target: jax.Array, other: jax.Array, of_nll: jax.Array, both: jax.Array
 ) -> jax.Array:
-    """Largest |g| of all tokens and rows; all arguments [b, t]."""
+    """Return the largest |g| of all tokens and rows; all arguments are [b, t]."""
     return formats.amax(
         jnp.stack([both * jnp.exp(other - lse), both * jnp.exp(target - lse) - of_nll])
     )

@@ -1,4 +1,4 @@
-"""`dot_general` with FP8 operands in all three GEMMs of a linear layer: fprop, dgrad and wgrad.
+"""Compute `dot_general` with FP8 operands in all three GEMMs of a linear layer: fprop, dgrad and wgrad.
 
     y = dot_general(x, w, (((1,), (0,)), ((), ())), GemmRecipe("current"))
 
@@ -6,17 +6,20 @@ Forward:   y  = (q_x · q_w) * (scale_x * scale_w)          both e4m3
 Backward:  dx = (q_g · q_w) * (scale_g * scale_w)          e5m2 (HYBRID) x e4m3
            dw = (q_x · q_g) * (scale_x * scale_g)
 
-The quantised operands of the forward pass are the residuals: one byte an element, and no second cast. The operands go
-into `lax.dot_general` as float8 arrays, never through quantise-dequantise patterns that a compiler may fail to match.
-With an emulating recipe the float8 values, exact in bfloat16, are widened just before a bfloat16 GEMM with float32 output.
+The quantised operands of the forward pass are the residuals: one byte per element, and no second
+cast. The operands go into `lax.dot_general` as float8 arrays, never through quantise-dequantise
+patterns that a compiler may fail to match. With an emulating recipe the float8 values, exact in
+bfloat16, are widened just before a bfloat16 GEMM with float32 output.
 
-With `blockwise` scaling x and g are cut into runs of 128 along the dimension that a GEMM contracts, w into tiles. wgrad
-contracts tokens: there g is quantised a second time, and x again from its FP8 residual, as in DeepSeek-V3.
+With `blockwise` scaling x and g are cut into runs of 128 along the dimension that a GEMM contracts,
+w into tiles. wgrad contracts tokens: there g is quantised a second time, and x again from its FP8
+residual, as in DeepSeek-V3.
 
-State goes in and out without side effects. Scales of delayed scaling are an argument; the raw amaxes of x and of the
-output gradient come back as the *cotangent of `token`*, zeros (zeros again with `static` scaling, which takes none); a token
-may bring back more, as tokens.py says. Give each call its own: cotangents of a token used twice are summed. The weight may
-come already quantised (once a step, `quantise_weight`); then `w` only receives the gradient.
+State is passed without side effects. Scales of delayed scaling are an argument; the raw amaxes of x
+and of the output gradient come back as the *cotangent of `token`*, zeros (zeros again with `static`
+scaling, which takes none); a token may return more (tokens.py). Give each call its own:
+cotangents of a token used twice are summed. The weight may come already quantised (once a step,
+`quantise_weight`); then `w` only receives the gradient.
 """
 
 import functools
@@ -35,7 +38,8 @@ from fp8jax.numerics.recipes import ATTENTION_ROLES, GemmRecipe
 from fp8jax.numerics.scaling import operand_scale
 from fp8jax.numerics.tokens import Token, as_token, report_cast
 
-# The name that quantised tensors carry for remat policies (jax.checkpoint_policies.save_only_these_names).
+# The name that quantised tensors carry for remat policies
+# (jax.checkpoint_policies.save_only_these_names).
 CHECKPOINT_NAME = "fp8"
 
 DimensionNumbers = tuple[
@@ -53,16 +57,18 @@ def gemm(
     *,
     out_dtype: Any,
 ) -> jax.Array:
-    """One GEMM of quantised (or plain) operands, dequantised by a scalar.
+    """Compute one GEMM of quantised (or plain) operands, dequantised by a scalar.
 
     Args:
         lhs: left operand; its scale is a scalar, or None for 1.
         rhs: right operand.
         dims: dimension numbers, as in `lax.dot_general`.
-        recipe: with `emulated`, float8 operands are widened to bfloat16 (exact) and accumulated in float32: what a device
-            without FP8 units does. Whether Hopper's tensor cores accumulate fast is its choice, too.
-        role: such as `qkv`.
-        gemm_pass: `fprop`, `dgrad` or `wgrad`; profiles and compiled programs show `fp8jax.gemm[role.pass]`.
+        recipe: with `emulated`, float8 operands are widened to bfloat16 (exact) and accumulated in
+            float32, for devices without FP8 units. It also chooses whether Hopper's tensor cores
+            accumulate fast.
+        role: name of the role, such as `qkv`.
+        gemm_pass: `fprop`, `dgrad` or `wgrad`; profiles and compiled programs show
+            `fp8jax.gemm[role.pass]`.
         out_dtype: dtype of the result, rounded once.
 
     Raises:
@@ -76,10 +82,11 @@ def gemm(
     with jax.named_scope(f"fp8jax.gemm[{name}]"):
         a, b = lhs.data, rhs.data
         if recipe.emulated:
-            # The barriers, here and below, keep XLA's CPU compiler from folding transposes into the bfloat16 GEMM: it
-            # makes forms of it that its own runtime then refuses ("unsupported element type for DotThunk", jax 0.10.2)
-            # or sums in bfloat16 (jax 0.12: 2% off for 1024 terms).
-            # It refuses some batch dimensions that do not lead, too: transposing them first costs nothing measurable.
+            # The barriers, here and below, keep XLA's CPU compiler from folding transposes into the
+            # bfloat16 GEMM: it makes forms of it that its own runtime then refuses ("unsupported
+            # element type for DotThunk", jax 0.10.2) or sums in bfloat16 (jax 0.12: 2% off for 1024
+            # terms). It also refuses some batch dimensions that do not lead: transposing them first
+            # has no measurable cost.
             a, b, dims = _batch_first(_widen(a), _widen(b), dims)
             a, b = lax.optimization_barrier((a, b))
         exact = a.dtype == jnp.float32 or _is_precise(recipe, role, gemm_pass)
@@ -97,12 +104,12 @@ def gemm(
 
 
 def _is_precise(recipe: GemmRecipe, role: str, gemm_pass: str) -> bool:
-    """Whether the highest precision is asked for: no fast accumulation of FP8 products; attention asks for it in BF16, too."""
+    """Return whether the highest precision is asked for: no fast accumulation of FP8 products; attention asks in BF16, too."""
     return recipe.precise(gemm_pass) and (recipe.fp8 or role in ATTENTION_ROLES)
 
 
 def accumulator(dtype: Any) -> Any:
-    """The dtype in which products of numbers of this one are summed: float32, or float64 for float64."""
+    """Return the dtype in which products of numbers of this dtype are summed: float32, or float64 for float64."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
@@ -113,7 +120,7 @@ def _widen(x: jax.Array) -> jax.Array:
 def _batch_first(
     a: jax.Array, b: jax.Array, dims: DimensionNumbers
 ) -> tuple[jax.Array, jax.Array, DimensionNumbers]:
-    """The same dot_general with batch dimensions in front of both operands."""
+    """Return the same dot_general with batch dimensions in front of both operands."""
     contract, batch = list(dims[0]), list(dims[1])
     operands = [a, b]
     for i, x in enumerate(operands):
@@ -136,12 +143,13 @@ def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
 def quantise_weight(
     w: jax.Array, recipe: GemmRecipe, dtype: Any, scale: jax.Array | None = None
 ) -> Quantised:
-    """A weight as GEMM operand, quantised by its recipe; cast to `dtype` where the recipe is not FP8.
+    """Return a weight as GEMM operand, quantised by its recipe; cast to `dtype` if the recipe is not FP8.
 
-    With delayed scaling a `scale` from before may be given; else it is that of w's own amax.
+    With delayed scaling a `scale` from earlier steps may be given; by default it is that of w's own
+    amax.
 
     Raises:
-        ValueError: blockwise scaling of something else than a matrix.
+        ValueError: scaling is blockwise and the weight is not a matrix.
     """
     if recipe.scaling == "blockwise" and w.ndim != 2:
         raise ValueError(
@@ -164,7 +172,7 @@ def dot_general(
     role: str = "linear",
     counted: jax.Array | None = None,
 ) -> jax.Array:
-    """`lax.dot_general(x, w)` with FP8 operands, forward and backward.
+    """Compute `lax.dot_general(x, w)` with FP8 operands, forward and backward.
 
     Args:
         x: activations, bfloat16 or float32.
@@ -173,15 +181,17 @@ def dot_general(
         recipe: scaling, formats, backend.
         quantised_w: the weight as `quantise_weight` made it.
         scales: float32 [2], scales of x and of the output gradient; needed by delayed scaling.
-        token: float32 [2] of zeros, whose cotangent is (amax of x, amax of the output gradient); or a Token, which may bring
-            back what the two casts did, and how the output gradient is spread, or amaxes by device.
-        placements: of x and the output gradient on a mesh; their FP8 values are what is moved between devices.
-        out_dtype: dtype of the result; None: that of x.
+        token: float32 [2] of zeros, whose cotangent is (amax of x, amax of the output gradient); or
+            a Token, which may return the effects of the two casts, and the distribution of the
+            output gradient, or amaxes by device.
+        placements: placements of x and the output gradient on a mesh; their FP8 values are moved
+            between devices.
+        out_dtype: dtype of the result; None means that of x.
         role: name of the GEMM in profiles and programs.
-        counted: bool, x's first two dimensions: the tokens that statistics are of; None: all.
+        counted: bool, x's first two dimensions: the tokens in statistics; None counts all.
 
     Raises:
-        ValueError: delayed scaling without scales; blockwise scaling of anything but x times a matrix.
+        ValueError: scaling is delayed without scales, or blockwise and not of x times a matrix.
     """
     if recipe.scaling == "delayed" and scales is None:
         raise ValueError(
@@ -198,14 +208,14 @@ def dot_general(
     dims = (
         (tuple(x_contract), tuple(w_contract)),
         (tuple(x_batch), tuple(w_batch)),
-    )  # hashable, whatever was given
+    )  # hashable for any argument
     places = placements or (Placement(None, None),) * 2
     call = _Call(dims, recipe, role, jnp.dtype(out_dtype or x.dtype), x.dtype, w.dtype, *places)
     return _dot_general(call, x, w, quantised_w, scales, as_token(token), counted)
 
 
 class _Call(NamedTuple):
-    """What is static about one call."""
+    """The static arguments of one call."""
 
     dims: DimensionNumbers
     recipe: GemmRecipe
@@ -218,7 +228,7 @@ class _Call(NamedTuple):
 
 
 class _Residuals(NamedTuple):
-    """What the backward pass keeps: x as cast, in bytes, the weight, and what the token brings back of x."""
+    """The residuals of the backward pass: x as cast, in bytes, the weight, and the token's cotangent for x."""
 
     qx: Quantised
     qw: Quantised
@@ -265,7 +275,7 @@ def _forward(
 
 
 def _backward(call: _Call, saved: _Residuals, g: jax.Array) -> tuple[Any, ...]:
-    # Moved a second time: kept, it would take its place for every layer.
+    # It is moved a second time, because keeping it would take memory for every layer.
     qx = moved(from_bytes(saved.qx), *call.of_x)
     recipe, dims = call.recipe, call.dims
     g = pin(g if recipe.fp8 else g.astype(call.x_dtype), call.of_g.cast)
@@ -296,7 +306,7 @@ _dot_general.defvjp(_forward, _backward)
 
 
 def _operands(recipe: GemmRecipe, *quantised: Quantised) -> list[Quantised]:
-    """As `gemm` takes them: blockwise scales go into the values, exact in bfloat16 if they are powers of two."""
+    """Return operands for `gemm`: blockwise scales go into the values, exact in bfloat16 if they are powers of two."""
     if recipe.scaling != "blockwise":
         return list(quantised)
     return [
@@ -307,7 +317,7 @@ def _operands(recipe: GemmRecipe, *quantised: Quantised) -> list[Quantised]:
 def _along_tokens(
     call: _Call, qx: Quantised, g: jax.Array
 ) -> tuple[Quantised, Quantised, DimensionNumbers]:
-    """X and g quantised anew as matrices, in runs along the tokens that wgrad contracts; and the layer's dimension numbers."""
+    """Quantise x and g again as matrices, in runs along the tokens that wgrad contracts; add the layer's dimension numbers."""
     (x_contract, w_contract), none = call.dims
     features = qx.data.shape[x_contract[0]]
     x = jnp.moveaxis(blockwise.widen(qx, jnp.float32).data, x_contract[0], -1)
@@ -318,10 +328,11 @@ def _along_tokens(
 
 
 def named(q: Quantised) -> Quantised:
-    """Lets remat policies keep a quantised tensor (name CHECKPOINT_NAME), so that nothing is cast twice.
+    """Let remat policies keep a quantised tensor (name CHECKPOINT_NAME), so that no tensor is cast twice.
 
-    The name is put on the bytes: jax.checkpoint passes the floating residuals that it saves through `reduce_precision`
-    with e4m3's field widths, which in IEEE arithmetic end at 240, and so turns values of e4m3fn up to 448 into NaN.
+    The name is put on the bytes: jax.checkpoint passes the floating residuals that it saves through
+    `reduce_precision` with e4m3's field widths, which in IEEE arithmetic end at 240, and so turns
+    values of e4m3fn up to 448 into NaN.
     """
     bits = checkpoint_name(lax.bitcast_convert_type(q.data, jnp.uint8), CHECKPOINT_NAME)
     scale = (
@@ -331,10 +342,10 @@ def named(q: Quantised) -> Quantised:
 
 
 def as_bytes(q: Quantised) -> Quantised:
-    """An FP8 tensor as it is kept for the backward pass: uint8.
+    """Return an FP8 tensor as it is kept for the backward pass: uint8.
 
-    XLA's CPU compiler widens float8 arrays to float16 and back to update a slice of them, here all layers' for each layer:
-    measured, a third of a small model's step.
+    XLA's CPU compiler widens float8 arrays to float16 and back to update a slice of them, here all
+    layers' for each layer: measured, a third of a small model's step.
     """
     return (
         q._replace(data=lax.bitcast_convert_type(q.data, jnp.uint8))
@@ -344,7 +355,7 @@ def as_bytes(q: Quantised) -> Quantised:
 
 
 def from_bytes(q: Quantised) -> Quantised:
-    """The inverse of `as_bytes` for forward operands, which are e4m3."""
+    """Invert `as_bytes` for forward operands, which are e4m3."""
     return (
         q._replace(data=lax.bitcast_convert_type(q.data, E4M3)) if q.data.dtype == jnp.uint8 else q
     )
@@ -356,7 +367,7 @@ def _remaining(ndim: int, *used: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _transposed_lhs(call: _Call, g: Quantised, w: Quantised, x_ndim: int) -> jax.Array:
-    """Gradient of the left operand of a dot_general: g contracted with w over w's own free dimensions."""
+    """Return the gradient of a dot_general's left operand: g contracted with w over w's own free dimensions."""
     (x_contract, w_contract), (x_batch, w_batch) = call.dims
     x_free = _remaining(x_ndim, x_contract, x_batch)
     w_free = _remaining(w.data.ndim, w_contract, w_batch)
@@ -364,7 +375,8 @@ def _transposed_lhs(call: _Call, g: Quantised, w: Quantised, x_ndim: int) -> jax
     g_free = tuple(range(len(batch) + len(x_free), g.data.ndim))
     dims = ((g_free, w_free), (batch, w_batch))
     out = gemm(g, w, dims, call.recipe, call.role, "dgrad", out_dtype=call.x_dtype)
-    # The result's dimensions: batch, x's free ones, then w's contracted ones in w's order. Bring them to x's order.
+    # The result has the batch dimensions, x's free ones, then w's contracted ones in w's order;
+    # they are brought to x's order.
     by_w = [x_contract[i] for i in sorted(range(len(w_contract)), key=w_contract.__getitem__)]
     return _in_order(out, (*x_batch, *x_free, *by_w))
 
@@ -372,7 +384,7 @@ def _transposed_lhs(call: _Call, g: Quantised, w: Quantised, x_ndim: int) -> jax
 def _transposed_rhs(
     call: _Call, g: Quantised, x: Quantised, dims: DimensionNumbers, w_ndim: int
 ) -> jax.Array:
-    """Gradient of the right operand: x contracted with g over x's free dimensions."""
+    """Return the gradient of the right operand: x contracted with g over x's free dimensions."""
     product = functools.partial(
         gemm, recipe=call.recipe, role=call.role, gemm_pass="wgrad", out_dtype=call.w_dtype
     )
@@ -391,6 +403,6 @@ def _transposed_rhs(
 
 
 def _in_order(x: jax.Array, names: tuple[int, ...]) -> jax.Array:
-    """Transposes an array whose i-th dimension is dimension names[i] of the result."""
+    """Transpose an array whose i-th dimension is dimension names[i] of the result."""
     order = tuple(sorted(range(len(names)), key=names.__getitem__))
     return x if order == tuple(range(len(order))) else lax.transpose(x, order)

@@ -170,7 +170,7 @@ Reports = dict[str, tuple[jax.Array | None, ...]]
 
 
 class _Saved(NamedTuple):
-    """What the backward pass keeps: operands in bytes, the result, its weights, and what tokens bring back of operands."""
+    """The residuals of the backward pass: operands in bytes, the result, its weights, and the operands' reports."""
 
     operands: Operands
     o: jax.Array
@@ -256,7 +256,7 @@ def _backward(backend: str, call: Call, saved: _Saved, do: jax.Array) -> tuple[A
 
 
 def _operands(kept: Operands, many: Placement, few: Placement) -> Operands:
-    """Operands of the forward pass again, from bytes, as the GEMMs take them."""
+    """Return the operands of the forward pass again, from bytes, for the GEMMs."""
     q = moved(from_bytes(kept.q), *many)
     k = moved(from_bytes(kept.k), *few)
     v = moved(from_bytes(kept.v), *few)
@@ -266,7 +266,7 @@ def _operands(kept: Operands, many: Placement, few: Placement) -> Operands:
 def _report_ds(
     call: Call, saved: _Saved, of_ds: jax.Array | None, do: jax.Array
 ) -> jax.Array | None:
-    """What the token brings back of dS, from what a backend reports of it: its amax by head, or its health."""
+    """Return the token's cotangent for dS, from a backend's report: its amax by head, or its health."""
     if of_ds is None:
         return None
     if call.health:
@@ -280,7 +280,7 @@ def _report_ds(
 def _with_spread(
     token: Token | None, of_do: jax.Array | None, do: jax.Array, counted: jax.Array | None
 ) -> jax.Array | None:
-    """What is reported of dO, with how dO itself is spread, and not what its rows are cast as."""
+    """Return the report of dO, with the distribution of dO itself, not of its rows as cast."""
     if of_do is None or token is None or token.brings != FULL:
         return of_do
     spread = statistics.distribution(do, counted)

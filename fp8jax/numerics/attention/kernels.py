@@ -74,15 +74,16 @@ TALLY = ("overflow", "underflow", "nonzero", "negative_zero", "signal", "noise")
 TALLY_DTYPES = (jnp.int32,) * 4 + (jnp.float32,) * 2
 
 
-# Where the scalars stand in `factors`. SCORE: softmax scale * log2(e) * scale of q * scale of k. VALUE: scale of v.
+# Indices of the scalars in `factors`. SCORE: softmax scale * log2(e) * scale of q * scale of k.
+# VALUE: scale of v.
 SCORE, VALUE = 0, 1
-# Of the backward kernels. DS: scale of dO * scale of v / scale of dS / 256. GRADIENT: scale of dS * softmax scale * scale of k
-# for dQ, of q for dK. DV: scale of dO / 256.
+# In the backward kernels, DS: scale of dO * scale of v / scale of dS / 256. GRADIENT: scale of dS *
+# softmax scale * scale of k for dQ, of q for dK. DV: scale of dO / 256.
 DS, GRADIENT, DV = 1, 2, 3
 
 
 class ForwardInputs(NamedTuple):
-    """What `forward` reads."""
+    """The inputs of `forward`."""
 
     factors: Any
     q: Any
@@ -92,7 +93,7 @@ class ForwardInputs(NamedTuple):
 
 
 class ScoreInputs(NamedTuple):
-    """What `scores` reads."""
+    """The inputs of `scores`."""
 
     factors: Any
     q: Any
@@ -101,7 +102,7 @@ class ScoreInputs(NamedTuple):
 
 
 class QueryInputs(NamedTuple):
-    """What `query_gradient` reads.
+    """The inputs of `query_gradient`.
 
     do, offset, shift: each row's dO divided by its factor, as cast; 8 - `Residuals.offset`; -rowsum(do * O) / scale of dS / 256; so that
         dS = 2**(s factor + offset) * (dp factor + shift), where the row's factor cancels.
@@ -119,7 +120,7 @@ class QueryInputs(NamedTuple):
 
 
 class KeyInputs(NamedTuple):
-    """What `key_gradients` reads; do, offset, shift as in QueryInputs."""
+    """The inputs of `key_gradients`; do, offset, shift are as in QueryInputs."""
 
     factors: Any
     k: Any

@@ -92,7 +92,7 @@ def with_torch(config: Config, shape: tuple[int, ...], *, fp8: bool) -> Callable
     """Return the block in PyTorch."""
     import peers_torch  # noqa: PLC0415
 
-    model = architectures.resolve(config.model)
+    model = architectures.resolve(config.model, 128)
     return peers_torch.block(
         model, architectures.ffn_hidden(model), batch=shape[0], length=shape[1], fp8=fp8
     )
@@ -108,7 +108,7 @@ def ours(config: Config, recipe: str, x: jax.Array, rope: tuple[jax.Array, jax.A
         cudnn=common.on_gpu(),
         fused=runs_kernels(jax.devices()[0]),
     )
-    graph, params = nnx.split(Block(architectures.resolve(config.model), nnx.Rngs(params=0)))
+    graph, params = nnx.split(Block(architectures.resolve(config.model, 128), nnx.Rngs(params=0)))
     tokens = gemms.zero_tokens(recipes)
     scales = {role: jnp.full(token.values.shape, 1 / 64) for role, token in tokens.items()}
 
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> pathlib.Path:
     values = configs.make(args.size, architecture="fog_opt", recipe="fp8_dpa")
     values.model.layers = 1
     config = config_lib.from_dict(values)
-    model, length = architectures.resolve(config.model), config.data.sequence_length
+    model, length = architectures.resolve(config.model, 128), config.data.sequence_length
     x = jax.random.normal(jax.random.key(1), (args.batch, length, model.width), jnp.bfloat16)
     rope = rope_table(jnp.arange(length)[None], rope_frequencies(model))
     kinds = {

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from fp8jax.config import Config, ModelConfig, settled
+from fp8jax.config import Config, settled
 from fp8jax.data import tokenizer
+from fp8jax.models.architectures import ResolvedModel
 from fp8jax.models.definition import Definition, Params, define
 from fp8jax.models.model_recipes import ModelRecipes, model_recipes
 from fp8jax.parallel.mesh import (
@@ -50,7 +51,7 @@ class Plan:
     emulated: bool
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> ResolvedModel:
         """Return the model's config with every switch filled."""
         return self.definition.config
 

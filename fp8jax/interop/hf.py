@@ -121,7 +121,7 @@ def load(
         and (files.read(HEAD) != files.read(EMBEDDING)).any()
     ):
         raise HuggingFaceError(f"{HEAD}: differs from {EMBEDDING}, but tie_word_embeddings is true")
-    return Loaded(definition.config, vocab_size, params, model_type)
+    return Loaded(model, vocab_size, params, model_type)
 
 
 def save(
@@ -154,7 +154,7 @@ def save(
         HuggingFaceError: the format cannot hold the model; the directory is not empty; a weight
             overflows the dtype.
     """
-    model = architectures.resolve(model)
+    model = architectures.resolve(model, vocab_size)
     values = dict(more or {}) | hf_config.to_config(model, vocab_size, model_type)
     if directory.exists() and any(directory.iterdir()):
         raise HuggingFaceError(f"{directory}: is not empty; choose another --out")
@@ -274,7 +274,7 @@ def _raise_first(names: Iterable[str], what: str, known: Iterable[str]) -> None:
 
 def _with_gains(model: ModelConfig, files: TensorFiles) -> ModelConfig:
     """Return a model that keeps frozen gains of queries and keys, if they are not 1 as FOG's are."""
-    kind = architectures.resolve(model).qk_regulariser
+    kind = model.qk_regulariser
     if kind not in hf_formats.KEPT:
         return model
     names = [

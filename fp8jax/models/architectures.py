@@ -45,19 +45,43 @@ TABLE: dict[str, dict[str, Any]] = {
 }
 
 
-def resolve(model: ModelConfig) -> ModelConfig:
-    """Return the config with every switch and the head dimension filled in."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedModel(ModelConfig):
+    """A model's config with nothing left open; `resolve` sets every field, whose defaults are for type checkers."""
+
+    ffn_hidden: int = 0
+    head_dim: int = 0
+    vocab_size: int = 0
+    pre_norm: bool = False
+    qk_regulariser: str = ""
+    activation: str = ""
+    branch_output: str = ""
+    branch_gain_init: float = 0.0
+    input_scale: float = 0.0
+    softmax_scale: float = 0.0
+    final_norm: bool = False
+
+
+def resolve(model: ModelConfig, vocab_size: int) -> ResolvedModel:
+    """Return a config with every switch and size filled in.
+
+    Args:
+        model: what is None takes its architecture's value.
+        vocab_size: rows of the embedding.
+    """
     derived = {
         "1/sqrt(layers)": 1 / math.sqrt(model.layers),
         "1/init_std": 1 / model.init_std if model.init_std else 1.0,
         "1/sqrt(head_dim)": 1 / math.sqrt(head_dim(model)),
     }
-    row = {
-        name: derived.get(value, value) if isinstance(value, str) else value
-        for name, value in TABLE[model.architecture].items()
-    }
-    filled = {name: value for name, value in row.items() if getattr(model, name) is None}
-    return dataclasses.replace(model, head_dim=head_dim(model), **filled)
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelConfig)}
+    for name, value in TABLE[model.architecture].items():
+        if values[name] is None:
+            values[name] = derived.get(value, value) if isinstance(value, str) else value
+    values["ffn_hidden"] = ffn_hidden(ModelConfig(**values))
+    values["head_dim"] = head_dim(model)
+    values["vocab_size"] = vocab_size
+    return ResolvedModel(**values)
 
 
 def gated(model: ModelConfig) -> bool:

@@ -5,8 +5,8 @@ import functools
 import jax
 from flax import nnx
 
-from fp8jax.config import ModelConfig
 from fp8jax.models import kv_cache
+from fp8jax.models.architectures import ResolvedModel
 from fp8jax.models.gemms import LayerGemms
 from fp8jax.models.kv_cache import KVCache
 from fp8jax.models.layers import Dense, RMSNorm, Tanh, apply_rope
@@ -25,7 +25,7 @@ class Attention(nnx.Module):
     together.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ResolvedModel, rngs: nnx.Rngs):
         k, g, h = config.kv_heads, config.heads // config.kv_heads, config.head_dim
         self.groups, self.softmax_scale = g, config.softmax_scale
         self.qkv = Dense(
@@ -101,7 +101,7 @@ class Attention(nnx.Module):
 
 
 def _regularisers(
-    config: ModelConfig, k: int, g: int, h: int
+    config: ResolvedModel, k: int, g: int, h: int
 ) -> tuple[nnx.Module | None, nnx.Module | None]:
     """Return the regularisers of queries and of keys, per head unless the whole projection is normalised (OLMo 2)."""
     kind, eps = config.qk_regulariser, config.norm_eps

@@ -16,6 +16,7 @@ from flax import nnx
 
 from fp8jax.config import Config, ModelConfig
 from fp8jax.models import architectures
+from fp8jax.models.architectures import ResolvedModel
 from fp8jax.models.transformer import Transformer
 
 Params = dict[str, Any]
@@ -32,12 +33,16 @@ class Definition:
         axes: like the parameters, of tuples of logical axes (parallel/sharding.py).
     """
 
-    config: ModelConfig
-    vocab_size: int
+    config: ResolvedModel
     graph: nnx.GraphDef
     state: nnx.State
     shapes: Params
     axes: Params
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.config.vocab_size
 
     def init(self, seed: int) -> Params:
         """Return float32 parameters; jit this with out_shardings to make them in place."""
@@ -52,11 +57,7 @@ class Definition:
 
     def complete(self, config: Config) -> Config:
         """Return a run's config with every size of the model filled in."""
-        hidden = architectures.ffn_hidden(self.config)
-        return dataclasses.replace(
-            config,
-            model=dataclasses.replace(self.config, ffn_hidden=hidden, vocab_size=self.vocab_size),
-        )
+        return dataclasses.replace(config, model=self.config)
 
     def parameter_count(self) -> int:
         """Return the number of trained numbers, embedding and head included."""
@@ -69,7 +70,7 @@ class Definition:
 
 def define(config: ModelConfig, vocab_size: int) -> Definition:
     """Return the definition of the model of a config; `vocab_size` is the tokenizer's if the config leaves it open."""
-    resolved = architectures.resolve(config)
+    resolved = architectures.resolve(config, vocab_size)
     graph, state, _ = nnx.split(
         nnx.eval_shape(lambda: Transformer(resolved, vocab_size, nnx.Rngs(params=0))),
         nnx.Param,
@@ -82,7 +83,7 @@ def define(config: ModelConfig, vocab_size: int) -> Definition:
         names = variable.get_metadata("axes")
         _insert(axes, path, ("layers", *names) if path[0] == STACKED else names)
     shapes = nnx.to_pure_dict(state)
-    return Definition(resolved, vocab_size, graph, state, shapes, axes)
+    return Definition(resolved, graph, state, shapes, axes)
 
 
 def _insert(tree: Params, path: tuple, value: Any) -> None:

@@ -3,8 +3,8 @@
 import jax
 from flax import nnx
 
-from fp8jax.config import ModelConfig
 from fp8jax.models import activations, architectures
+from fp8jax.models.architectures import ResolvedModel
 from fp8jax.models.gemms import LayerGemms
 from fp8jax.models.layers import Dense
 from fp8jax.models.taps import tap
@@ -13,7 +13,7 @@ from fp8jax.models.taps import tap
 class FeedForward(nnx.Module):
     """The layers up, nonlinearity, down, with a gate GEMM beside `up` for the gated kinds."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ResolvedModel, rngs: nnx.Rngs):
         d, f, std = config.width, architectures.ffn_hidden(config), config.init_std
         self.kind = config.activation
         self.gate = (

@@ -1,6 +1,6 @@
 """Define the decoder: embedding, a stack of blocks under scan, head (FOG paper, appendix B).
 
-    model = Transformer(architectures.resolve(config.model), vocab_size, nnx.Rngs(params=0))
+    model = Transformer(architectures.resolve(config.model, vocab_size), vocab_size, nnx.Rngs(params=0))
     gemms = model.prepare(recipes, scales, tokens)          # quantises the weights
     logits_btv, taps = model(batch, gemms)
 
@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fp8jax.config import ModelConfig
 from fp8jax.models import activations
 from fp8jax.models import gemms as gemms_lib
 from fp8jax.models import taps as taps_lib
+from fp8jax.models.architectures import ResolvedModel
 from fp8jax.models.attention import Attention
 from fp8jax.models.feed_forward import FeedForward
 from fp8jax.models.gemms import Gemms, LayerGemms
@@ -56,7 +56,7 @@ class ForwardOptions:
 class Block(nnx.Module):
     """The module of one layer."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ResolvedModel, rngs: nnx.Rngs):
         norm = functools.partial(RMSNorm, (config.width,), ("embed",), eps=config.norm_eps)
         self.attention, self.feed_forward = Attention(config, rngs), FeedForward(config, rngs)
         self.pre_attention, self.pre_ffn = (norm(), norm()) if config.pre_norm else (None, None)
@@ -95,7 +95,7 @@ class Block(nnx.Module):
         return {layer.role: layer.w[...] for layer in dense if layer is not None}
 
 
-def _branch_output(config: ModelConfig) -> nnx.Module | None:
+def _branch_output(config: ResolvedModel) -> nnx.Module | None:
     if config.branch_output == "none":
         return None
     if config.branch_output == "layerscale":
@@ -110,7 +110,7 @@ def _apply(module: nnx.Module | None, x: jax.Array) -> jax.Array:
 class Transformer(nnx.Module):
     """A decoder-only language model; `config` must be resolved (models/architectures.py)."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
+    def __init__(self, config: ResolvedModel, vocab_size: int, rngs: nnx.Rngs):
         self.config, self.dtype = config, jnp.dtype(config.dtype)
         self.embedding = Embedding(rngs, vocab_size, config.width, config.init_std)
         make_blocks = nnx.vmap(lambda r: Block(config, r), in_axes=0, out_axes=0)
@@ -328,7 +328,7 @@ def _counted(batch: dict[str, jax.Array], options: ForwardOptions) -> jax.Array 
 
 
 class _Head(nnx.Module):
-    def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
+    def __init__(self, config: ResolvedModel, vocab_size: int, rngs: nnx.Rngs):
         self.w = matrix(rngs, (vocab_size, config.width), ("vocab", "embed"), config.init_std)
 
 

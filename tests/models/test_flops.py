@@ -24,7 +24,7 @@ def test_every_product_is_counted_three_times(architecture):
             }
         }
     ).model
-    found = model_flops(architectures.resolve(model), v, sequences=b, sequence_length=t)
+    found = model_flops(architectures.resolve(model, v), v, sequences=b, sequence_length=t)
     projections = d * n * h + d * k * h + d * k * h + n * h * d
     ffn = 3 * d * f if architecture == "llama3" else 2 * d * 30
     assert found.linear == 3 * 2 * b * t * layers * (projections + ffn)

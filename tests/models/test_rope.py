@@ -13,7 +13,7 @@ from fp8jax.models import architectures, layers
 
 def frequencies(**model):
     config = config_lib.from_dict({"model": {"width": 128, "heads": 1, "kv_heads": 1} | model})
-    return layers.rope_frequencies(architectures.resolve(config.model))
+    return layers.rope_frequencies(architectures.resolve(config.model, 128))
 
 
 def test_without_scaling_the_frequencies_are_powers_of_the_base():
@@ -73,7 +73,8 @@ def test_yarn_keeps_what_turns_often_and_slows_what_does_not():
 def test_dynamic_scaling_begins_where_the_original_context_ends():
     model = {"rope_scaling": "dynamic", "rope_scaling_factor": 2.0, "rope_original_context": 100}
     config = architectures.resolve(
-        config_lib.from_dict({"model": {"width": 128, "heads": 1, "kv_heads": 1} | model}).model
+        config_lib.from_dict({"model": {"width": 128, "heads": 1, "kv_heads": 1} | model}).model,
+        128,
     )
     for length in (1, 99, 100):
         np.testing.assert_array_equal(layers.rope_frequencies(config, length), frequencies())

@@ -47,7 +47,7 @@ TABLE: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResolvedModel(ModelConfig):
-    """A model's config with nothing left open; `resolve` sets every field, whose defaults are for type checkers."""
+    """A model's config without open fields; `resolve` sets every field, whose defaults are for type checkers."""
 
     ffn_hidden: int = 0
     head_dim: int = 0
@@ -66,7 +66,7 @@ def resolve(model: ModelConfig, vocab_size: int) -> ResolvedModel:
     """Return a config with every switch and size filled in.
 
     Args:
-        model: what is None takes its architecture's value.
+        model: the config; fields that are None take their architecture's value.
         vocab_size: rows of the embedding.
     """
     derived = {

@@ -41,7 +41,7 @@ class Definition:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding."""
+        """Return the rows of the embedding."""
         return self.config.vocab_size
 
     def init(self, seed: int) -> Params:

@@ -34,7 +34,7 @@ from fp8jax.parallel.sharding import RULES
 from fp8jax.plan import LoadedModel, Plan, make_plan
 from fp8jax.training import manifest, state_formats
 from fp8jax.training.checkpoint import CheckpointError, Checkpoints, load_config
-from fp8jax.training.losses import token_losses
+from fp8jax.training.losses import sum_of_rows, token_losses
 from fp8jax.training.step import TrainProgram
 
 # An evaluation takes one in ONE_IN of the model FLOPs of the steps between; a step has three times
@@ -76,7 +76,7 @@ class Evaluator:
                     losses = model.chunked_losses(batch, prepared, chunk)[0]
                 else:
                     losses = token_losses(model(batch, prepared)[0], batch["targets"])
-                return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
+                return sum_of_rows(losses * batch["mask"]), jnp.sum(batch["mask"])
 
         self.total_loss = jax.jit(
             total_loss,

@@ -24,7 +24,7 @@ from fp8jax.models.taps import Taps
 from fp8jax.models.transformer import ForwardOptions
 from fp8jax.numerics import low_bit_state, statistics
 from fp8jax.numerics.tokens import AMAX, AMAX_BY_DEVICE, FULL, Token
-from fp8jax.training.losses import Batch, batch_losses
+from fp8jax.training.losses import Batch, batch_losses, sum_of_rows
 from fp8jax.training.optimizer import MATRIX
 from fp8jax.training.state import TrainState
 
@@ -124,10 +124,10 @@ class _Microbatch:
         )
         z_loss = self.config.optimizer.z_loss
         with jax.named_scope("loss"):
-            loss = jnp.sum(nll * batch["mask"]) / self.total
+            loss = sum_of_rows(nll * batch["mask"]) / self.total
             if not z_loss:
                 return loss, (loss, taps)
-            penalty = z_loss * jnp.sum(lse**2 * batch["mask"]) / self.total
+            penalty = z_loss * sum_of_rows(lse**2 * batch["mask"]) / self.total
             return loss + penalty, (loss, taps)
 
 

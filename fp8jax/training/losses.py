@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fp8jax.models.gemms import Gemms
 from fp8jax.models.taps import Taps
 from fp8jax.models.transformer import ForwardOptions, Transformer
+from fp8jax.parallel.sharding import constrain
 
 Batch = dict[str, jax.Array]
 
@@ -39,6 +40,15 @@ def _token_losses_backward(saved: tuple[jax.Array, ...], g_bt: jax.Array) -> tup
 
 
 token_losses.defvjp(_token_losses, _token_losses_backward)
+
+
+def sum_of_rows(x_bt: jax.Array) -> jax.Array:
+    """Return the sum of float32 [b, t], rows added up in their order whichever devices have them.
+
+    A reduction over devices adds in an order of its own: among processes another one than within one, which showed in the last
+    bit of a loss.
+    """
+    return jnp.sum(constrain(jnp.sum(x_bt, axis=1), None))
 
 
 def batch_losses(

@@ -22,8 +22,8 @@ from fp8jax.numerics.attention.self_check import self_check
 from fp8jax.numerics.roles import BLOCK_ROLES
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.plan import Plan
+from fp8jax.training.fallbacks import fallbacks
 from fp8jax.training.step import TrainProgram
-from fp8jax.training.warning_actions import fallbacks
 
 UNROLLED = 4  # layers from which on compiling each by itself is worth a warning
 

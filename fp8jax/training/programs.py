@@ -20,8 +20,8 @@ from fp8jax.interop.inference import Inference
 from fp8jax.plan import LoadedModel, Plan
 from fp8jax.training.calibration import jitted_calibration
 from fp8jax.training.evaluation import Evaluator
+from fp8jax.training.fallbacks import fallbacks
 from fp8jax.training.step import TrainProgram
-from fp8jax.training.warning_actions import fallbacks
 
 Call = tuple[Any, tuple[Any, ...]]  # a jitted function, and its arguments as jax.ShapeDtypeStruct
 

@@ -1,4 +1,10 @@
-"""The batches of a run, and how long the devices had nothing to do but wait for them.
+"""How long steps take, and how long the devices had nothing to do but wait for batches.
+
+    clock = StepClock(Feed(pipeline.train_iterator(config)))
+    with clock.left_out():              # anything that is no ordinary step
+        ...
+    clock.count()                       # after each ordinary step
+    clock.times()                       # seconds a step, and of those waited; since clock.restart()
 
     feed = Feed(pipeline.train_iterator(config))
     state, metrics, _ = program.step(state, program.put(next(feed)))
@@ -9,6 +15,7 @@ Neither `put` nor `step` waits for the devices: while a step runs, the batch of 
 and sent. So the time that `next` takes costs nothing as long as a step is running at its end; where none is, it counts as waiting.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -53,3 +60,41 @@ class Feed:
             f"warning  data is the bottleneck: the devices wait for it {waited / step_seconds:.0%} of the time; raise "
             "config.data.read_threads, or put the data on a faster disk"
         )
+
+
+class StepClock:
+    """The time that ordinary steps take, without that of anything between them.
+
+    Attributes:
+        feed: the batches of the run.
+    """
+
+    def __init__(self, feed: Feed):
+        self.feed = feed
+        self.restart()
+
+    def restart(self) -> None:
+        """Count anew."""
+        self._began = time.perf_counter()
+        self._steps = 0
+        self.feed.lap()
+
+    def count(self) -> None:
+        """Count an ordinary step."""
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Leave what runs inside out of the time of steps."""
+        before = time.perf_counter()
+        waited = self.feed.waited
+        yield
+        self._began += time.perf_counter() - before
+        self.feed.waited = waited
+
+    def times(self) -> tuple[float, float] | None:
+        """Return seconds an ordinary step, and of those waited for data; None if there was no such step."""
+        if not self._steps:
+            return None
+        seconds = (time.perf_counter() - self._began) / self._steps
+        return seconds, self.feed.waited / self._steps

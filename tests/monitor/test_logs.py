@@ -13,8 +13,8 @@ from fp8jax.config import WarningConfig
 from fp8jax.monitor import gathered, layered, log_series, logs, report_data
 from fp8jax.monitor.early_warning import EarlyWarning
 from fp8jax.monitor.logs import MetricsError, cut, read_metrics, records, tail
+from fp8jax.monitor.warning_actions import Reaction
 from fp8jax.monitor.writers import MetricsWriter, Silent
-from fp8jax.training.warning_actions import Reaction
 from tests.monitor.made_up_logs import STANDS, bent, growing, log
 
 TENSORS = [

@@ -11,7 +11,7 @@ from configs import common
 from fp8jax import config as config_lib
 from fp8jax.data import pipeline, shards, tokenizer
 from fp8jax.models.flops import model_flops
-from fp8jax.training import evaluation, loop
+from fp8jax.training import evaluation, guards
 from fp8jax.training.checkpoint import save_config
 from fp8jax.training.evaluation import Evaluator, batches_by_share
 from fp8jax.training.watchdog import Watchdog
@@ -86,7 +86,7 @@ def test_an_evaluation_is_not_under_the_limit_of_a_step_but_watched_batch_by_bat
             if kind == "evaluation":
                 seen.append((what, sorted(self._under_way)))
 
-    monkeypatch.setattr(loop, "Watchdog", Watched)
+    monkeypatch.setattr(guards, "Watchdog", Watched)
     monkeypatch.setattr(evaluation, "ONE_IN", 1)
     assert (
         train(

@@ -16,12 +16,15 @@ import pytest
 
 from fp8jax.config import DataError
 from fp8jax.models import gemms
+from fp8jax.monitor.run_log import RunLog
+from fp8jax.monitor.stages import Stages
 from fp8jax.monitor.writers import Silent
 from fp8jax.numerics.scaling import role_of
-from fp8jax.training import loop, scaling_state
+from fp8jax.training import scaling_state, starting
 from fp8jax.training.calibration import calibrate, fresh_scaling
 from fp8jax.training.checkpoint import Checkpoints
 from fp8jax.training.resume import Position, resume
+from fp8jax.training.run import Run
 from tests.helpers.runs import logged, micro, program_of
 
 LINEAR = {"qkv", "attention_out", "mlp_up", "mlp_down"}
@@ -147,17 +150,15 @@ def calibrating(monkeypatch, masked):
         whole = {"inputs": tokens, "targets": tokens, "mask": np.ones((16, 32), np.float32)}
         return [whole | {"mask": np.zeros((16, 32), np.float32)}] * masked + [whole] * 4
 
-    monkeypatch.setattr(loop.pipeline, "train_batches", batches)
-    start = {"step": 0, "position": Position(), "state": run.init(), "writer": Silent()}
-    return types.SimpleNamespace(
-        config=run.config, program=run, progress=types.SimpleNamespace(message=said.append), **start
-    ), said
+    monkeypatch.setattr(starting.pipeline, "train_batches", batches)
+    log = RunLog(Silent(), types.SimpleNamespace(message=said.append))
+    return Run(run, run.init(), 0, Position(), warning=None), log, said
 
 
 def test_scales_are_found_on_the_first_batch_that_has_targets(monkeypatch):
     """On a batch without, gradients are zero and their scales would stay at 1."""
-    run, said = calibrating(monkeypatch, masked=2)
-    loop._Run._calibrate(run, tuple(ALL))
+    run, log, said = calibrating(monkeypatch, masked=2)
+    starting.find_scales(run, tuple(ALL), log, Stages(False))
     assert all(
         np.all(np.asarray(entry["history"])[..., 0] > 0) for entry in run.state.scaling.values()
     )
@@ -165,12 +166,12 @@ def test_scales_are_found_on_the_first_batch_that_has_targets(monkeypatch):
 
 
 def test_data_without_any_target_is_refused(monkeypatch):
-    run, _ = calibrating(monkeypatch, masked=3)
-    monkeypatch.setattr(loop, "CALIBRATION_BATCHES", 3)
+    run, log, _ = calibrating(monkeypatch, masked=3)
+    monkeypatch.setattr(starting, "CALIBRATION_BATCHES", 3)
     with pytest.raises(
         DataError, match="the first 3 batches from step 1 on have no token to predict"
     ):
-        loop._Run._calibrate(run, tuple(ALL))
+        starting.find_scales(run, tuple(ALL), log, Stages(False))
 
 
 @pytest.mark.slow

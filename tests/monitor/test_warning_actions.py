@@ -8,9 +8,9 @@ import pytest
 
 from fp8jax import config as config_lib
 from fp8jax.monitor.early_warning import Alarm, EarlyWarning
+from fp8jax.monitor.warning_actions import Reaction
 from fp8jax.monitor.writers import read_metrics
 from fp8jax.training.checkpoint import Checkpoints
-from fp8jax.training.warning_actions import Reaction
 from tests.helpers.runs import micro, program_of, train
 
 AT = 4

@@ -1,7 +1,7 @@
-"""The early warning in the loop: watches what is logged, says it, and decides what the config wants done about it.
+"""The early warning in the loop: watches what is logged, logs what it sees, and decides what the config wants done about it.
 
     reaction = Reaction(config.warning, workdir, start_step=100)
-    decision = reaction(entry, writer, progress)      # after each logged step; None where nothing is to be done
+    decision = reaction(entry, log)                   # after each logged step; None where nothing is to be done
 
 The loop carries decisions out. A continued run replays the end of its log first, twice what the early warning remembers, so
 that it warns as one that was never stopped; what fell back to BF16 is in the checkpoint.
@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fp8jax.config import WARNING_LEVELS, WarningConfig
-from fp8jax.models.model_recipes import ModelRecipes
-from fp8jax.monitor.early_warning import REMEMBERED, WINDOW, Alarm, EarlyWarning, advised_fallbacks
+from fp8jax.monitor.early_warning import REMEMBERED, WINDOW, Alarm, EarlyWarning
 from fp8jax.monitor.logs import tail
-from fp8jax.monitor.progress import Progress
-from fp8jax.monitor.writers import MetricsWriter
+from fp8jax.monitor.run_log import RunLog
 from fp8jax.numerics.recipes import in_bf16
 
 
@@ -25,21 +23,6 @@ class Decision(NamedTuple):
 
     action: str
     overrides: str
-
-
-def fallbacks(config: WarningConfig, recipes: ModelRecipes) -> list[str]:
-    """Return what a warning can take out of FP8, each as `config.fp8.overrides`; several can follow one another.
-
-    Args:
-        config: of the run; no action but `fallback` takes anything out.
-        recipes: of the run.
-    """
-    if config.action != "fallback":
-        return []
-    if config.fallback:
-        return [in_bf16(config.fallback)]
-    in_fp8 = [role for role, (_, recipe) in recipes.by_role().items() if recipe.fp8]
-    return [in_bf16(roles) for roles in advised_fallbacks(in_fp8)] if in_fp8 else []
 
 
 class Reaction:
@@ -75,19 +58,17 @@ class Reaction:
             ):
                 self._watch.observe(entry)
 
-    def __call__(
-        self, entry: dict[str, Any], writer: MetricsWriter, progress: Progress
-    ) -> Decision | None:
-        """Says what a logged step, with `step`, gives reason to warn of; and what is to be done."""
+    def __call__(self, entry: dict[str, Any], log: RunLog) -> Decision | None:
+        """Log what a logged step, with `step`, gives reason to warn of; return what is to be done."""
         decision = None
         for alarm in self._watch.observe(entry):
             fields = alarm._asdict()
-            writer.event("early_warning", fields.pop("step"), **fields)
-            progress.message(f"early warning  {alarm.text()}")
-            progress.warn(alarm.level)
+            step = fields.pop("step")
+            log.event("early_warning", step, f"early warning  {alarm.text()}", **fields)
+            log.warn(alarm.level)
             decision = decision or self._decide(alarm)
         if decision:
-            writer.event("early_warning_action", entry["step"], **decision._asdict())
+            log.event("early_warning_action", entry["step"], **decision._asdict())
         return decision
 
     def losses(self) -> dict[str, Any]:

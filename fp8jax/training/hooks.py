@@ -1,0 +1,54 @@
+"""When the side jobs of the loop are due: each after every so many steps.
+
+    hooks = Hooks.of(run, evaluator)
+    if hooks.statistics.is_due(step):
+        ...
+
+What they do is in side_jobs.py. Saving has a policy of its own (save_policy.py), the profile a window (profiling.py).
+"""
+
+import dataclasses
+
+from fp8jax.training.evaluation import Evaluator
+from fp8jax.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """When a side job is due.
+
+    Attributes:
+        every: steps between; 0: never.
+        also: one more step at which it is due.
+    """
+
+    every: int
+    also: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Return True if the job is due after this step, counted from 1."""
+        return step == self.also or (self.every > 0 and step % self.every == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """The side jobs of a run.
+
+    Attributes:
+        log: a line of metrics.jsonl; also due where another of these is.
+        statistics: outlier statistics, in the step itself.
+        evaluation: the held-out loss.
+    """
+
+    log: Hook
+    statistics: Hook
+    evaluation: Hook
+
+    @staticmethod
+    def of(run: Run, evaluator: Evaluator) -> "Hooks":
+        """Return the hooks of a run; it is evaluated at its end, too, where there is text for it."""
+        config = run.config
+        evaluation = Hook(0)
+        if evaluator.sequences:
+            evaluation = Hook(config.evaluation.every, also=config.training.steps)
+        return Hooks(Hook(config.log.every), Hook(config.monitor.every), evaluation)

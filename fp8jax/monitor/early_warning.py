@@ -24,7 +24,7 @@ linearly between.
 
 Alarms are a pure function of the entries seen: a continued run that replays its log warns as one
 that was never stopped. The training loop decides what follows an alarm
-(training/warning_actions.py).
+(warning_actions.py).
 """
 
 import collections
@@ -42,7 +42,7 @@ from fp8jax.numerics.roles import OPERANDS
 
 WATCH, WARN, ACT = WARNING_LEVELS
 # How many entries with statistics are kept, and how many entries of all. A continued run replays
-# twice as many (training/warning_actions.py).
+# twice as many (warning_actions.py).
 WINDOW, REMEMBERED = 48, trend.PAST + trend.RECENT
 SETTLED = 10  # entries with statistics before any alarm but that of a number that is not finite
 CONFIRMED = 3

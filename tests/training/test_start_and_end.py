@@ -8,7 +8,7 @@ import time
 import pytest
 
 from fp8jax.monitor.writers import read_metrics
-from fp8jax.training import farewell, loop, signals
+from fp8jax.training import farewell, loop, signals, starting
 from fp8jax.training.step import TrainProgram
 from tests.helpers.runs import micro, train
 
@@ -133,7 +133,7 @@ def test_a_signal_before_the_first_step_ends_the_run_there(at, tmp_path, monkeyp
         return found
 
     monkeypatch.setattr(loop, at, signalled)
-    monkeypatch.setattr(TrainProgram, "calibrate", lambda *given: pytest.fail("went on"))
+    monkeypatch.setattr(starting, "calibrate", lambda *given: pytest.fail("went on"))
     assert train(micro(**SHORT), tmp_path) == 4
     assert (
         "stopped on SIGINT before the first step; there is nothing new to save"

@@ -13,8 +13,7 @@ The definition of divergence (`departure`) was written before the predictor saw 
 """
 
 import contextlib
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,6 @@ import numpy as np
 
 from configs import common
 from fp8jax import config as config_lib
-from fp8jax.training import loop
 from fp8jax.training.step import TrainProgram
 
 # A run departs where its loss, smoothed over WINDOW steps, rises LEAVES spreads above the best it
@@ -83,30 +81,21 @@ class Run(NamedTuple):
     disturbance: Disturbance | None = None
 
 
-class Disturbed(TrainProgram):
-    """A training program whose steps are disturbed."""
+def _disturbed_step(plain: Callable[..., Any], disturbance: Disturbance) -> Callable[..., Any]:
+    """Return the step of a training program, `plain`, with the disturbance before or after it."""
+    kind, first, last, amount = disturbance
 
-    def __init__(self, disturbance: Disturbance, *arguments: Any):
-        super().__init__(*arguments)
-        self._disturbance = disturbance
-
-    def step(self, state: Any, batch: Any, *, collect: bool = False) -> Any:
-        """Take the step of TrainProgram, with the disturbance before or after it."""
-        kind, first, last, amount = self._disturbance
+    def step(program: TrainProgram, state: Any, batch: Any, *, collect: bool = False) -> Any:
         if not first <= int(state.step) + 1 <= last:
-            return super().step(state, batch, collect=collect)
+            return plain(program, state, batch, collect=collect)
         if kind == "batch":
-            return super().step(
-                state,
-                {
-                    **batch,
-                    "inputs": _noise(batch["inputs"], 0),
-                    "targets": _noise(batch["inputs"], 1),
-                },
-                collect=collect,
-            )
+            noise = {
+                "inputs": _noise(batch["inputs"], 0),
+                "targets": _noise(batch["inputs"], 1),
+            }
+            return plain(program, state, {**batch, **noise}, collect=collect)
         before = jax.tree.map(jnp.copy, state.params)
-        state, metrics, taps = super().step(state, batch, collect=collect)
+        state, metrics, taps = plain(program, state, batch, collect=collect)
         change = _stretched if kind == "rate" else _drifted
         params = jax.tree.map(
             lambda a, leaf: jax.device_put(a, leaf.sharding),
@@ -114,11 +103,10 @@ class Disturbed(TrainProgram):
             state.params,
         )
         scale = amount if kind == "rate" else 1.0
-        return (
-            _replaced(state, params),
-            metrics | {"learning_rate": metrics["learning_rate"] * scale},
-            taps,
-        )
+        rate = {"learning_rate": metrics["learning_rate"] * scale}
+        return _replaced(state, params), metrics | rate, taps
+
+    return step
 
 
 def _noise(inputs: jax.Array, seed: int) -> jax.Array:
@@ -438,14 +426,14 @@ def config_of(run: Run, **more: Any) -> config_lib.Config:
 
 @contextlib.contextmanager
 def disturbed(disturbance: Disturbance | None) -> Iterator[None]:
-    """Make fp8jax.training.loop train with disturbed steps inside this context."""
-    plain = loop.TrainProgram
+    """Make training programs take disturbed steps inside this context."""
+    plain = TrainProgram.step
     if disturbance is not None:
-        loop.TrainProgram = functools.partial(Disturbed, disturbance)
+        TrainProgram.step = _disturbed_step(plain, disturbance)
     try:
         yield
     finally:
-        loop.TrainProgram = plain
+        TrainProgram.step = plain
 
 
 class Departure(NamedTuple):

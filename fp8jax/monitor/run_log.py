@@ -1,4 +1,4 @@
-"""The one log of a run: what happens goes to its files and onto the terminal in one call.
+"""Log a run: one call writes an incident to its files and shows it on the terminal.
 
     with MetricsWriter(workdir) as writer, Progress(total_steps=600) as progress:
         log = RunLog(writer, progress)
@@ -17,10 +17,10 @@ from fp8jax.monitor.writers import MetricsWriter, Silent
 
 
 class RunLog:
-    """Files and terminal of a run.
+    """The files and terminal of a run.
 
     Args:
-        writer: of metrics.jsonl and events.jsonl.
+        writer: writer of metrics.jsonl and events.jsonl.
         progress: the terminal.
     """
 
@@ -38,10 +38,10 @@ class RunLog:
         """Log an incident.
 
         Args:
-            kind: of events.jsonl.
+            kind: kind of the event in events.jsonl.
             step: steps taken so far.
-            text: the line for the terminal; None: it shows nothing.
-            **fields: of events.jsonl.
+            text: the line for the terminal; None shows nothing.
+            **fields: fields of the event in events.jsonl.
         """
         self._writer.event(kind, step, **fields)
         self.message(text)

@@ -1,10 +1,11 @@
-"""The early warning in the loop: watches what is logged, logs what it sees, and decides what the config wants done about it.
+"""Run the early warning in the loop: watch the log, report warnings, and decide on the config's action.
 
     reaction = Reaction(config.warning, workdir, start_step=100)
-    decision = reaction(entry, log)                   # after each logged step; None where nothing is to be done
+    decision = reaction(entry, log)                   # after each logged step; None without an action
 
-The loop carries decisions out. A continued run replays the end of its log first, twice what the early warning remembers, so
-that it warns as one that was never stopped; what fell back to BF16 is in the checkpoint.
+The loop carries decisions out. A continued run replays the end of its log first, twice what the
+early warning keeps, so that it warns as one that was never stopped; what fell back to BF16 is in
+the checkpoint.
 """
 
 import pathlib
@@ -19,7 +20,7 @@ from fp8jax.numerics.recipes import in_bf16
 
 
 class Decision(NamedTuple):
-    """What to do: an action of the config, and what `fallback` takes out of FP8, as `config.fp8.overrides`."""
+    """An action of the config, and what `fallback` takes out of FP8, as `config.fp8.overrides`."""
 
     action: str
     overrides: str
@@ -29,12 +30,13 @@ class Reaction:
     """Watches one run.
 
     Args:
-        config: what to do, and from which level on.
-        workdir: of the run; the end of its log up to `start_step` is replayed.
+        config: the action, and its lowest level.
+        workdir: directory of the run; the end of its log up to `start_step` is replayed.
         start_step: steps already taken.
         fallen_back: overrides of earlier fallbacks, which are not repeated.
         gradient_format: `config.fp8.gradient_format`.
-        losses: what `losses` returned at `start_step`; without them, whether the loss still falls is not known before long.
+        losses: what `losses` returned at `start_step`; without them, whether the loss still falls
+            is unknown for a while.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Reaction:
                 self._watch.observe(entry)
 
     def __call__(self, entry: dict[str, Any], log: RunLog) -> Decision | None:
-        """Log what a logged step, with `step`, gives reason to warn of; return what is to be done."""
+        """Log the warnings on a logged step, with `step`, and return the action to take, if any."""
         decision = None
         for alarm in self._watch.observe(entry):
             fields = alarm._asdict()
@@ -72,7 +74,7 @@ class Reaction:
         return decision
 
     def losses(self) -> dict[str, Any]:
-        """The losses of the run so far, made few, to go into a checkpoint."""
+        """Return the losses of the run so far, condensed, for a checkpoint."""
         return self._watch.losses()
 
     def _decide(self, alarm: Alarm) -> Decision | None:

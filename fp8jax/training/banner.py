@@ -1,4 +1,4 @@
-"""What a run tells before its first step: what will run, in what formats, and whether this device computes it rightly."""
+"""Report before a run's first step what will run, in what formats, and whether this device computes it correctly."""
 
 import functools
 import math
@@ -25,11 +25,11 @@ from fp8jax.plan import Plan
 from fp8jax.training.fallbacks import fallbacks
 from fp8jax.training.step import TrainProgram
 
-UNROLLED = 4  # layers from which on compiling each by itself is worth a warning
+UNROLLED = 4  # more layers than this, each compiled by itself, give a warning
 
 
 def introduce(program: TrainProgram, stage: Stages) -> list[str]:
-    """Lines on what will run, and on attention's agreement with its definition on this device; says what takes time meanwhile."""
+    """Return lines on what will run, and on attention's agreement with its definition here; announce slow parts."""
     with stage("tracing the training step"):
         _traced(program)
     lines = describe(program)
@@ -38,7 +38,7 @@ def introduce(program: TrainProgram, stage: Stages) -> list[str]:
 
 
 def describe(program: TrainProgram) -> list[str]:
-    """What is about to run: model, FP8 share counted from the traced step, mesh, batch, data."""
+    """Return lines on the run: model, FP8 share counted from the traced step, mesh, batch, data."""
     config, device = program.config, program.plan.device
     tokens = config.training.batch_size * config.data.sequence_length
     share = audit.fp8_share(_traced(program), BLOCK_ROLES)
@@ -66,13 +66,13 @@ def describe(program: TrainProgram) -> list[str]:
 
 
 def check_attention(plan: Plan) -> list[str]:
-    """Compares the attention backend with `emulated` on the device at hand, before any step relies on it.
+    """Compare the attention backend with `emulated` on the device at hand, before any step relies on it.
 
     Returns:
-        What to tell: the backend and its largest error; nothing where attention is not in FP8.
+        Lines on the backend and its largest error; none if attention is not in FP8.
 
     Raises:
-        ConfigError: the backend computes something else here.
+        ConfigError: the backend computes something different here.
     """
     by_backend: dict[str, list[Any]] = {}
     for layer, recipes in enumerate(plan.recipes.blocks):
@@ -86,7 +86,7 @@ def check_attention(plan: Plan) -> list[str]:
 
 
 def _check_backend(plan: Plan, backend: str, pairs: list[Any]) -> str:
-    """A line about one backend, for all recipes of the two roles that it computes."""
+    """Return a line about one backend, for all recipes of the two roles that it computes."""
     line = f"         attention in FP8 by backend {backend}"
     if backend == "emulated":
         return line
@@ -108,14 +108,14 @@ def _check_backend(plan: Plan, backend: str, pairs: list[Any]) -> str:
 
 
 def check_fallbacks(plan: Plan) -> None:
-    """Raise ConfigError if something that a warning can take out of FP8 cannot be: found at the start, not when it must be."""
+    """Raise ConfigError at the start if a fallback that a warning can ask for is impossible."""
     warning = plan.config.warning
     for overrides in fallbacks(warning, plan.recipes) or [recipes_lib.in_bf16(warning.fallback)]:
         plan.with_overrides(overrides)
 
 
 def describe_compiled(program: TrainProgram) -> list[str]:
-    """What the compiler made of the step: memory of a device, and, where FP8 is native, GEMMs that lost it."""
+    """Return lines on the compiled step: memory of a device, and, if FP8 is native, GEMMs that lost it."""
     try:
         found = audit.read(program.compiled_step(), program.mesh)
     except audit.UnreadableError as error:
@@ -134,7 +134,7 @@ _IMPORTED = time.monotonic()
 
 
 def process_seconds() -> float:
-    """Seconds since this process began; where the system does not tell, since this module was imported."""
+    """Return the seconds since this process began, or, if unknown, since this module was imported."""
     try:
         ticks = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK")
@@ -143,7 +143,7 @@ def process_seconds() -> float:
 
 
 def facts(program: TrainProgram) -> dict[str, Any]:
-    """What WORKDIR/run.json says of a run, for its report; compiles the step, if it is not yet."""
+    """Return the content of WORKDIR/run.json, for the report; compile the step, if it is not compiled yet."""
     device, memory = program.plan.device, program.compiled_step().memory_analysis()
     model = program.definition.config
     return {
@@ -165,7 +165,7 @@ def facts(program: TrainProgram) -> dict[str, Any]:
 
 
 def seconds_at_peak(program: TrainProgram) -> float | None:
-    """What a step's model FLOPs would take at all devices' BF16 peak: MFU is this over a step's time. None: peak not known."""
+    """Return the time of a step's model FLOPs at all devices' BF16 peak, for the MFU; None if the peak is unknown."""
     device = device_of(program.plan.device.device_kind)
     return device and _model_flops(program) / (device.bf16 * program.mesh.size)
 

@@ -1,4 +1,4 @@
-"""How a run ends, or goes back to a checkpoint: the end of a stretch of steps, and what is saved, logged and returned."""
+"""End a run, or go back to a checkpoint: decide why, save, log, and return the exit code."""
 
 import contextlib
 import enum
@@ -19,7 +19,7 @@ from fp8jax.training.tools import Tools
 
 
 class End(enum.Enum):
-    """Why a run takes no further step from where it is."""
+    """The reason why a run takes no further step."""
 
     FINISHED = "it has all its steps"
     SIGNAL = "a signal asks it to stop"
@@ -30,17 +30,17 @@ class End(enum.Enum):
 
     @property
     def goes_back(self) -> bool:
-        """True where the run goes on from a checkpoint, if it may."""
+        """Return True if the run continues from a checkpoint, if it may."""
         return self in (End.BAD_STEPS, End.UNSOUND, End.WARNING_ROLLBACK)
 
 
 def end_after_step(run: Run, *, sound: bool, asked: End | None) -> End | None:
-    """Return how the run ends after this step; None where it goes on.
+    """Return how the run ends after this step; None if it continues.
 
     Args:
-        run: after the step.
+        run: the run after the step.
         sound: False if its state must not be saved.
-        asked: what the early warning asks for.
+        asked: the end that the early warning asks for, if any.
     """
     training = run.config.training
     end = None
@@ -48,7 +48,7 @@ def end_after_step(run: Run, *, sound: bool, asked: End | None) -> End | None:
         end = End.UNSOUND
     elif run.bad_in_a_row >= training.bad_steps:
         end = End.BAD_STEPS
-    if run.stopping:  # whatever signal comes in the last step, a run that has its steps is finished
+    if run.stopping:  # a run that has its steps is finished, signal or not
         return End.FINISHED if run.is_last() and end is None else End.SIGNAL
     if end is None and run.is_last() and asked is not End.WARNING_ROLLBACK:
         return End.FINISHED
@@ -59,8 +59,8 @@ def finish(run: Run, tools: Tools, end: End) -> int | None:
     """Go back, or save and stop; return the exit code, None for going back.
 
     Args:
-        run: after its last step.
-        tools: of the run.
+        run: the run after its last step.
+        tools: tools of the run.
         end: how it ends.
     """
     log, saver = tools.log, tools.saver
@@ -127,12 +127,12 @@ def _may_go_back(run: Run, end: End, checkpoints: Checkpoints, log: RunLog) -> b
 
 
 def go_back(program: TrainProgram, checkpoints: Checkpoints, run: Run) -> tuple[Resumed, list[str]]:
-    """Return the newest checkpoint, with the data behind the batches that made the run go back, and lines that say so.
+    """Return the newest checkpoint, with the data after the batches that made the run go back, and lines to report.
 
     Args:
-        program: of the run, without what has fallen back to BF16.
-        checkpoints: of the run.
-        run: which goes back.
+        program: the run's program, without fallbacks to BF16.
+        checkpoints: checkpoints of the run.
+        run: the run that goes back.
     """
     lines: list[str] = []
     resumed = resume(program, checkpoints, lines.append)

@@ -1,4 +1,4 @@
-"""What an early warning can take out of FP8 in a run."""
+"""List what an early warning can take out of FP8 in a run."""
 
 from fp8jax.config import WarningConfig
 from fp8jax.models.model_recipes import ModelRecipes
@@ -10,8 +10,8 @@ def fallbacks(config: WarningConfig, recipes: ModelRecipes) -> list[str]:
     """Return what a warning can take out of FP8, each as `config.fp8.overrides`; several can follow one another.
 
     Args:
-        config: of the run; no action but `fallback` takes anything out.
-        recipes: of the run.
+        config: the run's section; only the action `fallback` takes roles out.
+        recipes: recipes of the run.
     """
     if config.action != "fallback":
         return []

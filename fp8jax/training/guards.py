@@ -1,4 +1,4 @@
-"""What guards a run from outside: one process a directory, signals that ask to stop, limits of time, devices without memory.
+"""Guard a run from outside: one process per directory, signals that ask to stop, limits of time, out of memory.
 
 with guarded(config, workdir) as guards:
     guards.watchdog.begin("step", "step 17 (batch 16)")
@@ -25,11 +25,11 @@ from fp8jax.training.watchdog import Watchdog
 
 
 class Guards(NamedTuple):
-    """Guards of a run.
+    """The guards of a run.
 
     Attributes:
         stop: numbers of the signals that have asked this process to stop.
-        watchdog: ends the process where something takes too long.
+        watchdog: ends the process if a part takes too long.
     """
 
     stop: list[int]
@@ -40,7 +40,7 @@ class Guards(NamedTuple):
         return bool(self.stop) and jax.process_count() == 1
 
     def stop_before_the_first_step(self, stage: Stages) -> bool:
-        """Return True, and say so, if a signal ends a run that has not begun yet."""
+        """Return True, and report it, if a signal ends a run that has not begun yet."""
         if not self.stop_alone():
             return False
         stage.message(
@@ -75,11 +75,11 @@ def guarded(config: Config, workdir: pathlib.Path) -> Iterator[Guards]:
 
 @contextlib.contextmanager
 def one_line_without_memory(config: Config, done: Callable[[], tuple[int, str]]) -> Iterator[None]:
-    """End in one line where a device has no more memory.
+    """End with one line if a device runs out of memory.
 
     Args:
-        config: of the run.
-        done: returns the last step that is done, and what there is to continue from.
+        config: the run's configuration.
+        done: returns the last finished step, and what there is to continue from.
     """
     try:
         yield

@@ -1,10 +1,11 @@
-"""When the side jobs of the loop are due: each after every so many steps.
+"""Decide when the side jobs of the loop are due, each every `every` steps.
 
     hooks = Hooks.of(run, evaluator)
     if hooks.statistics.is_due(step):
         ...
 
-What they do is in side_jobs.py. Saving has a policy of its own (save_policy.py), the profile a window (profiling.py).
+side_jobs.py does them. Saving has a policy of its own (save_policy.py), the profile a window
+(profiling.py).
 """
 
 import dataclasses
@@ -15,10 +16,10 @@ from fp8jax.training.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """When a side job is due.
+    """The schedule of a side job.
 
     Attributes:
-        every: steps between; 0: never.
+        every: steps between; 0 for never.
         also: one more step at which it is due.
     """
 
@@ -32,10 +33,10 @@ class Hook:
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """The side jobs of a run.
+    """The schedules of a run's side jobs.
 
     Attributes:
-        log: a line of metrics.jsonl; also due where another of these is.
+        log: a line of metrics.jsonl; also due if another of these is.
         statistics: outlier statistics, in the step itself.
         evaluation: the held-out loss.
     """
@@ -46,7 +47,7 @@ class Hooks:
 
     @staticmethod
     def of(run: Run, evaluator: Evaluator) -> "Hooks":
-        """Return the hooks of a run; it is evaluated at its end, too, where there is text for it."""
+        """Return the hooks of a run; it is evaluated at its end, too, if there is text for it."""
         config = run.config
         evaluation = Hook(0)
         if evaluator.sequences:

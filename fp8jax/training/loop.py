@@ -1,13 +1,14 @@
-"""The training loop: start or continue a run in a directory, step, log, evaluate, save, stop cleanly.
+"""Train: start or continue a run in a directory, step, log, evaluate, save, stop cleanly.
 
     exit_code = train(config, workdir)
 
-The directory holds everything: config.json, checkpoints/, metrics.jsonl, events.jsonl, tensorboard/, eval.json. Running
-again with the same directory continues from the newest checkpoint; SIGINT, SIGTERM, SIGHUP and SIGUSR1 finish the step under
-way, save and return 4. What a step computes is in step.py.
+The directory holds all files: config.json, checkpoints/, metrics.jsonl, events.jsonl, tensorboard/,
+eval.json. Running again with the same directory continues from the newest checkpoint; SIGINT,
+SIGTERM, SIGHUP and SIGUSR1 finish the running step, save and return 4. step.py defines a step.
 
-Read `train`, then `_train_from` and `_step`: they do things in the order in which they happen. What runs before the first step
-is in starting.py, what is due after a step in hooks.py and side_jobs.py, the end in ending.py.
+Read `train`, then `_train_from` and `_step`: they follow the order in which things happen.
+starting.py prepares the first step, hooks.py and side_jobs.py do what is due after a step,
+ending.py the end.
 """
 
 import contextlib
@@ -54,15 +55,17 @@ def train(
     *,
     allow_config_change: Sequence[str] = (),
 ) -> int:
-    """Train to `config.training.steps`; return the process's exit code.
+    """Train to `config.training.steps`, and return the process's exit code.
 
-    0: finished; 3: stopped by bad numbers or the early warning, after saving; 4: stopped by a signal, after saving.
+    The code is 0 if finished, 3 if stopped by bad numbers or the early warning, 4 if stopped by a
+    signal, both after saving.
 
     Args:
         config: validated configuration.
-        workdir: directory of the run; made if missing, continued if it holds a run.
-        devices: what the mesh is made of; None: all.
-        allow_config_change: fields such as 'data.source' that may differ from those of the run in the directory.
+        workdir: directory of the run; created if missing, continued if it holds a run.
+        devices: devices of the mesh; None for all.
+        allow_config_change: fields such as 'data.source' that may differ from those of the run in
+            the directory.
 
     Raises:
         ConfigError: the data, mesh or directory does not fit the config.
@@ -109,11 +112,11 @@ def train(
 
 
 def _train_from(run: Run, tools: Tools, calibrate: tuple[str, ...], *, first: bool) -> int | None:
-    """Train from where a run stands to its end; return the exit code, None where it goes back to a checkpoint.
+    """Train from a run's position to its end; return the exit code, None if it goes back to a checkpoint.
 
     Args:
-        run: with a state that is fresh or from a checkpoint.
-        tools: of the run.
+        run: the run, with a state that is fresh or from a checkpoint.
+        tools: tools of the run.
         calibrate: roles whose scales are still unknown.
         first: True the first time in this process.
     """
@@ -146,7 +149,7 @@ def _train_from(run: Run, tools: Tools, calibrate: tuple[str, ...], *, first: bo
 
 
 def _step(run: Run, tools: Tools) -> End | None:
-    """Take one step and do what is due after it; return how the run ends, None where it goes on."""
+    """Take one step and do what is due after it; return how the run ends, None if it continues."""
     step = run.step + 1
     hooks, log, guards, saver = tools.hooks, tools.log, tools.guards, tools.saver
     guards.watchdog.begin("step", f"step {step} (batch {run.batch + 1})")
@@ -198,7 +201,7 @@ def _advance(run: Run, tools: Tools, *, with_statistics: bool) -> tuple[dict[str
 
 
 def _open_checkpoints(config: Config, workdir: pathlib.Path) -> Checkpoints:
-    """Open the checkpoints of a run, whose manifests say what it was made of."""
+    """Open the checkpoints of a run, with the facts for their manifests."""
     keep = config.checkpoint
     facts = {
         "config": config_lib.digest(config),
@@ -213,7 +216,7 @@ def _open_checkpoints(config: Config, workdir: pathlib.Path) -> Checkpoints:
 
 
 def _run_from(resumed: Resumed, workdir: pathlib.Path) -> Run:
-    """Return the run that goes on from a checkpoint or from fresh weights."""
+    """Return the run that continues from a checkpoint or from fresh weights."""
     config, position = resumed.program.config, resumed.position
     warning = Reaction(
         config.warning,

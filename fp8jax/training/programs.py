@@ -1,11 +1,12 @@
-"""Every program that a run executes, by name: to be traced, compiled or measured before the run begins.
+"""List every program that a run executes, by name, to trace, compile or measure it before the run begins.
 
     for name, program in programs(plan).items():
         traced = program.trace()                  # allocates nothing
         compiled = traced.lower().compile()
 
-The devices may be compile-only ones. A program is built when it is traced, so that one which cannot be raises there, beside
-the others. Small helpers that run for milliseconds (looking for NaN in a state, say) are not listed.
+The devices may be compile-only ones. A program is built when it is traced, so that one which cannot
+be built raises there. Small helpers that run for milliseconds (such as searching a state for NaN)
+are not listed.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ Call = tuple[Any, tuple[Any, ...]]  # a jitted function, and its arguments as ja
 
 
 class Program(NamedTuple):
-    """A program that is built when it is asked for."""
+    """A program that is built when it is traced."""
 
     build: Callable[[], Call]
 
@@ -42,14 +43,15 @@ class Program(NamedTuple):
 
 
 def programs(plan: Plan) -> dict[str, Program]:
-    """Return what a run and the commands after it execute: training, fallbacks if they are on, evaluation, sampling.
+    """Return the programs of a run and the commands after it: training, fallbacks if they are on, evaluation, sampling.
 
     Args:
-        plan: of the run; its devices are at hand or not.
+        plan: the run's plan; its devices are at hand or not.
 
     Returns:
-        `init`, `calibration` (with delayed scaling), `step`, `statistics` (a step with them), for each fallback that a warning can
-        ask for `fallback OVERRIDES` and `fallback OVERRIDES, statistics`, `evaluation`, `sampling weights`, `sampling prompt`,
+        `init`, `calibration` (with delayed scaling), `step`, `statistics` (a step with them), for
+        each fallback that a warning can ask for `fallback OVERRIDES` and
+        `fallback OVERRIDES, statistics`, `evaluation`, `sampling weights`, `sampling prompt`,
         `sampling`.
     """
     config = settled(plan.config)

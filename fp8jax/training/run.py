@@ -1,4 +1,4 @@
-"""Where a run under way stands."""
+"""The state of a run between two steps."""
 
 import dataclasses
 
@@ -14,13 +14,13 @@ class Run:
     """A run between two steps.
 
     Attributes:
-        program: what takes the next step.
-        state: after step `step`.
+        program: the program of the next step.
+        state: the state after step `step`.
         step: steps taken.
-        position: where the run stands beyond the step.
+        position: the run's position besides the step.
         warning: its early warning.
-        held_out_loss: of this state; None where it was not evaluated.
-        bad_in_a_row: bad steps up to this one; 0 where the step was not logged.
+        held_out_loss: held-out loss of this state; None if it was not evaluated.
+        bad_in_a_row: bad steps up to this one; 0 if the step was not logged.
         stopping: True once all processes know that one of them is asked to stop.
     """
 
@@ -35,12 +35,12 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The configuration of the run."""
+        """Return the configuration of the run."""
         return self.program.config
 
     @property
     def batch(self) -> int:
-        """The number of the batch that comes next."""
+        """Return the number of the next batch."""
         return self.step + self.position.skipped_batches
 
     def is_last(self) -> bool:

@@ -1,12 +1,13 @@
-"""When a run saves, and what it does where it cannot: training goes on, and the last good checkpoint stays.
+"""Decide when a run saves; if it cannot, training continues, and the last good checkpoint stays.
 
     saver = Saver(config.checkpoint, checkpoints, log, watchdog)
     if saver.is_due(step) or saver.is_late(step):
-        sound = saver.save(run, busy=False)      # in the background; False: must not be saved
+        sound = saver.save(run, busy=False)      # in the background; False if it must not be saved
     saver.save_last(run)                         # waits; raises if it fails again and again
 
-A save is postponed while the one before is still under way (slow storage), and in the middle of bad steps: a checkpoint
-should be one from which going on will do. What is not finite is never saved. Files are `checkpoint.py`'s.
+A save is postponed while the one before is still running (slow storage), and in the middle of bad
+steps: a run should be able to continue from every checkpoint. A state that is not finite is never
+saved. checkpoint.py writes the files.
 """
 
 import math
@@ -22,12 +23,13 @@ from fp8jax.training.run import Run
 from fp8jax.training.soundness import first_unsound
 from fp8jax.training.watchdog import Watchdog
 
-# A save that failed, on a full disk say, is tried again after so many seconds; the last one of a run so many times.
+# A failed save, such as on a full disk, is tried again after RETRY_SECONDS; the last one of a run
+# LAST_TRIES times.
 RETRY_SECONDS, LAST_TRIES = 60.0, 10
 
 
 class Saver:
-    """Saves the states of a run, and tells what became of it."""
+    """A saver of a run's states that reports the outcome."""
 
     def __init__(
         self,
@@ -45,12 +47,12 @@ class Saver:
         self._postponed = False
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step by its number, or because one was postponed; the same on all processes."""
+        """Return whether a checkpoint is due after this step by number, or was postponed; the same on all processes."""
         every = self.config.every
         return (every > 0 and step % every == 0) or self._postponed
 
     def is_late(self, step: int) -> bool:
-        """Whether one is due by this process's clock, or because an earlier one failed here: processes must agree on it."""
+        """Return whether one is due by this process's clock, or after a failure here; processes must agree on it."""
         if failure := self.checkpoints.failure():
             self._failed(step, failure)
         if not self.checkpoints.busy():
@@ -59,11 +61,11 @@ class Saver:
         return now > self._again_at or (minutes > 0 and now - self._saved_at > 60 * minutes)
 
     def save(self, run: Run, *, busy: bool) -> bool:
-        """Begin to save, or leave it for a later step; return False if the state must not be saved at all.
+        """Begin to save, or postpone it to a later step; return False if the state must not be saved.
 
         Args:
-            run: whose state is to be saved.
-            busy: True if an earlier save is still under way, on any process.
+            run: the run whose state is to be saved.
+            busy: True if an earlier save is still running, on any process.
         """
         if busy:
             if not self._postponed:
@@ -86,7 +88,7 @@ class Saver:
         return True
 
     def save_last(self, run: Run) -> None:
-        """Save and wait for the end of it.
+        """Save, and wait until it is complete.
 
         Raises:
             CheckpointError: it failed LAST_TRIES times.
@@ -102,7 +104,7 @@ class Saver:
                 time.sleep(RETRY_SECONDS)
 
     def unsound(self, run: Run) -> bool:
-        """Return True if the state holds what is not finite, as after a fault of memory; log which array."""
+        """Return True if the state holds numbers that are not finite, as after a fault of memory; log the array."""
         name = first_unsound(run.state, run.program.replicated)
         if name:
             self.log.event(

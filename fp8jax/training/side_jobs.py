@@ -1,4 +1,4 @@
-"""What the loop does beside steps: statistics, the held-out loss, the log, and what the early warning asks for."""
+"""Do the loop's work besides steps: statistics, the held-out loss, the log, and the early warning's actions."""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _SHOWN = ("loss", "perplexity", "bits_per_byte", "tokens")
 
 
 def compile_statistics(run: Run, tools: Tools) -> None:
-    """Have the step with statistics ready; ordinary steps are timed without what this takes."""
+    """Compile the step with statistics, and leave the time out of the timing of ordinary steps."""
     jax.block_until_ready(run.state.step)
     if run.program.is_compiled(collect=True):
         return
@@ -31,7 +31,7 @@ def compile_statistics(run: Run, tools: Tools) -> None:
 
 
 def evaluate(run: Run, tools: Tools) -> dict[str, float]:
-    """Take the held-out loss of the present state; return what goes into the step's line of the log."""
+    """Take the held-out loss of the present state; return the numbers for the step's line of the log."""
     watchdog, evaluator = tools.guards.watchdog, tools.evaluator
     jax.block_until_ready(run.state.step)
     watchdog.end("step")
@@ -84,11 +84,11 @@ def log_faults(run: Run, tools: Tools, step: int, faults: Sequence[str]) -> None
 def log_step(
     run: Run, tools: Tools, metrics: dict[str, jax.Array], taps: Any, held_out: dict[str, float]
 ) -> Decision | None:
-    """Write and show a step; return what the early warning asks for.
+    """Write and show a step; return the early warning's decision, if any.
 
     Args:
-        run: after the step; learns how many steps in a row were bad.
-        tools: of the run.
+        run: the run after the step; its bad steps in a row are updated.
+        tools: tools of the run.
         metrics: scalars of the step, on the devices.
         taps: outlier statistics of the step, empty without them.
         held_out: numbers of an evaluation after the step.
@@ -127,10 +127,10 @@ def react(run: Run, tools: Tools, decision: Decision | None, *, busy: bool) -> E
     """Do what the early warning asks for; return how the run ends by it, if it does.
 
     Args:
-        run: after a step.
-        tools: of the run.
-        decision: of the early warning, if it asks for anything.
-        busy: True if a save is under way, on any process.
+        run: the run after a step.
+        tools: tools of the run.
+        decision: the early warning's decision, if any.
+        busy: True if a save is running, on any process.
     """
     if decision is None:
         return None
@@ -146,7 +146,7 @@ def react(run: Run, tools: Tools, decision: Decision | None, *, busy: bool) -> E
 
 
 def _fall_back(run: Run, tools: Tools, overrides: str) -> None:
-    """Go on with another program; every scale that is still in use stays."""
+    """Continue with another program; every scale that is still in use stays."""
     tools.log.message(f"from the next step on: {overrides}; compiling")
     tools.guards.watchdog.begin("step", f"compiling the step with {overrides}")
     together = ",".join(part for part in (run.position.fallback, overrides) if part)

@@ -1,4 +1,4 @@
-"""What a run needs before its first step: scales, data, compiled programs; and what it tells at its first."""
+"""Prepare a run's first step: scales, data, compiled programs; and report when it is done."""
 
 import contextlib
 import pathlib
@@ -23,7 +23,7 @@ from fp8jax.training.run import Run
 from fp8jax.training.step import TrainProgram
 from fp8jax.training.step_clock import Feed, StepClock
 
-CALIBRATION_BATCHES = 1000  # looked at for one that has targets
+CALIBRATION_BATCHES = 1000  # batches that are searched for one with targets
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def open_log(program: TrainProgram, workdir: pathlib.Path, step: int) -> Iterato
 
 
 def find_scales(run: Run, roles: tuple[str, ...], log: RunLog, stage: Stages) -> None:
-    """Find the scales of these roles on the first batch to come that has targets: from another the gradients' stay unknown."""
+    """Find the scales of these roles on the next batch with targets; without targets those of gradients stay unknown."""
     if not roles:
         return
     program = run.program
@@ -70,13 +70,13 @@ def find_scales(run: Run, roles: tuple[str, ...], log: RunLog, stage: Stages) ->
 def start(
     run: Run, workdir: pathlib.Path, log: RunLog, stage: Stages, *, note: str | None
 ) -> StepClock:
-    """Read data and compile, tell what runs, and start the clock.
+    """Open the data and compile, report what runs, and start the clock.
 
     Args:
-        run: about to take its next step.
+        run: the run that is about to take its next step.
         workdir: its directory.
-        log: of the run.
-        stage: announces what takes time.
+        log: log of the run.
+        stage: announces slow parts.
         note: a line that follows those about the compiled step.
     """
     program = run.program
@@ -96,7 +96,7 @@ def start(
 
 
 def log_first_step(run: Run, log: RunLog, clock: StepClock) -> None:
-    """Log how long the process took to get through its first step."""
+    """Log how long the process took for its first step."""
     jax.block_until_ready(run.state.step)
     seconds = process_seconds()
     log.event(

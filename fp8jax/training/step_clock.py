@@ -1,18 +1,19 @@
-"""How long steps take, and how long the devices had nothing to do but wait for batches.
+"""Measure how long steps take, and how long the devices waited for batches.
 
     clock = StepClock(Feed(pipeline.train_iterator(config)))
-    with clock.left_out():              # anything that is no ordinary step
+    with clock.left_out():              # for all but ordinary steps
         ...
     clock.count()                       # after each ordinary step
-    clock.times()                       # seconds a step, and of those waited; since clock.restart()
+    clock.times()                       # seconds per step, and of those waited; since clock.restart()
 
     feed = Feed(pipeline.train_iterator(config))
     state, metrics, _ = program.step(state, program.put(next(feed)))
     feed.running = metrics["loss"]
     feed.waited                         # seconds, until feed.lap()
 
-Neither `put` nor `step` waits for the devices: while a step runs, the batch of the next one is read, by threads that read ahead,
-and sent. So the time that `next` takes costs nothing as long as a step is running at its end; where none is, it counts as waiting.
+Neither `put` nor `step` waits for the devices: while a step runs, the batch of the next one is
+read, by threads that read ahead, and sent. So the time of `next` is free if a step is still running
+at its end; otherwise it counts as waiting.
 """
 
 import contextlib
@@ -22,12 +23,12 @@ from typing import Any
 
 import jax
 
-# Of the time of a step: above this, data is the bottleneck.
+# Above this part of a step's time, data is the bottleneck.
 LIMIT = 0.1
 
 
 class Feed:
-    """Batches on the host.
+    """The batches on the host.
 
     Attributes:
         running: a result of the newest step.
@@ -40,7 +41,7 @@ class Feed:
         self.waited = 0.0
 
     def __next__(self) -> Any:
-        """The next batch."""
+        """Return the next batch."""
         began = time.perf_counter()
         batch = next(self._batches)
         if self.running is None or self.running.is_ready():
@@ -48,11 +49,11 @@ class Feed:
         return batch
 
     def lap(self) -> None:
-        """Counts anew."""
+        """Reset the count."""
         self.waited = 0.0
 
     def warning(self, step_seconds: float, waited: float) -> str | None:
-        """A line if data is the bottleneck, the first time; both arguments in seconds a step."""
+        """Return a line the first time that data is the bottleneck; both arguments are in seconds per step."""
         if self._told or waited <= LIMIT * step_seconds:
             return None
         self._told = True
@@ -74,7 +75,7 @@ class StepClock:
         self.restart()
 
     def restart(self) -> None:
-        """Count anew."""
+        """Reset the count."""
         self._began = time.perf_counter()
         self._steps = 0
         self.feed.lap()
@@ -93,7 +94,7 @@ class StepClock:
         self.feed.waited = waited
 
     def times(self) -> tuple[float, float] | None:
-        """Return seconds an ordinary step, and of those waited for data; None if there was no such step."""
+        """Return the seconds per ordinary step, and those of waiting for data; None if there was no such step."""
         if not self._steps:
             return None
         seconds = (time.perf_counter() - self._began) / self._steps

@@ -1,4 +1,4 @@
-"""What serves a run while it steps."""
+"""The tools of a run while it steps."""
 
 import dataclasses
 import pathlib
@@ -18,18 +18,19 @@ from fp8jax.training.step_clock import Feed, StepClock
 
 @dataclasses.dataclass
 class Tools:
-    """What serves a run while it steps.
+    """The tools of a run while it steps.
 
     Attributes:
         workdir: directory of the run.
         guards: signals and limits of time.
         log: files and terminal.
         hooks: when side jobs are due.
-        evaluator: of the held-out text.
+        evaluator: evaluator of the held-out text.
         profile: the window that is traced.
-        saver: of checkpoints.
-        agreement: of all processes on: stop, save, a save is under way.
-        clock: of steps, with the batches; that of `starting.start` once the data is open.
+        saver: saver of checkpoints.
+        agreement: agreement of all processes on whether to stop, to save, and whether a save is
+            running.
+        clock: clock of steps, with the batches; that of `starting.start` once the data is open.
     """
 
     workdir: pathlib.Path
@@ -50,7 +51,7 @@ class Tools:
         log: RunLog,
         guards: Guards,
     ) -> "Tools":
-        """Make what a run needs."""
+        """Make the tools of a run."""
         config = run.config
         evaluator = Evaluator(run.program.plan)
         profile = Silent()

@@ -12,7 +12,7 @@ from fp8jax.audit import limits
 from fp8jax.audit.limits import Limit
 from fp8jax.config import ConfigError
 from fp8jax.plan import make_plan
-from fp8jax.training import fit, fit_advice, fit_options, loop
+from fp8jax.training import fit, fit_advice, fit_options, loop, starting
 from fp8jax.training.checkpoint import save_config
 from fp8jax.training.estimates import Formula, Option, state_bytes
 from fp8jax.training.fit_options import Compiled
@@ -216,14 +216,20 @@ def test_a_step_that_runs_out_of_memory_ends_in_one_line_with_the_state_saved(
     assert loop.train(config_of(), tmp_path, jax.devices()[:1]) == 0
 
 
-@pytest.mark.parametrize("name", ["calibrate", "init"])
-def test_memory_that_ends_before_the_first_step_ends_in_one_line(name, tmp_path, monkeypatch):
-    def exhausted(self, *given, **options):
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(starting, "calibrate"), (TrainProgram, "init")],
+    ids=["calibrate", "init"],
+)
+def test_memory_that_ends_before_the_first_step_ends_in_one_line(
+    owner, name, tmp_path, monkeypatch
+):
+    def exhausted(*given, **options):
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore"
         )
 
-    monkeypatch.setattr(TrainProgram, name, exhausted)
+    monkeypatch.setattr(owner, name, exhausted)
     with pytest.raises(ConfigError, match="^out of memory before the first step .*") as error:
         loop.train(config_of(fp8={"recipe": "fp8"}), tmp_path, jax.devices()[:1])
     assert "\n" not in str(error.value) and not (tmp_path / "checkpoints" / "0").exists()

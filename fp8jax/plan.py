@@ -19,6 +19,7 @@ from fp8jax.config import Config, settled
 from fp8jax.data import tokenizer
 from fp8jax.models.architectures import ResolvedModel
 from fp8jax.models.definition import Definition, Params, define
+from fp8jax.models.flops import ModelFlops, model_flops
 from fp8jax.models.model_recipes import ModelRecipes, model_recipes
 from fp8jax.parallel.mesh import (
     emulates_fp8,
@@ -64,6 +65,15 @@ class Plan:
     def replicas(self) -> int:
         """Return how many parts the rows of a microbatch are split into."""
         return replicas(self.mesh)
+
+    def flops(self, sequences: int | None = None) -> ModelFlops:
+        """Return the model FLOPs of training on `sequences`; None for those of a step."""
+        return model_flops(
+            self.model,
+            self.model.vocab_size,
+            sequences=self.config.training.batch_size if sequences is None else sequences,
+            sequence_length=self.config.data.sequence_length,
+        )
 
     def change(self, config: Config) -> "Plan":
         """Plan another config with the same model and mesh.
@@ -116,7 +126,8 @@ def make_plan(
         vocab_size = tokenizer.vocab_size(config)
     definition = define(config.model, vocab_size)
     make = fitting_mesh if other_mesh else make_mesh
-    return _planned(config, definition, make(definition.complete(config), devices))
+    complete = dataclasses.replace(config, model=definition.config)
+    return _planned(config, definition, make(complete, devices))
 
 
 def _planned(config: Config, definition: Definition, mesh: Mesh) -> Plan:

@@ -8,14 +8,12 @@ import argparse
 import dataclasses
 import pathlib
 import sys
-import types
-import typing
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fp8jax.config import Config
+from fp8jax.config import Config, kind_of
 
 PAGE = ROOT / "docs" / "configuration.md"
 _SIGNS = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
@@ -55,17 +53,12 @@ def _values(field: dataclasses.Field) -> str:
         for key, sign in _SIGNS.items()
         if field.metadata[key] is not None
     ]
-    return ", ".join([_kind(field.type), *bounds])
+    kind, optional = kind_of(field.type)
+    return ", ".join([kind.__name__ + " or None" * optional, *bounds])
 
 
 def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
-
-
-def _kind(kind: typing.Any) -> str:
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_kind(part) for part in typing.get_args(kind))
-    return "None" if kind is types.NoneType else kind.__name__
 
 
 def _sentence(doc: str) -> str:

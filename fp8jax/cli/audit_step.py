@@ -26,7 +26,6 @@ from fp8jax.cli.audit_rehearsal import rehearsal_json, show_rehearsal
 from fp8jax.cli.flags import read_config
 from fp8jax.config import Config, ConfigError
 from fp8jax.exit_codes import WOULD_FAIL
-from fp8jax.models.flops import model_flops
 from fp8jax.numerics.roles import ATTENTION_ROLES, BLOCK_ROLES
 from fp8jax.training.fit_target import TargetFit, fit_target
 from fp8jax.training.rehearsal import rehearse
@@ -91,12 +90,7 @@ def _report(found: TargetFit, target: targets.Target) -> dict[str, Any]:
     compiled, config = found.compiled, found.plan.config
     step, traced, mesh = compiled.step, compiled.traced, compiled.step.mesh
     sequences, length = config.training.batch_size, config.data.sequence_length
-    flops = model_flops(
-        step.definition.config,
-        step.definition.vocab_size,
-        sequences=sequences,
-        sequence_length=length,
-    )
+    flops = step.plan.flops()
     asked = program.traced_gemms(traced.jaxpr)
     told = Step(
         mesh,

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fp8jax.config import Config, ModelConfig
+from fp8jax.config import ModelConfig
 from fp8jax.models import architectures
 from fp8jax.models.architectures import ResolvedModel
 from fp8jax.models.transformer import Transformer
@@ -54,10 +54,6 @@ class Definition:
         state = jax.tree.map(lambda leaf: leaf, self.state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self.graph, state)
-
-    def complete(self, config: Config) -> Config:
-        """Return a run's config with every size of the model filled in."""
-        return dataclasses.replace(config, model=self.config)
 
     def parameter_count(self) -> int:
         """Return the number of trained numbers, embedding and head included."""

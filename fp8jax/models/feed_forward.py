@@ -14,7 +14,7 @@ class FeedForward(nnx.Module):
     """The layers up, nonlinearity, down, with a gate GEMM beside `up` for the gated kinds."""
 
     def __init__(self, config: ResolvedModel, rngs: nnx.Rngs):
-        d, f, std = config.width, architectures.ffn_hidden(config), config.init_std
+        d, f, std = config.width, config.ffn_hidden, config.init_std
         self.kind = config.activation
         self.gate = (
             Dense(rngs, "mlp_gate", (d, f), ("embed", "mlp"), std=std)

@@ -14,7 +14,6 @@ from fp8jax.audit import program as audit
 from fp8jax.audit.roofline import device_of
 from fp8jax.config import ConfigError
 from fp8jax.data import pipeline
-from fp8jax.models.flops import model_flops
 from fp8jax.monitor.stages import Stages
 from fp8jax.numerics import recipes as recipes_lib
 from fp8jax.numerics.attention.definition import SCORES, VALUES
@@ -158,7 +157,7 @@ def facts(program: TrainProgram) -> dict[str, Any]:
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes,
-        "model_flops": _model_flops(program),
+        "model_flops": program.plan.flops().total,
         "seconds_at_peak": seconds_at_peak(program),
         "versions": f"fp8jax {fp8jax.__version__}, jax {jax.__version__}",
     }
@@ -167,17 +166,7 @@ def facts(program: TrainProgram) -> dict[str, Any]:
 def seconds_at_peak(program: TrainProgram) -> float | None:
     """Return the time of a step's model FLOPs at all devices' BF16 peak, for the MFU; None if the peak is unknown."""
     device = device_of(program.plan.device.device_kind)
-    return device and _model_flops(program) / (device.bf16 * program.mesh.size)
-
-
-def _model_flops(program: TrainProgram) -> int:
-    definition, config = program.definition, program.config
-    return model_flops(
-        definition.config,
-        definition.vocab_size,
-        sequences=config.training.batch_size,
-        sequence_length=config.data.sequence_length,
-    ).total
+    return device and program.plan.flops().total / (device.bf16 * program.mesh.size)
 
 
 @functools.lru_cache(maxsize=2)

@@ -14,9 +14,7 @@ import math
 import jax
 
 from fp8jax.audit.roofline import DEVICES, Device, device_of
-from fp8jax.config import Config, head_dim
-from fp8jax.models.architectures import ffn_hidden
-from fp8jax.models.flops import model_flops
+from fp8jax.config import Config
 from fp8jax.plan import Plan
 
 
@@ -56,12 +54,7 @@ class Formula:
         self._devices = mesh.size
         self._parameters = definition.parameter_count()
         self._device: Device = device_of(plan.device.device_kind) or DEVICES["h100"]
-        self._flops = model_flops(
-            self._model,
-            self._vocab,
-            sequences=config.training.batch_size,
-            sequence_length=config.data.sequence_length,
-        )
+        self._flops = plan.flops()
         self._operand = 2 if config.fp8.recipe == "bf16" else 1
 
     def temporary_bytes(self, option: Option) -> float:
@@ -94,8 +87,8 @@ class Formula:
     def _saved_bytes(self, remat: str) -> float:
         """Return the bytes of one token in one layer that are kept for the backward pass."""
         model = self._model
-        width, hidden = model.width, ffn_hidden(model)
-        queries, keys = model.heads * head_dim(model), model.kv_heads * head_dim(model)
+        width, hidden = model.width, model.ffn_hidden
+        queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
         carry = 2 * width
         operands = self._operand * (2 * width + 2 * queries + 2 * keys + hidden)
         if remat == "full" or (remat != "none" and self._operand == 2):

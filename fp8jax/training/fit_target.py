@@ -16,7 +16,6 @@ from fp8jax.audit import limits, program, targets
 from fp8jax.audit.limits import Limit
 from fp8jax.audit.roofline import DEVICES, estimate
 from fp8jax.config import Config
-from fp8jax.models.flops import model_flops
 from fp8jax.plan import Plan, make_plan
 from fp8jax.training import fit
 from fp8jax.training.estimates import Formula, Option
@@ -169,14 +168,7 @@ def roofline_seconds(compiled: CompiledStep, target: targets.Target) -> float | 
         reading = program.read(compiled.executable, compiled.step.mesh, compiled.text)
     except program.UnreadableError:
         return None
-    config, definition = compiled.step.config, compiled.step.definition
-    flops = model_flops(
-        definition.config,
-        definition.vocab_size,
-        sequences=config.training.batch_size,
-        sequence_length=config.data.sequence_length,
-    ).total
-    mesh = compiled.step.mesh
+    mesh, flops = compiled.step.mesh, compiled.step.plan.flops().total
     found = estimate(
         reading,
         DEVICES[target.kind],

@@ -21,7 +21,6 @@ from fp8jax.audit.limits import Limit
 from fp8jax.audit.roofline import DEVICES
 from fp8jax.config import Config, DataConfig, MeshConfig, settled
 from fp8jax.data import pipeline, tokenizer
-from fp8jax.models.flops import model_flops
 from fp8jax.numerics.roles import BLOCK_ROLES
 from fp8jax.plan import make_plan
 from fp8jax.training.banner import check_attention, check_fallbacks
@@ -242,12 +241,7 @@ def _within(name: str, field: str, limit: int, seconds: float, what: str) -> Reh
 
 def _seconds(found: TargetFit, target: targets.Target, sequences: int) -> float:
     """Return the seconds of training on `sequences`, at peak rates of the device, or as measured on this machine."""
-    flops = model_flops(
-        found.plan.definition.config,
-        found.plan.definition.vocab_size,
-        sequences=sequences,
-        sequence_length=found.plan.config.data.sequence_length,
-    ).total
+    flops = found.plan.flops(sequences).total
     device = DEVICES.get(target.kind)
     rate = device.fp8 * found.plan.mesh.size if device else _measured_rate()
     return flops / rate

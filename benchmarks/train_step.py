@@ -43,16 +43,23 @@ TRACED_STEPS = 3
 def make_program(
     model: str, layers: int | None, *, size: str, batch: int, length: int | None, remat: str
 ) -> TrainProgram:
-    """Return the step of "architecture:recipe[:backend]" on one device; "fast" as backend accumulates fast in all passes."""
+    """Return the step of "architecture:recipe[:option...]" on one device.
+
+    Options: "fast" accumulates fast in all passes, "loop" and "unrolled" set model.scan_layers, others are backends of
+    attention.
+    """
     architecture, recipe, *more = model.split(":")
     values = configs.make(size, architecture=architecture, recipe=recipe)
     values.training.update(batch_size=batch, microbatches=1, remat=remat)
     values.model.layers = layers or values.model.layers
     values.data.sequence_length = length or values.data.sequence_length
-    if more:
-        values.fp8.update(
-            {"fast_accumulation": "all"} if more == ["fast"] else {"attention_backend": more[0]}
-        )
+    for option in more:
+        if option == "fast":
+            values.fp8.fast_accumulation = "all"
+        elif option in ("loop", "unrolled"):
+            values.model.scan_layers = option == "loop"
+        else:
+            values.fp8.attention_backend = option
     config = config_lib.from_dict(values)
     return TrainProgram(
         make_plan(config, jax.devices()[:1], vocab_size=config.model.vocab_size or VOCABULARY)

@@ -25,6 +25,7 @@ from fp8jax.parallel.mesh import (
     emulates_fp8,
     fitting_mesh,
     has_cudnn_attention,
+    loops_over_layers,
     make_mesh,
     replicas,
     runs_kernels,
@@ -124,7 +125,9 @@ def make_plan(
     """
     if vocab_size is None:
         vocab_size = tokenizer.vocab_size(config)
-    definition = define(config.model, vocab_size)
+    looped = loops_over_layers(config, jax.devices() if devices is None else devices)
+    model = dataclasses.replace(config.model, scan_layers=looped)
+    definition = define(model, vocab_size)
     make = fitting_mesh if other_mesh else make_mesh
     complete = dataclasses.replace(config, model=definition.config)
     return _planned(config, definition, make(complete, devices))

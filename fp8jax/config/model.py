@@ -114,8 +114,10 @@ class ModelConfig:
     dtype: str = field(
         "bfloat16", "dtype of activations between GEMMs", choices=("bfloat16", "float32")
     )
-    scan_layers: bool = field(
-        True, "compile one block and scan over layers; False unrolls, for debugging"
+    scan_layers: bool | None = field(
+        None,
+        "True: compile one block and loop over layers; False: compile every layer; "
+        "unset: False for up to 32 layers on the GPUs of one node, where it moves less memory",
     )
     pre_norm: bool | None = field(None, "RMSNorm before each branch")
     qk_regulariser: str | None = field(

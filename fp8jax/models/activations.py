@@ -5,11 +5,9 @@ float32 array for the backward pass, only its inputs: the rest is cheaper to com
 move through memory (GeLU alone would keep three arrays).
 """
 
-import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,38 +17,55 @@ from flax import nnx
 GATED = ("swiglu", "smooth_swiglu")
 
 
-_in_loop: contextvars.ContextVar[bool] = contextvars.ContextVar("in_loop", default=False)
-
-
-@contextlib.contextmanager
-def in_loop(value: bool) -> Iterator[None]:
-    """Declare whether code traced inside is the body of a loop, with its backward pass in a loop of its own.
-
-    In a loop a compiler cannot see that a value was computed before; elsewhere it keeps the value
-    instead of computing it again, which undoes every rematerialisation, unless barriers, which cost
-    fusions, hide it.
-    """
-    token = _in_loop.set(value)
-    try:
-        yield
-    finally:
-        _in_loop.reset(token)
-
-
 def pointwise(
-    function: Callable[..., Any], static_argnums: tuple[int, ...] = ()
+    function: Callable[..., Any],
+    static_argnums: tuple[int, ...] = (),
+    summed_argnums: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
-    """Return the same function, differentiated from its inputs alone."""
-    hidden = {
-        value: jax.checkpoint(function, prevent_cse=not value, static_argnums=static_argnums)
-        for value in (False, True)
-    }
+    """Return the same function, differentiated from its inputs alone.
+
+    A compiler that sees the same value computed twice keeps the first, which would undo this
+    outside of loops; `_again` hides that they are the same. The barriers of `jax.checkpoint` would
+    do so as well, but stand between the function and its neighbours, which then no kernel fuses.
+
+    Args:
+        function: any function of arrays.
+        static_argnums: arguments that are no arrays.
+        summed_argnums: arguments whose gradients are sums over all tokens, and are computed by themselves. Where a
+            compiler would keep a float32 array of what they share with the other gradients, this costs less.
+    """
 
     @functools.wraps(function)
-    def computed_again(*args: Any) -> Any:
-        return hidden[_in_loop.get()](*args)
+    def recomputed(*args: Any) -> Any:
+        arrays = {n: arg for n, arg in enumerate(args) if n not in static_argnums}
 
-    return computed_again
+        def computed(arrays: dict[int, Any]) -> Any:
+            return function(*(arrays.get(n, arg) for n, arg in enumerate(args)))
+
+        def gradients(arrays: dict[int, Any], g: Any) -> tuple[dict[int, Any]]:
+            def of(argnums: Iterable[int], one: float) -> dict[int, Any]:
+                mine = {n: _again(arrays[n], one) for n in argnums}
+                others = {n: _again(arrays[n], one) for n in arrays if n not in mine}
+                return jax.vjp(lambda mine: computed(mine | others), mine)[1](g)[0]
+
+            summed = [n for n in arrays if n in summed_argnums]
+            others = [n for n in arrays if n not in summed]
+            return (of(others, 1.0) | of(summed, -1.0),)
+
+        call = jax.custom_vjp(computed)
+        call.defvjp(lambda arrays: (call(arrays), arrays), gradients)
+        return call(arrays)
+
+    return recomputed
+
+
+def _again(arrays: Any, one: float) -> Any:
+    """Return arrays times `one`, 1 or -1, twice, the first time without telling the compiler; exact, and no pass of its own."""
+
+    def again(x: jax.Array) -> jax.Array:
+        return one * (x * jax.lax.optimization_barrier(jnp.full((), one, x.dtype)))
+
+    return jax.tree.map(again, arrays)
 
 
 class XIELU(nnx.Module):

@@ -52,6 +52,7 @@ class ResolvedModel(ModelConfig):
     ffn_hidden: int = 0
     head_dim: int = 0
     vocab_size: int = 0
+    scan_layers: bool = True
     pre_norm: bool = False
     qk_regulariser: str = ""
     activation: str = ""
@@ -66,7 +67,8 @@ def resolve(model: ModelConfig, vocab_size: int) -> ResolvedModel:
     """Return a config with every switch and size filled in.
 
     Args:
-        model: the config; fields that are None take their architecture's value.
+        model: the config; fields that are None take their architecture's value; scan_layers, which devices decide
+            (parallel/mesh.py), is True.
         vocab_size: rows of the embedding.
     """
     derived = {
@@ -81,6 +83,7 @@ def resolve(model: ModelConfig, vocab_size: int) -> ResolvedModel:
     values["ffn_hidden"] = ffn_hidden(ModelConfig(**values))
     values["head_dim"] = head_dim(model)
     values["vocab_size"] = vocab_size
+    values["scan_layers"] = model.scan_layers is not False
     return ResolvedModel(**values)
 
 

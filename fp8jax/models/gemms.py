@@ -10,7 +10,7 @@ Recipes are static; model_recipes.py derives them from a config.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -284,6 +284,8 @@ def quantise_weights(
     recipes: ModelRecipes,
     dtype: Any,
     scales: Mapping[str, jax.Array],
+    *,
+    looped: bool = True,
 ) -> list[dict[str, Quantised]]:
     """Quantise every GEMM weight once, one dictionary per segment of equal layers.
 
@@ -293,14 +295,17 @@ def quantise_weights(
         recipes: recipes of the model.
         dtype: dtype of activations, for roles that are not in FP8.
         scales: scales of the scaling state; those of weights are used if their scaling is delayed.
+        looped: whether layers run in a loop; if not, each layer's weight is an array of its own to the compiler, and
+            so is not copied out of the stack of all.
     """
+    over_layers = jax.vmap if looped else _one_by_one
 
     def one(role: str, first: int, last: int, recipe: GemmRecipe) -> Quantised:
         scale = (
             scales[scaling_lib.weight_entry(role)][first:last, 0] if recipe.delayed_weight else None
         )
         with jax.named_scope(f"quantise_weight.{role}"):
-            return jax.vmap(
+            return over_layers(
                 lambda w, scale: quantise_weight(_matrix(role, w), recipe, dtype, scale)
             )(weights[role][first:last], scale)
 
@@ -308,6 +313,17 @@ def quantise_weights(
         {role: one(role, first, last, segment[role]) for role in weights}
         for first, last, segment in recipes.segments()
     ]
+
+
+def _one_by_one(function: Callable[..., Quantised]) -> Callable[..., Quantised]:
+    """Return the function of arrays stacked over layers, as `jax.vmap` does, without a batched operation."""
+
+    def stacked(*arrays: jax.Array | None) -> Quantised:
+        count = jax.tree.leaves(arrays)[0].shape[0]
+        each = [function(*jax.tree.map(lambda x, i=i: x[i], arrays)) for i in range(count)]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *each)
+
+    return stacked
 
 
 def quantise_head(

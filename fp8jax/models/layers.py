@@ -119,7 +119,7 @@ class RMSNorm(nnx.Module):
         return _rms_norm(x, _gain_of(self), self.eps, self.dims)
 
 
-@functools.partial(pointwise, static_argnums=(3,))
+@functools.partial(pointwise, static_argnums=(2, 3))
 def _rms_norm(x: jax.Array, gain: jax.Array | None, eps: float, dims: tuple[int, ...]) -> jax.Array:
     wide = x.astype(jnp.float32)
     y = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=dims, keepdims=True) + eps)
@@ -157,7 +157,7 @@ class Tanh(nnx.Module):
         return _tanh(x, self.alpha[...], _gain_of(self))
 
 
-@pointwise
+@functools.partial(pointwise, summed_argnums=(1, 2))
 def _tanh(x: jax.Array, alpha: jax.Array, gain: jax.Array | None) -> jax.Array:
     y = jnp.tanh(alpha * x.astype(jnp.float32))
     return (y if gain is None else y * gain).astype(x.dtype)

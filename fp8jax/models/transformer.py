@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fp8jax.models import activations
 from fp8jax.models import gemms as gemms_lib
 from fp8jax.models import taps as taps_lib
 from fp8jax.models.architectures import ResolvedModel
@@ -142,7 +141,9 @@ class Transformer(nnx.Module):
         head = gemms_lib.quantise_head(
             jax.lax.stop_gradient(self.head_weight()), recipes, self.dtype, scales
         )
-        quantised = gemms_lib.quantise_weights(weights, recipes, self.dtype, scales)
+        quantised = gemms_lib.quantise_weights(
+            weights, recipes, self.dtype, scales, looped=self.config.scan_layers
+        )
         return Gemms(recipes, quantised, head, dict(scales), dict(tokens))
 
     def weight_amaxes(self, recipes: ModelRecipes) -> dict[str, jax.Array]:
@@ -267,9 +268,8 @@ class Transformer(nnx.Module):
             layer = _rematerialised(_layer(graph, inputs, options), options.remat, looped)
             mine = gemms_lib.layers_of((params, kv), first, last)
             stacked = (*mine, gemms.segment(number))
-            with activations.in_loop(looped):
-                unroll = 1 if looped else last - first
-                x_btd, (taps, added) = jax.lax.scan(layer, x_btd, stacked, unroll=unroll)
+            unroll = 1 if looped else last - first
+            x_btd, (taps, added) = jax.lax.scan(layer, x_btd, stacked, unroll=unroll)
             found.append(taps.unpack() if taps else {})
             caches.append(added)
         if cache is not None:
@@ -333,7 +333,11 @@ class _Head(nnx.Module):
 
 
 def _rematerialised(layer: Any, remat: str, looped: bool) -> Any:
-    """Return the layer, recomputed in the backward pass by `remat`; `looped` is as for `activations.in_loop`."""
+    """Return the layer, recomputed in the backward pass by `remat`.
+
+    In a loop, whose backward pass is a loop of its own, no compiler sees that a value was computed before; elsewhere
+    barriers hide it.
+    """
     if remat == "none":
         return layer
     policies = jax.checkpoint_policies

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh
 
 from fp8jax.config import MESH_AXES, Config, ConfigError, MeshConfig, head_dim
 
+UNROLLED = 32  # the most layers that are compiled one by one unless the config says so
 HOST_MEMORY = "pinned_host"  # JAX's name of host memory that devices copy to and from directly
 
 
@@ -236,6 +237,25 @@ def _check_offloads(config: Config, devices: Sequence[jax.Device]) -> None:
             f"config.training.remat: offload_fp8 needs {HOST_MEMORY} memory, which {device.device_kind} does not have; "
             "use save_fp8"
         )
+
+
+def loops_over_layers(config: Config, devices: Sequence[jax.Device]) -> bool:
+    """Return whether layers run in a loop, by `config.model.scan_layers`; where that is open, by devices and depth.
+
+    A loop stacks what its layers keep for the backward pass, and slices it again: a quarter of what
+    a GPU moves beside the GEMMs (docs/benchmarks.md). Layers that are compiled one by one take the
+    longer to compile; on several nodes every node waits for that.
+    """
+    model = config.model
+    if model.scan_layers is not None:
+        return model.scan_layers
+    # On a node there may be one process or one a GPU; topologies of absent devices have one a node.
+    by_process = jax.process_count() == 1
+    nodes = {
+        device.process_index if by_process else getattr(device, "slice_index", 0) or 0
+        for device in devices
+    }
+    return devices[0].platform != "gpu" or len(nodes) > 1 or model.layers > UNROLLED
 
 
 def emulates_fp8(config: Config, device: jax.Device) -> bool:

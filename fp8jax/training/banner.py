@@ -1,5 +1,6 @@
 """Report before a run's first step what will run, in what formats, and whether this device computes it correctly."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -24,7 +25,9 @@ from fp8jax.plan import Plan
 from fp8jax.training.fallbacks import fallbacks
 from fp8jax.training.step import TrainProgram
 
-UNROLLED = 4  # more layers than this, each compiled by itself, give a warning
+UNROLLED = (
+    4  # where layers would be looped over, more than these, each compiled by itself, give a warning
+)
 
 
 def introduce(program: TrainProgram, stage: Stages) -> list[str]:
@@ -53,7 +56,7 @@ def describe(program: TrainProgram) -> list[str]:
         f"mesh     {mesh_lib.describe(program.mesh)}",
         f"batch    {tokens:,} tokens per step, {config.training.steps} steps",
     ]
-    if not model.scan_layers and model.layers > UNROLLED:
+    if not model.scan_layers and model.layers > UNROLLED and _would_loop(program.plan):
         lines.append(
             f"warning  config.model.scan_layers=False compiles each of the {model.layers} layers by itself, which takes the longer "
             "the more there are; True compiles one"
@@ -62,6 +65,13 @@ def describe(program: TrainProgram) -> list[str]:
         "; set config.data.source to train on your own" if config.data.source == "embedded" else ""
     )
     return lines + [f"data     {line}{own}" for line in pipeline.describe(config)]
+
+
+def _would_loop(plan: Plan) -> bool:
+    """Return whether layers would run in a loop if the config left that open."""
+    model = dataclasses.replace(plan.config.model, scan_layers=None)
+    config = dataclasses.replace(plan.config, model=model)
+    return mesh_lib.loops_over_layers(config, list(plan.mesh.devices.flat))
 
 
 def check_attention(plan: Plan) -> list[str]:

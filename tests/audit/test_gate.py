@@ -238,3 +238,33 @@ def test_tpus_keep_fp8_where_they_have_units(make_config, target, share):
     assert {row["kernel"] for row in found["gemms"] if row["role"] in ROLES} == {
         "MXU FP8" if share else "MXU BF16"
     }
+
+
+def beside_the_gemms(make_config, layers, **changes):
+    """The bytes that a step of FOG-flash at 8B's widths moves on one H200, without rematerialisation."""
+    config = make_config(
+        "8b",
+        architecture="fog_flash",
+        model__layers=layers,
+        data__sequence_length=4096,
+        training__batch_size=4,
+        training__microbatches=1,
+        training__loss_chunk=0,
+        training__remat="none",
+        **changes,
+    )
+    return audit(config, targets.resolve("h200:1"))["non_gemm_bytes"]["total"]
+
+
+@needs_gpus
+def test_two_layers_move_little_beside_their_gemms(make_config):
+    assert beside_the_gemms(make_config, 2) < 131e9
+
+
+@pytest.mark.slow
+@needs_gpus
+def test_a_layer_moves_little_beside_its_gemms(make_config):
+    six, two = (beside_the_gemms(make_config, layers) for layers in (6, 2))
+    assert six < 210e9
+    assert (six - two) / 4 < 22e9
+    assert six < 0.8 * beside_the_gemms(make_config, 6, model__scan_layers=True)

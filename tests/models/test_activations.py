@@ -105,3 +105,22 @@ def test_results_have_the_dtype_of_what_comes_in(name):
     x = jnp.asarray(X, jnp.bfloat16)
     out = getattr(activations, name)(*[x] * (2 if name == "swiglu" else 1))
     assert out.dtype == jnp.bfloat16 and activations.XIELU()(x).dtype == jnp.bfloat16
+
+
+def test_gradients_of_sums_computed_by_themselves_are_the_same():
+    """A recomputed function has the gradients of the plain one, whichever are computed apart, with static arguments and None."""
+
+    def plain(x, power, alpha, gain=None):
+        y = jnp.tanh(alpha * x.astype(jnp.float32)) ** power
+        return (y if gain is None else y * gain).astype(x.dtype)
+
+    recomputed = activations.pointwise(plain, static_argnums=(1,), summed_argnums=(2, 3))
+    rng = np.random.default_rng(0)
+    x, g = jnp.asarray(rng.normal(size=(2, 16, 8)), jnp.bfloat16)
+    alpha, gain = jnp.float32(0.5), jnp.asarray(rng.normal(size=8), jnp.float32)
+    for arrays in ((x, alpha), (x, alpha, gain)):
+        expected = jax.vjp(lambda x, *rest: plain(x, 2, *rest), *arrays)[1](g)
+        found = jax.vjp(lambda x, *rest: recomputed(x, 2, *rest), *arrays)[1](g)
+        for a, b in zip(expected, found, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -123,3 +123,22 @@ def test_scaled_angles_are_exact_as_well():
 def test_bounds_in_the_wrong_order_are_refused():
     with pytest.raises(config_lib.ConfigError, match="rope_high_freq_factor"):
         frequencies(rope_scaling_factor=8.0, rope_low_freq_factor=4.0, rope_high_freq_factor=1.0)
+
+
+def test_the_gradient_of_a_rotation_is_the_rotation_back():
+    """Against the transposed matrix in float64, with an attention factor and positions of each row."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=(2, 5, 3, 8)), jnp.float32) for _ in range(2))
+    positions = jnp.asarray(rng.integers(0, 50, (2, 5)), jnp.int32)
+    table = layers.rope_table(positions, np.geomspace(1, 1e-3, 4), 1.25)
+    found = jax.vjp(lambda x: layers.apply_rope(x, table), x)[1](g)[0]
+    cos, sin = (np.asarray(part, np.float64)[:, :, None] for part in table)
+    first, second = np.split(np.asarray(g, np.float64), 2, axis=-1)
+    expected = np.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert (
+        jax.vjp(lambda x: layers.apply_rope(x, table), x.astype(jnp.bfloat16))[1](
+            g.astype(jnp.bfloat16)
+        )[0].dtype
+        == jnp.bfloat16
+    )

@@ -142,6 +142,39 @@ def test_what_devices_have(platform, fields, emulated, kernels):
         assert mesh_lib.emulates_fp8(asked, device) == (backend == "emulated")
 
 
+def gpus(processes, per_process=2, platform="gpu", nodes=1):
+    """Devices as JAX gives them, so many a process, the processes spread over nodes."""
+    return [
+        types.SimpleNamespace(
+            platform=platform, process_index=process, slice_index=process * nodes // processes
+        )
+        for process in range(processes)
+        for _ in range(per_process)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "model", "looped"),
+    [
+        (gpus(1), 1, {}, False),
+        (gpus(1), 1, {"layers": 33}, True),
+        (gpus(1), 1, {"layers": 33, "scan_layers": False}, False),
+        (gpus(1), 1, {"scan_layers": True}, True),
+        (gpus(4), 4, {}, False),  # one process a GPU of a node
+        (gpus(4, nodes=2), 4, {}, True),
+        (gpus(2), 1, {}, True),  # absent devices: one process a node
+        (gpus(1, platform="tpu"), 1, {}, True),
+        (jax.devices()[:1], 1, {}, True),
+    ],
+)
+def test_layers_are_compiled_one_by_one_on_the_gpus_of_a_node(
+    monkeypatch, devices, processes, model, looped
+):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    config = config_lib.from_dict({"model": model})
+    assert mesh_lib.loops_over_layers(config, devices) == looped
+
+
 def test_every_matrix_is_split_over_fsdp_and_tensor():
     """Parameters and both moments: each device holds a fourth of every matrix, by the dimensions that belong together."""
     config = config_of({"fsdp": 2, "tensor": 2, "sequence": 2})

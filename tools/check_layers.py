@@ -17,6 +17,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "cli": frozenset(
         "training monitor audit interop plan data models parallel config hardware numerics files exit_codes".split()
     ),
+    "nnx": frozenset("library numerics".split()),
+    "linen": frozenset("nnx library numerics".split()),
+    "library": frozenset("parallel numerics".split()),
     "training": frozenset(
         "monitor audit interop plan data models parallel config numerics files exit_codes".split()
     ),

@@ -39,6 +39,9 @@ class GemmRecipe:
     Attributes:
         weight_scaling: for roles with delayed scaling: take weights' scales from the amax of the
             moment, or delayed as well.
+        fill_unknown: for delayed scaling: a scale of 0 stands for an empty history, and the amax of
+            the moment then gives the scale. False needs scales that are known, and spares the cast
+            waiting for the amax.
 
     Raises:
         ValueError: the scaling or the choice of fast accumulation is unknown, or blockwise scaling
@@ -55,6 +58,7 @@ class GemmRecipe:
     fast_accumulation: str = "fprop"
     static_weight_scale: float = 1.0
     static_gradient_scale: float = 1.0
+    fill_unknown: bool = False
     emulated: bool = True
 
     def __post_init__(self):
@@ -143,4 +147,6 @@ class GemmRecipe:
             operand == "w" and (scale is None or not self.delayed_weight)
         ):
             scale = self.scale(largest, dtype)
+        elif self.fill_unknown and scale is not None:
+            scale = jnp.where(scale > 0, scale, self.scale(largest, dtype))
         return formats.quantise(x, scale, dtype, emulated=self.emulated), largest

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from fp8jax.numerics.recipes import LINEAR_ROLES, OPERANDS, GemmRecipe
+from fp8jax.numerics.recipes import ATTENTION_ROLES, OPERANDS, GemmRecipe
 from fp8jax.numerics.roles import LINEAR_OPERANDS
 
 Scaling = dict[str, dict[str, jax.Array]]
@@ -35,8 +35,11 @@ def role_of(entry: str) -> str:
 
 
 def operands(entry: str) -> tuple[str, ...]:
-    """Return the operands of an entry, in the order in which its arrays hold them."""
-    return ("w",) if entry.endswith(_WEIGHT) else OPERANDS[entry]
+    """Return the operands of an entry, in the order in which its arrays hold them.
+
+    A role of any name but attention's two is that of a linear layer.
+    """
+    return ("w",) if entry.endswith(_WEIGHT) else OPERANDS.get(entry, LINEAR_OPERANDS)
 
 
 def operand_scale(
@@ -51,7 +54,7 @@ def operand_scale(
     """
     if scales is None:
         return None
-    names = LINEAR_OPERANDS if role is None else OPERANDS[role]
+    names = LINEAR_OPERANDS if role is None else operands(role)
     return scales[names.index(operand)]
 
 
@@ -61,7 +64,7 @@ def entries(recipes: Mapping[str, GemmRecipe]) -> list[str]:
     return roles + [
         weight_entry(role)
         for role in roles
-        if recipes[role].delayed_weight and role in LINEAR_ROLES
+        if recipes[role].delayed_weight and role not in ATTENTION_ROLES
     ]
 
 
@@ -83,7 +86,7 @@ def _empty(layers: int, count: int, history_length: int) -> dict[str, jax.Array]
 def zero_tokens(recipes: Mapping[str, GemmRecipe], layers: int) -> Tokens:
     """Return zeros, one float32 [layers, operands] per role in FP8."""
     return {
-        role: jnp.zeros((layers, len(OPERANDS[role])), jnp.float32)
+        role: jnp.zeros((layers, len(operands(role))), jnp.float32)
         for role, recipe in recipes.items()
         if recipe.fp8
     }
@@ -95,7 +98,7 @@ def update(scaling: Scaling, amaxes: Tokens, recipes: Mapping[str, GemmRecipe]) 
     An amax that is zero throughout the history leaves its scale unchanged.
 
     Args:
-        scaling: state from `init`.
+        scaling: state from `init`; the layers may be any number of leading dimensions, or none.
         amaxes: entry → float32 [layers, operands], finite.
         recipes: role → recipe, for history reduction, formats and rounding.
     """
@@ -123,6 +126,6 @@ def scales_of(history: jax.Array, recipe: GemmRecipe, entry: str) -> tuple[jax.A
     """
     largest = jnp.max(history, axis=-1) if recipe.history_reduction == "max" else history[..., 0]
     scales = [
-        recipe.scale(largest[:, i], recipe.format(name)) for i, name in enumerate(operands(entry))
+        recipe.scale(largest[..., i], recipe.format(name)) for i, name in enumerate(operands(entry))
     ]
     return jnp.stack(scales, axis=-1), largest

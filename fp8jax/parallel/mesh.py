@@ -259,15 +259,17 @@ def loops_over_layers(config: Config, devices: Sequence[jax.Device]) -> bool:
 
 
 def emulates_fp8(config: Config, device: jax.Device) -> bool:
-    """Return whether FP8 GEMMs run emulated on a device, by `config.fp8.backend` and, for `auto`, by its units.
-
-    NVIDIA has FP8 units from compute capability 8.9 (Ada, Hopper, Blackwell), TPU from v7.
-    """
+    """Return whether FP8 GEMMs run emulated on a device, by `config.fp8.backend` and, for `auto`, by its units."""
     if config.fp8.backend != "auto":
         return config.fp8.backend == "emulated"
+    return not has_fp8_units(device)
+
+
+def has_fp8_units(device: jax.Device) -> bool:
+    """Return whether a device multiplies FP8 numbers: NVIDIA's from compute capability 8.9 on, TPUs from v7."""
     if device.platform == "gpu":
-        return float(getattr(device, "compute_capability", "0")) < 8.9
-    return not (device.platform == "tpu" and "7" in device.device_kind)
+        return float(getattr(device, "compute_capability", "0")) >= 8.9
+    return device.platform == "tpu" and "7" in device.device_kind
 
 
 def runs_kernels(device: jax.Device) -> bool:

@@ -67,8 +67,7 @@ def backward(
         residuals: residuals of every query.
         scale: scale of dS, with delayed and static scaling.
     """
-    if call.scores.scaling == "current":
-        scale = call.scores.scale(largest_ds(call, x, residuals), call.scores.format("ds"))
+    scale = ds_scale(call, x, residuals, scale)
 
     elements = x.q.data.shape[1] * math.prod(x.q.data.shape[:4])
 
@@ -145,6 +144,21 @@ def largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
 
     b, length, k = x.q.data.shape[:3]
     return jnp.max(over_chunks(length, chunk, x.q.data, jnp.zeros((b, k), jnp.float32)))
+
+
+def ds_scale(
+    call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None
+) -> jax.Array | None:
+    """Return the scale of dS: the one given, or, where that is missing or unknown, that of a pass for the largest |dS|."""
+
+    def measured() -> jax.Array:
+        return call.scores.scale(largest_ds(call, x, residuals), call.scores.format("ds"))
+
+    if call.scores.scaling == "current":
+        return measured()
+    if call.scores.fill_unknown and call.scores.scaling == "delayed" and scale is not None:
+        return lax.cond(scale > 0, lambda: scale, measured)
+    return scale
 
 
 def over_chunks(length: int, body: Callable, like: jax.Array, carry: Any) -> Any:

@@ -96,10 +96,7 @@ def backward(
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, ...]:
     """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, or its health, as `composed.backward`."""
-    if call.scores.scaling == "current":
-        scale = call.scores.scale(
-            attention_composed.largest_ds(call, x, residuals), call.scores.format("ds")
-        )
+    scale = attention_composed.ds_scale(call, x, residuals, scale)
     of_do, of_ds = _scale(residuals.do), _scale(Quantised(x.q.data, scale))
     shared = (
         call.softmax_scale * LOG2_E * (_scale(x.q) * _scale(x.k)),

@@ -1,0 +1,1 @@
+"""FP8 for models in Flax Linen."""

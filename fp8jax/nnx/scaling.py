@@ -1,0 +1,223 @@
+"""The scaling state of a layer, and its update after a gradient.
+
+    loss, grads = value_and_grad(loss_fn)(model, batch)      # nnx.Param's gradients; updates the state
+
+    for each microbatch:                                     # or, to push amaxes once a step:
+        value_and_grad(loss_fn, update=False)(model, part)
+    update_scaling(model)
+
+Variables of class `Scaling` hold the histories and scales, and go where parameters go: through
+nnx.jit, scan, vmap, remat, meshes and checkpoints. An `Amax`, which is one as well, is the token
+whose cotangent brings the amaxes of a gradient (amax_tokens.py), and holds those of microbatches
+until they are pushed. A scale of 0 stands for an empty history: the GEMM then takes the amax of the
+moment, so that no step is made on an unknown scale and nothing is compiled twice. The cast waits
+for that amax, as with `current` scaling; after `calibrate` it does not.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fp8jax.library.recipe import Recipe
+from fp8jax.nnx.amax_tokens import as_maximum, gemm_token
+from fp8jax.numerics import scaling as scaling_lib
+
+
+class Scaling(nnx.Variable):
+    """State of delayed scaling: no parameter, and not for the optimizer."""
+
+
+class Amax(Scaling):
+    """Amaxes of the gradient being taken, and last a count of uses, float32 [..., operands + 1]."""
+
+
+class RoleScaling(nnx.Module):
+    """The state of one role with delayed scaling.
+
+    Args:
+        recipe: its recipe.
+        role: any name; of attention, `attention_scores` or `attention_values`.
+        leading: shape of layers stacked in one module; () for one layer.
+
+    Attributes:
+        history: amaxes of the last steps, newest first, float32 [*leading, operands, history_length].
+        scale: float32 [*leading, operands].
+        amax: an `Amax`.
+        known: whether no scale stands for an empty history any more; static, set by `calibrate`.
+    """
+
+    def __init__(self, recipe: Recipe, role: str, leading: tuple[int, ...] = ()):
+        self.recipe = recipe
+        self.role = role
+        self.known = False
+        operands = len(scaling_lib.operands(role))
+        self.history = Scaling(jnp.zeros((*leading, operands, recipe.history_length), jnp.float32))
+        self.scale = Scaling(jnp.zeros((*leading, operands), jnp.float32))
+        self.amax = Amax(jnp.zeros((*leading, operands + 1), jnp.float32))
+
+    def scales(self) -> jax.Array:
+        """Return the scales, float32 [operands]; 0 where unknown."""
+        return jax.lax.stop_gradient(self.scale.get_value())
+
+    def token(self, x: jax.Array) -> jax.Array:
+        """Return a token for one GEMM, of which x is an operand."""
+        return gemm_token(self.amax.get_value(), x)
+
+    def push(self) -> None:
+        """Push the amaxes that `amax` holds into the history; one that is not finite counts as 0, which changes no scale."""
+        found = self.amax.get_value()[..., :-1]
+        found = jnp.where(jnp.isfinite(found), found, 0.0)
+        state = {"history": self.history.get_value(), "scale": self.scale.get_value()}
+        recipes = {self.role: self.recipe.gemm()}
+        after = scaling_lib.update({self.role: state}, {self.role: found}, recipes)[self.role]
+        self.history.set_value(after["history"])
+        self.scale.set_value(after["scale"])
+        self.amax.set_value(jnp.zeros_like(self.amax.get_value()))
+
+
+def role_scalings(model: Any) -> Iterator[tuple[tuple[Any, ...], RoleScaling]]:
+    """Yield every scaling state in a model with its path, each once."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, RoleScaling):
+            yield path, node
+
+
+def value_and_grad(
+    f: Callable[..., Any],
+    *,
+    argnums: Any = 0,
+    has_aux: bool = False,
+    update: bool = True,
+    **options: Any,
+) -> Callable[..., Any]:
+    """Return `nnx.value_and_grad(f)`, which also updates the scaling state of the models it differentiates.
+
+    The gradients are those of `nnx.Param` (or of the filter in `nnx.DiffState`), without scaling
+    state, as an optimizer takes them.
+
+    Args:
+        f: loss of a model and other arguments.
+        argnums: as in `nnx.value_and_grad`: position, `nnx.DiffState`, or a sequence of these.
+        has_aux: whether f returns (loss, aux).
+        update: push amaxes into the histories. False keeps their maximum in the model for
+            `update_scaling(model)`: for microbatches, which push once a step.
+        **options: the other options of `nnx.value_and_grad`.
+
+    Raises:
+        ValueError: a layer is called twice outside jit, which JAX has no maximum of cotangents for.
+    """
+    several = isinstance(argnums, tuple | list)
+    wanted = [_diff_state(given) for given in (argnums if several else (argnums,))]
+    widened = tuple(nnx.DiffState(w.argnum, nnx.Any(w.filter, Amax)) for w in wanted)
+
+    @functools.wraps(f)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        held = [amax for w in wanted for amax in _amaxes(args[w.argnum])]
+        before = [amax.get_value() for amax in held]
+        for amax, value in zip(held, before, strict=True):
+            amax.set_value(as_maximum(value))
+        out = f(*args, **kwargs)
+        for amax, value in zip(held, before, strict=True):
+            amax.set_value(value)
+        return out
+
+    @functools.wraps(f)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        differentiate = nnx.value_and_grad(traced, argnums=widened, has_aux=has_aux, **options)
+        try:
+            value, grads = differentiate(*args, **kwargs)
+        except KeyError as error:
+            raise _outside_jit(error) from error
+        kept = []
+        for w, found in zip(wanted, grads, strict=True):
+            kept.append(_take(args[w.argnum], found, w, update))
+        return value, tuple(kept) if several else kept[0]
+
+    return wrapped
+
+
+def _diff_state(given: Any) -> nnx.DiffState:
+    return given if isinstance(given, nnx.DiffState) else nnx.DiffState(given, nnx.Param)
+
+
+def _amaxes(model: Any) -> list[Amax]:
+    return [state.amax for _, state in role_scalings(model)]
+
+
+def _outside_jit(error: KeyError) -> Exception:
+    """Return the error to raise: JAX cannot add the cotangents of a token outside jit, and says so with the name of a type."""
+    if "EArray" not in str(error):
+        return error
+    return ValueError(
+        "fp8jax.nnx.value_and_grad: a layer is called more than once; call this inside nnx.jit, where its amaxes combine"
+    )
+
+
+def _take(model: Any, grads: Any, wanted: nnx.DiffState, update: bool) -> Any:
+    """Put the amaxes among the gradients into the model, push them, and return the other gradients."""
+    if not _amaxes(model):
+        return grads
+    collect_amaxes(model, grads)
+    if update:
+        for _, state in role_scalings(model):
+            state.push()
+    return grads.filter(wanted.filter)
+
+
+def collect_amaxes(model: Any, grads: nnx.State) -> None:
+    """Take the maximum of the amaxes among gradients and those that the model holds."""
+    flat = dict(nnx.to_flat_state(grads))
+    for path, state in role_scalings(model):
+        found = flat.get((*path, "amax"))
+        if found is None:
+            name = ".".join(map(str, path))
+            raise ValueError(
+                f"update_scaling: no amaxes of {name} among the gradients; take them with fp8jax.nnx.value_and_grad, "
+                "or nnx.value_and_grad with argnums=nnx.DiffState(0, (nnx.Param, fp8jax.nnx.Scaling))"
+            )
+        value = found.get_value() if isinstance(found, nnx.Variable) else found
+        value = jnp.where(jnp.isnan(value), jnp.inf, value)
+        state.amax.set_value(jnp.maximum(state.amax.get_value(), value))
+
+
+def update_scaling(model: Any, grads: nnx.State | None = None) -> None:
+    """Push amaxes into the histories of a model's FP8 layers and take new scales, in place.
+
+    Args:
+        model: the model.
+        grads: gradients from `nnx.value_and_grad` with
+            `argnums=nnx.DiffState(0, (nnx.Param, fp8jax.nnx.Scaling))`. None pushes what
+            `value_and_grad(..., update=False)` has left in the model, the maximum over microbatches.
+
+    Raises:
+        ValueError: there are no amaxes among the gradients; or, outside jit at once and inside it
+            when the step runs, a layer was called more than once: nnx.value_and_grad adds its
+            amaxes.
+    """
+    if grads is not None:
+        collect_amaxes(model, grads)
+        for path, state in role_scalings(model):
+            _check_single_use(".".join(map(str, path)), state)
+    for _, state in role_scalings(model):
+        state.push()
+
+
+def _check_single_use(name: str, state: RoleScaling) -> None:
+    """Fail if an amax is a sum of several."""
+    most = jnp.max(state.amax.get_value()[..., -1])
+
+    def check(uses: Any) -> None:
+        if uses > 1:
+            raise ValueError(
+                f"update_scaling: {name} was called {int(uses)} times for one gradient, and nnx.value_and_grad added its amaxes; "
+                "use fp8jax.nnx.value_and_grad, which takes their maximum"
+            )
+
+    if isinstance(most, jax.core.Tracer):
+        jax.debug.callback(check, most)
+    else:
+        check(float(most))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from fp8jax import config as config_lib
 from fp8jax.audit import targets
-from fp8jax.cli.flags import read_config
+from fp8jax.cli.config_files import read_config
 from fp8jax.training.fit import Ranking
 from fp8jax.training.fit_options import gigabytes
 from fp8jax.training.fit_target import TargetFit, compile_option, fit_target

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 # Each part, top first, and what it may import beside itself. A module directly in fp8jax is a part
 # of its own.
 MAY_IMPORT: dict[str, frozenset[str]] = {
+    "runs": frozenset("cli training interop plan config hardware".split()),
     "cli": frozenset(
         "training monitor audit interop plan data models parallel config hardware numerics files exit_codes".split()
     ),

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NoReturn
 from fp8jax import config as config_lib
 from fp8jax.audit import target_names
 from fp8jax.cli import checks, words
+from fp8jax.cli.config_files import find_config, read_config
 from fp8jax.cli.errors import Parser, local_path, run_command
-from fp8jax.cli.flags import find_config, read_config, split
+from fp8jax.cli.flags import split
 from fp8jax.config import ConfigError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from fp8jax.cli import audit_tables
 from fp8jax.cli.audit_fit import fit_json, show_fit
 from fp8jax.cli.audit_memory import memory_report, show_memory
 from fp8jax.cli.audit_rehearsal import rehearsal_json, show_rehearsal
-from fp8jax.cli.flags import read_config
+from fp8jax.cli.config_files import read_config
 from fp8jax.config import Config, ConfigError
 from fp8jax.exit_codes import WOULD_FAIL
 from fp8jax.numerics.roles import ATTENTION_ROLES, BLOCK_ROLES

@@ -5,9 +5,10 @@ Every check raises ConfigError, one line that names the flag, its value and what
 
 import os
 import pathlib
+from collections.abc import Sequence
 
-from fp8jax.config import CheckpointError, Config, ConfigError, DataConfig
-from fp8jax.training import manifest
+from fp8jax.config import CheckpointError, Config, ConfigError, DataConfig, did_you_mean, to_dict
+from fp8jax.training import fixed_fields, manifest
 
 
 def directory(flag: str, path: pathlib.Path) -> None:
@@ -77,6 +78,24 @@ def held_out(text: str) -> None:
         sources.check(DataConfig(held_out=text))
     except ConfigError as error:
         raise ConfigError(str(error).replace("config.data.held_out: ", "--held_out: ", 1)) from None
+
+
+def allowed_changes(allowed: Sequence[str]) -> None:
+    """Refuse fields of --allow_config_change that may change without it, or that do not exist."""
+    known = {
+        f"{section}.{name}" for section, values in to_dict(Config()).items() for name in values
+    }
+    for name in allowed:
+        if fixed_fields.is_fixed(*name.partition(".")[::2]) and name in known:
+            continue
+        reason = (
+            "may change without it"
+            if name in known
+            else f"no such field{did_you_mean(name, known).rstrip('?')}"
+        )
+        raise ConfigError(
+            f"--allow_config_change={name}: {reason}; it takes {fixed_fields.described()}"
+        )
 
 
 def _nearest(flag: str, path: pathlib.Path) -> pathlib.Path:

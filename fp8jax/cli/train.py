@@ -9,11 +9,11 @@ from absl import flags
 from fp8jax import config as config_lib
 from fp8jax import hardware
 from fp8jax.cli import checks, fields, processes
+from fp8jax.cli.config_files import EXAMPLE, find_config, read_config, run_in
 from fp8jax.cli.errors import local_directory
-from fp8jax.cli.flags import EXAMPLE, WORKDIR, find_config, read_config, run, split
+from fp8jax.cli.flags import WORKDIR, run, split
 from fp8jax.config import Config, ConfigError
 from fp8jax.monitor.stages import Stages
-from fp8jax.training import fixed_fields
 
 USAGE = """Trains a model, or continues a run.
 
@@ -59,9 +59,9 @@ def _train(overrides: Sequence[str]) -> int:
     workdir = _workdir(path, size)
     lines.append(f"workdir  {workdir}")
     config = config_lib.from_dict(
-        read_config("config", f"{path}:{size}", overrides), _run_in(workdir)
+        read_config("config", f"{path}:{size}", overrides), run_in(workdir)
     )
-    _check_allowed(_ALLOW.value)
+    checks.allowed_changes(_ALLOW.value)
     checks.directory("--workdir", workdir)
     checks.data(config, workdir)
     stage = Stages(processes.is_first())
@@ -87,26 +87,6 @@ def _train_joined(config: Config, workdir: pathlib.Path) -> int:
     return loop.train(config, workdir, allow_config_change=_ALLOW.value)
 
 
-def _check_allowed(allowed: Sequence[str]) -> None:
-    """Refuse fields of --allow_config_change that may change without it, or that do not exist."""
-    known = {
-        f"{section}.{name}"
-        for section, values in config_lib.to_dict(Config()).items()
-        for name in values
-    }
-    for name in allowed:
-        if fixed_fields.is_fixed(*name.partition(".")[::2]) and name in known:
-            continue
-        reason = (
-            "may change without it"
-            if name in known
-            else f"no such field{config_lib.did_you_mean(name, known).rstrip('?')}"
-        )
-        raise ConfigError(
-            f"--allow_config_change={name}: {reason}; it takes {fixed_fields.described()}"
-        )
-
-
 def _workdir(path: pathlib.Path, size: str) -> pathlib.Path:
     """Return the directory of the run; by default that of the run whose configuration is used."""
     if WORKDIR.value:
@@ -116,11 +96,3 @@ def _workdir(path: pathlib.Path, size: str) -> pathlib.Path:
         if path.stem == "from_run"
         else pathlib.Path("runs", f"{path.stem}-{size}")
     )
-
-
-def _run_in(workdir: pathlib.Path) -> Config | None:
-    """Return the configuration of the run to continue; one that cannot be read is reported later, when it is needed."""
-    try:
-        return config_lib.from_dict(config_lib.read_json(workdir / "config.json"))
-    except (ConfigError, FileNotFoundError, AttributeError):
-        return None

@@ -224,6 +224,19 @@ def evaluate_run(
         ConfigError: there is no held-out text, or it cannot be read.
     """
     model, step = load_run(workdir, step, stage=stage)
+    return evaluate_model(model, workdir, step, progress, stage=stage, held_out=held_out)
+
+
+def evaluate_model(
+    model: LoadedModel,
+    workdir: pathlib.Path,
+    step: int,
+    progress: Callable[[int, int], object] = lambda done, of: None,
+    *,
+    stage: Stages = Stages(False),
+    held_out: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run's loaded model as `evaluate_run` does."""
     config = model.plan.config
     config = dataclasses.replace(
         config, evaluation=dataclasses.replace(config.evaluation, batches=0)

@@ -14,9 +14,12 @@ def stop_signals() -> Iterator[list[int]]:
 
     They are SIGINT, SIGTERM, SIGHUP (a lost terminal) and SIGUSR1 (a scheduler's notice). A second
     SIGINT interrupts. Under nohup SIGHUP stays ignored; SIGINT, which shells ignore for background
-    processes, does not.
+    processes, does not. Python has handlers in the main thread alone: in another nothing is caught.
     """
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
 
     def note(number: int, _frame: Any) -> None:
         if caught and number == signal.SIGINT:

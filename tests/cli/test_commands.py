@@ -10,7 +10,7 @@ import pytest
 
 from fp8jax import __main__ as commands
 from fp8jax import config as config_lib
-from fp8jax.cli import flags
+from fp8jax.cli import config_files, flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -198,7 +198,7 @@ def test_fields_as_they_may_be_written(words, monkeypatch):
         "--config.optimizer.warmup_steps=None",
     ]
     overrides, rest = flags.split("config", ["train.py", *words, "--workdir=x"])
-    config = config_lib.from_dict(flags.read_config("config", "fp8_base:tiny", overrides))
+    config = config_lib.from_dict(config_files.read_config("config", "fp8_base:tiny", overrides))
     assert rest == ["train.py", "--workdir=x"]
     assert (config.training.steps, config.mesh.data, config.mesh.fsdp, config.model.head_dim) == (
         7,
@@ -294,7 +294,7 @@ def test_our_own_advice_is_taken():
         "--noconfig.model.tied_embeddings",
         "--config.model.qk_regulariser=None",
     ]
-    config = config_lib.from_dict(flags.read_config("config", "fp8_base:390m", words))
+    config = config_lib.from_dict(config_files.read_config("config", "fp8_base:390m", words))
     assert (
         config.model.vocab_size is None
         and config.model.qk_regulariser is None

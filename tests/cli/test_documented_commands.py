@@ -20,7 +20,18 @@ from absl import flags as absl_flags
 
 from fp8jax import __main__ as commands
 from fp8jax import config as config_lib
-from fp8jax.cli import audit, convert, data, evaluate, flags, prepare, report, sample, train
+from fp8jax.cli import (
+    audit,
+    config_files,
+    convert,
+    data,
+    evaluate,
+    flags,
+    prepare,
+    report,
+    sample,
+    train,
+)
 from fp8jax.interop.hf_safetensors import TensorFiles, read_json, write_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -84,7 +95,7 @@ def parse(words):
         assert set(given) <= known and "workdir" in given or name == "train", (given, known)
         if name == "train":
             config_lib.from_dict(
-                flags.read_config(
+                config_files.read_config(
                     "config", given["config"] + ":tiny" * (":" not in given["config"]), overrides
                 )
             )
@@ -92,7 +103,7 @@ def parse(words):
         options, overrides = audit._options(rest)
         for flag in ("config", "compare"):
             if file := getattr(options, flag):
-                config_lib.from_dict(flags.read_config(flag, file, overrides[flag]))
+                config_lib.from_dict(config_files.read_config(flag, file, overrides[flag]))
     elif name == "prepare":
         (prepare._inspect_parser() if rest[0] == "inspect" else prepare._parser()).parse_args(
             rest[rest[0] == "inspect" :]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8jax import config as config_lib
-from fp8jax.cli import flags
+from fp8jax.cli import config_files
 from fp8jax.config import ConfigError
 from fp8jax.monitor import report
 from fp8jax.monitor.writers import MetricsError, read_metrics
@@ -124,7 +124,7 @@ TEXTS = st.text(max_size=9) | st.sampled_from(
 def test_config_flags(pairs, size):
     """As on the command line: a config file, and --config.section.field=value."""
     try:
-        values = flags.read_config(
+        values = config_files.read_config(
             "config",
             f"configs/fp8_base.py:{size}",
             [f"--config.{name}={value}" for name, value in pairs],

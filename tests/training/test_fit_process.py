@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fp8jax import config as config_lib
-from fp8jax.cli.flags import read_config
+from fp8jax.cli.config_files import read_config
 from fp8jax.plan import make_plan
 from fp8jax.training.estimates import Formula, Option
 

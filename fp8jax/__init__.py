@@ -16,30 +16,45 @@ if TYPE_CHECKING:
     from fp8jax.library.recipe import Recipe as Recipe
     from fp8jax.models.taps import collecting as collecting
     from fp8jax.models.taps import tap as tap
+    from fp8jax.runs import LoadedRun as LoadedRun
+    from fp8jax.runs import evaluate as evaluate
+    from fp8jax.runs import generate as generate
+    from fp8jax.runs import load_run as load_run
+    from fp8jax.runs import train as train
 
 __version__ = "0.1.0"
 
 # The public names, and the modules that they are loaded from at first use: `import fp8jax` starts
 # no JAX. None stands for a module of that name.
 _PUBLIC: dict[str, str | None] = {
+    "LoadedRun": "runs",
     "Recipe": "library.recipe",
     "attention": "library.functions",
     "collecting": "models.taps",
     "dot_general": "library.functions",
+    "evaluate": "runs",
+    "generate": "runs",
     "kurtosis": "library.functions",
     "linen": None,
+    "load_run": "runs",
     "nnx": None,
     "tap": "models.taps",
+    "train": "runs",
 }
 __all__ = [
+    "LoadedRun",
     "Recipe",
     "attention",
     "collecting",
     "dot_general",
+    "evaluate",
+    "generate",
     "kurtosis",
     "linen",
+    "load_run",
     "nnx",
     "tap",
+    "train",
 ]
 
 

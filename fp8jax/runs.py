@@ -113,8 +113,8 @@ def make_config(
             allowed.
     """
     given = dict(overrides or {})
-    for path in given:
-        _check_field(path)
+    for path, value in given.items():
+        _check_override(path, value)
     if isinstance(config, str):
         config = read_config("config", _with_size(config))
     if isinstance(config, Config):
@@ -140,16 +140,16 @@ def _with_size(file: str) -> str:
     return f"{path}:{size or hardware.default_size()[0]}"
 
 
-def _check_field(path: str) -> None:
+def _check_override(path: str, value: Any) -> None:
     section, _, field = path.partition(".")
     config_lib.check_name(section)
     if not field:
         raise ConfigError(f"config.{section}: is a section; set a field of it, '{section}.FIELD'")
-    config_lib.check_name(section, field)
+    config_lib.check_field(section, field, value)
 
 
 def _set(values: Any, overrides: Mapping[str, Any]) -> None:
-    """Set fields, of any type: what is wrong is reported when the configuration is made."""
+    """Set fields, whose values have been checked."""
     for path, value in overrides.items():
         section, _, field = path.partition(".")
         if isinstance(values, ml_collections.ConfigDict):

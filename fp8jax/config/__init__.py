@@ -22,7 +22,15 @@ from fp8jax.config.model import (
     head_dim,
 )
 from fp8jax.config.names import check_name, did_you_mean, fields_like
-from fp8jax.config.reading import defaults, digest, from_dict, kind_of, read_json, to_dict
+from fp8jax.config.reading import (
+    check_field,
+    defaults,
+    digest,
+    from_dict,
+    kind_of,
+    read_json,
+    to_dict,
+)
 from fp8jax.config.run import (
     WARNING_ACTIONS,
     WARNING_LEVELS,
@@ -83,6 +91,7 @@ __all__ = [
     "WARNING_LEVELS",
     "WarningConfig",
     "check",
+    "check_field",
     "check_name",
     "defaults",
     "did_you_mean",

@@ -112,6 +112,14 @@ def _build_section(section: str, kind: Any, values: dict[str, Any]) -> Any:
     return kind(**checked)
 
 
+def check_field(section: str, name: str, value: Any) -> None:
+    """Raise ConfigError if there is no such field, or if it cannot have this value."""
+    check_name(section, name)
+    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+    field = next(field for field in dataclasses.fields(kinds[section]) if field.name == name)
+    _check_value(f"config.{section}.{name}", field, value)
+
+
 def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
     kind, optional = kind_of(field.type)
     if value is None and optional:

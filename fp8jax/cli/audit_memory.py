@@ -29,6 +29,7 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
     ("optimizer.second_moment", "fp8"),
     ("training.loss_chunk", 8192),
     ("fp8.head", True),
+    ("training.remat", "save_branches"),
     ("training.remat", "save_fp8"),
     ("training.remat", "offload_fp8"),
     ("training.remat", "full"),

@@ -11,7 +11,7 @@ GRADIENT_DTYPES = ("mixed", "float32", "bfloat16")
 MASTER_DTYPES = ("float32", "float16", "bfloat16")
 MASTER_ROUNDINGS = ("stochastic", "compensated")
 AUTO = "auto"
-REMAT_POLICIES = (AUTO, "none", "full", "save_fp8", "offload_fp8")
+REMAT_POLICIES = (AUTO, "none", "full", "save_fp8", "offload_fp8", "save_branches")
 CHUNK_AUTO = -1
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -195,7 +195,7 @@ class TrainingConfig:
     remat: str = field(
         AUTO,
         "what the backward pass recomputes: nothing, each block, or all but FP8 tensors, which wait on the device or "
-        "(offload_fp8) in the host's memory; auto: as little as fits",
+        "(offload_fp8) in the host's memory, or all but these and the branches' outputs; auto: as little as fits",
         choices=REMAT_POLICIES,
     )
     fitted: str = field(

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from fp8jax.models import gemms as gemms_lib
 from fp8jax.models import taps as taps_lib
@@ -41,6 +42,8 @@ from fp8jax.numerics.gemm import CHECKPOINT_NAME, dot_general
 from fp8jax.numerics.tokens import Token
 from fp8jax.parallel.mesh import HOST_MEMORY
 from fp8jax.parallel.sharding import constrain, shards
+
+BRANCH = "branch"  # checkpoint name of a branch's output, before its norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +77,11 @@ class Block(nnx.Module):
             branch, cache = self.attention(
                 _apply(self.pre_attention, x_btd), rope, segment_ids, gemms, cache
             )
+            branch = checkpoint_name(branch, BRANCH)
             x_btd = x_btd + _apply(self.post_attention, branch)
         with jax.named_scope("feed_forward"):
             branch = self.feed_forward(_apply(self.pre_ffn, x_btd), gemms)
+            branch = checkpoint_name(branch, BRANCH)
             x_btd = x_btd + _apply(self.post_ffn, branch)
         x_btd = constrain(x_btd, "batch", "residual", None)
         taps_lib.tap("activation", x_btd)
@@ -344,6 +349,7 @@ def _rematerialised(layer: Any, remat: str, looped: bool) -> Any:
     policy = {
         "full": policies.nothing_saveable,
         "save_fp8": policies.save_only_these_names(CHECKPOINT_NAME),
+        "save_branches": policies.save_only_these_names(CHECKPOINT_NAME, BRANCH),
         "offload_fp8": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[CHECKPOINT_NAME],

@@ -77,7 +77,7 @@ class Formula:
         config, device, flops = self._config, self._device, self._flops
         block = (flops.linear + flops.attention) / self._devices
         rate = device.bf16 if config.fp8.recipe == "bf16" else device.fp8
-        repeated = {"none": 0.0, "save_fp8": 0.25, "offload_fp8": 0.25, "full": 1 / 3}[option.remat]
+        repeated = self._repeated(option.remat)
         head = flops.head / self._devices * (4 / 3 if option.loss_chunk else 1.0)
         gemms = block * (1 + repeated) / rate + head / device.bf16
         moved = self._traffic(option) / device.memory
@@ -91,12 +91,36 @@ class Formula:
         queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
         carry = 2 * width
         operands = self._operand * (2 * width + 2 * queries + 2 * keys + hidden)
-        if remat == "full" or (remat != "none" and self._operand == 2):
+        kept = operands if self._operand == 1 else 0
+        if remat == "save_branches":
+            return carry + kept + 2 * 2 * width
+        if remat in ("save_fp8", "offload_fp8"):
+            return carry + kept
+        if remat == "full":
             return carry
-        if remat != "none":
-            return carry + operands
-        branches = 2 if model.activation in ("swiglu", "smooth_swiglu") else 1
-        return carry + operands + 2 * (branches * hidden + 2 * width + queries + keys)
+        return carry + operands + 2 * (self._ups() * hidden + 2 * width + queries + keys)
+
+    def _ups(self) -> int:
+        """Return the GEMMs into the hidden width."""
+        return 2 if self._model.activation in ("swiglu", "smooth_swiglu") else 1
+
+    def _repeated(self, remat: str) -> float:
+        """Return the part of the block's FLOPs that is computed again: of linear GEMMs alone if FP8 tensors are kept."""
+        if remat == "none":
+            return 0.0
+        again = 1 / 3 if remat == "full" or self._operand == 2 else 0.25
+        if remat != "save_branches":
+            return again
+        model = self._model
+        attention_in = model.width * (model.heads + 2 * model.kv_heads) * model.head_dim
+        attention_out = model.width * model.heads * model.head_dim
+        ffn = model.width * model.ffn_hidden
+        inward = attention_in + self._ups() * ffn
+        share = inward / (inward + attention_out + ffn)
+        if self._operand == 1:
+            return again * share
+        linear, attention = self._flops.linear, self._flops.attention
+        return again * (share * linear + attention) / (linear + attention)
 
     def _head_bytes(self, chunk: int) -> float:
         """Return the bytes of one token's logits in float32, and of what is computed from them."""

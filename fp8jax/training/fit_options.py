@@ -13,7 +13,12 @@ from fp8jax.training.estimates import Option
 
 OPEN = {"microbatches": 0, "loss_chunk": CHUNK_AUTO, "remat": AUTO}
 CHUNK = 8192  # rows of a vocabulary; fewer make GEMMs too small for a GPU
-_REMATS = ("none", "save_fp8", "full")  # offload_fp8 needs host memory, which is not planned
+_REMATS = (
+    "none",
+    "save_branches",
+    "save_fp8",
+    "full",
+)  # offload_fp8 needs host memory, which is not planned
 
 
 class Compiled(NamedTuple):

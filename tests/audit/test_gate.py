@@ -43,11 +43,17 @@ def flops_by_role(found):
 
 @needs_gpus
 @pytest.mark.parametrize(
-    ("size", "attention"),
-    [("390m", "composed"), ("1p5b", "pallas"), ("8b", "composed"), ("8b", "auto")],
+    ("size", "attention", "remat"),
+    [
+        ("390m", "composed", "save_fp8"),
+        ("1p5b", "pallas", "save_fp8"),
+        ("8b", "composed", "save_fp8"),
+        ("8b", "auto", "save_branches"),
+    ],
 )
-def test_every_block_gemm_is_fp8_on_h100s(make_config, h100s, size, attention):
-    config = make_config(size, **FEW, fp8__attention_backend=attention)
+def test_every_block_gemm_is_fp8_on_h100s(make_config, h100s, size, attention, remat):
+    changes = FEW | {"training__remat": remat}
+    config = make_config(size, **changes, fp8__attention_backend=attention)
     found = audit(config, h100s)
     assert (
         found["fp8_share"] == 1.0
@@ -61,6 +67,10 @@ def test_every_block_gemm_is_fp8_on_h100s(make_config, h100s, size, attention):
     assert {row["kernel"] for row in block} == {"cuBLASLt FP8"} | (
         {"Pallas FP8"} if attention != "composed" else set()
     )
+    # Layers are compiled one by one here; barriers keep the compiler from finding that it has computed them before.
+    inward, outward = {"qkv", "mlp_up"}, {"attention_out", "mlp_down"}
+    again = {row["role"] for row in block if row["repeated"]} & (inward | outward)
+    assert again == (inward if remat == "save_branches" else inward | outward)
     assert all(row["executions_known"] for row in found["gemms"])
     assert {row["role"] for row in found["gemms"]} == {*ROLES, "lm_head"}
     wide = [row for row in found["gemms"] if "float32" in (row["lhs_dtype"], row["rhs_dtype"])]

@@ -93,7 +93,7 @@ def run_tiny(overrides: str = "", recipe: str = "fp8_dpa", **model):
     return lambda remat="none": step(params, gemms.zero_tokens(recipes), remat)
 
 
-@pytest.mark.parametrize("remat", ["full", "save_fp8"])
+@pytest.mark.parametrize("remat", ["full", "save_fp8", "save_branches"])
 def test_remat_changes_nothing(remat):
     """jax.checkpoint once turned saved e4m3 values above 240 into NaN (see numerics.dot_general.named)."""
     run = run_tiny()

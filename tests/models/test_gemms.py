@@ -15,6 +15,7 @@ from fp8jax.models.model_recipes import model_recipes
 from fp8jax.monitor import outliers
 from fp8jax.numerics import statistics
 from fp8jax.numerics.gemm import dot_general
+from fp8jax.numerics.roles import LINEAR_ROLES
 from fp8jax.parallel import mesh as mesh_lib
 from fp8jax.plan import make_plan
 from fp8jax.training.calibration import calibrate
@@ -324,6 +325,28 @@ def test_rematerialisation_quantises_nothing_twice():
         again["float8_e4m3fn", (8, 32, 48)] == 2 * 2 and again["float8_e4m3fn", (8, 32, 120)] == 2
     )  # x of qkv and mlp_up; of mlp_down
     assert all(dtype == "float8_e4m3fn" for dtype, _ in again)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "remat", "roles"),
+    [
+        ("fp8_dpa", "none", set()),
+        ("fp8_dpa", "save_branches", {"qkv", "mlp_up"}),
+        ("fp8_dpa", "save_fp8", {"qkv", "attention_out", "mlp_up", "mlp_down"}),
+        ("bf16", "save_branches", {"qkv", "mlp_up"}),
+    ],
+)
+def test_what_is_kept_decides_which_gemms_are_repeated(recipe, remat, roles):
+    """In the compiled step: `save_branches` repeats only the GEMMs into the branches. Unrolled: tests/audit/test_gate.py."""
+    config = make({"recipe": recipe}, {"remat": remat, "steps": 1})
+    text = program_of(config).compiled_step().as_text()
+    found = {
+        role
+        for role in LINEAR_ROLES
+        for line in text.splitlines()
+        if " dot(" in line and f"gemm[{role}.fprop]" in line and "rematted_computation" in line
+    }
+    assert found == roles
 
 
 @pytest.mark.parametrize("backend", ["native", "emulated"])

@@ -67,7 +67,8 @@ def dot_general(
     for name, operand in (("x", x), ("w", w)):
         if not jnp.issubdtype(operand.dtype, jnp.floating):
             raise TypeError(f"fp8jax.dot_general: {name} is {operand.dtype}, not floating")
-    return gemm_lib.dot_general(
+    x, w, dims, shape = _as_matrix(x, w, dims)
+    y = gemm_lib.dot_general(
         x,
         w,
         dims,
@@ -77,6 +78,7 @@ def dot_general(
         role=role,
         out_dtype=preferred_element_type,
     )
+    return y.reshape(shape)
 
 
 def _normal(dims: Any, x: jax.Array, w: jax.Array) -> gemm_lib.DimensionNumbers:
@@ -92,6 +94,34 @@ def _normal(dims: Any, x: jax.Array, w: jax.Array) -> gemm_lib.DimensionNumbers:
             )
         pairs.append((ours, theirs))
     return pairs[0], pairs[1]
+
+
+def _as_matrix(
+    x: jax.Array, w: jax.Array, dims: gemm_lib.DimensionNumbers
+) -> tuple[jax.Array, jax.Array, gemm_lib.DimensionNumbers, tuple[int, ...]]:
+    """Return the same product with a weight [*batch, inputs, outputs], and the shape of its result.
+
+    XLA's CPU compiler refuses some bfloat16 GEMMs that contract several dimensions, and blocks of
+    128 x 128 are those of a matrix.
+    """
+    (x_contract, w_contract), (x_batch, w_batch) = dims
+    w_free = _rest(w.ndim, *w_contract, *w_batch)
+    x_free = _rest(x.ndim, *x_contract, *x_batch)
+    sizes = [x.shape[i] for i in (*x_batch, *x_free)]
+    shape = (*sizes, *(w.shape[i] for i in w_free))
+    if len(w_contract) == len(w_free) == 1:
+        return x, w, dims, shape
+    outputs = math.prod(w.shape[i] for i in w_free)
+    inputs = math.prod(w.shape[i] for i in w_contract)
+    batch = tuple(range(len(w_batch)))
+    w = lax.transpose(w, (*w_batch, *w_contract, *w_free))
+    w = w.reshape(*w.shape[: len(batch)], inputs, outputs)
+    x = lax.transpose(x, (*x_batch, *x_free, *x_contract)).reshape(*sizes, inputs)
+    return x, w, (((x.ndim - 1,), (len(batch),)), (batch, batch)), shape
+
+
+def _rest(ndim: int, *taken: int) -> tuple[int, ...]:
+    return tuple(i for i in range(ndim) if i not in taken)
 
 
 def attention(

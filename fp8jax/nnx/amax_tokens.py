@@ -43,10 +43,20 @@ def gemm_token(amaxes: jax.Array, x: jax.Array) -> jax.Array:
         amaxes: [operands + 1], from `as_maximum`, or float32.
         x: an operand of the GEMM.
     """
+    return _with_use(as_float32(amaxes, x))
+
+
+def as_float32(amaxes: jax.Array, x: jax.Array) -> jax.Array:
+    """Return amaxes from `as_maximum` as float32, whose cotangents are combined by maximum; float32 unchanged.
+
+    Args:
+        amaxes: any shape.
+        x: an operand of the GEMM that uses them.
+    """
     if amaxes.dtype != fm32:
-        return _with_use(amaxes)
+        return amaxes
     like = lax.stop_gradient(x).reshape(-1)[:1]
-    return _with_use(_as_float32(_spread.bind(amaxes, like)))
+    return _as_float32(_spread.bind(amaxes, like))
 
 
 @jax.custom_vjp

@@ -165,23 +165,43 @@ def _take(model: Any, grads: Any, wanted: nnx.DiffState, update: bool) -> Any:
     if update:
         for _, state in role_scalings(model):
             state.push()
-    return grads.filter(wanted.filter)
+    return _filtered(grads, wanted.filter)
 
 
-def collect_amaxes(model: Any, grads: nnx.State) -> None:
+def _filtered(grads: Any, kept: Any) -> Any:
+    """Return the gradients that a filter keeps: a State, or a list or dictionary of them."""
+    return jax.tree.map(lambda state: nnx.filter_state(state, kept), grads, is_leaf=_is_state)
+
+
+def _flat(grads: Any) -> dict[tuple[Any, ...], nnx.Variable]:
+    """Return gradients by path: of a State, or of a list or dictionary of them."""
+    found = {}
+    for keys, state in jax.tree.leaves_with_path(grads, is_leaf=_is_state):
+        start = tuple(getattr(key, "key", getattr(key, "idx", None)) for key in keys)
+        for path, variable in nnx.to_flat_state(state):
+            found[*start, *path] = variable
+    return found
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, nnx.State)
+
+
+def collect_amaxes(model: Any, grads: Any) -> None:
     """Take the maximum of the amaxes among gradients and those that the model holds."""
-    flat = dict(nnx.to_flat_state(grads))
-    for path, state in role_scalings(model):
-        found = flat.get((*path, "amax"))
-        if found is None:
-            name = ".".join(map(str, path))
+    found = _flat(grads)
+    held = dict(nnx.to_flat_state(nnx.state(model, Amax)))
+    for path, amax in held.items():
+        if path not in found:
+            name = ".".join(map(str, path[:-1]))
             raise ValueError(
                 f"update_scaling: no amaxes of {name} among the gradients; take them with fp8jax.nnx.value_and_grad, "
                 "or nnx.value_and_grad with argnums=nnx.DiffState(0, (nnx.Param, fp8jax.nnx.Scaling))"
             )
-        value = found.get_value() if isinstance(found, nnx.Variable) else found
+        value = found[path].get_value()
         value = jnp.where(jnp.isnan(value), jnp.inf, value)
-        state.amax.set_value(jnp.maximum(state.amax.get_value(), value))
+        held[path] = amax.replace(jnp.maximum(amax.get_value(), value))
+    nnx.update(model, nnx.from_flat_state(held))
 
 
 def update_scaling(model: Any, grads: nnx.State | None = None) -> None:

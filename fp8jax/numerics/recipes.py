@@ -148,5 +148,5 @@ class GemmRecipe:
         ):
             scale = self.scale(largest, dtype)
         elif self.fill_unknown and scale is not None:
-            scale = jnp.where(scale > 0, scale, self.scale(largest, dtype))
+            scale = jnp.where(scale == 0, self.scale(largest, dtype), scale)
         return formats.quantise(x, scale, dtype, emulated=self.emulated), largest

@@ -157,7 +157,7 @@ def ds_scale(
     if call.scores.scaling == "current":
         return measured()
     if call.scores.fill_unknown and call.scores.scaling == "delayed" and scale is not None:
-        return lax.cond(scale > 0, lambda: scale, measured)
+        return lax.cond(scale == 0, measured, lambda: scale)
     return scale
 
 

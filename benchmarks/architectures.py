@@ -84,7 +84,7 @@ def plot(logs: dict[tuple[str, str], list[dict]], path: pathlib.Path) -> None:
                 linestyle="-" if recipe == "fp8_dpa" else ":",
                 label=architecture if recipe == "fp8_dpa" else None,
             )
-        axes.set(xlabel="step", ylabel=label, yscale="linear" if key == "loss" else "log")
+        axes.set(xlabel="step", ylabel=label, yscale="log")
     panels[0].legend(frameon=False, fontsize=8)
     figure.suptitle("Architectures at tiny: FP8 with FP8 attention (solid) and BF16 (dotted)")
     figure.savefig(path, dpi=140)

@@ -154,7 +154,7 @@ def _set(values: Any, overrides: Mapping[str, Any]) -> None:
         section, _, field = path.partition(".")
         if isinstance(values, ml_collections.ConfigDict):
             with values.ignore_type():
-                values[section][field] = value
+                getattr(values, section)[field] = value
         else:
             values.setdefault(section, {})[field] = value
 

@@ -1,6 +1,6 @@
 """The MLP of own_model_nnx.py in Flax Linen: FP8 by `dot_general_cls`, the histories in flax's TrainState.
 
-    python examples/own_model_linen.py
+python examples/own_model_linen.py
 """
 
 import functools

@@ -1,6 +1,6 @@
 """An MLP of one's own in Flax NNX, trained in FP8 with delayed scaling and again without: the losses are close.
 
-    python examples/own_model_nnx.py
+python examples/own_model_nnx.py
 """
 
 import jax

@@ -1,6 +1,6 @@
 """A Llama written in plain flax.nnx, turned into FP8 from outside, trained a little, and turned back.
 
-    python examples/quantize_existing.py
+python examples/quantize_existing.py
 """
 
 import jax

@@ -3,7 +3,7 @@
 from fp8jax.nnx.attention import Attention, MultiHeadAttention
 from fp8jax.nnx.conversion import Report, dequantize, quantize, report
 from fp8jax.nnx.linear import Einsum, Linear, LinearGeneral
-from fp8jax.nnx.scaling import Amax, Scaling, update_scaling, value_and_grad
+from fp8jax.nnx.scaling import Amax, Scaling, calibrate, update_scaling, value_and_grad
 
 __all__ = [
     "Amax",
@@ -14,6 +14,7 @@ __all__ = [
     "MultiHeadAttention",
     "Report",
     "Scaling",
+    "calibrate",
     "dequantize",
     "quantize",
     "report",

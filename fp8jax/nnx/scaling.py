@@ -241,3 +241,26 @@ def _check_single_use(name: str, state: RoleScaling) -> None:
         jax.debug.callback(check, most)
     else:
         check(float(most))
+
+
+def calibrate(model: Any, f: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Fill the histories of a model with one gradient of `f(model, *args)`, before the first step; parameters do not change.
+
+    Afterwards no cast waits for an amax: what delayed scaling is for. Without it a model trains the
+    same, and each cast waits, as with `current` scaling, because its history might be empty.
+    Calling it again adds amaxes. It is called outside jit.
+
+    Args:
+        model: the model.
+        f: loss of the model and other arguments.
+        *args: the other arguments, such as the first batch.
+        **kwargs: likewise.
+    """
+
+    @nnx.jit
+    def gradient(model: Any) -> None:
+        value_and_grad(f)(model, *args, **kwargs)
+
+    gradient(model)
+    for _, state in role_scalings(model):
+        state.known = bool(jnp.all(state.scale.get_value() != 0))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fp8jax.library.explicit_mesh import place_inside
 from fp8jax.library.recipe import Recipe, check_recipe
 from fp8jax.numerics import gemm as gemm_lib
 from fp8jax.numerics import statistics
@@ -67,18 +68,28 @@ def dot_general(
     for name, operand in (("x", x), ("w", w)):
         if not jnp.issubdtype(operand.dtype, jnp.floating):
             raise TypeError(f"fp8jax.dot_general: {name} is {operand.dtype}, not floating")
-    x, w, dims, shape = _as_matrix(x, w, dims)
-    y = gemm_lib.dot_general(
-        x,
-        w,
-        dims,
-        recipe.gemm(known=known, stateless=scales is None),
-        scales=scales,
-        token=token,
-        role=role,
-        out_dtype=preferred_element_type,
-    )
-    return y.reshape(shape)
+    gemms = recipe.gemm(known=known, stateless=scales is None)
+
+    def product(arrays: Any) -> jax.Array:
+        x, w, scales, token = arrays
+        x, w, as_matrix, shape = _as_matrix(x, w, dims)
+        y = gemm_lib.dot_general(
+            x,
+            w,
+            as_matrix,
+            gemms,
+            scales=scales,
+            token=token,
+            role=role,
+            out_dtype=preferred_element_type,
+        )
+        return y.reshape(shape)
+
+    (x_contract, w_contract), (x_batch, w_batch) = dims
+    x_dims = (*x_batch, *_rest(x.ndim, *x_contract, *x_batch))
+    alike = [(x, i) for i in x_dims]
+    alike += [(w, i) for i in _rest(w.ndim, *w_contract, *w_batch)]
+    return place_inside(product, (x, w, scales, token), alike)
 
 
 def _normal(dims: Any, x: jax.Array, w: jax.Array) -> gemm_lib.DimensionNumbers:
@@ -166,23 +177,28 @@ def attention(
     check_attention(q, k, v, segment_ids)
     b, t, n, h = q.shape
     kv_heads = k.shape[2]
-    grouped = q.reshape(b, t, kv_heads, n // kv_heads, h)
     if recipe is None:
         gemms = GemmRecipe("bf16")
     else:
         gemms = recipe.gemm(known=known, stateless=scales is None)
-    o = definition.attention(
-        grouped,
-        k,
-        v,
-        {definition.SCORES: gemms, definition.VALUES: gemms},
-        softmax_scale=1 / math.sqrt(h) if softmax_scale is None else softmax_scale,
-        segment_ids=segment_ids,
-        scales=scales,
-        tokens=tokens,
-        backend=backend,
-    )
-    return o.reshape(q.shape)
+
+    def attend(arrays: Any) -> jax.Array:
+        q, k, v, segment_ids, scales, tokens = arrays
+        o = definition.attention(
+            q.reshape(b, t, kv_heads, n // kv_heads, h),
+            k,
+            v,
+            {definition.SCORES: gemms, definition.VALUES: gemms},
+            softmax_scale=1 / math.sqrt(h) if softmax_scale is None else softmax_scale,
+            segment_ids=segment_ids,
+            scales=scales,
+            tokens=tokens,
+            backend=backend,
+        )
+        return o.reshape(q.shape)
+
+    arrays = q, k, v, segment_ids, scales, tokens
+    return place_inside(attend, arrays, [(q, i) for i in range(4)])
 
 
 def check_attention(

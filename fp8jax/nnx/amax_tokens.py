@@ -55,8 +55,7 @@ def as_float32(amaxes: jax.Array, x: jax.Array) -> jax.Array:
     """
     if amaxes.dtype != fm32:
         return amaxes
-    like = lax.stop_gradient(x).reshape(-1)[:1]
-    return _as_float32(_spread.bind(amaxes, like))
+    return _as_float32(_spread.bind(amaxes, lax.stop_gradient(x)))
 
 
 @jax.custom_vjp

@@ -157,3 +157,29 @@ def test_taps_of_an_own_model_are_collected():
     with fp8jax.collecting() as found:
         fp8jax.tap("mlp", x)
     np.testing.assert_allclose(found["mlp"]["kurtosis"], fp8jax.kurtosis(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_split_operands_give_the_same_gradients_and_amaxes(axis):
+    """Rows of x over eight devices, and the weight's outputs: jax.make_mesh's explicit axes as well."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis, axis))
+    keys = jax.random.split(jax.random.key(4), 3)
+    x, w = jax.random.normal(keys[0], (8, 16)), jax.random.normal(keys[1], (16, 6))
+    q = jax.random.normal(keys[2], (4, 8, 2, 8))
+    current = fp8jax.Recipe("delayed", emulated=True)
+
+    def loss(x, w, q, token):
+        y = fp8jax.dot_general(x, w, MATMUL, current, scales=jnp.zeros(2), token=token)
+        o = fp8jax.attention(q, q, q, current)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(o))
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3)))
+    specs = (("data",), (None, "model"), ("data",))
+    placed = [
+        jax.device_put(a, jax.NamedSharding(mesh, jax.P(*spec)))
+        for a, spec in zip((x, w, q), specs, strict=True)
+    ]
+    found, expected = gradient(*placed, jnp.zeros(2)), gradient(x, w, q, jnp.zeros(2))
+    np.testing.assert_array_equal(found[3][0], expected[3][0])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

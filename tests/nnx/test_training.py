@@ -9,7 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import fp8jax
 from fp8jax.nnx.scaling import role_scalings
@@ -20,13 +20,13 @@ WIDTH, LAYERS, BATCH = 32, 2, 64
 
 class MLP(nnx.Module):
     def __init__(self, recipe, rngs):
-        # In float32 the last bit of GeLU differs with the number of rows on a device.
         linear = functools.partial(fp8jax.nnx.Linear, dtype=jnp.bfloat16, recipe=recipe)
         self.up = linear(WIDTH, 4 * WIDTH, rngs=rngs)
         self.down = linear(4 * WIDTH, WIDTH, rngs=rngs)
 
     def __call__(self, x):
-        return x + self.down(nnx.gelu(self.up(x))).astype(x.dtype)
+        # The last bit of a GeLU may differ with the number of rows on a device; ReLU is exact.
+        return x + self.down(nnx.relu(self.up(x))).astype(x.dtype)
 
 
 class Deep(nnx.Module):
@@ -96,11 +96,11 @@ def test_the_loss_is_within_a_percent_of_the_unquantised(make, microbatches):
     assert plain < 1.6  # 2.8 at the start
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
-def test_amaxes_on_eight_devices_are_bit_equal(microbatches):
+@pytest.mark.parametrize(("microbatches", "axis"), [(4, AxisType.Auto), (1, AxisType.Explicit)])
+def test_amaxes_on_eight_devices_are_bit_equal(microbatches, axis):
     single = start(Deep, FP8)
     train(*single, range(1), microbatches=microbatches)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis,))
     model, optimizer = start(Deep, FP8)
     for node in (model, optimizer):
         state = jax.device_put(nnx.state(node), NamedSharding(mesh, PartitionSpec()))

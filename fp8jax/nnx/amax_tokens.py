@@ -52,7 +52,15 @@ def as_float32(amaxes: jax.Array, x: jax.Array) -> jax.Array:
     Args:
         amaxes: any shape.
         x: an operand of the GEMM that uses them.
+
+    Raises:
+        ValueError: this is inside shard_map, which adds the cotangents of its shards.
     """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        raise ValueError(
+            "fp8jax: delayed scaling inside shard_map would add the amaxes of shards; "
+            "split arrays with jit's shardings instead, or use a recipe with current scaling"
+        )
     if amaxes.dtype != fm32:
         return amaxes
     return _as_float32(_spread.bind(amaxes, lax.stop_gradient(x)))

@@ -183,3 +183,39 @@ def test_scaling_state_is_neither_parameter_nor_optimizer_state():
     state = RoleScaling(RECIPE, "any name at all")
     assert not jax.tree.leaves(nnx.state(state, nnx.Param))
     assert len(jax.tree.leaves(nnx.state(state, fp8jax.nnx.Scaling))) == 3
+
+
+def test_shard_map_is_refused_in_one_line():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.P("data")
+
+    def loss(model, x):
+        definition, state = nnx.split(model)
+        run = jax.shard_map(
+            lambda state, x: nnx.merge(definition, state)(x),
+            mesh=mesh,
+            in_specs=(jax.P(), split),
+            out_specs=split,
+        )
+        return jnp.sum(run(state, x))
+
+    with pytest.raises(ValueError, match="delayed scaling inside shard_map would add"):
+        fp8jax.nnx.value_and_grad(loss)(layer(), X)
+
+
+def test_a_scan_over_microbatches_keeps_their_maximum():
+    @nnx.jit
+    def step(model, parts):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+        def body(model, part):
+            loss, _ = fp8jax.nnx.value_and_grad(twice, update=False)(model, part)
+            return model, loss
+
+        model, losses = body(model, parts)
+        fp8jax.nnx.update_scaling(model)
+        return model, losses
+
+    model, _ = step(layer(), X.reshape(4, 2, 4, 16))
+    history = np.asarray(model.scaling.history[...])
+    np.testing.assert_allclose(history[:, 0], by_hand(X), rtol=0.02)
+    assert not history[:, 1:].any()

@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "audit": "what a run will execute on devices that you need not have: FP8 share, memory, collectives",
     "convert": "Hugging Face model directories in and out, and logits to check a conversion with",
     "data": "data show: the text that a step of a run has seen, or will see",
+    "probe": "what FP8 does to a run's gradients, where, and which roles do it",
     "prepare": "text files to token shards, for config.data.source; prepare inspect DIR shows them",
     "report": "a page, self-contained HTML, that shows one run or several side by side",
     "sample": "continue a prompt with the model of a run",

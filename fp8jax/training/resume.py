@@ -92,6 +92,26 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
         return Resumed(
             program, program.init(), 0, Position(), tuple(program.abstract_state.scaling)
         )
+    return resume_from(program, checkpoints, step, tell)
+
+
+def resume_from(
+    program: TrainProgram,
+    checkpoints: Checkpoints,
+    step: int,
+    tell: Callable[[str], None],
+    *,
+    verify: bool = False,
+) -> Resumed:
+    """Resume from the checkpoint of a step, and change nothing in the directory.
+
+    Args:
+        program: this run's program, without fallbacks to BF16.
+        checkpoints: checkpoints of its directory.
+        step: step of a checkpoint that is there.
+        tell: as in `resume`.
+        verify: whether its files are checked first.
+    """
     data = checkpoints.data_state(step)
     position = Position(
         *(data.get(name, default) for name, default in Position._field_defaults.items())
@@ -102,7 +122,7 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     items = abstract_state_kept_as(program, saved).items()
     if step == 0:  # At step 0 only the weights count, and a converted model has only those.
         found, _ = checkpoints.restore(
-            step, {"params": items["params"]}, partial=True, verify=False
+            step, {"params": items["params"]}, partial=True, verify=verify
         )
         return Resumed(
             program,
@@ -114,7 +134,7 @@ def resume(program: TrainProgram, checkpoints: Checkpoints, tell: Callable[[str]
     items["scaling"] = checkpoints.abstract_item(step, "scaling", program.replicated)
     if saved.name != optimizer.name:
         del items["opt_state"]
-    found, _ = checkpoints.restore(step, items, partial=True, verify=False)
+    found, _ = checkpoints.restore(step, items, partial=True, verify=verify)
     kept, why = scaling_state.choose(program.recipes, found["scaling"], data.get("scaling"))
     if why:
         tell(scaling_state.tell(kept, why))

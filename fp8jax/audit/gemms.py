@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 OTHER = "other"
 _FUSED = re.compile(r"fp8jax\.fused\[([\w.+*]+)\]\[(\d+)\]")
-_SCOPE = re.compile(r"fp8jax\.gemm\[(\w+)(?:\.(\w+))?\]")
+_SCOPE = re.compile(r"fp8jax\.gemm\[([^\]]*?)(?:\.(\w+))?\]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,3 +204,50 @@ class TestMultiHeadAttention:
     def test_without_a_recipe_it_is_flaxs(self):
         ours, theirs = self.make(fp8jax.nnx), self.make()
         np.testing.assert_array_equal(ours(self.X), theirs(self.X))
+
+
+def test_gemms_carry_their_path_as_role_in_programs():
+    rules = [("*.attention", DELAYED), ("lm_head", CURRENT)]
+    gemms = linear_gemms(fp8jax.nnx.quantize(Llama(rngs=nnx.Rngs(0)), rules, log=None))
+    found = {(gemm.role, gemm.pass_name) for gemm in gemms if gemm.fp8}
+    roles = [f"layers.{i}.attention.{n}" for i in (0, 1) for n in ("wq", "wk", "wv", "wo")]
+    passes = ("fprop", "dgrad", "wgrad")
+    assert found == {(role, p) for role in (*roles, "lm_head") for p in passes}
+
+
+def test_stacked_attention_has_a_state_for_each_layer():
+    def make(rngs):
+        return nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+
+    stacked = nnx.vmap(make, in_axes=0, out_axes=0)(nnx.Rngs(0).fork(split=3))
+    fp8 = fp8jax.nnx.quantize(stacked, DELAYED, log=None)
+
+    def loss(model, x):
+        run = nnx.scan(
+            lambda x, layer: layer(x, is_causal=True), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+        )
+        return jnp.sum(run(x, model) ** 2)
+
+    x = jax.random.normal(jax.random.key(0), (2, 4, 8))
+    nnx.jit(lambda m, x: fp8jax.nnx.value_and_grad(loss)(m, x))(fp8, x)
+    assert fp8.core.scores.scale.shape == (3, 3)
+    assert fp8.core.values.scale.shape == (3, 2)
+    for _, state in fp8jax.nnx.scaling.role_scalings(fp8):
+        assert np.asarray(state.scale[...]).all()
+
+
+def test_attention_as_a_module_keeps_histories_and_masks_documents():
+    q = jax.random.normal(jax.random.key(0), (2, 8, 2, 4))
+    segments = jnp.repeat(jnp.arange(2), 4)[None].repeat(2, axis=0)
+    attend = fp8jax.nnx.Attention(recipe=DELAYED)
+
+    def loss(attend, q):
+        return jnp.sum(attend(q, q, q, segment_ids=segments) ** 2)
+
+    run = nnx.jit(lambda m, q: fp8jax.nnx.value_and_grad(loss)(m, q)[0])
+    expected = jnp.sum(fp8jax.attention(q, q, q, CURRENT, segment_ids=segments) ** 2)
+    np.testing.assert_allclose(run(attend, q), expected, rtol=1e-6)
+    largest = float(jnp.max(jnp.abs(q)))
+    np.testing.assert_array_equal(attend.scores.history[:2, 0], [largest] * 2)
+    np.testing.assert_array_equal(attend.values.history[0, 0], largest)
+    assert attend.scores.history[2, 0] > 0

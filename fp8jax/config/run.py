@@ -63,6 +63,12 @@ class MonitorConfig:
     """The outlier statistics."""
 
     every: int = field(50, "steps between outlier statistics; 0: never", at_least=0, at_most=COUNT)
+    probe_every: int = field(
+        0,
+        "steps between probes of what FP8 does to the gradients; a probe takes about 1.5 steps; 0: never",
+        at_least=0,
+        at_most=COUNT,
+    )
     kurtosis: str = field(
         "per_token",
         "over one token's features, or pooled over a sequence",

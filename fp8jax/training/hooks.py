@@ -39,11 +39,13 @@ class Hooks:
         log: a line of metrics.jsonl; also due if another of these is.
         statistics: outlier statistics, in the step itself.
         evaluation: the held-out loss.
+        probe: what FP8 does to the gradients of a step, measured before it; never without FP8.
     """
 
     log: Hook
     statistics: Hook
     evaluation: Hook
+    probe: Hook
 
     @staticmethod
     def of(run: Run, evaluator: Evaluator) -> "Hooks":
@@ -52,4 +54,6 @@ class Hooks:
         evaluation = Hook(0)
         if evaluator.sequences:
             evaluation = Hook(config.evaluation.every, also=config.training.steps)
-        return Hooks(Hook(config.log.every), Hook(config.monitor.every), evaluation)
+        in_fp8 = any(recipe.fp8 for _, recipe in run.program.recipes.by_role().values())
+        probe = Hook(config.monitor.probe_every if in_fp8 else 0)
+        return Hooks(Hook(config.log.every), Hook(config.monitor.every), evaluation, probe)

@@ -40,6 +40,7 @@ from fp8jax.training.side_jobs import (
     evaluate,
     log_faults,
     log_step,
+    probe,
     react,
 )
 from fp8jax.training.starting import find_scales, log_first_step, open_log, start
@@ -157,15 +158,14 @@ def _step(run: Run, tools: Tools) -> End | None:
     if with_statistics:
         compile_statistics(run, tools)
     tools.profile.before(step)
-    metrics, taps = _advance(run, tools, with_statistics=with_statistics)
+    metrics, taps, found = _advance(run, tools, with_statistics=with_statistics)
     log.message(tools.profile.after(step, metrics))
 
-    held_out = {}
     if hooks.evaluation.is_due(step):
-        held_out = evaluate(run, tools)
+        found |= evaluate(run, tools)
     decision = None
-    if hooks.log.is_due(step) or with_statistics or held_out:
-        decision = log_step(run, tools, metrics, taps, held_out)
+    if hooks.log.is_due(step) or with_statistics or found:
+        decision = log_step(run, tools, metrics, taps, found)
 
     flags = bool(guards.stop), saver.is_late(step), saver.checkpoints.busy()
     run.stopping, late, busy = tools.agreement(flags)
@@ -180,15 +180,17 @@ def _step(run: Run, tools: Tools) -> End | None:
     return end_after_step(run, sound=sound, asked=asked)
 
 
-def _advance(run: Run, tools: Tools, *, with_statistics: bool) -> tuple[dict[str, jax.Array], Any]:
-    """Read a batch and take the step; return its metrics and statistics, on the devices."""
+def _advance(
+    run: Run, tools: Tools, *, with_statistics: bool
+) -> tuple[dict[str, jax.Array], Any, dict[str, float]]:
+    """Read a batch and take the step; return its metrics and statistics, on the devices, and what a probe found."""
     clock, step = tools.clock, run.step + 1
     with clock.left_out() if with_statistics else contextlib.nullcontext():
         batch = next(clock.feed)
         log_faults(run, tools, step, batch.get("faults", []))
-        run.state, metrics, taps = run.program.step(
-            run.state, run.program.put(batch), collect=with_statistics
-        )
+        on_devices = run.program.put(batch)
+        found = probe(run, tools, on_devices) if tools.hooks.probe.is_due(step) else {}
+        run.state, metrics, taps = run.program.step(run.state, on_devices, collect=with_statistics)
         run.step = step
         run.held_out_loss = None
         run.bad_in_a_row = 0
@@ -197,7 +199,7 @@ def _advance(run: Run, tools: Tools, *, with_statistics: bool) -> tuple[dict[str
             jax.block_until_ready(metrics)
         else:
             clock.count()
-    return metrics, taps
+    return metrics, taps, found
 
 
 def _open_checkpoints(config: Config, workdir: pathlib.Path) -> Checkpoints:

@@ -127,6 +127,15 @@ class Harm:
         places = self.by_place()
         return max(float(np.max(places[name])) for name in places if name not in ("q", "k"))
 
+    def entries(self) -> dict[str, float]:
+        """Return the numbers for a line of the log: `probe/error`, `probe/error_mlp_up_layer003`, ..."""
+        whole = {"error": self.error, "cosine": self.cosine, "norm_ratio": self.norm_ratio}
+        return {f"probe/{name}": value for name, value in whole.items()} | {
+            f"probe/error_{name}_layer{layer:03d}": float(value)
+            for name, values in self.by_place().items()
+            for layer, value in enumerate(values)
+        }
+
     def by_place(self, measure: str = "error") -> dict[str, np.ndarray]:
         """Return `error`, `cosine`, `norm_ratio`, or the `share` of the squared error; matrix → [layers]."""
         if measure == "share":
@@ -192,6 +201,10 @@ class Probe:
             out_shardings=program.state_shardings.params,
             compiler_options=program.compiler_options,
         )
+
+    def jitted(self) -> dict[str, Any]:
+        """Return the jitted functions of (state, batch), for tracing."""
+        return {"probe": self._run, "probe, reference": self._reference}
 
     def reference(self, state: TrainState, batch: Batch) -> Params:
         """Return the gradients of the reference."""

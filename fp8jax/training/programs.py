@@ -22,6 +22,7 @@ from fp8jax.plan import LoadedModel, Plan
 from fp8jax.training.calibration import jitted_calibration
 from fp8jax.training.evaluation import Evaluator
 from fp8jax.training.fallbacks import fallbacks
+from fp8jax.training.probe import Probe
 from fp8jax.training.step import TrainProgram
 
 Call = tuple[Any, tuple[Any, ...]]  # a jitted function, and its arguments as jax.ShapeDtypeStruct
@@ -49,7 +50,8 @@ def programs(plan: Plan) -> dict[str, Program]:
         plan: the run's plan; its devices are at hand or not.
 
     Returns:
-        `init`, `calibration` (with delayed scaling), `step`, `statistics` (a step with them), for
+        `init`, `calibration` (with delayed scaling), `step`, `statistics` (a step with them), `probe` and
+        `probe, reference` if they are ever taken, for
         each fallback that a warning can ask for `fallback OVERRIDES` and
         `fallback OVERRIDES, statistics`, `evaluation`, `sampling weights`, `sampling prompt`,
         `sampling`.
@@ -62,6 +64,8 @@ def programs(plan: Plan) -> dict[str, Program]:
             lambda: (jitted_calibration(run), (run.abstract_state, run.abstract_batch))
         )
     found |= _steps(config, "step", "statistics", lambda: run)
+    if config.monitor.probe_every:
+        found |= _probe(run)
     for overrides in fallbacks(config.warning, run.recipes):
         name = f"fallback {overrides}"
         found |= _steps(
@@ -90,6 +94,14 @@ def _steps(
     if config.monitor.every:
         found[with_statistics] = Program(lambda: build(True))
     return found
+
+
+def _probe(run: TrainProgram) -> dict[str, Program]:
+    arguments = run.abstract_state, run.abstract_batch
+    return {
+        name: Program(lambda function=function: (function, arguments))
+        for name, function in Probe(run).jitted().items()
+    }
 
 
 def _evaluation(run: TrainProgram) -> Call:

@@ -1,5 +1,6 @@
 """Do the loop's work besides steps: statistics, the held-out loss, the log, and the early warning's actions."""
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +12,10 @@ from fp8jax.monitor.warning_actions import Decision
 from fp8jax.training.calibration import without_fallen
 from fp8jax.training.ending import End
 from fp8jax.training.evaluation import write_json
+from fp8jax.training.losses import Batch
+from fp8jax.training.probe import Probe
 from fp8jax.training.run import Run
+from fp8jax.training.step import TrainProgram
 from fp8jax.training.tools import Tools
 
 _SHOWN = ("loss", "perplexity", "bits_per_byte", "tokens")
@@ -28,6 +32,18 @@ def compile_statistics(run: Run, tools: Tools) -> None:
         run.program.compiled_step(collect=True)
         seconds = time.perf_counter() - began
     tools.log.message(f"compiled in {seconds:.1f} s")
+
+
+def probe(run: Run, tools: Tools, batch: Batch) -> dict[str, float]:
+    """Measure what FP8 does to the gradients of the next step, and change nothing; return numbers for the log."""
+    with tools.clock.left_out():
+        jax.block_until_ready(run.state.step)
+        return _probe_of(run.program).harm(run.state, batch).entries()
+
+
+@functools.lru_cache(maxsize=1)
+def _probe_of(program: TrainProgram) -> Probe:
+    return Probe(program)
 
 
 def evaluate(run: Run, tools: Tools) -> dict[str, float]:
@@ -82,7 +98,7 @@ def log_faults(run: Run, tools: Tools, step: int, faults: Sequence[str]) -> None
 
 
 def log_step(
-    run: Run, tools: Tools, metrics: dict[str, jax.Array], taps: Any, held_out: dict[str, float]
+    run: Run, tools: Tools, metrics: dict[str, jax.Array], taps: Any, found: dict[str, float]
 ) -> Decision | None:
     """Write and show a step; return the early warning's decision, if any.
 
@@ -91,7 +107,7 @@ def log_step(
         tools: tools of the run.
         metrics: scalars of the step, on the devices.
         taps: outlier statistics of the step, empty without them.
-        held_out: numbers of an evaluation after the step.
+        found: numbers of a probe before the step and of an evaluation after it.
     """
     step, log = run.step, tools.log
     entry = {name: value.item() for name, value in jax.device_get(metrics).items()}
@@ -106,7 +122,7 @@ def log_step(
         entry["step_seconds"] = seconds
         entry["data_wait_seconds"] = waited
         log.message(tools.clock.feed.warning(seconds, waited))
-    entry |= held_out | layered.rounded(outliers.flatten(taps))
+    entry |= found | layered.rounded(outliers.flatten(taps))
     log.write(step, entry)
     decision = run.warning({"step": step, **entry}, log)
     log.show(step, entry)

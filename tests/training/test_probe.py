@@ -10,7 +10,7 @@ import pytest
 from fp8jax.config import ConfigError
 from fp8jax.training.calibration import calibrate
 from fp8jax.training.probe import Harm, Probe, compare
-from tests.helpers.runs import micro, program_of
+from tests.helpers.runs import EIGHT, ONE, logged, micro, program_of, saved, train
 
 
 def tree(rng, scale=1.0):
@@ -137,3 +137,33 @@ def test_nothing_is_measured_where_nothing_is_in_fp8():
 def test_an_unknown_reference_is_refused(delayed):
     with pytest.raises(ConfigError, match="float16"):
         Probe(delayed[0].program, "float16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [ONE, EIGHT])
+def test_a_run_that_is_probed_logs_it_and_ends_in_the_same_bits(mesh, tmp_path):
+    """Delayed scaling, two microbatches and document masks: the same as a run without."""
+    fields = {
+        "mesh": mesh,
+        "fp8": DELAYED,
+        "data": {"document_masks": True},
+        "evaluation": {"every": 0},
+        "monitor": {"every": 0},
+    }
+    plain = micro(training={"microbatches": 2, "steps": 4}, **fields)
+    fields["monitor"] = {"every": 0, "probe_every": 2}
+    probed = micro(training={"microbatches": 2, "steps": 4}, **fields)
+    for name, config in (("plain", plain), ("probed", probed)):
+        assert train(config, tmp_path / name) == 0
+    entries = logged(tmp_path / "probed")
+    assert [entry["step"] for entry in entries if "probe/error" in entry] == [2, 4]
+    last = entries[-1]
+    assert 0 < last["probe/error"] < 0.3
+    assert last["probe/cosine"] > 0.95
+    assert last["probe/norm_ratio"] == pytest.approx(1, abs=0.1)
+    assert "probe/error_mlp_up_layer001" in last
+    kept = [{k: v for k, v in entry.items() if not k.startswith("probe/")} for entry in entries]
+    assert kept == logged(tmp_path / "plain")
+    one, other = (saved(c, tmp_path / n)[0] for n, c in (("plain", plain), ("probed", probed)))
+    for path, values in one.items():
+        np.testing.assert_array_equal(values, other[path], err_msg=path)

@@ -45,6 +45,12 @@ def test_every_program_of_every_size_and_recipe(size, recipe):
         program.trace()
 
 
+def test_a_probe_is_listed_where_it_is_ever_taken():
+    found = programs_of("8b", monitor__probe_every=100)
+    for name in ("probe", "probe, reference"):
+        found[name].trace()
+
+
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "fog_max"])
 def test_every_architecture(architecture):
     found = programs_of("8b", architecture)

@@ -12,7 +12,6 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 JSON_BYTES, JSON_MEMORY = 1 << 26, 1 << 28
@@ -65,9 +64,7 @@ def read_json(path: pathlib.Path, most: int = JSON_BYTES, memory: int = JSON_MEM
     return parse_json(read_bytes(path, most), memory=memory)
 
 
-def parse_json(
-    content: bytes | str, *, memory: int = JSON_MEMORY, **options: Callable[..., Any]
-) -> Any:
+def parse_json(content: bytes | str, *, memory: int = JSON_MEMORY, **options: Any) -> Any:
     """Return the value of a JSON text.
 
     Args:

@@ -267,7 +267,8 @@ def _evaluate_tasks(
 ) -> dict[str, Any]:
     from fp8jax.interop import lm_eval
 
-    tasks = lm_eval.load_tasks(list(names), task_dir and pathlib.Path(task_dir))
+    directory = pathlib.Path(task_dir) if task_dir else None
+    tasks = lm_eval.load_tasks(list(names), directory)
 
     def keep(found: dict[str, Any]) -> None:
         evaluation.write_json(run.workdir / "eval_tasks.json", {"step": run.step, **found})

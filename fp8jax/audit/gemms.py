@@ -13,7 +13,7 @@ another kernel computes, too. The lists come from jaxpr.py and program.py.
 import dataclasses
 import re
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 OTHER = "other"
 _FUSED = re.compile(r"fp8jax\.fused\[([\w.+*]+)\]\[(\d+)\]")
@@ -83,7 +83,16 @@ def is_fp8(dtype: str) -> bool:
     return dtype.startswith("float8_")
 
 
-def read_scope(scope: str) -> dict[str, str | bool]:
+class Scope(TypedDict):
+    """The fields of a Gemm that its name stack tells."""
+
+    role: str
+    pass_name: str
+    repeated: bool
+    scope: str
+
+
+def read_scope(scope: str) -> Scope:
     """Return `role`, `pass_name`, `repeated` and `scope` of a Gemm, from its name stack.
 
     A forward GEMM below a `transpose(...)` or a `rematted_computation` is a repetition. (The

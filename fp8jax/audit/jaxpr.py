@@ -108,8 +108,12 @@ def _walk(jaxpr: core.Jaxpr, inputs: Origins, place: _Place) -> tuple[list[Gemm]
     return gemms, [origin(v) for v in jaxpr.outvars]
 
 
+def _unknown(count: int) -> Origins:
+    return [None] * count
+
+
 def _equation(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> tuple[list[Gemm], Origins]:
-    name, nothing = eqn.primitive.name, [None] * len(eqn.outvars)
+    name, nothing = eqn.primitive.name, _unknown(len(eqn.outvars))
     if name == "dot_general":
         return [_dot(eqn, inputs, place)], nothing
     if name.startswith("dot_product_attention_"):
@@ -156,7 +160,7 @@ def _call(
     eqn: core.JaxprEqn, inner: list[core.Jaxpr], inputs: Origins, place: _Place
 ) -> tuple[list[Gemm], Origins]:
     """Walk what runs inner jaxprs once (jit, custom VJP, remat, shard_map) or once per grid point (Pallas)."""
-    nothing = [None] * len(eqn.outvars)
+    nothing = _unknown(len(eqn.outvars))
     if eqn.primitive.name == "shard_map":
         place = place._replace(count=place.count * _shards(eqn))
     elif eqn.primitive.name == "pallas_call":
@@ -169,7 +173,7 @@ def _call(
         gemms, outputs = _walk(inner[0], inputs, place)
         return gemms, outputs if len(outputs) == len(nothing) else nothing
     return [
-        gemm for jaxpr in inner for gemm in _walk(jaxpr, [None] * len(jaxpr.invars), place)[0]
+        gemm for jaxpr in inner for gemm in _walk(jaxpr, _unknown(len(jaxpr.invars)), place)[0]
     ], nothing
 
 

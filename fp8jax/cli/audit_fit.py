@@ -40,7 +40,10 @@ def show_fit(found: TargetFit, console: Console | None = None) -> None:
     rows = found.rows()
     shown = [row for n, row in enumerate(rows) if n < _SHOWN or row["compiled"]]
     for row in shown:
-        compiled = row["compiled"] or {"bytes_per_device": None, "step_seconds": None}
+        compiled: dict[str, Any] = row["compiled"] or {
+            "bytes_per_device": None,
+            "step_seconds": None,
+        }
         table.add_row(
             str(row["microbatches"]),
             str(row["loss_chunk"]),

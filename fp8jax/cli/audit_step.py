@@ -27,7 +27,7 @@ from fp8jax.cli.config_files import read_config
 from fp8jax.config import Config, ConfigError
 from fp8jax.exit_codes import WOULD_FAIL
 from fp8jax.numerics.roles import ATTENTION_ROLES, BLOCK_ROLES
-from fp8jax.training.fit_target import TargetFit, fit_target
+from fp8jax.training.fit_target import CompiledStep, TargetFit, fit_target
 from fp8jax.training.rehearsal import rehearse
 
 
@@ -83,11 +83,11 @@ def audit(config: Config, target: targets.Target) -> dict[str, Any]:
     found = fit_target(config, target, _say)
     if found.compiled is None:
         raise ConfigError(found.advice)
-    return _report(found, target)
+    return _report(found, found.compiled, target)
 
 
-def _report(found: TargetFit, target: targets.Target) -> dict[str, Any]:
-    compiled, config = found.compiled, found.plan.config
+def _report(found: TargetFit, compiled: CompiledStep, target: targets.Target) -> dict[str, Any]:
+    config = found.plan.config
     step, traced, mesh = compiled.step, compiled.traced, compiled.step.mesh
     sequences, length = config.training.batch_size, config.data.sequence_length
     flops = step.plan.flops()

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_from_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_from_hf(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "from-hf",
         help="make a run's directory, to continue with train.py, of a model directory",
@@ -101,7 +101,7 @@ def _add_from_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     command.set_defaults(check=_check_from_hf, run="from_hf")
 
 
-def _add_to_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_to_hf(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "to-hf",
         help="make a model directory that transformers loads, of a run's checkpoint",
@@ -129,7 +129,7 @@ def _add_to_hf(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.set_defaults(check=_check_to_hf, run="to_hf")
 
 
-def _add_logits(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_logits(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "logits",
         help="float32 logits, loss and gradients of a model directory or a run, to compare with another implementation's",

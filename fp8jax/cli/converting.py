@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1
 
-from fp8jax.config import Config, ConfigError, DataConfig, ModelConfig, TrainingConfig
+from fp8jax.config import Config, ConfigError, DataConfig, TrainingConfig
 from fp8jax.data import run_tokenizer, tokenizer
 from fp8jax.interop import hf, hf_config, hf_formats, hf_logits, hf_tokenizer
 from fp8jax.interop.hf_safetensors import DTYPES, HuggingFaceError, read_json
+from fp8jax.models.architectures import ResolvedModel
 from fp8jax.models.definition import Definition, Params, define
 from fp8jax.monitor.stages import Stages
 from fp8jax.training.checkpoint import Checkpoints, save_config
@@ -225,7 +226,7 @@ def _tokenizer(kept: pathlib.Path) -> tuple[tokenizer.Tokenizer | None, str]:
     return loaded, "; ".join(["with its tokenizer", *loaded.notes])
 
 
-def _model_type(workdir: pathlib.Path, model: ModelConfig) -> str:
+def _model_type(workdir: pathlib.Path, model: ResolvedModel) -> str:
     """Return the model_type that a run came from, or else one that can hold its model."""
     kept = workdir / KEPT
     return (

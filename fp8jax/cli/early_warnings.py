@@ -18,12 +18,9 @@ def lines(path: pathlib.Path) -> Iterator[str]:
         MetricsError: the file does not exist, has an unreadable line, or has no statistics.
     """
     path = path / "metrics.jsonl" if path.is_dir() else path
-    watch, counts, step, statistics = (
-        EarlyWarning(gradient_format=_gradient_format(path.parent)),
-        dict.fromkeys(WARNING_LEVELS, 0),
-        0,
-        False,
-    )
+    watch = EarlyWarning(gradient_format=_gradient_format(path.parent))
+    counts: dict[str, int] = dict.fromkeys(WARNING_LEVELS, 0)
+    step, statistics = 0, False
     for entry in records(path):
         step, statistics = (
             entry["step"],

@@ -97,7 +97,8 @@ def _evaluate_tasks(workdir: pathlib.Path, stage: Stages) -> int:
 
     # This comes before the model, because faults of tasks should be reported at once.
     with stage("loading tasks"):
-        tasks = lm_eval.load_tasks(_TASKS.value, _TASK_DIR.value and pathlib.Path(_TASK_DIR.value))
+        directory = pathlib.Path(_TASK_DIR.value) if _TASK_DIR.value else None
+        tasks = lm_eval.load_tasks(_TASKS.value, directory)
     for name, reason in lm_eval.unsupported(tasks).items():
         stage.message(f"{name} will fail: {reason}")
     model, step = evaluation.load_run(workdir, _STEP.value, stage=stage)

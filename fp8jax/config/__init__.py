@@ -21,7 +21,7 @@ from fp8jax.config.model import (
     ModelConfig,
     head_dim,
 )
-from fp8jax.config.names import check_name, did_you_mean, fields_like
+from fp8jax.config.names import SECTIONS, check_name, did_you_mean, fields_like
 from fp8jax.config.reading import (
     check_field,
     defaults,
@@ -65,6 +65,7 @@ __all__ = [
     "AUTO",
     "BRANCH_OUTPUTS",
     "CHUNK_AUTO",
+    "SECTIONS",
     "CheckpointConfig",
     "CheckpointError",
     "Config",

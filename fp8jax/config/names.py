@@ -2,18 +2,21 @@
 
 import dataclasses
 import difflib
+import typing
 from typing import Any
 
 from fp8jax.config.errors import ConfigError
 from fp8jax.config.run import Config
 
+# Section → its dataclass.
+SECTIONS: dict[str, Any] = typing.get_type_hints(Config)
+
 
 def check_name(section: str, field: str | None = None) -> None:
     """Raise ConfigError, which names the nearest, if there is no such section, or no such field in it."""
-    sections = {found.name: found.type for found in dataclasses.fields(Config)}
-    if section not in sections:
-        raise ConfigError(f"config.{section}: unknown section{_nearest(section, sections)}")
-    known = [found.name for found in dataclasses.fields(sections[section])]
+    if section not in SECTIONS:
+        raise ConfigError(f"config.{section}: unknown section{_nearest(section, SECTIONS)}")
+    known = [found.name for found in dataclasses.fields(SECTIONS[section])]
     if field is not None and field not in known:
         like = " or ".join(f"config.{'.'.join(found)}" for found in fields_like(field)[:4])
         raise ConfigError(
@@ -25,9 +28,9 @@ def check_name(section: str, field: str | None = None) -> None:
 def fields_like(name: str) -> list[tuple[str, str]]:
     """Return fields that have this name, or whose words begin with its letters: `lr` is optimizer.learning_rate."""
     fields = [
-        (section.name, field.name)
-        for section in dataclasses.fields(Config)
-        for field in dataclasses.fields(section.type)
+        (section, field.name)
+        for section, kind in SECTIONS.items()
+        for field in dataclasses.fields(kind)
     ]
     same = [found for found in fields if found[1] == name or ".".join(found) == name]
     return same or [

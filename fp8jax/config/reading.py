@@ -16,7 +16,7 @@ from fp8jax import files
 from fp8jax.config import bounds, open_fields
 from fp8jax.config.checks import check
 from fp8jax.config.errors import ConfigError
-from fp8jax.config.names import check_name, did_you_mean
+from fp8jax.config.names import SECTIONS, check_name, did_you_mean
 from fp8jax.config.run import Config
 
 
@@ -27,13 +27,13 @@ def defaults() -> ml_collections.ConfigDict:
     too, with defaults in `preset`.
     """
     out = ml_collections.ConfigDict()
-    for section in dataclasses.fields(Config):
+    for section, fields in SECTIONS.items():
         values = ml_collections.ConfigDict()
-        for field in dataclasses.fields(section.type):
+        for field in dataclasses.fields(fields):
             kind, _ = kind_of(field.type)
-            unset = field.default is None or (section.name, field.name) in open_fields.OPEN
+            unset = field.default is None or (section, field.name) in open_fields.OPEN
             values[field.name] = config_dict.placeholder(kind) if unset else field.default
-        out[section.name] = values
+        out[section] = values
     out.preset = open_fields.planned(to_dict(Config()))
     return out
 
@@ -70,13 +70,12 @@ def from_dict(
             open_fields.fill(values, preset, run and to_dict(run))
     elif isinstance(values.get("mesh"), dict):
         values = values | {"mesh": open_fields.filled_mesh(values["mesh"])}
-    sections = {field.name: field.type for field in dataclasses.fields(Config)}
     built = {}
     for name, fields in values.items():
         check_name(name)
         if not isinstance(fields, dict):
             raise ConfigError(f"config.{name}: {fields!r} is not a section of fields")
-        built[name] = _build_section(name, sections[name], fields)
+        built[name] = _build_section(name, SECTIONS[name], fields)
     config = Config(**built)
     check(config)
     return config
@@ -115,8 +114,7 @@ def _build_section(section: str, kind: Any, values: dict[str, Any]) -> Any:
 def check_field(section: str, name: str, value: Any) -> None:
     """Raise ConfigError if there is no such field, or if it cannot have this value."""
     check_name(section, name)
-    kinds = {field.name: field.type for field in dataclasses.fields(Config)}
-    field = next(field for field in dataclasses.fields(kinds[section]) if field.name == name)
+    field = next(field for field in dataclasses.fields(SECTIONS[section]) if field.name == name)
     _check_value(f"config.{section}.{name}", field, value)
 
 
@@ -130,12 +128,12 @@ def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
         raise ConfigError(
             f"{path}: {value!r} is not {kind.__name__}{' or None' if optional else ''}: {field.metadata['doc']}"
         )
-    if kind is float and not math.isfinite(value):
+    if type(value) is float and not math.isfinite(value):
         raise ConfigError(f"{path}: {value!r} is not a finite number")
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise ConfigError(
-            f"{path}: {value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
+            f"{path}: {value!r} is not one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
         )
     if outside := bounds.outside(value, field.metadata):
         raise ConfigError(f"{path}: {value!r} is {outside}: {field.metadata['doc']}")

@@ -98,7 +98,7 @@ def find(
     left_out: list[str] = []
     found: dict[str, str] = {}
     outside = os.path.realpath(out) if out is not None else None
-    for name in map(os.fspath, inputs):
+    for name in (os.fspath(given) for given in inputs):
         seen: set[str] = set()
         files = [
             file for match in _matches(name) for file in _files(match, outside, left_out, seen)

@@ -29,7 +29,9 @@ def tokenizer_of(directory: str | os.PathLike) -> tokenizers.Tokenizer:
     """
     path = os.path.join(directory, shards.TOKENIZER)
     loaded = tokenizers.of_directory(pathlib.Path(directory))
-    if (expected := shards.read_index(directory).get("tokenizer")) != loaded.fingerprint:
+    if (
+        expected := shards.read_index(pathlib.Path(directory)).get("tokenizer")
+    ) != loaded.fingerprint:
         raise ConfigError(
             f"{path}: is missing or another tokenizer's: {loaded.fingerprint}, not {expected}"
         )

@@ -36,7 +36,7 @@ def forms_of(normaliser: Any) -> tuple[str, ...]:
     return tuple(kind for kind in _kinds(normaliser) if kind in FORMS)
 
 
-def normalised(text: str, forms: Sequence[str]) -> str:
+def normalised(text: str, forms: Sequence[Any]) -> str:
     """Return the text after applying these forms, one after another."""
     for form in forms:
         text = unicodedata.normalize(form, text)

@@ -340,7 +340,9 @@ def open_best_fit(directory: str | os.PathLike, length: int, tokens: int) -> Bes
     known = shards.read_index(directory).get("best_fit")
     known = known if isinstance(known, dict) else {}
     entry, paths = known.get(str(length)), _paths(directory, length)
-    counts = [entry.get(name) for name in ("pieces", "windows")] if isinstance(entry, dict) else []
+    counts: list[Any] = (
+        [entry.get(name) for name in ("pieces", "windows")] if isinstance(entry, dict) else []
+    )
     if not counts or any(type(count) is not int or not 0 < count <= tokens for count in counts):
         have = f" (there is {', '.join(known)})" if known else ""
         raise ConfigError(

@@ -93,8 +93,8 @@ class _Batches:
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        places = [self._order[step * self._batch_size + row] for row in self._rows]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        places = [self._order[index * self._batch_size + row] for row in self._rows]
         return _read(
             [(self._order.windows[source], window) for source, _, window in places], self._data
         )

@@ -73,9 +73,11 @@ def make(job: Job, number: int, part: list[documents.Piece], progress: documents
                 writers[split].end_document()
         within.finish()
         counts.append((piece.path, sum(writer.documents for writer in writers.values()) - before))
-    entries = {split: writer.close() for split, writer in writers.items()}
+    entries: dict[str, dict[str, Any] | None] = {}
     for split in shards.SPLITS:
-        if not entries[split]["documents"]:
+        entry = writers[split].close()
+        entries[split] = entry
+        if not entry["documents"]:
             for suffix in (".bin", ".ends"):
                 (job.directory / shards.shard_name(split, number)).with_suffix(suffix).unlink()
             entries[split] = None

@@ -79,10 +79,10 @@ def texts(path: str, piece: int, field: str, skip: Skip | None = None) -> Iterat
         )
     for number, value in _values(path, piece, field):
         fault = None
-        text = None
+        text: str | None = None
         try:
-            text = value.as_py()
-            text = "\n".join(text) if isinstance(text, list) else text
+            read = value.as_py()
+            text = "\n".join(read) if isinstance(read, list) else read
         except UnicodeDecodeError:
             fault = f"{path}: row {number} is not UTF-8"
         except TypeError:  # the list holds a null

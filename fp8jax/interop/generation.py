@@ -34,6 +34,8 @@ from fp8jax.models.runner import Bound, pin_rows
 CHUNK = 16
 Ids = list[int]
 
+Scalar = jax.Array | np.float32  # traced, or given from outside
+
 
 def generate(
     inference: Inference,
@@ -177,7 +179,7 @@ def bucket(length: int, most: int) -> int:
 
 
 def next_token(
-    logits_bv: jax.Array, keys_b: jax.Array, temperature: jax.Array, top_p: jax.Array
+    logits_bv: jax.Array, keys_b: jax.Array, temperature: Scalar, top_p: Scalar
 ) -> jax.Array:
     """Choose a token per row, int32 [b].
 
@@ -198,7 +200,7 @@ def next_token(
     )
 
 
-def _nucleus(logits_bv: jax.Array, top_p: jax.Array) -> jax.Array:
+def _nucleus(logits_bv: jax.Array, top_p: Scalar) -> jax.Array:
     """Keep the logits of the smallest set of likeliest tokens with probability top_p, and of ties; -inf elsewhere."""
     descending = -jnp.sort(-logits_bv, axis=-1)
     probabilities = jax.nn.softmax(descending, axis=-1)

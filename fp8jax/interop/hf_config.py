@@ -20,6 +20,7 @@ from fp8jax.interop.hf_formats import FORMATS, HARMLESS, NO_INFLUENCE, Format
 from fp8jax.interop.hf_safetensors import HuggingFaceError
 from fp8jax.interop.hf_values import boolean, number
 from fp8jax.models import architectures
+from fp8jax.models.architectures import ResolvedModel
 
 _REQUIRED = (
     "vocab_size",
@@ -70,7 +71,7 @@ def from_config(
     head_dim = size["head_dim"]
     switches = form.switches or hf_fog.switches_of(given)
     hidden, gated = size["intermediate_size"], switches["activation"] in architectures.GATED
-    fields = dict(
+    fields: dict[str, Any] = dict(
         layers=size["num_hidden_layers"],
         width=size["hidden_size"],
         heads=size["num_attention_heads"],
@@ -111,7 +112,7 @@ def _sizes(given: Mapping[str, Any]) -> dict[str, int]:
     return size
 
 
-def to_config(model: ModelConfig, vocab_size: int, model_type: str) -> dict[str, Any]:
+def to_config(model: ResolvedModel, vocab_size: int, model_type: str) -> dict[str, Any]:
     """Return the config.json of a resolved model config.
 
     Raises:
@@ -157,7 +158,7 @@ def to_config(model: ModelConfig, vocab_size: int, model_type: str) -> dict[str,
     return values
 
 
-def fitting_type(model: ModelConfig) -> str:
+def fitting_type(model: ResolvedModel) -> str:
     """Return the first model_type that can hold a resolved model config.
 
     Raises:

@@ -41,7 +41,7 @@ def switches_of(given: Mapping[str, Any]) -> dict[str, Any]:
         "dyt": "tanh" if frozen else "tanh_gain",
     }
     qk = kinds[given["qk_type"]] if boolean(given, "qk_norm") else "none"
-    switches = dict(
+    switches: dict[str, Any] = dict(
         pre_norm=pre,
         qk_regulariser=qk,
         activation=_ACTIVATIONS[given["hidden_act"]],

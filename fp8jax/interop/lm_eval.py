@@ -58,7 +58,7 @@ class Harness(LM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Return, for each (context, continuation), log probability in nats, and whether greedy decoding would write it."""
-        return scoring.log_likelihoods(self.inference, [request.args for request in requests])
+        return scoring.log_likelihoods(self.inference, _arguments(requests))
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -70,7 +70,7 @@ class Harness(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return, for each (context, options), the text up to a stop string."""
-        return scoring.generate_until(self.inference, [request.args for request in requests])
+        return scoring.generate_until(self.inference, _arguments(requests))
 
 
 def evaluate(
@@ -191,3 +191,8 @@ def _load(manager: TaskManager, names: list[str]) -> list[Any]:
             "once with a network, copy its HF_HOME here, or give task files with local data by --task_dir=DIR"
         )
     return loaded
+
+
+def _arguments(requests: list[Instance]) -> list[Any]:
+    """Return the arguments of the harness's requests, whose types depend on the kind of request."""
+    return [request.args for request in requests]

@@ -258,8 +258,8 @@ def _before(text: str, stops: Iterable[str]) -> str:
 
 def _batches(
     inference: Inference, pieces: list, length: Any, what: str
-) -> Iterator[tuple[list, int, int]]:
-    """Yield (pieces, their bucket of length, rows of the batch), the longest first, so that too little memory shows early."""
+) -> Iterable[tuple[list, int, int]]:
+    """Return (pieces, their bucket of length, rows of the batch), the longest first, so that too little memory shows early."""
     buckets = defaultdict(list)
     for piece in sorted(pieces, key=length, reverse=True):
         buckets[bucket(length(piece), inference.context)].append(piece)

@@ -73,7 +73,10 @@ class Dense(nnx.Module):
             quantised_w=weight._replace(data=weight.data.reshape(flat)),
             scales=gemms.scales.get(role),
             token=gemms.tokens.get(role),
-            placements=tuple(Placement(*activation_specs(name)) for name in self.features),
+            placements=(
+                Placement(*activation_specs(self.features[0])),
+                Placement(*activation_specs(self.features[1])),
+            ),
             role=role,
             counted=gemms.counted,
         )
@@ -253,7 +256,8 @@ def rope_table(
 
 def _upper_half(a: jax.Array, b: np.ndarray) -> jax.Array:
     """Return the upper 32 of the 64 bits of a product, uint32, by long multiplication in digits of 16 bits."""
-    (a_high, a_low), (b_high, b_low) = ((x >> 16, x & 0xFFFF) for x in (a, b))
+    a_high, a_low = a >> 16, a & 0xFFFF
+    b_high, b_low = b >> 16, b & 0xFFFF
     middle = a_high * b_low + (a_low * b_low >> 16)
     return a_high * b_high + (middle >> 16) + ((a_low * b_high + (middle & 0xFFFF)) >> 16)
 

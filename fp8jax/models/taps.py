@@ -62,7 +62,7 @@ def pack(taps: Taps) -> Packed:
     values = [leaf.astype(jnp.float32).reshape(-1) for _, _, leaf in leaves]
     return Packed(
         jnp.concatenate(values or [jnp.zeros(0)]),
-        tuple((*names, leaf.shape, leaf.dtype) for *names, leaf in leaves),
+        tuple((name, statistic, leaf.shape, leaf.dtype) for name, statistic, leaf in leaves),
     )
 
 

@@ -319,7 +319,7 @@ def _layer(graph: nnx.GraphDef, inputs: _BlockInputs, options: ForwardOptions) -
         )
         with collecting as taps:
             block = nnx.merge(graph, params)
-            mine = None if cache is None else KVCache(*kv, cache.filled)
+            mine = None if cache is None else KVCache(kv[0], kv[1], cache.filled)
             y, mine = block(x, rope, segment_ids, gemms.layer(counted), mine)
         packed = taps_lib.pack(taps) if taps else taps
         return y, (packed, None if mine is None else mine[:2])

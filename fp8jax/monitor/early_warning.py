@@ -191,7 +191,7 @@ class EarlyWarning:
         harm, alarms = self._harm(), []
         for tensor in dict.fromkeys(tensor for tensor, _ in places):
             layers = np.array([i for i, place in enumerate(places) if place[0] == tensor])
-            worst = layers[np.argmin(distance[layers])]
+            worst = int(layers[np.argmin(distance[layers])])
             if math.isfinite(distance[worst]):
                 level = self._level(harm, distance[layers], values[layers, -1], weights[layers])
                 alarms.append(
@@ -199,7 +199,7 @@ class EarlyWarning:
                         places[worst],
                         growth.LAWS[law.law[worst]],
                         values[worst, -1],
-                        left[worst],
+                        float(left[worst]),
                         level,
                         harm,
                     )

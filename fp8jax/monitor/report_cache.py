@@ -63,7 +63,8 @@ def save(workdir: pathlib.Path, gathered: Any) -> None:
     temporary = workdir / f"{NAME}.tmp"
     try:
         with temporary.open("wb") as file:
-            np.savez(file, about=np.asarray(json.dumps(about)), **arrays)
+            values: dict[str, Any] = {"about": np.asarray(json.dumps(about)), **arrays}
+            np.savez(file, **values)
         os.replace(temporary, workdir / NAME)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -96,7 +96,7 @@ class MetricsWriter:
         cut(events, math.inf)
         self._metrics, self._events = RetryingFile(metrics), RetryingFile(events)
         self._summaries: dict[tuple[str, ...], Summary] = {}
-        self._board = tensorboardX.SummaryWriter(
+        self._board: Any = tensorboardX.SummaryWriter(
             f"{_RETRYING}:{workdir / 'tensorboard'}",
             purge_step=start_step + 1,  # TensorBoard hides earlier files from here on
             filename_suffix=f".{start_step:09}",  # names hold seconds only: a quick restart would overwrite a file

@@ -37,9 +37,10 @@ class Attention(nnx.Module):
     def __init__(self, recipe: Recipe | None = None, leading: tuple[int, ...] = ()):
         check_recipe(recipe, "fp8jax.nnx.Attention")
         self.recipe = recipe
-        has_state = recipe is not None and recipe.has_state
-        self.scores = RoleScaling(recipe, SCORES, leading) if has_state else nnx.data(None)
-        self.values = RoleScaling(recipe, VALUES, leading) if has_state else nnx.data(None)
+        self.scores, self.values = nnx.data(None), nnx.data(None)
+        if recipe is not None and recipe.has_state:
+            self.scores = RoleScaling(recipe, SCORES, leading)
+            self.values = RoleScaling(recipe, VALUES, leading)
 
     def __call__(
         self,

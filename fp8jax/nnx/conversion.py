@@ -112,7 +112,7 @@ def report(model: Any) -> Report:
 def _checked(rules: Rules | Recipe) -> list[tuple[str, Recipe | None]]:
     if isinstance(rules, Recipe):
         return [("*", rules)]
-    pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
+    pairs: list[Any] = list(rules.items() if isinstance(rules, Mapping) else rules)
     for pattern, recipe in pairs:
         check_recipe(recipe, f"fp8jax.nnx.quantize: rule {pattern!r}")
     return pairs

@@ -36,8 +36,9 @@ class Product:
         check_recipe(recipe, f"fp8jax.nnx.{type(self).__name__}")
         self.recipe = recipe
         self.role = role
-        has_state = recipe is not None and recipe.has_state
-        self.scaling = RoleScaling(recipe, role, leading) if has_state else nnx.data(None)
+        self.scaling = nnx.data(None)
+        if recipe is not None and recipe.has_state:
+            self.scaling = RoleScaling(recipe, role, leading)
 
     def product(
         self,

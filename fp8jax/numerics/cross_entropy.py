@@ -252,11 +252,11 @@ def _backward(
     )
     (dx, health, total), dw = _over_chunks(call, qw, chunk, zeros)
     of_g = amax
-    if in_full and scale is not None:
+    if in_full and scale is not None and amax is not None:
         whole = jnp.concatenate([jnp.stack([amax, scale]), health[2:]])
         of_g = statistics.of_gradient(whole, lse.shape, counted, mean=total / float(elements))
     d_token = None
-    if token is not None and of_x is not None:
+    if token is not None and of_x is not None and of_g is not None:
         d_token = token.like(jnp.stack([of_x, of_g]))
     return jnp.sum(dx, axis=0).astype(call.x_dtype), dw, None, None, None, d_token, None
 
@@ -321,7 +321,7 @@ def _amax(
 def _gradient_scale(
     recipe: GemmRecipe, amax: jax.Array | None, scales: jax.Array | None
 ) -> jax.Array | None:
-    if not recipe.fp8:
+    if not recipe.fp8 or amax is None:
         return None
     if recipe.scaling == "static":
         return recipe.static_scale("g")

@@ -269,8 +269,8 @@ def _forward(
         token, x, qx, amax, call.of_x.cast, counted=counted, emulated=recipe.emulated
     )
     of_x = checkpoint_name(of_x, CHECKPOINT_NAME)
-    operands = _operands(recipe, moved(qx, call.of_x.gemm), qw)
-    y = gemm(*operands, call.dims, recipe, call.role, "fprop", out_dtype=call.out_dtype)
+    lhs, rhs = _operands(recipe, moved(qx, call.of_x.gemm), qw)
+    y = gemm(lhs, rhs, call.dims, recipe, call.role, "fprop", out_dtype=call.out_dtype)
     return pin(y, call.of_g.cast), _Residuals(as_bytes(qx), qw, scales, token, counted, of_x)
 
 
@@ -292,12 +292,14 @@ def _backward(call: _Call, saved: _Residuals, g: jax.Array) -> tuple[Any, ...]:
         emulated=recipe.emulated,
     )
     qg = moved(qg, *call.of_g)
-    dx = _transposed_lhs(call, *_operands(recipe, qg, saved.qw), qx.data.ndim)
+    lhs, rhs = _operands(recipe, qg, saved.qw)
+    dx = _transposed_lhs(call, lhs, rhs, qx.data.ndim)
     if recipe.scaling == "blockwise":
         qx, qg, dims = _along_tokens(call, qx, g)
-    dw = _transposed_rhs(call, *_operands(recipe, qg, qx), dims, saved.qw.data.ndim)
+    lhs, rhs = _operands(recipe, qg, qx)
+    dw = _transposed_rhs(call, lhs, rhs, dims, saved.qw.data.ndim)
     d_token = None
-    if saved.token is not None and saved.of_x is not None:
+    if saved.token is not None and saved.of_x is not None and of_g is not None:
         d_token = saved.token.like(jnp.stack([saved.of_x, of_g]))
     return pin(dx, call.of_x.cast), dw, None, None, d_token, None
 
@@ -335,9 +337,9 @@ def named(q: Quantised) -> Quantised:
     values of e4m3fn up to 448 into NaN.
     """
     bits = checkpoint_name(lax.bitcast_convert_type(q.data, jnp.uint8), CHECKPOINT_NAME)
-    scale = (
-        checkpoint_name(q.scale, CHECKPOINT_NAME) if jnp.ndim(q.scale) else q.scale
-    )  # a scalar follows from the amax
+    scale = q.scale
+    if scale is not None and scale.ndim:  # a scalar follows from the amax
+        scale = checkpoint_name(scale, CHECKPOINT_NAME)
     return Quantised(lax.bitcast_convert_type(bits, q.data.dtype), scale)
 
 

@@ -149,4 +149,6 @@ class GemmRecipe:
             scale = self.scale(largest, dtype)
         elif self.fill_unknown and scale is not None:
             scale = jnp.where(scale == 0, self.scale(largest, dtype), scale)
+        if scale is None:
+            raise ValueError(f"{self.scaling} scaling of {operand!r} needs its scale")
         return formats.quantise(x, scale, dtype, emulated=self.emulated), largest

@@ -9,6 +9,7 @@ array is the same for any number of processes.
 """
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ class Rows:
     def put(self, loaded: np.ndarray) -> jax.Array:
         """Return the global array, from the rows loaded here."""
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             return loaded[np.searchsorted(self.numbers, self._all[index[:-1]]), index[-1]]
 
         return jax.make_array_from_callback(self._shape, self._sharding, part)

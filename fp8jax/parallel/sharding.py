@@ -63,7 +63,8 @@ def activation_specs(features: str | None) -> tuple[PartitionSpec, PartitionSpec
         return partition_spec(("batch", "residual", None)), partition_spec(
             ("batch", "sequence", None)
         )
-    return (partition_spec(("batch", "sequence", features)),) * 2
+    spec = partition_spec(("batch", "sequence", features))
+    return spec, spec
 
 
 def attention_axes(kv_heads: int) -> tuple[str, ...]:

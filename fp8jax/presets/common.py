@@ -4,6 +4,8 @@ A config file calls `make(size, ...)` and names only what differs. A size is the
 `fp8_base.py:390m`.
 """
 
+from typing import Any
+
 import ml_collections
 
 from fp8jax import config as config_lib
@@ -56,7 +58,8 @@ def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_colle
     size = size or hardware.default_size()[0]
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-    config = config_lib.defaults()
+    # Any: by its own types a field of a ConfigDict may always be None.
+    config: Any = config_lib.defaults()
     config.model.update(architecture=architecture, **SIZES[size])
     config.fp8.recipe = recipe
     if size == "tiny":
@@ -77,7 +80,7 @@ def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_colle
     return config
 
 
-def _plan(config: ml_collections.ConfigDict, *, steps: int, warmup_steps: int) -> None:
+def _plan(config: Any, *, steps: int, warmup_steps: int) -> None:
     """Set the length of the run, and the warm-up of a run of this length; a shorter one gets a shorter warm-up."""
     config.training.steps = config.preset.training.steps = steps
     config.preset.optimizer.warmup_steps = warmup_steps

@@ -1,6 +1,7 @@
 """The configuration of a run, or of a converted model, with the fields that the command line changes."""
 
 import pathlib
+from typing import Any
 
 import ml_collections
 
@@ -14,7 +15,8 @@ def get_config(workdir: str | None = None) -> ml_collections.ConfigDict:
     path = pathlib.Path(workdir or "", "config.json")
     if not workdir or not path.is_file():
         raise ValueError(f"{path}: no such file; write --config=configs/from_run.py:WORKDIR")
-    config = config_lib.defaults()
+    # Any: by its own types a field of a ConfigDict may always be None.
+    config: Any = config_lib.defaults()
     for section, fields in config_lib.to_dict(run_tokenizer.read_config(workdir)).items():
         config[section].update(fields)
     # The run serves as a preset: schedules that the command line does not set follow a length that
@@ -22,5 +24,5 @@ def get_config(workdir: str | None = None) -> ml_collections.ConfigDict:
     config.preset.update(open_fields.planned(config))
     for section, field in open_fields.OPEN:
         if field != "fsdp" or config.mesh.fsdp == -1:
-            config[section][field] = None  # pyright: ignore[reportOptionalSubscript]
+            config[section][field] = None
     return config

@@ -187,7 +187,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             with jax.transfer_guard("allow"):
                 response = v1.save_checkpointables_async(
-                    self.directory / f"{_SAVING}{step}",
+                    str(self.directory / f"{_SAVING}{step}"),
                     {
                         item: tree for item, tree in items.items() if tree
                     },  # Orbax refuses an empty item
@@ -263,16 +263,16 @@ class Checkpoints:
 
     def dtypes(self, step: int) -> dict[str, str]:
         """Return the dtype of every array of a checkpoint, by full name, as 'params/embedding/w'."""
-        metadata = v1.checkpointables_metadata(self.directory / str(step))
+        metadata = _metadata(self.directory / str(step))
         return {name: spec.rpartition(" ")[2] for name, spec in _specs(metadata.metadata).items()}
 
     def data_state(self, step: int) -> dict[str, Any]:
         """Return the `data_state` of a checkpoint, without reading arrays."""
-        return v1.checkpointables_metadata(self.directory / str(step)).custom_metadata["data_state"]  # pyright: ignore[reportOptionalSubscript]
+        return _metadata(self.directory / str(step)).custom_metadata["data_state"]
 
     def abstract_item(self, step: int, item: str, sharding: Any) -> Any:
         """Return an item as it was saved, nested dictionaries of jax.ShapeDtypeStruct; empty if the checkpoint lacks it."""
-        saved = v1.checkpointables_metadata(self.directory / str(step)).metadata.get(item, {})
+        saved = _metadata(self.directory / str(step)).metadata.get(item, {})
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved
         )
@@ -308,7 +308,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path}: {reason}; the checkpoint cannot be trusted, use another step"
             )
-        metadata = v1.checkpointables_metadata(path)
+        metadata = _metadata(path)
         saved = {
             item: tree
             for item, tree in metadata.metadata.items()
@@ -317,9 +317,9 @@ class Checkpoints:
         _check_same(path, _specs(saved), _specs(abstract_state))
         wanted = {item: _nested(tree) for item, tree in abstract_state.items()}
         wanted = {item: tree for item, tree in wanted.items() if tree}
-        loaded = v1.load_checkpointables(path, wanted) if wanted else {}
+        loaded = v1.load_checkpointables(str(path), wanted) if wanted else {}
         state = {item: _like(tree, loaded.get(item, {})) for item, tree in abstract_state.items()}
-        return state, metadata.custom_metadata["data_state"]  # pyright: ignore[reportOptionalSubscript]
+        return state, metadata.custom_metadata["data_state"]
 
     def wait(self) -> None:
         """Wait until a running save is complete.
@@ -397,6 +397,11 @@ def _like(tree: Any, nested: dict[str, Any]) -> Any:
     """Put the leaves of nested dictionaries into the structure of `tree`: the inverse of `_nested`."""
     leaves = _by_name(nested)
     return jax.tree.unflatten(jax.tree.structure(tree), [leaves[names] for names in _by_name(tree)])
+
+
+def _metadata(path: pathlib.Path) -> Any:
+    """Return Orbax's metadata of a checkpoint: `metadata` by item, and `custom_metadata`."""
+    return v1.checkpointables_metadata(str(path))
 
 
 def _specs(state: State) -> dict[str, str]:

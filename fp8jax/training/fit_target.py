@@ -46,7 +46,7 @@ class TargetFit:
     Attributes:
         plan: the plan, without open fields in its config.
         compiled: its step; None if the compiler refuses it for its size.
-        choice: how it was found; None if no program was compiled.
+        choice: how it was found; without trials if no program was compiled.
         limit: a device's memory; None if unknown.
         advice: what to do if no option fits; empty if one fits.
         options: all options.
@@ -54,7 +54,7 @@ class TargetFit:
 
     plan: Plan
     compiled: CompiledStep | None
-    choice: fit.Choice | None
+    choice: fit.Choice
     limit: Limit | None
     advice: str
     options: list[Option]

@@ -24,8 +24,9 @@ from fp8jax.data import pipeline, tokenizer
 from fp8jax.numerics.roles import BLOCK_ROLES
 from fp8jax.plan import make_plan
 from fp8jax.training.banner import check_attention, check_fallbacks
-from fp8jax.training.estimates import state_bytes
-from fp8jax.training.fit_options import gigabytes
+from fp8jax.training.estimates import Option, state_bytes
+from fp8jax.training.fit import UNKNOWN, Choice
+from fp8jax.training.fit_options import Compiled, gigabytes
 from fp8jax.training.fit_target import TargetFit, fit_target
 from fp8jax.training.programs import programs
 from fp8jax.training.step import TrainProgram
@@ -135,7 +136,10 @@ def _without(
 def _traced(config: Config, target: targets.Target) -> TargetFit:
     """Return the simplest option, which has the largest arrays, not compiled."""
     plan = make_plan(settled(config), target.devices)
-    return TargetFit(plan, None, None, None, "", [])
+    training = plan.config.training
+    option = Option(training.microbatches, training.loss_chunk, training.remat)
+    untried = Choice(Compiled(option, UNKNOWN), [], True)
+    return TargetFit(plan, None, untried, None, "", [])
 
 
 def _program(found: TargetFit) -> TrainProgram:

@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -47,7 +48,7 @@ def find_scales(run: Run, roles: tuple[str, ...], log: RunLog, stage: Stages) ->
     if not roles:
         return
     program = run.program
-    batches = pipeline.train_batches(run.config, program.rows.numbers)
+    batches: Any = pipeline.train_batches(run.config, program.rows.numbers)
     for passed in range(CALIBRATION_BATCHES):
         batch = program.put(batches[run.batch + passed])
         if has_targets(program, batch):

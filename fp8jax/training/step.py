@@ -63,7 +63,7 @@ class TrainProgram:
         self.compiler_options = compiler_options(plan.device.platform)
         self._compiled: dict[bool, Any] = {}
 
-    def _abstract_batch(self) -> Batch:
+    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         training, data = self.config.training, self.config.data
         shape = (
             training.microbatches,

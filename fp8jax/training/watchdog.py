@@ -44,8 +44,8 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         """Start watching."""
-        faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
-        faulthandler.enable(file=sys.__stderr__, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=sys.__stderr__ or sys.stderr, all_threads=True)
+        faulthandler.enable(file=sys.__stderr__ or sys.stderr, all_threads=True)
         if limited := [limit for limit in self.limits.values() if limit]:
             threading.Thread(
                 target=self._watch, args=(min(*limited, 20.0) / 4,), name="watchdog", daemon=True
@@ -67,5 +67,5 @@ class Watchdog:
                         file=sys.stderr,
                         flush=True,
                     )
-                    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+                    faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
                     os._exit(1)

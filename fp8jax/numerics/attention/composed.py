@@ -58,7 +58,7 @@ def forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
 
 def backward(
     call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, [b, k] (or None), or its health if asked.
 
     Args:
@@ -75,7 +75,7 @@ def backward(
         dq, dk, dv, largest, health = carry
         p, ds, do = _chunk_ds(call, x, residuals, start, rows, keys)
         qds = Quantised(ds.astype(call.dtype), None)
-        if call.scores.fp8:
+        if call.scores.fp8 and scale is not None:
             qds = formats.quantise(
                 ds, scale, call.scores.format("ds"), emulated=call.scores.emulated
             )

@@ -122,7 +122,8 @@ def attention(
         if recipes[role].scaling == "delayed" and (scales is None or role not in scales):
             raise ValueError(f"attention: delayed scaling of {role} needs scales[{role!r}]")
     scales = {role: scales[role] for role in (SCORES, VALUES) if role in scales} if scales else {}
-    given = {role: as_token(tokens[role]) for role in (SCORES, VALUES) if tokens and role in tokens}
+    asked = {role: as_token((tokens or {}).get(role)) for role in (SCORES, VALUES)}
+    given = {role: token for role, token in asked.items() if token is not None}
     health = SCORES in given and given[SCORES].brings == FULL
     call = Call(recipes[SCORES], recipes[VALUES], softmax_scale, q_btkgh.dtype, health, partition)
     return _attention(backend, call, q_btkgh, k_bskh, v_bskh, segment_ids, scales, given, counted)
@@ -291,9 +292,10 @@ def _with_spread(
 
 def _stacked(reports: tuple[jax.Array | None, ...], token: Token) -> Token:
     """Return a token's cotangent; zeros without reports, as with fixed scales."""
-    if any(report is None for report in reports):
+    known = [report for report in reports if report is not None]
+    if len(known) < len(reports):
         return token.like(jnp.zeros_like(token.values))
-    return token.like(jnp.stack(reports))
+    return token.like(jnp.stack(known))
 
 
 _attention.defvjp(_forward, _backward)
@@ -309,7 +311,7 @@ def _all_forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
 
 def _all_backward(
     call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, [b, k] (or None), or its health."""
     length = x.q.data.shape[1]
     mask = attention_rows.visible(0, length, length, x.segment_ids)
@@ -322,9 +324,8 @@ def _all_backward(
         if call.scores.measured
         else None
     )
-    return *(d.astype(call.dtype) for d in (dq, dk, dv)), statistics.health(
-        ds, qds
-    ) if call.health else largest
+    of_ds = statistics.health(ds, qds) if call.health else largest
+    return dq.astype(call.dtype), dk.astype(call.dtype), dv.astype(call.dtype), of_ds
 
 
 _FORWARD = {

@@ -185,7 +185,7 @@ def query_gradient(shape: Shape, x: QueryInputs, dq: Any, largest: Any, *tally: 
         at = pl.ds(j * keys, keys)
         s = dot(q_tile, k[at, :].T, interpret=shape.interpret)
         seen = _visible(first, j * keys, rows, keys, own, segments) if masked else None
-        if masked:
+        if seen is not None:
             s = jnp.where(seen, s, -jnp.inf)
         dp = dot(do_tile, v[at, :].T, interpret=shape.interpret)
         p = _exponentials(s, factors[SCORE], row_offset[:, None], shape)

@@ -94,7 +94,7 @@ def backward(
     residuals: Residuals,
     scale: jax.Array | None,
     tiles: Tiles | None = None,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, or its health, as `composed.backward`."""
     scale = attention_composed.ds_scale(call, x, residuals, scale)
     of_do, of_ds = _scale(residuals.do), _scale(Quantised(x.q.data, scale))
@@ -231,7 +231,8 @@ def _in_parts(function: Callable, inputs: tuple[str, ...]) -> Callable:
 
 def _forward(call: Call, tiles: Tiles, factors, q, k, v, segments) -> tuple[jax.Array, ...]:
     (b, t, kv, g, h), shape = q.shape, _shape(call, tiles, FORWARD, q)
-    q, k, v, segments = (_padded(a) for a in (q, k, v, segments))
+    q, k, v = (_padded(a) for a in (q, k, v))
+    segments = _padded_segments(segments)
     of_head, of_keys, of_keys_ht, of_rows, of_batch = _query_specs(shape, g, h)
     o, *rows = _call(
         attention_kernels.forward,
@@ -253,7 +254,8 @@ def _backward(
     # Without it the cast of dO is made for its transposed copy, and the terms of rowsum(dO * O) in
     # float32, too.
     do = with_layout_constraint(do, Layout(tuple(range(do.ndim))))
-    q, k, v, do, shift, segments = (_padded(a) for a in (q, k, v, do, shift, segments))
+    q, k, v, do, shift = (_padded(a) for a in (q, k, v, do, shift))
+    segments = _padded_segments(segments)
     offset = _padded(offset, value=-jnp.inf)  # so that P of a padded query is 0
     offset, shift = (jnp.moveaxis(a, 1, 3) for a in (offset, shift))
     dq, *largest = _query_gradient(
@@ -267,7 +269,7 @@ def _backward(
 
 def _scores(call: Call, factors, q, k, segments) -> tuple[jax.Array, ...]:
     (b, t, kv, g, h), shape = q.shape, _shape(call, TILES, FORWARD, q)
-    q, k, segments = (_padded(a) for a in (q, k, segments))
+    q, k, segments = _padded(q), _padded(k), _padded_segments(segments)
     of_head, of_keys, _, of_rows, of_batch = _query_specs(shape, g, h)
     found = _call(
         attention_kernels.scores,
@@ -423,9 +425,13 @@ def _pairs(shape: Shape) -> int:
     return sum(-(-(first + rows) // keys) * rows * keys for first in range(0, shape.length, rows))
 
 
-def _padded(x: jax.Array | None, value: float = 0.0) -> jax.Array | None:
+def _padded_segments(segments: jax.Array | None) -> jax.Array | None:
+    return None if segments is None else _padded(segments)
+
+
+def _padded(x: jax.Array, value: float = 0.0) -> jax.Array:
     """Pad [b, t, ...] at the end to whole tiles; the causal mask hides keys there, queries contribute zeros."""
-    if x is None or x.shape[1] % _PAD == 0:
+    if x.shape[1] % _PAD == 0:
         return x
     widths = [(0, -x.shape[1] % _PAD) if i == 1 else (0, 0) for i in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=value)

@@ -190,9 +190,8 @@ def spread_of_scores(
     total = jnp.sum(p, axis=-1)
     below = jnp.sum(jnp.where(p > 0, p * (logits - top), 0.0), axis=-1)  # a hidden key has 0 * -inf
     largest = jnp.where(jnp.isnan(top), jnp.inf, top)  # a maximum over devices drops NaN
-    return tuple(
-        jnp.swapaxes(x, 2, 3) / LOG2_E for x in (largest[..., 0], jnp.log2(total) - below / total)
-    )
+    entropy = jnp.log2(total) - below / total
+    return jnp.swapaxes(largest[..., 0], 2, 3) / LOG2_E, jnp.swapaxes(entropy, 2, 3) / LOG2_E
 
 
 def amax_by_head(x: jax.Array, *, emulated: bool = False) -> jax.Array:

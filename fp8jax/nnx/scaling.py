@@ -15,6 +15,7 @@ for that amax, as with `current` scaling; after `calibrate` it does not.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,7 +88,7 @@ def role_scalings(model: Any) -> Iterator[tuple[tuple[Any, ...], RoleScaling]]:
 
 
 def value_and_grad(
-    f: Callable[..., Any],
+    f: Callable[..., Any] | None = None,
     *,
     argnums: Any = 0,
     has_aux: bool = False,
@@ -100,7 +101,7 @@ def value_and_grad(
     state, as an optimizer takes them.
 
     Args:
-        f: loss of a model and other arguments.
+        f: loss of a model and other arguments; without it this is a decorator.
         argnums: as in `nnx.value_and_grad`: position, `nnx.DiffState`, or a sequence of these.
         has_aux: whether f returns (loss, aux).
         update: push amaxes into the histories. False keeps their maximum in the model for
@@ -110,26 +111,31 @@ def value_and_grad(
     Raises:
         ValueError: a layer is called twice outside jit, which JAX has no maximum of cotangents for.
     """
+    if f is None:
+        return functools.partial(
+            value_and_grad, argnums=argnums, has_aux=has_aux, update=update, **options
+        )
     several = isinstance(argnums, tuple | list)
     wanted = [_diff_state(given) for given in (argnums if several else (argnums,))]
     widened = tuple(nnx.DiffState(w.argnum, nnx.Any(w.filter, Amax)) for w in wanted)
 
     @functools.wraps(f)
-    def traced(*args: Any, **kwargs: Any) -> Any:
+    def traced(*args: Any) -> Any:
         held = [amax for w in wanted for amax in _amaxes(args[w.argnum])]
         before = [amax.get_value() for amax in held]
         for amax, value in zip(held, before, strict=True):
             amax.set_value(as_maximum(value))
-        out = f(*args, **kwargs)
+        out = f(*args)
         for amax, value in zip(held, before, strict=True):
             amax.set_value(value)
         return out
 
     @functools.wraps(f)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        args = _by_position(f, args, kwargs)
         differentiate = nnx.value_and_grad(traced, argnums=widened, has_aux=has_aux, **options)
         try:
-            value, grads = differentiate(*args, **kwargs)
+            value, grads = differentiate(*args)
         except KeyError as error:
             raise _outside_jit(error) from error
         kept = []
@@ -142,6 +148,22 @@ def value_and_grad(
 
 def _diff_state(given: Any) -> nnx.DiffState:
     return given if isinstance(given, nnx.DiffState) else nnx.DiffState(given, nnx.Param)
+
+
+def _by_position(
+    f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Return all arguments by position, as nnx.value_and_grad takes them."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(f).bind(*args, **kwargs)
+    bound.apply_defaults()
+    if bound.kwargs:
+        names = ", ".join(bound.kwargs)
+        raise TypeError(
+            f"fp8jax.nnx.value_and_grad: {names} can only be given by keyword; bind it with functools.partial"
+        )
+    return bound.args
 
 
 def _amaxes(model: Any) -> list[Amax]:

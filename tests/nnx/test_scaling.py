@@ -219,3 +219,17 @@ def test_a_scan_over_microbatches_keeps_their_maximum():
     history = np.asarray(model.scaling.history[...])
     np.testing.assert_allclose(history[:, 0], by_hand(X), rtol=0.02)
     assert not history[:, 1:].any()
+
+
+def test_arguments_by_name_and_as_a_decorator_are_those_of_nnx():
+    @fp8jax.nnx.value_and_grad(has_aux=True)
+    def gradient(model, x, scale=2.0):
+        return scale * jnp.sum(model(x)), scale
+
+    model = layer()
+    (_, scale), grads = gradient(x=X, model=model)
+    assert scale == 2.0
+    assert len(jax.tree.leaves(grads)) == 1
+    np.testing.assert_array_equal(model.scaling.history[:, 0], [np.max(np.abs(X)), 2.0])
+    with pytest.raises(TypeError, match="b can only be given by keyword"):
+        fp8jax.nnx.value_and_grad(lambda m, *, b: jnp.sum(m(b)))(model, b=X)

@@ -29,7 +29,8 @@ def place_inside(
     if not explicit:
         return f(arrays)
     spec = _spec(dims)
-    return jax.sharding.auto_axes(f, out_sharding=NamedSharding(explicit[0], spec))(arrays)
+    inside: Any = jax.sharding.auto_axes(f, out_sharding=NamedSharding(explicit[0], spec))
+    return inside(arrays)
 
 
 def _spec(dims: Sequence[tuple[jax.Array, int]]) -> PartitionSpec:

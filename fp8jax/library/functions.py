@@ -65,9 +65,7 @@ def dot_general(
         return lax.dot_general(
             x, w, dims, precision=precision, preferred_element_type=preferred_element_type
         )
-    for name, operand in (("x", x), ("w", w)):
-        if not jnp.issubdtype(operand.dtype, jnp.floating):
-            raise TypeError(f"fp8jax.dot_general: {name} is {operand.dtype}, not floating")
+    _check_floating(x=x, w=w)
     gemms = recipe.gemm(known=known, stateless=scales is None)
 
     def product(arrays: Any) -> jax.Array:
@@ -85,11 +83,7 @@ def dot_general(
         )
         return y.reshape(shape)
 
-    (x_contract, w_contract), (x_batch, w_batch) = dims
-    x_dims = (*x_batch, *_rest(x.ndim, *x_contract, *x_batch))
-    alike = [(x, i) for i in x_dims]
-    alike += [(w, i) for i in _rest(w.ndim, *w_contract, *w_batch)]
-    return place_inside(product, (x, w, scales, token), alike)
+    return place_inside(product, (x, w, scales, token), _split_alike(x, w, dims))
 
 
 def _normal(dims: Any, x: jax.Array, w: jax.Array) -> gemm_lib.DimensionNumbers:
@@ -105,6 +99,22 @@ def _normal(dims: Any, x: jax.Array, w: jax.Array) -> gemm_lib.DimensionNumbers:
             )
         pairs.append((ours, theirs))
     return pairs[0], pairs[1]
+
+
+def _check_floating(**operands: jax.Array) -> None:
+    for name, operand in operands.items():
+        if not jnp.issubdtype(operand.dtype, jnp.floating):
+            raise TypeError(f"fp8jax.dot_general: {name} is {operand.dtype}, not floating")
+
+
+def _split_alike(
+    x: jax.Array, w: jax.Array, dims: gemm_lib.DimensionNumbers
+) -> list[tuple[jax.Array, int]]:
+    """Return for each dimension of a product the operand that it comes from, and which of its dimensions."""
+    (x_contract, w_contract), (x_batch, w_batch) = dims
+    of_x = (*x_batch, *_rest(x.ndim, *x_contract, *x_batch))
+    of_w = _rest(w.ndim, *w_contract, *w_batch)
+    return [(x, i) for i in of_x] + [(w, i) for i in of_w]
 
 
 def _as_matrix(
@@ -171,25 +181,24 @@ def attention(
 
     Raises:
         TypeError: recipe is no recipe.
-        ValueError: shapes or dtypes do not fit; one line names them.
+        ValueError: shapes or dtypes do not fit.
     """
     check_recipe(recipe, "fp8jax.attention")
     check_attention(q, k, v, segment_ids)
-    b, t, n, h = q.shape
-    kv_heads = k.shape[2]
-    if recipe is None:
-        gemms = GemmRecipe("bf16")
-    else:
+    h, groups = q.shape[3], q.shape[2] // k.shape[2]
+    gemms = GemmRecipe("bf16")
+    if recipe is not None:
         gemms = recipe.gemm(known=known, stateless=scales is None)
+    scale = 1 / math.sqrt(h) if softmax_scale is None else softmax_scale
 
     def attend(arrays: Any) -> jax.Array:
         q, k, v, segment_ids, scales, tokens = arrays
         o = definition.attention(
-            q.reshape(b, t, kv_heads, n // kv_heads, h),
+            q.reshape(*q.shape[:2], k.shape[2], groups, h),
             k,
             v,
             {definition.SCORES: gemms, definition.VALUES: gemms},
-            softmax_scale=1 / math.sqrt(h) if softmax_scale is None else softmax_scale,
+            softmax_scale=scale,
             segment_ids=segment_ids,
             scales=scales,
             tokens=tokens,
@@ -197,8 +206,8 @@ def attention(
         )
         return o.reshape(q.shape)
 
-    arrays = q, k, v, segment_ids, scales, tokens
-    return place_inside(attend, arrays, [(q, i) for i in range(4)])
+    alike = [(q, i) for i in range(4)]
+    return place_inside(attend, (q, k, v, segment_ids, scales, tokens), alike)
 
 
 def check_attention(

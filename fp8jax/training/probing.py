@@ -109,7 +109,7 @@ def _calibrated(subject: Subject, roles: Sequence[str], stage: Stages) -> Subjec
 def _batches(subject: Subject, count: int) -> Iterator[Batch]:
     """Yield the next batches of the run."""
     program = subject.program
-    batches = pipeline.train_batches(program.config, program.rows.numbers)
+    batches: Any = pipeline.train_batches(program.config, program.rows.numbers)
     for number in range(count):
         yield program.put(batches[subject.batch + number])
 

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+import fp8jax
+
 PAGE = pathlib.Path(__file__).resolve().parents[1] / "docs" / "library.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
 
@@ -31,3 +33,11 @@ def test_the_blocks_run_in_the_order_of_the_page(as_users_have_it, capsys):
 def test_the_first_program_is_of_one_screen():
     lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
     assert len(lines) < 36
+
+
+def test_the_reference_has_every_public_name():
+    shown = PAGE.with_name("api.md").read_text()
+    public = {f"fp8jax.{name}" for name in fp8jax.__all__ if name not in ("nnx", "linen")}
+    public |= {f"fp8jax.nnx.{name}" for name in fp8jax.nnx.__all__}
+    public |= {f"fp8jax.linen.{name}" for name in fp8jax.linen.__all__}
+    assert {name for name in public if f'heading: "{name}"' not in shown} == set()

@@ -1,5 +1,7 @@
 """Every program of a run at every size, recipe and architecture: traced, which takes no memory, whatever the size."""
 
+import itertools
+
 import jax
 import pytest
 
@@ -34,8 +36,17 @@ def programs_of(size, architecture="fog_max", recipe="fp8_dpa", devices=1, **fie
     return programs(make_plan(config, jax.devices()[:devices]))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("size", SIZES)
+# Each recipe and each size that no other test here traces; all of them together are slow.
+FIRST = {("390m", "fp8_dpa"), ("1p5b", "bf16"), ("8b", "fp8"), ("70b", "fp8_dpa")}
+
+
+@pytest.mark.parametrize(
+    ("size", "recipe"),
+    [
+        pytest.param(*case, marks=() if case in FIRST else pytest.mark.slow)
+        for case in itertools.product(SIZES, RECIPES)
+    ],
+)
 def test_every_program_of_every_size_and_recipe(size, recipe):
     """390m and above have products of sizes beyond 2**31 in every step."""
     found = programs_of(size, recipe=recipe)

@@ -189,9 +189,8 @@ def test_attention_that_computes_something_else_on_devices_at_hand(two, monkeypa
     assert failed(found) == {"attention": "config.fp8.attention_backend: disagrees"}
 
 
-@pytest.mark.parametrize("size", ["390m", "70b"])
-def test_every_size_is_rehearsed(size, two):
-    config = config_lib.from_dict(common.make(size, architecture="fog_max", recipe="fp8_dpa"))
+def test_the_largest_size_is_rehearsed(two):
+    config = config_lib.from_dict(common.make("70b", architecture="fog_max", recipe="fp8_dpa"))
     found = rehearse(config, two, compiling=False)
     assert failed(found) == {}
 

@@ -22,6 +22,7 @@ from tests.helpers.runs import EIGHT, MICRO, logged, micro, program_of, saved, t
 
 # What configs/fog_paper.py changes, in a micro run whose history is full before it stops.
 PAPER = {
+    "monitor": {"every": 0},
     "fp8": {"history_length": 3, "power_of_two": False, "weight_scaling": "delayed"},
     "model": MICRO["model"] | {"rope_scaling_factor": 8.0},
     "optimizer": MICRO["optimizer"]
@@ -38,9 +39,14 @@ PAPER = {
     ("changes", "number"),
     [
         ({}, signal.SIGINT),
-        ({"training": {"steps": 8, "microbatches": 2}}, signal.SIGTERM),
+        pytest.param(
+            {"training": {"steps": 8, "microbatches": 2}}, signal.SIGTERM, marks=pytest.mark.slow
+        ),
         pytest.param({}, signal.SIGUSR1, marks=pytest.mark.slow),
-        ({"training": {"steps": 8, "microbatches": 2}, "mesh": EIGHT}, signal.SIGTERM),
+        (
+            {"training": {"steps": 8, "microbatches": 2}, "mesh": EIGHT, "monitor": {"every": 0}},
+            signal.SIGTERM,
+        ),
         (PAPER, signal.SIGINT),
         pytest.param(
             {"fp8": {"history_length": 3}, "mesh": EIGHT, "training": {"remat": "save_fp8"}},
@@ -57,7 +63,10 @@ PAPER = {
         "8 devices, remat",
     ],
 )
-def test_stopped_and_continued_equals_uninterrupted_bit_for_bit(tmp_path, stop_at, changes, number):
+def test_stopped_and_continued_equals_uninterrupted_bit_for_bit(
+    tmp_path, stop_at, same_programs, changes, number
+):
+    """The three runs share their programs; `test_kills.py` continues in processes that compile their own."""
     config = micro(**changes)
     assert train(config, tmp_path / "whole") == 0
     stop_at(4, number)
@@ -220,8 +229,23 @@ def test_start_up_counts_the_fp8_share_from_the_program(recipe, overrides, share
     assert f"recipe {recipe}, {share} of" in line and "emulated" in line
 
 
-def test_run_writes_what_users_rely_on(tmp_path):
-    assert train(micro(), tmp_path) == 0
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a finished run, and for each lowering of its step whether that was with statistics."""
+    workdir, lowered, original = tmp_path_factory.mktemp("run"), [], TrainProgram.lower_step
+
+    def counted(self, *, collect=False):
+        lowered.append(collect)
+        return original(self, collect=collect)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainProgram, "lower_step", counted)
+        assert train(micro(), workdir) == 0
+    return workdir, lowered
+
+
+def test_run_writes_what_users_rely_on(finished):
+    tmp_path, _ = finished
     entries = logged(tmp_path)
     assert [entry["step"] for entry in entries] == list(range(1, 9))
     assert {"loss", "grad_norm", "learning_rate", "tokens"} <= entries[0].keys()
@@ -235,38 +259,30 @@ def test_run_writes_what_users_rely_on(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["training"]["steps"] == 8
     assert json.loads((tmp_path / "eval.json").read_text())["step"] == 8
     assert list((tmp_path / "tensorboard").iterdir())
+    assert not (tmp_path / "profile").exists()
     found = evaluate_run(tmp_path)
     assert found["bytes"] == 466_853 and found["step"] == 8
 
 
-def test_the_step_compiles_once_in_a_run(tmp_path, monkeypatch):
-    compiled = []
-    original = TrainProgram.lower_step
-
-    def counted(self, *, collect=False):
-        compiled.append(collect)
-        return original(self, collect=collect)
-
-    monkeypatch.setattr(TrainProgram, "lower_step", counted)
-    assert train(micro(), tmp_path) == 0
-    assert sorted(compiled) == [False, True]
+def test_the_step_compiles_once_in_a_run(finished):
+    assert sorted(finished[1]) == [False, True]
 
 
 def test_switching_fp8_on_calibrates_again(tmp_path):
-    assert train(micro(fp8={"recipe": "bf16"}, training={"steps": 4}), tmp_path) == 0
-    save_config(
-        tmp_path, micro(training={"steps": 6})
-    )  # by a start that dies before its first save
-    assert train(micro(training={"steps": 6}), tmp_path) == 0
+    plain = {"evaluation": {"batches": 1}, "monitor": {"every": 0}, "checkpoint": {"every": 0}}
+    bf16 = micro(fp8={"recipe": "bf16"}, training={"steps": 4}, **plain)
+    assert train(bf16, tmp_path) == 0
+    fp8 = micro(training={"steps": 6}, **plain)
+    save_config(tmp_path, fp8)  # by a start that dies before its first save
+    assert train(fp8, tmp_path) == 0
     arrays, _ = saved(micro(), tmp_path)
     assert all((array[..., 0] > 0).all() for name, array in arrays.items() if "history" in name)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["kind"] == "calibrated"] == [4]
 
 
-def test_a_directory_of_another_model_is_refused(tmp_path):
-    assert train(micro(training={"steps": 2}), tmp_path) == 0
+def test_a_directory_of_another_model_is_refused(finished):
     with pytest.raises(
         config_lib.ConfigError, match=r"config.model.layers: 3, but the run in .* has 2"
     ):
-        train(micro(model=MICRO["model"] | {"layers": 3}), tmp_path)
+        train(micro(model=MICRO["model"] | {"layers": 3}), finished[0])

@@ -92,8 +92,16 @@ def test_a_run_says_what_it_does_and_what_comes_next(run, capsys):
     )
 
 
+@pytest.fixture
+def terminal():
+    """A process that a lost terminal reaches, even if the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_a_lost_terminal_saves_and_a_signal_in_the_last_step_leaves_a_finished_run(
-    tmp_path, stop_at, capsys
+    tmp_path, terminal, stop_at, capsys
 ):
     stop_at(1, signal.SIGHUP)  # while step 2 runs
     assert train(micro(**SHORT), tmp_path) == 4

@@ -84,4 +84,7 @@ def untested_jax(version: str) -> str | None:
     if JAX_VERSIONS[0] <= numbers < JAX_VERSIONS[1]:
         return None
     least, below = (".".join(map(str, numbers)) for numbers in JAX_VERSIONS)
-    return f"warning: jax {version} is not tested with fp8jax, which needs >={least},<{below}: pip install -r requirements.txt"
+    return (
+        f"warning: jax {version} is not tested with fp8jax, which needs >={least},<{below}: "
+        f"pip install -r requirements.txt"
+    )

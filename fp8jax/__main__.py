@@ -13,7 +13,8 @@ from fp8jax.config import did_you_mean
 COMMANDS: dict[str, str] = {
     "train": "train a model, or continue a run; the same as train.py",
     "eval": "held-out loss or tasks of a run's checkpoint; the same as eval.py",
-    "audit": "what a run will execute on devices that you need not have: FP8 share, memory, collectives",
+    "audit": "what a run will execute on devices that you need not have: FP8 share, memory, "
+    "collectives",
     "convert": "Hugging Face model directories in and out, and logits to check a conversion with",
     "data": "data show: the text that a step of a run has seen, or will see",
     "probe": "what FP8 does to a run's gradients, where, and which roles do it",
@@ -35,7 +36,8 @@ def main(argv: Sequence[str]) -> int:
         print("usage: python -m fp8jax COMMAND ...\n\ncommands:")
         print("\n".join(f"  {command:<10} {what}" for command, what in COMMANDS.items()))
         print(
-            "\npython -m fp8jax COMMAND --help says more, with an example; python -m fp8jax --version."
+            "\npython -m fp8jax COMMAND --help says more, with an example; python -m fp8jax "
+            "--version."
         )
         return 0
     if name in ("--version", "version"):

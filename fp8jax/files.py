@@ -23,14 +23,18 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 def elsewhere(name: str) -> str:
     """Return the error for an address, such as gs://bucket/tokens, that is given as a path; '' for a path."""
     if re.match(r"[A-Za-z]:[\\/]", name) and os.name != "nt":
-        return f"{name}: is a path of Windows; here a directory is written like /data/runs or runs/first"
+        return (
+            f"{name}: is a path of Windows; here a directory is written like /data/runs or "
+            f"runs/first"
+        )
     scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:(?=/|$)", name)
     # 'gs:' anywhere in a path is an address for the library that writes checkpoints.
     found = scheme[0] if scheme else "gs:" if "gs:" in pathlib.Path(name).absolute().parts else ""
     if not found:
         return ""
     return (
-        f"{name}: {found}// is no file system; give a directory, such as one where the bucket is mounted "
+        f"{name}: {found}// is no file system; give a directory, such as one where the bucket "
+        f"is mounted "
         "(gcsfuse, s3fs, blobfuse)"
     )
 

@@ -150,7 +150,8 @@ def value_and_grad(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[
             if "EArray" not in str(error):
                 raise
             raise ValueError(
-                "fp8jax.linen.value_and_grad: a layer is called more than once; call this inside jax.jit"
+                "fp8jax.linen.value_and_grad: a layer is called more than once; call this "
+                "inside jax.jit"
             ) from error
 
     return wrapped

@@ -128,7 +128,8 @@ def make_config(
         }
     else:
         raise ConfigError(
-            f"config: {config!r} is no configuration; give 'fp8_base:tiny', a Config, a ConfigDict or a dictionary"
+            f"config: {config!r} is no configuration; give 'fp8_base:tiny', a Config, a "
+            f"ConfigDict or a dictionary"
         )
     _set(values, given)
     return config_lib.from_dict(values, run_in(pathlib.Path(workdir)) if workdir else None)

@@ -87,7 +87,8 @@ def _local(name: str, size: str) -> Sequence[jax.Device]:
             else ""
         )
         raise TargetError(
-            f"--target={name}: {size!r} is not a number of devices from 1 to {len(devices)}, which are here{more}"
+            f"--target={name}: {size!r} is not a number of devices from 1 to {len(devices)}, "
+            f"which are here{more}"
         )
     return devices[: int(size)]
 
@@ -119,7 +120,8 @@ def _gpus(name: str, kind: str, size: str) -> Target:
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", size or "1")
     if not found:
         raise TargetError(
-            f"--target={name}: {size!r} is not a number of GPUs or NODESxGPUS, for example {kind}:8 or {kind}:64x8"
+            f"--target={name}: {size!r} is not a number of GPUs or NODESxGPUS, for example "
+            f"{kind}:8 or {kind}:64x8"
         )
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise TargetError(f"--target={name} needs the CUDA plugin (no GPU): {_INSTALL}")
@@ -142,7 +144,8 @@ def _tpus(name: str, kind: str, size: str) -> Target:
         size = _tpu_shape(name, int(size or 4), axes)
     if not re.fullmatch("x".join([r"[1-9]\d*"] * axes), size):
         raise TargetError(
-            f"--target={name}: {size!r} is not a number of chips or a topology of {axes} sizes, such as {'x'.join('221'[:axes])}"
+            f"--target={name}: {size!r} is not a number of chips or a topology of {axes} sizes, "
+            f"such as {'x'.join('221'[:axes])}"
         )
     for variable, value in _NO_TPU.items():
         os.environ.setdefault(variable, value)
@@ -155,7 +158,8 @@ def _tpu_shape(name: str, chips: int, axes: int) -> str:
     shape = [1] * axes
     if chips < 4 or chips & (chips - 1):
         raise TargetError(
-            f"--target={name}: {chips} chips; a power of two from 4 on, or a topology such as {'x'.join('221'[:axes])}"
+            f"--target={name}: {chips} chips; a power of two from 4 on, or a topology such as "
+            f"{'x'.join('221'[:axes])}"
         )
     shape[:2], chips = [2, 2], chips // 4
     while chips > 1:
@@ -171,5 +175,6 @@ def _topology(name: str, topology_name: str, platform: str, **options: str) -> A
         )
     except Exception as error:
         raise TargetError(
-            f"--target={name}: the {platform} plugin cannot describe it: {str(error).splitlines()[0]}"
+            f"--target={name}: the {platform} plugin cannot describe it: "
+            f"{str(error).splitlines()[0]}"
         ) from error

@@ -82,14 +82,18 @@ def _options(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, list[st
     """Return the options, and the overrides of each config."""
     parser = _Parser(
         prog="python -m fp8jax audit",
-        description="Compiles a run's training step for devices that need not be there, and reports which GEMMs are FP8, what memory it\n"
+        description="Compiles a run's training step for devices that need not be there, and "
+        "reports which GEMMs are FP8, what memory it\n"
         "takes, which collectives it runs, and a roofline estimate of its speed. Nothing is run.",
-        epilog="examples:\n  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:8\n"
-        "  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:64x8 --json=audit.json\n"
+        epilog="examples:\n  python -m fp8jax audit --config=configs/fp8_base.py:8b "
+        "--target=h100:8\n"
+        "  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:64x8 "
+        "--json=audit.json\n"
         "  python -m fp8jax audit --config=configs/fp8_base.py:390m --target=h100:1 --fit\n"
         "  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:8 --rehearse\n"
         "  python -m fp8jax audit --config=configs/fp8_base.py:8b --target=h100:8 --memory\n"
-        "  python -m fp8jax audit --config=configs/fp8_base.py:1p5b --compare=configs/llama3.py:1p5b --target=h100:8",
+        "  python -m fp8jax audit --config=configs/fp8_base.py:1p5b "
+        "--compare=configs/llama3.py:1p5b --target=h100:8",
     )
     parser.add_argument(
         "--config",

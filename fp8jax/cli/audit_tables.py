@@ -120,11 +120,13 @@ def _traffic(audit: Audit) -> Table:
 def _verdict(audit: Audit) -> list[str]:
     target, memory, flops = audit["target"], audit["memory"], audit["estimate"]["model_flops"]
     lines = [
-        f"FP8 share    {audit['fp8_share']:.1%} of the block's GEMM FLOPs, as compiled for {target['device']}"
+        f"FP8 share    {audit['fp8_share']:.1%} of the block's GEMM FLOPs, as compiled for "
+        f"{target['device']}"
     ]
     if not target["fp8_units"]:
         lines[0] += (
-            f"; {target['fp8_share_asked']:.0%} asked for: no FP8 units there, FP8 values are multiplied in BF16"
+            f"; {target['fp8_share_asked']:.0%} asked for: no FP8 units there, FP8 values are "
+            f"multiplied in BF16"
         )
     lines += [f"fell back    {line}" for line in target["fallbacks"]]
     lines += [f"float64      {name}" for name in target["float64"][:5]]
@@ -135,7 +137,8 @@ def _verdict(audit: Audit) -> list[str]:
         False: f", does NOT fit in the {usable} that a run may take",
     }
     lines.append(
-        f"memory       {bytes_text(memory['peak_bytes_per_device'])} a device at the peak{fits[memory['fits']]}"
+        f"memory       {bytes_text(memory['peak_bytes_per_device'])} a device at the "
+        f"peak{fits[memory['fits']]}"
     )
     lines.append(f"chosen       {audit['fit']['text']}")
     if audit["fit"]["advice"]:
@@ -145,7 +148,8 @@ def _verdict(audit: Audit) -> list[str]:
         for name in ("repeated", "masked_attention", "other")
     )
     lines += [
-        f"GEMM FLOPs   compiled {_si(flops['counted'], 'FLOP')} on all devices: the model's own {_si(flops['closed_formula'], 'FLOP')} "
+        f"GEMM FLOPs   compiled {_si(flops['counted'], 'FLOP')} on all devices: the model's own "
+        f"{_si(flops['closed_formula'], 'FLOP')} "
         "(closed formula, causal attention)",
         f"             and {extra}",
     ]
@@ -158,11 +162,15 @@ def _speed(audit: Audit) -> list[str]:
         return ["estimate     none: the device's peak rates are not known here"]
     device = found["device"]
     return [
-        f"estimate     {found['step_seconds'] * 1e3:,.1f} ms a step at peak rates (GEMMs {found['gemm_seconds'] * 1e3:,.1f}, other memory "
-        f"traffic {found['memory_seconds'] * 1e3:,.1f}, collectives {found['collective_seconds'] * 1e3:,.1f} if hidden; "
+        f"estimate     {found['step_seconds'] * 1e3:,.1f} ms a step at peak rates (GEMMs "
+        f"{found['gemm_seconds'] * 1e3:,.1f}, other memory "
+        f"traffic {found['memory_seconds'] * 1e3:,.1f}, collectives "
+        f"{found['collective_seconds'] * 1e3:,.1f} if hidden; "
         f"{found['step_seconds_no_overlap'] * 1e3:,.1f} if not)",
-        f"             MFU {found['mfu_bf16']:.0%} of the BF16 peak ({device['bf16'] / 1e12:,.0f} TFLOP/s), {found['mfu_fp8']:.0%} of the "
-        f"FP8 peak ({device['fp8'] / 1e12:,.0f}); {found['tokens_per_second_per_device']:,.0f} tokens/s a device",
+        f"             MFU {found['mfu_bf16']:.0%} of the BF16 peak "
+        f"({device['bf16'] / 1e12:,.0f} TFLOP/s), {found['mfu_fp8']:.0%} of the "
+        f"FP8 peak ({device['fp8'] / 1e12:,.0f}); {found['tokens_per_second_per_device']:,.0f} "
+        f"tokens/s a device",
         "             an upper bound, not a measurement: real kernels do not reach peak rates",
     ]
 
@@ -223,7 +231,10 @@ def _si(value: float, unit: str) -> str:
     prefixes = ["", "k", "M", "G", "T", "P", "E"]
     power = min(int(math.log10(value)) // 3, len(prefixes) - 1) if value >= 1 else 0
     scaled = value / 1000**power
-    return f"{scaled:,.{0 if scaled >= 100 or not power else 1 if scaled >= 10 else 2}f} {prefixes[power]}{unit}"
+    return (
+        f"{scaled:,.{0 if scaled >= 100 or not power else 1 if scaled >= 10 else 2}f} "
+        f"{prefixes[power]}{unit}"
+    )
 
 
 def bytes_text(size: float) -> str:

@@ -49,7 +49,8 @@ def _check_logits(options: argparse.Namespace) -> None:
         )
     if not (options.directory / "config.json").is_file():
         raise ConfigError(
-            f"{options.directory}: no config.json there; give a model directory, or the directory of a run"
+            f"{options.directory}: no config.json there; give a model directory, or the "
+            f"directory of a run"
         )
 
 
@@ -73,8 +74,10 @@ def _add_ignore_keys(command: argparse.ArgumentParser) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m fp8jax convert",
-        description="Hugging Face model directories (llama, mistral, qwen3, olmo2, olmo3, apertus, fog; safetensors only) in and out.",
-        epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama && python eval.py --workdir=runs/llama",
+        description="Hugging Face model directories (llama, mistral, qwen3, olmo2, olmo3, "
+        "apertus, fog; safetensors only) in and out.",
+        epilog="example: python -m fp8jax convert from-hf Llama-3.2-1B --out runs/llama && "
+        "python eval.py --workdir=runs/llama",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -105,7 +108,8 @@ def _add_to_hf(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "to-hf",
         help="make a model directory that transformers loads, of a run's checkpoint",
-        epilog="example: python -m fp8jax convert to-hf --workdir runs/llama --out exported --dtype bfloat16",
+        epilog="example: python -m fp8jax convert to-hf --workdir runs/llama --out exported "
+        "--dtype bfloat16",
     )
     command.add_argument("--workdir", type=local_path, required=True, help="directory of the run")
     command.add_argument(
@@ -132,8 +136,10 @@ def _add_to_hf(commands: "argparse._SubParsersAction[Parser]") -> None:
 def _add_logits(commands: "argparse._SubParsersAction[Parser]") -> None:
     command = commands.add_parser(
         "logits",
-        help="float32 logits, loss and gradients of a model directory or a run, to compare with another implementation's",
-        epilog="example: python -m fp8jax convert logits runs/llama --tokens ids.npy --out found.npz --gradients",
+        help="float32 logits, loss and gradients of a model directory or a run, to compare with "
+        "another implementation's",
+        epilog="example: python -m fp8jax convert logits runs/llama --tokens ids.npy --out "
+        "found.npz --gradients",
     )
     command.add_argument(
         "directory",

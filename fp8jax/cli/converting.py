@@ -69,7 +69,8 @@ def from_hf(options: argparse.Namespace) -> None:
         raise
     count = sum(leaf.size for leaf in jax.tree.leaves(found.params))
     print(
-        f"{found.model_type}, {count:,} parameters, context {context:,} tokens, to {options.out}; {note}"
+        f"{found.model_type}, {count:,} parameters, context {context:,} tokens, to "
+        f"{options.out}; {note}"
     )
 
 
@@ -90,7 +91,8 @@ def _context(kept: pathlib.Path, model_type: str) -> int:
         found = hf_formats.FORMATS[model_type].context or _UNKNOWN_CONTEXT
     if found > _LONGEST:
         print(
-            f"context  {found:,} tokens; this run takes {_LONGEST:,}: data.sequence_length in its config.json sets another"
+            f"context  {found:,} tokens; this run takes {_LONGEST:,}: data.sequence_length in "
+            f"its config.json sets another"
         )
     return min(found, _LONGEST)
 
@@ -155,7 +157,8 @@ def logits(options: argparse.Namespace) -> None:
     with options.out.open("wb") as file:
         np.savez(file, **arrays)
     print(
-        f"loss {computed['loss']:.6f} over {tokens.shape[0] * (tokens.shape[1] - 1):,} tokens, to {options.out}"
+        f"loss {computed['loss']:.6f} over {tokens.shape[0] * (tokens.shape[1] - 1):,} tokens, "
+        f"to {options.out}"
     )
 
 
@@ -185,7 +188,8 @@ def _load_run(workdir: pathlib.Path, step: int | None) -> tuple[Config, Definiti
             )
     if any(name.startswith("opt_state/remainder/") for name in kept):
         print(
-            "note     the run keeps 8 more bits of each weight, for training alone: what is read here are the weights in 16 bits"
+            "note     the run keeps 8 more bits of each weight, for training alone: what is "
+            "read here are the weights in 16 bits"
         )
     return config, definition, as_float32(found["params"]), step
 
@@ -214,7 +218,8 @@ def _tokenizer(kept: pathlib.Path) -> tuple[tokenizer.Tokenizer | None, str]:
     if not path.is_file():
         return (
             None,
-            "it has no tokenizer.json, so config.data.tokenizer is 'byte': change that in config.json before training",
+            "it has no tokenizer.json, so config.data.tokenizer is 'byte': change that in "
+            "config.json before training",
         )
     try:
         loaded = tokenizer.load(str(path), allow_normalisation=True)

@@ -54,8 +54,8 @@ def show(workdir: pathlib.Path, step: int) -> Iterator[str]:
         masked = f", {segments} documents apart" if config.data.document_masks else ""
         padding = int((batch["mask"][row] == 0).sum())
         yield (
-            f"\n--- sequence {row}: window {place.window} of {place.source}, epoch {place.epoch + 1}{masked}"
-            + (f", {padding} tokens of padding" if padding else "")
+            f"\n--- sequence {row}: window {place.window} of {place.source}, epoch "
+            f"{place.epoch + 1}{masked}" + (f", {padding} tokens of padding" if padding else "")
         )
         yield _shown(_text(batch["targets"][row][batch["mask"][row] == 1], loaded))
 
@@ -100,7 +100,8 @@ def _passed_over(workdir: pathlib.Path, step: int) -> int:
     skipped = starts[-1].get("skipped_batches", 0) if starts else 0
     if type(skipped) is not int:
         raise config_lib.ConfigError(
-            f"{path}: skipped_batches: {str(skipped)[:60]!r} is not a number of batches; remove that line"
+            f"{path}: skipped_batches: {str(skipped)[:60]!r} is not a number of batches; remove "
+            f"that line"
         )
     return skipped
 

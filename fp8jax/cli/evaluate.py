@@ -82,8 +82,10 @@ def _evaluate(workdir: pathlib.Path, stage: Stages) -> int:
     texts = found.get("texts", {})
     for name, values in {"": found, **texts}.items():
         print(
-            f"step {found['step']}: {name}{': ' * bool(name)}loss {values['loss']:.4f}  perplexity {values['perplexity']:.4f}  "
-            f"bits per byte {values['bits_per_byte']:.4f}  ({values['tokens']:,} tokens, {values['bytes']:,} bytes)"
+            f"step {found['step']}: {name}{': ' * bool(name)}loss {values['loss']:.4f}  "
+            f"perplexity {values['perplexity']:.4f}  "
+            f"bits per byte {values['bits_per_byte']:.4f}  ({values['tokens']:,} tokens, "
+            f"{values['bytes']:,} bytes)"
         )
     return 0
 

@@ -15,7 +15,8 @@ def reference() -> str:
                 f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
             )
             lines.append(
-                f"  --config.{section}.{field.name}={field.default}{choices}\n      {field.metadata['doc']}"
+                f"  --config.{section}.{field.name}={field.default}{choices}\n      "
+                f"{field.metadata['doc']}"
             )
     return "\n".join(lines)
 

@@ -48,7 +48,8 @@ def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
     if fields_given and "config" not in names:
         name = fields_given[0].partition("=")[0]
         return complain(
-            f"unknown flag {name}: the run's own configuration is used, config.json in its --workdir; leave it out"
+            f"unknown flag {name}: the run's own configuration is used, config.json in its "
+            f"--workdir; leave it out"
         )
     try:
         rest = _parse(known, with_underscores(argv))
@@ -112,7 +113,10 @@ def _unknown(error: flags.UnrecognizedFlagError, known: Sequence[str]) -> str:
     """Return the message for an unknown flag, with the fields of the configuration that it may mean."""
     name, takes_config = error.flagname, "config" in known
     if takes_config and name in _CONTINUING:
-        return f"unknown flag --{name}: a run is continued by itself from its newest checkpoint, where --workdir is its directory"
+        return (
+            f"unknown flag --{name}: a run is continued by itself from its newest "
+            f"checkpoint, where --workdir is its directory"
+        )
     value = "".join(str(error.flagvalue).partition("=")[1:])
     return words.unknown_flag(f"--{name}{value}", [*known, "help", "version"], fields=takes_config)
 

@@ -48,14 +48,17 @@ def _prepare(argv: Sequence[str]) -> int:
     )
     for split, found in splits.items():
         print(
-            f"{split:<8} {found['documents']:,} documents, {found['tokens']:,} tokens, {found['text_bytes']:,} bytes of text"
+            f"{split:<8} {found['documents']:,} documents, {found['tokens']:,} tokens, "
+            f"{found['text_bytes']:,} bytes of text"
         )
     for length, packed in shards.read_index(options.out).get("best_fit", {}).items():
         print(
-            f"best fit for sequences of {length}: {packed['windows']:,} windows, {packed['padding']:.3%} padding"
+            f"best fit for sequences of {length}: {packed['windows']:,} windows, "
+            f"{packed['padding']:.3%} padding"
         )
     print(
-        f"written  {options.out} in {_duration(time.monotonic() - began)}; to train on it: --config.data.source={options.out}"
+        f"written  {options.out} in {_duration(time.monotonic() - began)}; to train on it: "
+        f"--config.data.source={options.out}"
     )
     return 0
 
@@ -78,7 +81,10 @@ class _Progress:
         self._shown, seconds, new = now, now - self._began, done - self._first
         speed = new / seconds if seconds else 0.0
         left = _duration((total - done) / speed) if speed else "?"
-        text = f"prepare  {done / max(total, 1):6.1%} of {total / 1e6:,.1f} MB  {speed / 1e6:.1f} MB/s  ETA {left}"
+        text = (
+            f"prepare  {done / max(total, 1):6.1%} of {total / 1e6:,.1f} MB  "
+            f"{speed / 1e6:.1f} MB/s  ETA {left}"
+        )
         end = "\n" if self._finished or not self._live else ""
         print(f"\r{text}\x1b[K" if self._live else text, end=end, file=sys.stderr, flush=True)
 
@@ -108,31 +114,36 @@ def _show(options: argparse.Namespace) -> int:
     if options.verify and (fault := shards.verify(directory)):
         return complain(fault)
     print(
-        f"{directory}: {index['dtype']} ids of a vocabulary of {index['vocab_size']:,}, tokenizer {index['tokenizer'][:19]}"
+        f"{directory}: {index['dtype']} ids of a vocabulary of {index['vocab_size']:,}, "
+        f"tokenizer {index['tokenizer'][:19]}"
         + (", checksums as written" if options.verify else "")
     )
     for split, found in index["splits"].items():
         print(
-            f"\n{split}: {found['documents']:,} documents, {found['tokens']:,} tokens, {found['text_bytes']:,} bytes of text, "
+            f"\n{split}: {found['documents']:,} documents, {found['tokens']:,} tokens, "
+            f"{found['text_bytes']:,} bytes of text, "
             f"{len(found['shards'])} shards"
         )
         if found["documents"]:
             print(
                 f"  {found['tokens'] / found['documents']:.1f} tokens a document, "
-                f"{found['text_bytes'] / max(1, found['tokens'] - found['documents']):.2f} bytes a token"
+                f"{found['text_bytes'] / max(1, found['tokens'] - found['documents']):.2f} "
+                f"bytes a token"
             )
             _print_histogram(
                 inspection.length_histogram(shards.open_ends(directory, tokenizer, split))
             )
     for length, packed in index.get("best_fit", {}).items():
         print(
-            f"\nbest fit for sequences of {length}: {packed['windows']:,} windows, {packed['padding']:.3%} padding"
+            f"\nbest fit for sequences of {length}: {packed['windows']:,} windows, "
+            f"{packed['padding']:.3%} padding"
         )
     files = index["source_files"] if "source_files" in index else len(index.get("sources", ()))
     print(f"\nsources: {files:,} files")
     for source in itertools.islice(shards.read_sources(directory), _SOURCES):
         print(
-            f"  {_printable(source['file'])}: {source['documents']:,} documents, {source['bytes']:,} bytes"
+            f"  {_printable(source['file'])}: {source['documents']:,} documents, "
+            f"{source['bytes']:,} bytes"
         )
     for path, number, text in inspection.sample_documents(directory, tokenizer, "train", _SAMPLES):
         print(f"\n{path}, document {number}:\n  {_printable(text)}")
@@ -143,7 +154,8 @@ def _print_histogram(bins: list[inspection.Bin]) -> None:
     most = max(one.documents for one in bins)
     for one in bins:
         print(
-            f"  {one.low:>10,} to {one.high:>10,} tokens {one.documents:>12,}  {'#' * -(-40 * one.documents // most)}"
+            f"  {one.low:>10,} to {one.high:>10,} tokens {one.documents:>12,}  "
+            f"{'#' * -(-40 * one.documents // most)}"
         )
 
 
@@ -155,10 +167,13 @@ def _printable(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m fp8jax prepare",
-        description="Tokenises text into shards to train on. Run again after an interruption, it continues. `prepare inspect DIR` "
+        description="Tokenises text into shards to train on. Run again after an interruption, "
+        "it continues. `prepare inspect DIR` "
         "shows what was made.",
-        epilog="example: python -m fp8jax prepare --input 'crawl/*.jsonl.zst' --tokenizer tokenizer.json --out tokens\n"
-        "         python train.py --config=configs/fp8_base.py:tiny --config.data.source=tokens --workdir=runs/own",
+        epilog="example: python -m fp8jax prepare --input 'crawl/*.jsonl.zst' --tokenizer "
+        "tokenizer.json --out tokens\n"
+        "         python train.py --config=configs/fp8_base.py:tiny --config.data.source=tokens "
+        "--workdir=runs/own",
     )
     _add_input_and_output(parser)
     _add_options(parser)
@@ -172,7 +187,8 @@ def _add_input_and_output(parser: Parser) -> None:
         action="extend",
         required=True,
         metavar="PATH",
-        help="files, directories or quoted patterns: .jsonl, .txt, .md (also .gz, .bz2, .xz, .zst), .parquet, .arrow, "
+        help="files, directories or quoted patterns: .jsonl, .txt, .md (also .gz, .bz2, .xz, "
+        ".zst), .parquet, .arrow, "
         ".array_record (token ids); or hf:NAME[:CONFIG], a dataset of the Hugging Face hub",
     )
     parser.add_argument(
@@ -201,7 +217,8 @@ def _add_options(parser: Parser) -> None:
     parser.add_argument(
         "--text_field",
         default="text",
-        help="field of an object, or column of a table, with the text or with token ids; a.b is b within a (default: text)",
+        help="field of an object, or column of a table, with the text or with token ids; a.b is "
+        "b within a (default: text)",
     )
     parser.add_argument(
         "--validation_fraction",
@@ -215,12 +232,14 @@ def _add_options(parser: Parser) -> None:
         nargs="+",
         default=(),
         metavar="LENGTH",
-        help="also pack whole documents into sequences of so many tokens, for --config.data.packing=best_fit",
+        help="also pack whole documents into sequences of so many tokens, for "
+        "--config.data.packing=best_fit",
     )
     parser.add_argument(
         "--allow_normalisation",
         action="store_true",
-        help="accept a tokenizer.json that brings text into a Unicode form (NFC) first; bits per byte is then of that text",
+        help="accept a tokenizer.json that brings text into a Unicode form (NFC) first; bits "
+        "per byte is then of that text",
     )
     parser.add_argument(
         "--skip_bad_rows",

@@ -82,7 +82,8 @@ def _show(found: dict[str, Any]) -> None:
     if found["groups"]:
         console.print(_tests(found))
     console.print(
-        f"step {found['step']}: error {found['error']:.3f} ({found['worst']:.3f} in the worst place)  cosine {found['cosine']:.4f}  "
+        f"step {found['step']}: error {found['error']:.3f} ({found['worst']:.3f} in the worst "
+        f"place)  cosine {found['cosine']:.4f}  "
         f"ratio of norms {found['norm_ratio']:.3f}"
     )
     if found["batch_noise"] is not None:
@@ -127,10 +128,13 @@ def _errors(test: dict[str, Any]) -> tuple[str, str]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m fp8jax probe",
-        description="Measures what FP8 does to a run's gradients: on the same state and batches in the run's recipe and in a\n"
-        "reference, by matrix and layer; then which roles must leave FP8 for the error to go. Changes nothing.",
+        description="Measures what FP8 does to a run's gradients: on the same state and batches "
+        "in the run's recipe and in a\n"
+        "reference, by matrix and layer; then which roles must leave FP8 for the error to go. "
+        "Changes nothing.",
         epilog="examples:\n  python -m fp8jax probe runs/fp8_base-tiny\n"
-        "  python -m fp8jax probe runs/fp8_base-tiny --step=400 --batches=4 --by=role --json=probe.json\n"
+        "  python -m fp8jax probe runs/fp8_base-tiny --step=400 --batches=4 --by=role "
+        "--json=probe.json\n"
         "  python -m fp8jax probe --config=configs/llama3.py:tiny",
     )
     parser.fields = True
@@ -147,7 +151,8 @@ def _parser() -> argparse.ArgumentParser:
         "--batches",
         type=int,
         default=1,
-        help="the run's next batches to measure on; two or more also give the noise of batches (default: 1)",
+        help="the run's next batches to measure on; two or more also give the noise of batches "
+        "(default: 1)",
     )
     parser.add_argument(
         "--by",

@@ -47,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m fp8jax report",
         description="Writes a self-contained page: curves, layer by layer statistics, events.",
-        epilog="example: python -m fp8jax report runs/fp8_base-tiny runs/llama3-tiny --out report.html",
+        epilog="example: python -m fp8jax report runs/fp8_base-tiny runs/llama3-tiny --out "
+        "report.html",
     )
     parser.add_argument(
         "workdirs",

@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m fp8jax sample",
         description="Continues a prompt with the model of a run, in BF16.",
-        epilog="example: python -m fp8jax sample --workdir=runs/fp8_base-tiny --prompt='Anne Elliot' --temperature=0.8",
+        epilog="example: python -m fp8jax sample --workdir=runs/fp8_base-tiny --prompt='Anne "
+        "Elliot' --temperature=0.8",
     )
     parser.add_argument("--workdir", type=local_path, required=True, help="directory of the run")
     parser.add_argument("--prompt", required=True, help="text to continue; '' begins a document")

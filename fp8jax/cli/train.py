@@ -54,7 +54,8 @@ def _train(overrides: Sequence[str]) -> int:
     if not size:
         size, machine = hardware.default_size()
         lines.append(
-            f"size     {size}, chosen for this machine ({machine}); --config={_CONFIG.value.rstrip(':')}:SIZE sets another"
+            f"size     {size}, chosen for this machine ({machine}); "
+            f"--config={_CONFIG.value.rstrip(':')}:SIZE sets another"
         )
     workdir = _workdir(path, size)
     lines.append(f"workdir  {workdir}")

@@ -40,16 +40,21 @@ def problem(config: Any) -> str | None:
     """Describe field, value and bound of the first number that cannot work; None if all can."""
     for (section, name), least in _OR_ZERO.items():
         if 0 < getattr(getattr(config, section), name) < least:
-            return f"config.{section}.{name}: {getattr(getattr(config, section), name)} is below {least} and not 0, which switches it off"
+            return (
+                f"config.{section}.{name}: {getattr(getattr(config, section), name)} is "
+                f"below {least} and not 0, which switches it off"
+            )
     tokens, optimizer = config.training.batch_size * config.data.sequence_length, config.optimizer
     if tokens > _STEP:
         return (
-            f"config.training.batch_size: {config.training.batch_size} sequences of {config.data.sequence_length} are above {_STEP} tokens "
+            f"config.training.batch_size: {config.training.batch_size} sequences of "
+            f"{config.data.sequence_length} are above {_STEP} tokens "
             "a step"
         )
     if optimizer.weight_decay * optimizer.learning_rate >= 1:
         return (
-            f"config.optimizer.weight_decay: {optimizer.weight_decay} is not below {1 / optimizer.learning_rate:g} at learning_rate="
+            f"config.optimizer.weight_decay: {optimizer.weight_decay} is not below "
+            f"{1 / optimizer.learning_rate:g} at learning_rate="
             f"{optimizer.learning_rate}: "
             "a step would take more of a weight than there is"
         )
@@ -72,7 +77,8 @@ def _static_scales(config: Any, tokens: int) -> str | None:
         low, high = size * least, size * most / 2**fp8.margin
         if not low <= value <= high:
             return (
-                f"config.fp8.{name}: {value} is {'below' if value < low else 'above'} {low if value < low else high:g}, "
+                f"config.fp8.{name}: {value} is {'below' if value < low else 'above'} "
+                f"{low if value < low else high:g}, "
                 f"for tensors of size {size:g} and margin={fp8.margin}"
             )
     return None

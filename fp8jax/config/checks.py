@@ -53,18 +53,21 @@ def _check_rope_scaling(model: ModelConfig) -> None:
     low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
     if model.rope_scaling == "llama3" and high <= low:
         raise ConfigError(
-            f"config.model.rope_high_freq_factor: {high} is not above model.rope_low_freq_factor={low}"
+            f"config.model.rope_high_freq_factor: {high} is not above "
+            f"model.rope_low_freq_factor={low}"
         )
 
 
 def _check_fp8(fp8: Fp8Config, model: ModelConfig) -> None:
     if fp8.head and model.tied_embeddings:
         raise ConfigError(
-            "config.fp8.head: True needs config.model.tied_embeddings=False: an FP8 head cannot share the embedding"
+            "config.fp8.head: True needs config.model.tied_embeddings=False: an FP8 head cannot "
+            "share the embedding"
         )
     if fp8.weight_scaling == "delayed" and "delayed" not in fp8.scaling + fp8.overrides:
         raise ConfigError(
-            f"config.fp8.weight_scaling: delayed has no effect with config.fp8.scaling={fp8.scaling}; set "
+            f"config.fp8.weight_scaling: delayed has no effect with "
+            f"config.fp8.scaling={fp8.scaling}; set "
             "config.fp8.scaling=delayed, or config.fp8.weight_scaling=current"
         )
 

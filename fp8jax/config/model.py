@@ -71,7 +71,8 @@ class ModelConfig:
     )
     rope_scaling: str = field(
         "llama3",
-        "how RoPE is scaled by rope_scaling_factor. llama3 and yarn: low frequencies; linear: all; dynamic: "
+        "how RoPE is scaled by rope_scaling_factor. llama3 and yarn: low frequencies; linear: "
+        "all; dynamic: "
         "the base, from rope_original_context on",
         choices=("llama3", "linear", "dynamic", "yarn"),
     )
@@ -191,7 +192,8 @@ class Fp8Config:
     )
     attention_backend: str = field(
         "auto",
-        "implementation of attention; auto: pallas on Hopper GPUs, else composed, else emulated, as the "
+        "implementation of attention; auto: pallas on Hopper GPUs, else composed, else "
+        "emulated, as the "
         "scalings and heads allow; for BF16 attention on a GPU, cudnn",
         choices=("auto", "emulated", "composed", "pallas", "cudnn"),
     )

@@ -126,14 +126,16 @@ def _check_value(path: str, field: dataclasses.Field, value: Any) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise ConfigError(
-            f"{path}: {value!r} is not {kind.__name__}{' or None' if optional else ''}: {field.metadata['doc']}"
+            f"{path}: {value!r} is not {kind.__name__}{' or None' if optional else ''}: "
+            f"{field.metadata['doc']}"
         )
     if type(value) is float and not math.isfinite(value):
         raise ConfigError(f"{path}: {value!r} is not a finite number")
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise ConfigError(
-            f"{path}: {value!r} is not one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+            f"{path}: {value!r} is not one of "
+            f"{', '.join(choices)}{did_you_mean(str(value), choices)}"
         )
     if outside := bounds.outside(value, field.metadata):
         raise ConfigError(f"{path}: {value!r} is {outside}: {field.metadata['doc']}")

@@ -51,8 +51,10 @@ class EvaluationConfig:
     )
     batches: int = field(
         -1,
-        "held-out batches of training.batch_size sequences that an evaluation reads, spread evenly over the split; 0: the "
-        "whole split; -1: as many as take 2% of the time of the steps between. eval.py reads the whole split",
+        "held-out batches of training.batch_size sequences that an evaluation reads, spread "
+        "evenly over the split; 0: the "
+        "whole split; -1: as many as take 2% of the time of the steps between. eval.py reads "
+        "the whole split",
         at_least=-1,
         at_most=COUNT,
     )
@@ -85,14 +87,16 @@ class WarningConfig:
 
     action: str = field(
         "log",
-        "log: no more; checkpoint: save; fallback: named roles continue in BF16 from the next step; rollback: return to the "
+        "log: no more; checkpoint: save; fallback: named roles continue in BF16 from the next "
+        "step; rollback: return to the "
         "newest checkpoint and skip the batches since; stop: save and exit with 3",
         choices=WARNING_ACTIONS,
     )
     level: str = field("act", "lowest level at which the action is taken", choices=WARNING_LEVELS)
     fallback: str = field(
         "",
-        "roles that fall back, with or without layers, e.g. 'attention_scores,mlp_down@2-3'; empty: those that "
+        "roles that fall back, with or without layers, e.g. 'attention_scores,mlp_down@2-3'; "
+        "empty: those that "
         "the warning names",
     )
 

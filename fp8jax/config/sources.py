@@ -26,7 +26,8 @@ def parse_sources(text: str) -> tuple[tuple[str, float], ...]:
         value = _weight(weight) or 0.0
         if not name or name in found or not 0.0 < value < math.inf:
             raise ConfigError(
-                f"config.data.source: {pair!r} in {text!r} is not a new source with a weight above 0, as in 'dirA=0.7,dirB=0.3'"
+                f"config.data.source: {pair!r} in {text!r} is not a new source with a weight "
+                f"above 0, as in 'dirA=0.7,dirB=0.3'"
             )
         found[name] = value
     return tuple((name, value / math.fsum(found.values())) for name, value in found.items())
@@ -50,7 +51,8 @@ def parse_held_out(text: str) -> tuple[tuple[str, str], ...]:
             name = re.sub(r"[^\w.-]", "_", pathlib.PurePath(source).name)
         if not source or not re.fullmatch(r"[\w.-]+", name) or name in found:
             raise ConfigError(
-                f"config.data.held_out: {part!r} in {text!r} is not a source with a name of its own, as in "
+                f"config.data.held_out: {part!r} in {text!r} is not a source with a name of its "
+                f"own, as in "
                 "'wiki=dirA,code=dirB'; or say auto or none"
             )
         found[name] = source

@@ -25,12 +25,14 @@ class DataConfig:
     )  # positions are float32 in RoPE
     source: str = field(
         "embedded",
-        "'embedded' (the novels shipped with fp8jax), a directory of prepared token shards, a Megatron "
+        "'embedded' (the novels shipped with fp8jax), a directory of prepared token shards, a "
+        "Megatron "
         "prefix, or a mixture of them: 'dirA=0.7,dirB=0.3'",
     )
     held_out: str = field(
         "auto",
-        "text of the held-out loss. auto: what the sources hold out; none: no evaluation; or sources, each logged "
+        "text of the held-out loss. auto: what the sources hold out; none: no evaluation; or "
+        "sources, each logged "
         "by its name if there are several: 'dirA' or 'wiki=dirA,code=dirB'",
     )
     tokenizer: str = field(
@@ -63,7 +65,8 @@ class OptimizerConfig:
 
     name: str = field(
         "adamw",
-        "AdamW; AdEMAMix (a slow average of gradients beside the fast one); Muon for the blocks' matrices, Adam "
+        "AdamW; AdEMAMix (a slow average of gradients beside the fast one); Muon for the "
+        "blocks' matrices, Adam "
         "for the rest",
         choices=OPTIMIZERS,
     )
@@ -137,7 +140,8 @@ class TrainingConfig:
     )
     microbatches: int = field(
         0,
-        "parts into which a step's batch is split, one after another; 0: the fewest that fit the devices",
+        "parts into which a step's batch is split, one after another; 0: the fewest that fit "
+        "the devices",
         at_least=0,
         below=LARGE,
     )
@@ -156,7 +160,8 @@ class TrainingConfig:
     )
     evaluation_limit: int = field(
         1800,
-        "seconds that a batch of an evaluation may take, compilation included, before the process ends; 0: no limit",
+        "seconds that a batch of an evaluation may take, compilation included, before the "
+        "process ends; 0: no limit",
         at_least=0,
         at_most=YEARS,
     )
@@ -180,8 +185,10 @@ class TrainingConfig:
     )
     skip_spikes: float = field(
         0.0,
-        "skip a step whose loss or gradient norm lies this many robust standard deviations above the "
-        "median of the last 128, skipped ones included, so that a new level that lasts is accepted; 0: never",
+        "skip a step whose loss or gradient norm lies this many robust standard deviations "
+        "above the "
+        "median of the last 128, skipped ones included, so that a new level that lasts is "
+        "accepted; 0: never",
         at_least=0.0,
         at_most=1e6,
     )
@@ -194,13 +201,16 @@ class TrainingConfig:
     )
     remat: str = field(
         AUTO,
-        "what the backward pass recomputes: nothing, each block, or all but FP8 tensors, which wait on the device or "
-        "(offload_fp8) in the host's memory, or all but these and the branches' outputs; auto: as little as fits",
+        "what the backward pass recomputes: nothing, each block, or all but FP8 tensors, which "
+        "wait on the device or "
+        "(offload_fp8) in the host's memory, or all but these and the branches' outputs; auto: "
+        "as little as fits",
         choices=REMAT_POLICIES,
     )
     fitted: str = field(
         "",
-        "microbatches, loss_chunk and remat that a run chose if they were open, and for which devices; "
+        "microbatches, loss_chunk and remat that a run chose if they were open, and for which "
+        "devices; "
         "the run writes it into its config.json, do not set it",
     )
 
@@ -212,7 +222,8 @@ class MeshConfig:
     data: int = field(1, "data parallelism", at_least=-1, at_most=2**20)
     fsdp: int = field(
         -1,
-        "data parallelism with sharded parameters; if not set, the devices left, or 1 beside another axis that is -1",
+        "data parallelism with sharded parameters; if not set, the devices left, or 1 beside "
+        "another axis that is -1",
         at_least=-1,
         at_most=2**20,
     )

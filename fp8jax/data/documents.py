@@ -115,7 +115,8 @@ def find(
         if not path.startswith(hub.PREFIX) and _kind(path) is None:
             known = ", ".join((*LINES, *TEXT, *TABLES, *TOKENS[:1]))
             raise ConfigError(
-                f"{path}: {pathlib.Path(path).suffix!r} is not a kind of text file that is read; use one of {known}"
+                f"{path}: {pathlib.Path(path).suffix!r} is not a kind of text file that is "
+                f"read; use one of {known}"
             )
     if left_out:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""

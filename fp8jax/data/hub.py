@@ -48,7 +48,8 @@ def dataset(name: str) -> Any:
         if not reachable and isinstance(error, ConnectionError):
             reason = "the hub cannot be reached, and no earlier download is in its cache"
         raise ConfigError(
-            f"{name}: cannot be had: {reason}; without network, download its files elsewhere and give their "
+            f"{name}: cannot be had: {reason}; without network, download its files elsewhere "
+            f"and give their "
             "directory as --input"
         ) from None
 
@@ -91,7 +92,8 @@ def rows(name: str, field: str, start: int, stop: int) -> Iterator[list[str]]:
     found = dataset(name)
     if getattr(found.features.get(field), "dtype", None) not in ("string", "large_string"):
         raise ConfigError(
-            f"{name}: has no column {field!r} of text; --text_field is one of {', '.join(found.column_names)}"
+            f"{name}: has no column {field!r} of text; --text_field is one of "
+            f"{', '.join(found.column_names)}"
         )
     chosen = found.select_columns([field])
     for first in range(start, stop, _BATCH):

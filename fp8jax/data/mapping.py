@@ -52,7 +52,8 @@ class Mapped:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise DataError(
-                f"{self._path}: cannot be read any more: {reason}; restore it, or set config.data.on_fault=skip"
+                f"{self._path}: cannot be read any more: {reason}; restore it, or set "
+                f"config.data.on_fault=skip"
             ) from None
 
 

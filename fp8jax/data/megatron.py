@@ -102,7 +102,8 @@ def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> 
     if first_held_out < (split != "all"):
         raise _error(
             f"{prefix}.idx",
-            f"holds {documents} document{'' if documents == 1 else 's'} with tokens; there is nothing to hold "
+            f"holds {documents} document{'' if documents == 1 else 's'} with tokens; there is "
+            f"nothing to hold "
             "out: set config.data.held_out to other text, or to none",
         )
     tokens = np.memmap(path, index.kind, mode="r")
@@ -131,7 +132,8 @@ def _ends_itself(
         bad = int(some[np.argmin(ended)])
         raise _error(
             path,
-            f"document {bad} does not end with the end-of-document id {tokenizer.end_of_document}, others do; write it again, "
+            f"document {bad} does not end with the end-of-document id "
+            f"{tokenizer.end_of_document}, others do; write it again, "
             "and set config.data.tokenizer to its tokenizer",
         )
     return bool(ended.all())
@@ -158,13 +160,15 @@ def read_index(prefix: str | os.PathLike) -> Index:
     if version != 1 or head[17] not in _DTYPES:
         raise _error(
             path,
-            f"is of version {version} and dtype code {head[17]}; known are version 1 and codes {list(_DTYPES)}",
+            f"is of version {version} and dtype code {head[17]}; known are version 1 and codes "
+            f"{list(_DTYPES)}",
         )
     expected = _HEADER + 12 * sequences + 8 * documents
     if size < expected or not sequences or documents < 2:
         raise _error(
             path,
-            f"has {size} bytes, not the {expected} of {sequences} sequences and {documents} document entries; it is cut "
+            f"has {size} bytes, not the {expected} of {sequences} sequences and {documents} "
+            f"document entries; it is cut "
             f"off at byte {size}",
         )
     raw = np.memmap(path, np.uint8, mode="r")

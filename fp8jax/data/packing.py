@@ -173,7 +173,8 @@ class BestFitWindows(_Windows):
         sound = all(count > 0 and start + count <= len(self.stream) for start, count in found)
         if not found or not sound or sum(count for _, count in found) > self.data.sequence_length:
             raise DataError(
-                f"{self.packed.path}: window {index} (piece {first} and on) has pieces that do not fit; prepare it again"
+                f"{self.packed.path}: window {index} (piece {first} and on) has pieces that do "
+                f"not fit; prepare it again"
             )
         return found
 
@@ -346,14 +347,16 @@ def open_best_fit(directory: str | os.PathLike, length: int, tokens: int) -> Bes
     if not counts or any(type(count) is not int or not 0 < count <= tokens for count in counts):
         have = f" (there is {', '.join(known)})" if known else ""
         raise ConfigError(
-            f"config.data.packing: {directory} is not packed by best fit for sequences of {length}{have}; "
+            f"config.data.packing: {directory} is not packed by best fit for sequences of "
+            f"{length}{have}; "
             f"prepare it again, as before, with --best_fit {length} added"
         )
     pieces = shards.map_file(paths[0], PIECE, counts[0], "pieces")
     ends = shards.map_file(paths[1], shards.ENDS, counts[1], "windows")
     if ends[-1] != len(pieces):
         raise ConfigError(
-            f"config.data.source: {paths[1]}: does not end with its {len(pieces)} pieces; prepare it again"
+            f"config.data.source: {paths[1]}: does not end with its {len(pieces)} pieces; "
+            f"prepare it again"
         )
     return BestFit(pieces, ends, paths[0])
 

@@ -258,7 +258,8 @@ def _windows(
         return packing.ConcatWindows(source.stream, data)
     if not sources.is_directory(source.name):
         raise ConfigError(
-            f"config.data.packing: {data.packing!r} needs directories of prepared token shards, not {source.name!r}"
+            f"config.data.packing: {data.packing!r} needs directories of prepared token shards, "
+            f"not {source.name!r}"
         )
     packed = packing.open_best_fit(source.name, data.sequence_length, len(source.stream))
     return packing.BestFitWindows(source.stream, data, packed)

@@ -136,7 +136,8 @@ def train_tokenizer(
     if path.exists():
         if (found := tokenizers.load(str(path)).vocab_size) > vocab_size:
             raise ConfigError(
-                f"--train_tokenizer: {vocab_size}, but {path} has {found} ids; remove it, or choose another --out"
+                f"--train_tokenizer: {vocab_size}, but {path} has {found} ids; remove it, or "
+                f"choose another --out"
             )
         return str(path)
     parts = cut_into_parts(documents.find(inputs, out=directory), 0.0)
@@ -198,7 +199,8 @@ def _finished(directory: pathlib.Path, plan: str) -> dict[str, Any]:
     index = shards.read_index(directory)
     if index.get("plan") != plan:
         raise ConfigError(
-            f"{directory}: already holds {shards.INDEX} of other inputs or options; choose an empty directory"
+            f"{directory}: already holds {shards.INDEX} of other inputs or options; choose an "
+            f"empty directory"
         )
     for source in shards.read_sources(directory):
         _check_unchanged(directory, source)
@@ -212,7 +214,8 @@ def _check_unchanged(directory: pathlib.Path, source: dict[str, Any]) -> None:
         return
     if documents.digest(path) != source["digest"]:
         raise ConfigError(
-            f"{path}: has changed since {directory} was prepared; choose an empty directory, or remove that one"
+            f"{path}: has changed since {directory} was prepared; choose an empty directory, or "
+            f"remove that one"
         )
 
 
@@ -231,7 +234,8 @@ def _begin(directory: pathlib.Path, plan: str, parts: list) -> Any:
     found = lock.read()
     if found and found != expected:
         raise ConfigError(
-            f"{directory}: holds an unfinished preparation of other inputs or options, or of files that have changed "
+            f"{directory}: holds an unfinished preparation of other inputs or options, or of "
+            f"files that have changed "
             "since; remove it, or choose an empty directory"
         )
     lock.truncate(0)
@@ -253,7 +257,8 @@ def _hold_one_out(job: Job, parts: list, fraction: float) -> None:
         return
     if (there := sum(count for record in records for _, count in record["documents"])) < 2:
         raise ConfigError(
-            "one document alone cannot be held out from itself; give more, or --validation_fraction=0"
+            "one document alone cannot be held out from itself; give more, or "
+            "--validation_fraction=0"
             if there
             else "--input: holds no documents at all"
         )
@@ -274,7 +279,8 @@ def _index(
     }
     if not splits["train"]["documents"]:
         raise ConfigError(
-            f"{job.directory}: no documents left to train on; give more, or a lower --validation_fraction"
+            f"{job.directory}: no documents left to train on; give more, or a lower "
+            f"--validation_fraction"
         )
     more: dict[str, Any] = {"normalised": True} if job.allow_normalisation else {}
     if bad := sum(record.get("skipped", 0) for record in records):

@@ -189,8 +189,10 @@ def write_index(directory: pathlib.Path, index: dict[str, Any]) -> None:
     content = (json.dumps(index, indent=1) + "\n").encode()
     if len(content) > INDEX_BYTES:
         raise ConfigError(
-            f"{directory / INDEX}: would have {len(content):,} bytes, more than the {INDEX_BYTES:,} that are read; "
-            "prepare the input in several directories, and mix them: config.data.source='dirA=0.5,dirB=0.5'"
+            f"{directory / INDEX}: would have {len(content):,} bytes, more than the "
+            f"{INDEX_BYTES:,} that are read; "
+            "prepare the input in several directories, and mix them: "
+            "config.data.source='dirA=0.5,dirB=0.5'"
         )
     partial = directory / f"{INDEX}.partial"
     partial.write_bytes(content)
@@ -436,7 +438,10 @@ def verify(directory: str | os.PathLike) -> str | None:
                 except OSError as error:
                     return f"{file}: cannot be read: {error.strerror}"
                 if found != expected:
-                    return f"{file}: its checksum is {found[:12]}…, not {expected[:12]}…; prepare it again"
+                    return (
+                        f"{file}: its checksum is {found[:12]}…, not {expected[:12]}…; "
+                        f"prepare it again"
+                    )
     return None
 
 

@@ -96,7 +96,8 @@ class TokenStream:
             bad = int(np.argmax((tokens >= size) | (tokens < 0)))
             at = (first + bad) * self.arrays[which].itemsize
             raise DataError(
-                f"{self.names[which]}: token {first + bad} is {tokens[bad]}, outside the vocabulary of {size} (byte {at}); "
+                f"{self.names[which]}: token {first + bad} is {tokens[bad]}, outside the "
+                f"vocabulary of {size} (byte {at}); "
                 "prepare it again, or set config.data.on_fault=skip"
             )
         return tokens.astype(np.int32)
@@ -192,7 +193,8 @@ def check(data: DataConfig) -> None:
 def _not_there(name: str) -> str:
     if name.startswith("hf:") and not os.path.exists(name):
         return (
-            f"{name}: is a dataset of a hub; prepare it first, python -m fp8jax prepare --input {name} --out tokens, and give the "
+            f"{name}: is a dataset of a hub; prepare it first, python -m fp8jax prepare --input "
+            f"{name} --out tokens, and give the "
             "directory tokens"
         )
     path = os.path.join(name, shards.INDEX)
@@ -223,7 +225,8 @@ def held_out_parts(data: DataConfig) -> list[tuple[str, str, str]]:
             )
         if part == "train" and source in trained:
             raise ConfigError(
-                f"config.data.held_out: {source} holds nothing out, and the run trains on it; give another source, or none"
+                f"config.data.held_out: {source} holds nothing out, and the run trains on it; "
+                f"give another source, or none"
             )
         found.append((name, source, part))
     return found

@@ -109,11 +109,13 @@ def _npy(record: bytes) -> np.ndarray:
 def _checked(path: str, number: int, ids: np.ndarray, vocab_size: int) -> np.ndarray:
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ConfigError(
-            f"{path}: record {number} is an array of {ids.dtype} {list(ids.shape)}, not a sequence of integers"
+            f"{path}: record {number} is an array of {ids.dtype} {list(ids.shape)}, not a "
+            f"sequence of integers"
         )
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ConfigError(
-            f"{path}: record {number} has ids from {ids.min()} to {ids.max()}; those of --tokenizer are 0 to {vocab_size - 1}"
+            f"{path}: record {number} has ids from {ids.min()} to {ids.max()}; those of "
+            f"--tokenizer are 0 to {vocab_size - 1}"
         )
     return ids
 

@@ -132,8 +132,10 @@ class HuggingFaceTokenizer:
         if forms and not allow_normalisation:
             raise _error(
                 path,
-                f"brings text into {' and '.join(forms)}, so that text is not given back as it was; say "
-                "--allow_normalisation (prepare) or --config.data.allow_normalisation=True to take bits per byte over that text",
+                f"brings text into {' and '.join(forms)}, so that text is not given back as it "
+                f"was; say "
+                "--allow_normalisation (prepare) or --config.data.allow_normalisation=True to "
+                "take bits per byte over that text",
             )
         spelled = [token.content for token in added.values() if not token.special]
         _check_lossless(path, self, lossless.cause(spec), added=spelled, forms=forms)
@@ -273,7 +275,8 @@ def of(data: DataConfig) -> Tokenizer:
     directory = pathlib.Path(source)
     if not any((directory / name).is_file() for name in ("tokenizer.json", "index.json")):
         raise ConfigError(
-            f"config.data.source: {directory / 'index.json'}: no such file; source is 'embedded' or a directory of prepared "
+            f"config.data.source: {directory / 'index.json'}: no such file; source is "
+            f"'embedded' or a directory of prepared "
             "token shards; for Megatron files set config.data.tokenizer"
         )
     return of_directory(directory, allow_normalisation=data.allow_normalisation)
@@ -310,7 +313,8 @@ def train(texts: Iterable[str], vocab_size: int) -> str:
     """
     if vocab_size < 257:
         raise ConfigError(
-            f"--train_tokenizer: {vocab_size} is below 257, one id a byte and one that ends documents"
+            f"--train_tokenizer: {vocab_size} is below 257, one id a byte and one that ends "
+            f"documents"
         )
     try:
         import tokenizers
@@ -348,7 +352,8 @@ def vocab_size(config: Config) -> int:
         return -(-needed // 128) * 128
     if config.model.vocab_size < needed:
         raise ConfigError(
-            f"config.model.vocab_size: {config.model.vocab_size} is below the {needed} ids of tokenizer "
+            f"config.model.vocab_size: {config.model.vocab_size} is below the {needed} ids of "
+            f"tokenizer "
             f"{config.data.tokenizer!r}; set it to None or at least {needed}"
         )
     return config.model.vocab_size
@@ -421,7 +426,8 @@ def _check_lossless(path: str, tokenizer: Any, cause: str, **options: Any) -> No
     except BaseException as error:  # the libraries' panics are not Exceptions
         raise _error(
             path,
-            f"{_first_line(error)}{cause}; bits per byte would be wrong: use a byte-level tokenizer that loses nothing, "
+            f"{_first_line(error)}{cause}; bits per byte would be wrong: use a byte-level "
+            f"tokenizer that loses nothing, "
             "or 'byte'",
         ) from None
 
@@ -439,7 +445,8 @@ def _installed_tekken() -> str:
             return str(path)
     raise _error(
         "tekken",
-        "needs the package mistral-common; pip install --no-deps mistral-common, or give a tekken.json",
+        "needs the package mistral-common; pip install --no-deps mistral-common, or give a "
+        "tekken.json",
     )
 
 

@@ -66,7 +66,8 @@ def run(path: str | pathlib.Path, texts: Iterable[str] = ()) -> None:
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise ValueError(
-            f"ends its process with {name}: it takes more than {MEMORY >> 30} GiB of memory, or breaks the library"
+            f"ends its process with {name}: it takes more than {MEMORY >> 30} GiB of memory, or "
+            f"breaks the library"
         )
     lines = done.stderr.decode(errors="replace").splitlines() or [f"exit code {done.returncode}"]
     raise ValueError(lines[-1][:300])

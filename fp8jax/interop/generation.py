@@ -251,7 +251,8 @@ def _check(context: int, prompts: Sequence[Ids], tokens: int) -> None:
     longest = max(map(len, prompts))
     if longest > context:
         raise ValueError(
-            f"prompt: {longest:,} tokens, with the one that begins a document, exceed the model's context of "
+            f"prompt: {longest:,} tokens, with the one that begins a document, exceed the "
+            f"model's context of "
             f"{context:,}; shorten it"
         )
 

@@ -111,7 +111,8 @@ def load(
         view[...] = files.read(slot.name).reshape(view.shape)
         if not np.isfinite(view).all():
             raise HuggingFaceError(
-                f"{files.entries[slot.name].path}: {slot.name} holds NaN or infinity; nothing can be computed with it"
+                f"{files.entries[slot.name].path}: {slot.name} holds NaN or infinity; nothing "
+                f"can be computed with it"
             )
     for constant in constants:
         _check_constant(files, constant, note)
@@ -202,7 +203,8 @@ def carry(source: pathlib.Path, target: pathlib.Path) -> list[str]:
         size = (source / name).stat().st_size
         if size > _LARGEST_CARRIED:
             raise HuggingFaceError(
-                f"{source / name}: has {size:,} bytes, more than the {_LARGEST_CARRIED:,} that are copied"
+                f"{source / name}: has {size:,} bytes, more than the {_LARGEST_CARRIED:,} that "
+                f"are copied"
             )
         shutil.copyfile(source / name, target / name)
     return found
@@ -244,7 +246,8 @@ def _check_names(
     for name, entry in files.entries.items():
         if name in expected and entry.shape != expected[name]:
             raise HuggingFaceError(
-                f"{entry.path}: {name} has shape {list(entry.shape)}; config.json makes it {list(expected[name])}"
+                f"{entry.path}: {name} has shape {list(entry.shape)}; config.json makes it "
+                f"{list(expected[name])}"
             )
         if name in expected and entry.dtype not in DTYPES:
             raise HuggingFaceError(

@@ -128,7 +128,8 @@ def to_config(model: ResolvedModel, vocab_size: int, model_type: str) -> dict[st
     default_scale = math.isclose(model.softmax_scale, 1 / math.sqrt(head_dim), rel_tol=1e-9)
     if not default_scale and model_type != "fog":
         raise HuggingFaceError(
-            f"model.softmax_scale: {model_type} has 1/sqrt(head_dim), this model {model.softmax_scale!r}"
+            f"model.softmax_scale: {model_type} has 1/sqrt(head_dim), this model "
+            f"{model.softmax_scale!r}"
         )
     values = {
         "architectures": [form.class_name],
@@ -197,7 +198,8 @@ def _check_keys(values: Mapping[str, Any], form: Format, note: Callable[[str], N
             passed_over.append(key)
         else:
             raise HuggingFaceError(
-                f"config.json: {key}: {str(value)[:60]!r} is not understood{config_lib.did_you_mean(key, known)}; "
+                f"config.json: {key}: {str(value)[:60]!r} is not "
+                f"understood{config_lib.did_you_mean(key, known)}; "
                 f"if it changes no number, say --ignore_keys={key}"
             )
     if passed_over:

@@ -27,11 +27,13 @@ def switches_of(given: Mapping[str, Any]) -> dict[str, Any]:
         )
     if layerscale and pre:
         raise HuggingFaceError(
-            "config.json: layerscale: true with pre_norm; it is known only as the post-norm's initial gain"
+            "config.json: layerscale: true with pre_norm; it is known only as the post-norm's "
+            "initial gain"
         )
     if given["hidden_act"] not in _ACTIVATIONS:
         raise HuggingFaceError(
-            f"config.json: hidden_act: {given['hidden_act']!r} is not one of {', '.join(_ACTIVATIONS)}"
+            f"config.json: hidden_act: {given['hidden_act']!r} is not one of "
+            f"{', '.join(_ACTIVATIONS)}"
         )
     if given["qk_type"] not in ("rms", "dyt"):
         raise HuggingFaceError(f"config.json: qk_type: {given['qk_type']!r} is not one of rms, dyt")

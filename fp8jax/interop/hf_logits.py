@@ -50,11 +50,13 @@ def compute(
         or not tokens_bt.size
     ):
         raise ValueError(
-            f"tokens: {tokens_bt.dtype} {list(tokens_bt.shape)} are not integers [batch, length], at least 2 long"
+            f"tokens: {tokens_bt.dtype} {list(tokens_bt.shape)} are not integers [batch, "
+            f"length], at least 2 long"
         )
     if tokens_bt.min() < 0 or tokens_bt.max() >= vocab_size:
         raise ValueError(
-            f"tokens: ids from {tokens_bt.min()} to {tokens_bt.max()}; the model's are 0 to {vocab_size - 1}"
+            f"tokens: ids from {tokens_bt.min()} to {tokens_bt.max()}; the model's are 0 to "
+            f"{vocab_size - 1}"
         )
     config = Config(
         model=dataclasses.replace(model, dtype="float32"),

@@ -80,7 +80,8 @@ def read(
     fields = {"rope_theta": number({"rope_theta": found}, "rope_theta")}
     if not isinstance(kind, str) or kind not in _KINDS:
         raise HuggingFaceError(
-            f"config.json: {key}: type {str(kind)[:60]!r} is not supported, only {', '.join(map(repr, _KINDS))}"
+            f"config.json: {key}: type {str(kind)[:60]!r} is not supported, only "
+            f"{', '.join(map(repr, _KINDS))}"
         )
     if kind in ("yarn", "llama3") and context is not None:
         scaling.setdefault("original_max_position_embeddings", context)
@@ -124,7 +125,8 @@ def _stated(
     key, scaling = ("rope_parameters", new) if new is not None else ("rope_scaling", old)
     if scaling is None and left_out and key in values:
         raise HuggingFaceError(
-            f"config.json: {key}: null is Llama-3 scaling to some releases of transformers and none to others; "
+            f"config.json: {key}: null is Llama-3 scaling to some releases of transformers and "
+            f"none to others; "
             'write {"rope_type": "default"} for none, or leave the key out'
         )
     scaling = left_out if scaling is None else scaling
@@ -135,7 +137,8 @@ def _stated(
         and SLIDING in layers
     ):
         raise HuggingFaceError(
-            "config.json: rope_scaling: is that of full attention alone, and layers of sliding attention have none; "
+            "config.json: rope_scaling: is that of full attention alone, and layers of sliding "
+            "attention have none; "
             "one RoPE for all layers is supported"
         )
     return key, scaling
@@ -146,7 +149,8 @@ def _of_all(nested: Mapping[str, Any], layers: Collection[str]) -> dict[str, Any
     found = [nested.get(kind) or {"rope_type": "default"} for kind in sorted(layers)]
     if any(one != found[0] for one in found) or not all(isinstance(one, dict) for one in found):
         raise HuggingFaceError(
-            "config.json: rope_parameters: differ between kinds of layers; one RoPE for all layers is supported"
+            "config.json: rope_parameters: differ between kinds of layers; one RoPE for all "
+            "layers is supported"
         )
     return dict(found[0])
 

@@ -87,7 +87,8 @@ class TensorFiles:
             for name, entry in _header(path).items():
                 if listed and listed.get(name) != path.name:
                     raise HuggingFaceError(
-                        f"{path}: holds {name}, which {INDEX} places in {listed.get(name, 'no file')}"
+                        f"{path}: holds {name}, which {INDEX} places in "
+                        f"{listed.get(name, 'no file')}"
                     )
                 self.entries[name] = entry
         missing = next((name for name in listed if name not in self.entries), None)
@@ -202,7 +203,8 @@ def _index(directory: pathlib.Path) -> dict[str, str]:
     if not path.exists():
         if not (directory / SINGLE).exists():
             raise HuggingFaceError(
-                f"{directory}: neither {SINGLE} nor {INDEX} there; only safetensors are read, no pickle"
+                f"{directory}: neither {SINGLE} nor {INDEX} there; only safetensors are read, "
+                f"no pickle"
             )
         return {}
     listed = read_json(path).get("weight_map")
@@ -217,7 +219,8 @@ def _index(directory: pathlib.Path) -> dict[str, str]:
     for name, file in listed.items():
         if pathlib.PurePath(file).name != file or "\\" in file or not file.endswith(".safetensors"):
             raise HuggingFaceError(
-                f"{path}: {name} is placed in {file!r}, which is not the name of a .safetensors file beside it"
+                f"{path}: {name} is placed in {file!r}, which is not the name of a .safetensors "
+                f"file beside it"
             )
     return listed
 
@@ -246,7 +249,8 @@ def _header(path: pathlib.Path) -> dict[str, Entry]:
         expected = stop
     if expected != total - 8 - length:
         raise HuggingFaceError(
-            f"{path}: has {total - 8 - length} bytes of data, its header describes {expected}; truncated?"
+            f"{path}: has {total - 8 - length} bytes of data, its header describes {expected}; "
+            f"truncated?"
         )
     return {
         name: Entry(path, spec["dtype"], tuple(spec["shape"]), 8 + length + ranges[name][0])

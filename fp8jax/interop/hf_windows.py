@@ -37,7 +37,8 @@ def kinds_of_layers(values: Mapping[str, Any], model_type: str, context: int | N
         not isinstance(listed, list) or any(kind not in (FULL, SLIDING) for kind in listed)
     ):
         raise HuggingFaceError(
-            f"config.json: layer_types: {str(listed)[:60]} is not a list of {FULL!r} and {SLIDING!r}"
+            f"config.json: layer_types: {str(listed)[:60]} is not a list of {FULL!r} and "
+            f"{SLIDING!r}"
         )
     kinds = set(listed or _DEFAULT_LAYERS[model_type])
     if model_type == "mistral":
@@ -55,7 +56,9 @@ def kinds_of_layers(values: Mapping[str, Any], model_type: str, context: int | N
     window = number({"sliding_window": window}, "sliding_window", int)
     if context is None or window < context:
         raise HuggingFaceError(
-            f"config.json: sliding_window: {window} is below max_position_embeddings={context}, and windows of attention "
-            f"are not supported; with max_position_embeddings of {window} or less there it changes nothing"
+            f"config.json: sliding_window: {window} is below max_position_embeddings={context}, "
+            f"and windows of attention "
+            f"are not supported; with max_position_embeddings of {window} or less there it "
+            f"changes nothing"
         )
     return kinds if model_type == "olmo3" else {FULL}

@@ -157,7 +157,8 @@ def load_tasks(names: Sequence[str], task_dir: pathlib.Path | None = None) -> li
     for name in names:
         if name not in manager.task_index:
             raise ConfigError(
-                f"--tasks: {name!r} is not a task of the harness{did_you_mean(name, [*GROUPS, *manager.all_tasks])}"
+                f"--tasks: {name!r} is not a task of the "
+                f"harness{did_you_mean(name, [*GROUPS, *manager.all_tasks])}"
                 + ("" if task_dir else "; a task file of your own is found with --task_dir=DIR")
             )
     datasets.disable_progress_bars()
@@ -187,8 +188,10 @@ def _load(manager: TaskManager, names: list[str]) -> list[Any]:
             ) from error
     if missing:
         raise ConfigError(
-            f"--tasks: the data of {', '.join(missing)} is not on this machine and huggingface.co cannot be reached; run "
-            "once with a network, copy its HF_HOME here, or give task files with local data by --task_dir=DIR"
+            f"--tasks: the data of {', '.join(missing)} is not on this machine and "
+            f"huggingface.co cannot be reached; run "
+            "once with a network, copy its HF_HOME here, or give task files with local data by "
+            "--task_dir=DIR"
         )
     return loaded
 

@@ -104,7 +104,8 @@ def encode_pair(inference: Inference, context: str, continuation: str) -> tuple[
     )
     if not after:
         raise ValueError(
-            f"the continuation of {context[-60:]!r} is empty; there is nothing to score: remove that choice from the task"
+            f"the continuation of {context[-60:]!r} is empty; there is nothing to score: remove "
+            f"that choice from the task"
         )
     return before, after
 
@@ -239,13 +240,15 @@ class _Options(NamedTuple):
         for name, value in options.items():
             if name not in (*_KNOWN, *LENGTHS, *drawing) and value not in _NEUTRAL.get(name, ()):
                 raise ValueError(
-                    f"generation option {name}={value!r} is not supported; change generation_kwargs of the task"
+                    f"generation option {name}={value!r} is not supported; change "
+                    f"generation_kwargs of the task"
                 )
         length = next((name for name in LENGTHS if name in options), LENGTHS[0])
         tokens = options.get(length, DEFAULT_TOKENS)
         if type(tokens) is not int or tokens < 0:
             raise ValueError(
-                f"generation option {length}={tokens!r} is not a number of tokens; change generation_kwargs of the task"
+                f"generation option {length}={tokens!r} is not a number of tokens; change "
+                f"generation_kwargs of the task"
             )
         top_p = float(options.get("top_p", 1.0)) if temperature else 1.0
         return _Options(tuple(filter(None, until)), tokens, Sampling(temperature, top_p))

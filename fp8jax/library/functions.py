@@ -95,7 +95,8 @@ def _normal(dims: Any, x: jax.Array, w: jax.Array) -> gemm_lib.DimensionNumbers:
         theirs = tuple(int(i) % w.ndim for i in theirs)
         if [x.shape[i] for i in ours] != [w.shape[i] for i in theirs]:
             raise ValueError(
-                f"fp8jax.dot_general: dimensions {ours} of x {x.shape} and {theirs} of w {w.shape} differ in size"
+                f"fp8jax.dot_general: dimensions {ours} of x {x.shape} and {theirs} of w "
+                f"{w.shape} differ in size"
             )
         pairs.append((ours, theirs))
     return pairs[0], pairs[1]
@@ -248,7 +249,8 @@ def check_attention(
         return
     if segment_ids.shape != q.shape[:2] or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(
-            f"{where}: segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}, not integers {list(q.shape[:2])}"
+            f"{where}: segment_ids is {segment_ids.dtype}{list(segment_ids.shape)}, not "
+            f"integers {list(q.shape[:2])}"
         )
 
 

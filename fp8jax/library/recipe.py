@@ -85,7 +85,8 @@ class Recipe:
             return
         names = [str(name) for name in allowed]
         raise ValueError(
-            f"fp8jax.Recipe: {field}={value!r} is not one of {', '.join(names)}{_hint(value, names)}"
+            f"fp8jax.Recipe: {field}={value!r} is not one of "
+            f"{', '.join(names)}{_hint(value, names)}"
         )
 
     def _within(self, field: str, least: int, most: int) -> None:

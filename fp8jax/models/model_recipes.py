@@ -205,7 +205,8 @@ def _check_blockwise_device(config: Config, recipe: str, *, emulated: bool) -> N
     fp8 = config.fp8
     if "blockwise" in fp8.scaling + fp8.overrides and recipe != "bf16" and not emulated:
         raise ConfigError(
-            "config.fp8.scaling: blockwise has no FP8 kernel on this device; use current or delayed, or "
+            "config.fp8.scaling: blockwise has no FP8 kernel on this device; use current or "
+            "delayed, or "
             "config.fp8.backend=emulated to study it in BF16 GEMMs"
         )
 
@@ -213,7 +214,8 @@ def _check_blockwise_device(config: Config, recipe: str, *, emulated: bool) -> N
 def _check_blockwise_loss(config: Config, head: GemmRecipe) -> None:
     if head.scaling == "blockwise" and config.training.loss_chunk:
         raise ConfigError(
-            f"config.training.loss_chunk: {config.training.loss_chunk} with a blockwise FP8 head: there is no such loss; set "
+            f"config.training.loss_chunk: {config.training.loss_chunk} with a blockwise FP8 "
+            f"head: there is no such loss; set "
             f"it to 0, or config.fp8.overrides='{HEAD}=current'"
         )
 
@@ -229,7 +231,8 @@ def _asked_backend(config: Config, recipe: str, *, cudnn: bool) -> str:
     )
     if asked == "pallas" and not wanted:
         raise ConfigError(
-            "config.fp8.attention_backend: pallas has no role in BF16, and no attention is in FP8; use auto, or "
+            "config.fp8.attention_backend: pallas has no role in BF16, and no attention is in "
+            "FP8; use auto, or "
             "config.fp8.recipe=fp8_dpa"
         )
     return asked
@@ -239,7 +242,8 @@ def _check_applies(override: recipes_lib.Override, layers: list[Recipes], head: 
     """Raise ConfigError for an override that would change nothing, which is a mistake."""
     if override.role == HEAD and not head.fp8 and override.scaling != "bf16":
         raise ConfigError(
-            f"config.fp8.overrides: {HEAD}={override.scaling} needs config.fp8.head=True: the head is in BF16"
+            f"config.fp8.overrides: {HEAD}={override.scaling} needs config.fp8.head=True: the "
+            f"head is in BF16"
         )
     if override.role == HEAD and (override.first, override.last) != (0, len(layers) - 1):
         raise ConfigError(
@@ -255,8 +259,10 @@ def _check_blockwise_attention(layers: list[Recipes]) -> None:
     for role in recipes_lib.ATTENTION_ROLES:
         if any(layer[role].scaling == "blockwise" for layer in layers):
             raise ConfigError(
-                f"config.fp8.scaling: {role} has no blockwise scaling, only {', '.join(attention_lib.SCALINGS)}; set "
-                "config.fp8.overrides='attention_scores=current,attention_values=current', or config.fp8.recipe=fp8"
+                f"config.fp8.scaling: {role} has no blockwise scaling, only "
+                f"{', '.join(attention_lib.SCALINGS)}; set "
+                "config.fp8.overrides='attention_scores=current,attention_values=current', or "
+                "config.fp8.recipe=fp8"
             )
 
 

@@ -98,7 +98,8 @@ def tap(name: str, x: jax.Array) -> None:
     """
     if x.ndim < 3 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"tap({name!r}): {x.dtype}{list(x.shape)} is not a floating array [batch, tokens, ..., features]"
+            f"tap({name!r}): {x.dtype}{list(x.shape)} is not a floating array [batch, tokens, "
+            f"..., features]"
         )
     current = _found.get()
     counted = current and current[2]
@@ -120,6 +121,7 @@ def record(name: str, compute: Callable[..., dict[str, jax.Array]], *arrays: jax
     found, pooled, _ = current
     if name in found or "/" in name:
         raise ValueError(
-            f"tap({name!r}): {'a name must not contain a slash' if '/' in name else 'this block has a tap of that name'}"
+            f"tap({name!r}): "
+            f"{'a name must not contain a slash' if '/' in name else 'this block has a tap of that name'}"
         )
     found[name] = statistics.choose(compute(*map(jax.lax.stop_gradient, arrays)), pooled=pooled)

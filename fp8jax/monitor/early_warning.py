@@ -273,10 +273,14 @@ class EarlyWarning:
         if not single and not stays:
             return []
         self._gradient_broke = self._entries
-        evidence = f"norm {norm:.3g}, {math.exp(logs[-1] - median):.1f} times the median of the last {len(seen)} entries"
+        evidence = (
+            f"norm {norm:.3g}, {math.exp(logs[-1] - median):.1f} times the median of the "
+            f"last {len(seen)} entries"
+        )
         if stays:
             evidence = (
-                f"norm {math.exp(np.median(now)):.3g} in the last {SOON} entries, {math.exp(raised):.1f} times that of the "
+                f"norm {math.exp(np.median(now)):.3g} in the last {SOON} entries, "
+                f"{math.exp(raised):.1f} times that of the "
                 f"{len(before)} before, and the loss is above its trend"
             )
         return [
@@ -298,7 +302,10 @@ class EarlyWarning:
         self._rates.append(rate)
         if len(seen) < GRADIENTS // 2 or rate <= JUMP * (usual := float(np.median(seen))):
             return []
-        evidence = f"{rate:.2g}, {rate / max(usual, 1e-30):.1f} times the median of the last {len(seen)} entries"
+        evidence = (
+            f"{rate:.2g}, {rate / max(usual, 1e-30):.1f} times the median of the last "
+            f"{len(seen)} entries"
+        )
         return [Alarm(entry["step"], WARN, RATE, None, evidence, None, None, *_advice(RATE))]
 
     def _break(self) -> list[Alarm]:
@@ -321,7 +328,10 @@ class EarlyWarning:
         )
         both = self._entries - self._gradient_broke < SOON
         name = "{} in layer {}".format(*places[last])
-        evidence = f"{share:.0%} of weights and activations grow as never before, most of all {name}, {math.exp(now[last]):.2g} times"
+        evidence = (
+            f"{share:.0%} of weights and activations grow as never before, most of all "
+            f"{name}, {math.exp(now[last]):.2g} times"
+        )
         return [
             Alarm(
                 step, ACT if both else WARN, TENSORS, None, evidence, None, None, *_advice(TENSORS)
@@ -424,7 +434,8 @@ def _advice(tensor: str) -> tuple[str, str]:
         return "lower the learning rate, or roll back", ""
     if tensor == LOGITS:
         return (
-            "normalise queries and keys, with frozen gains (model.qk_regulariser=rmsnorm_frozen), or move attention and qkv to BF16",
+            "normalise queries and keys, with frozen gains "
+            "(model.qk_regulariser=rmsnorm_frozen), or move attention and qkv to BF16",
             "qkv,attention_scores,attention_values",
         )
     if not operand:

@@ -119,7 +119,8 @@ class Gathered:
             return
         if more > 0 and self._rows + more > ROWS:
             self.problems.add(
-                f"metrics.jsonl has statistics of more than {ROWS:,} layers, of all tensors: those that came first are shown"
+                f"metrics.jsonl has statistics of more than {ROWS:,} layers, of all tensors: "
+                f"those that came first are shown"
             )
             return
         self._rows += max(more, 0)

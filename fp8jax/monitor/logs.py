@@ -216,7 +216,8 @@ def _damaged(file: BinaryIO, at: int, line: bytes) -> MetricsError:
         number, at = number + block.count(b"\n"), at - len(block)
     excerpt = repr(line.decode(errors="replace")[:60].strip())
     return MetricsError(
-        f"{file.name}, line {number}: not a JSON object with an integer 'step': {excerpt}; remove it"
+        f"{file.name}, line {number}: not a JSON object with an integer 'step': {excerpt}; "
+        f"remove it"
     )
 
 

@@ -52,7 +52,8 @@ def open_sink(
         wandb = importlib.import_module("wandb")
     except ImportError:
         raise ConfigError(
-            f"config.log.wandb: {config.wandb!r} needs the package wandb: pip install -r requirements-wandb.txt"
+            f"config.log.wandb: {config.wandb!r} needs the package wandb: pip install -r "
+            f"requirements-wandb.txt"
         ) from None
     path = workdir / "wandb_id"
     if not path.exists():
@@ -69,6 +70,7 @@ def open_sink(
         )
     except (wandb.errors.Error, OSError) as error:
         raise ConfigError(
-            f"config.log.wandb: {error}; log in with `wandb login`, or set config.log.wandb_offline=True"
+            f"config.log.wandb: {error}; log in with `wandb login`, or set "
+            f"config.log.wandb_offline=True"
         ) from None
     return WandbSink(run)

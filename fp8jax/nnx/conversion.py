@@ -214,7 +214,10 @@ def _applies(pattern: str, path: str) -> bool:
 
 def _matches_nothing(pattern: str, paths: list[str]) -> str:
     if not paths:
-        return "fp8jax.nnx.quantize: the model has no Linear, LinearGeneral, Einsum or MultiHeadAttention"
+        return (
+            "fp8jax.nnx.quantize: the model has no Linear, LinearGeneral, Einsum or "
+            "MultiHeadAttention"
+        )
     parts = {path[:end] for path in paths for end in _ends(path)}
     near = difflib.get_close_matches(pattern.replace("*", ""), sorted(parts), n=1, cutoff=0.0)
     return f"fp8jax.nnx.quantize: pattern {pattern!r} matches no layer; nearest path: {near[0]!r}"

@@ -42,5 +42,6 @@ def _check(equation: str, of_x: str, of_w: str, out: str) -> None:
         for name in letters:
             if letters.count(name) > 1 or name not in others + out:
                 raise ValueError(
-                    f"einsum {equation!r}: {name!r} is repeated or summed in one operand alone, which is no single GEMM"
+                    f"einsum {equation!r}: {name!r} is repeated or summed in one operand alone, "
+                    f"which is no single GEMM"
                 )

@@ -161,7 +161,8 @@ def _by_position(
     if bound.kwargs:
         names = ", ".join(bound.kwargs)
         raise TypeError(
-            f"fp8jax.nnx.value_and_grad: {names} can only be given by keyword; bind it with functools.partial"
+            f"fp8jax.nnx.value_and_grad: {names} can only be given by keyword; bind it with "
+            f"functools.partial"
         )
     return bound.args
 
@@ -175,7 +176,8 @@ def _outside_jit(error: KeyError) -> Exception:
     if "EArray" not in str(error):
         return error
     return ValueError(
-        "fp8jax.nnx.value_and_grad: a layer is called more than once; call this inside nnx.jit, where its amaxes combine"
+        "fp8jax.nnx.value_and_grad: a layer is called more than once; call this inside nnx.jit, "
+        "where its amaxes combine"
     )
 
 
@@ -217,8 +219,10 @@ def collect_amaxes(model: Any, grads: Any) -> None:
         if path not in found:
             name = ".".join(map(str, path[:-1]))
             raise ValueError(
-                f"update_scaling: no amaxes of {name} among the gradients; take them with fp8jax.nnx.value_and_grad, "
-                "or nnx.value_and_grad with argnums=nnx.DiffState(0, (nnx.Param, fp8jax.nnx.Scaling))"
+                f"update_scaling: no amaxes of {name} among the gradients; take them with "
+                f"fp8jax.nnx.value_and_grad, "
+                "or nnx.value_and_grad with argnums=nnx.DiffState(0, (nnx.Param, "
+                "fp8jax.nnx.Scaling))"
             )
         value = found[path].get_value()
         value = jnp.where(jnp.isnan(value), jnp.inf, value)
@@ -255,7 +259,8 @@ def _check_single_use(name: str, state: RoleScaling) -> None:
     def check(uses: Any) -> None:
         if uses > 1:
             raise ValueError(
-                f"update_scaling: {name} was called {int(uses)} times for one gradient, and nnx.value_and_grad added its amaxes; "
+                f"update_scaling: {name} was called {int(uses)} times for one gradient, and "
+                f"nnx.value_and_grad added its amaxes; "
                 "use fp8jax.nnx.value_and_grad, which takes their maximum"
             )
 

@@ -87,7 +87,8 @@ def linear_cross_entropy(
     """
     if recipe.scaling == "blockwise":
         raise ValueError(
-            f"{role}: blockwise scaling has no chunked loss; use current or delayed scaling, or all logits at once"
+            f"{role}: blockwise scaling has no chunked loss; use current or delayed scaling, or "
+            f"all logits at once"
         )
     if recipe.scaling == "delayed" and scales is None:
         raise ValueError(

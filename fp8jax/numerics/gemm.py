@@ -77,7 +77,8 @@ def gemm(
     name = f"{role}.{gemm_pass}"
     if lhs.data.dtype == E5M2 and rhs.data.dtype == E5M2:
         raise ValueError(
-            f"GEMM {name}: both operands are e5m2, which no device multiplies in FP8; make one of them e4m3"
+            f"GEMM {name}: both operands are e5m2, which no device multiplies in FP8; make one "
+            f"of them e4m3"
         )
     with jax.named_scope(f"fp8jax.gemm[{name}]"):
         a, b = lhs.data, rhs.data
@@ -153,7 +154,8 @@ def quantise_weight(
     """
     if recipe.scaling == "blockwise" and w.ndim != 2:
         raise ValueError(
-            f"blockwise scaling takes weights with two dimensions, not {w.shape}; merge dimensions before"
+            f"blockwise scaling takes weights with two dimensions, not {w.shape}; merge "
+            f"dimensions before"
         )
     return recipe.quantise(w if recipe.fp8 else w.astype(dtype), scale, "w", axes=(0, 1))[0]
 
@@ -195,12 +197,14 @@ def dot_general(
     """
     if recipe.scaling == "delayed" and scales is None:
         raise ValueError(
-            f"GEMM {role}: delayed scaling needs `scales`, a float32 array [2] for x and the output gradient"
+            f"GEMM {role}: delayed scaling needs `scales`, a float32 array [2] for x and the "
+            f"output gradient"
         )
     (x_contract, w_contract), (x_batch, w_batch) = dimension_numbers
     if recipe.scaling == "blockwise" and (w.ndim, len(x_contract), len(x_batch)) != (2, 1, 0):
         raise ValueError(
-            f"GEMM {role}: blockwise scaling contracts one dimension of x with one of a matrix, without batch dimensions; "
+            f"GEMM {role}: blockwise scaling contracts one dimension of x with one of a matrix, "
+            f"without batch dimensions; "
             f"w has shape {w.shape}, dimension_numbers are {dimension_numbers}"
         )
     if quantised_w is None:

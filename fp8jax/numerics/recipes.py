@@ -70,7 +70,8 @@ class GemmRecipe:
         for field, choices in known.items():
             if getattr(self, field) not in choices:
                 raise ValueError(
-                    f"GemmRecipe.{field}: {getattr(self, field)!r} is not one of {', '.join(choices)}"
+                    f"GemmRecipe.{field}: {getattr(self, field)!r} is not one of "
+                    f"{', '.join(choices)}"
                 )
         if self.scaling == "blockwise" and not self.emulated:
             raise ValueError("blockwise scaling has no FP8 kernel: it runs emulated only")

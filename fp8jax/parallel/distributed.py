@@ -197,7 +197,8 @@ class _Peers:
             server = socket.create_server(("", self._port))
         except OSError as error:
             raise ConfigError(
-                f"--coordinator_address={self._launch.address}: port {self._port}, the one after it, cannot be used: "
+                f"--coordinator_address={self._launch.address}: port {self._port}, the one "
+                f"after it, cannot be used: "
                 f"{error.strerror}"
             ) from None
         with server:
@@ -226,7 +227,8 @@ class _Peers:
             f" and {len(missing) - 8} more" if len(missing) > 8 else ""
         )
         raise ConfigError(
-            f"{len(missing)} of {self._launch.count} processes have not come within {self._timeout:.0f} s: {told}; look at their "
+            f"{len(missing)} of {self._launch.count} processes have not come within "
+            f"{self._timeout:.0f} s: {told}; look at their "
             f"logs, and check that they reach {self._launch.address} and the port after it"
         )
 
@@ -239,7 +241,8 @@ class _Peers:
             except OSError as error:
                 if time.monotonic() > self._deadline:
                     raise ConfigError(
-                        f"process {self._launch.process} has not reached {where} within {self._timeout:.0f} s: {error}; is "
+                        f"process {self._launch.process} has not reached {where} within "
+                        f"{self._timeout:.0f} s: {error}; is "
                         "process 0 running, and may the two connect?"
                     ) from None
                 time.sleep(0.2)
@@ -250,7 +253,8 @@ class _Peers:
                 self._sockets[0], self._names[0] = connection, str(welcome.get("name"))
                 return
         raise ConfigError(
-            f"process {self._launch.process} was let go by {where} after {self._timeout:.0f} s: not all of the "
+            f"process {self._launch.process} was let go by {where} after {self._timeout:.0f} s: "
+            f"not all of the "
             f"{self._launch.count} processes came; its log names the missing ones"
         )
 
@@ -267,7 +271,8 @@ class _Peers:
             elif "left" in message:
                 return
         self._end(
-            f"process {number} ({self._names[number]}) is lost: killed, or its machine or network failed"
+            f"process {number} ({self._names[number]}) is lost: killed, or its machine or "
+            f"network failed"
         )
 
     def _end(self, reason: str) -> None:
@@ -278,7 +283,8 @@ class _Peers:
             for connection in self._sockets.values():
                 _send(connection, {"lost": reason})
         print(
-            f"error: {reason}; the other processes end. Start all again to continue from the newest checkpoint.",
+            f"error: {reason}; the other processes end. Start all again to continue from the "
+            f"newest checkpoint.",
             file=sys.stderr,
             flush=True,
         )

@@ -59,7 +59,8 @@ def find(
             return found if found.count != 1 else None
     if coordinator_address:
         raise ConfigError(
-            f"--coordinator_address={coordinator_address}: needs --num_processes and --process_id: no launcher was found"
+            f"--coordinator_address={coordinator_address}: needs --num_processes and "
+            f"--process_id: no launcher was found"
         )
     return None
 
@@ -67,7 +68,8 @@ def find(
 def _by_flags(address: str | None, count: int | None, process: int | None) -> Launch | None:
     if not address or count is None or process is None:
         raise ConfigError(
-            "--num_processes, --process_id: need each other and --coordinator_address=HOST:PORT of process 0"
+            "--num_processes, --process_id: need each other and --coordinator_address=HOST:PORT "
+            "of process 0"
         )
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdecimal() and 0 < int(port) < 65535):
@@ -83,7 +85,8 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
     if not text.isdecimal():
         raise ConfigError(
-            f"environment variable {name}: {text!r} is not a number; say --coordinator_address, --num_processes and --process_id"
+            f"environment variable {name}: {text!r} is not a number; say --coordinator_address, "
+            f"--num_processes and --process_id"
         )
     return int(text)
 
@@ -140,7 +143,8 @@ def _open_mpi(environment: Mapping[str, str], given: str | None) -> Launch | Non
     address = given or _mpirun_address(environment.get("OMPI_MCA_orte_hnp_uri", ""))
     if count > 1 and address is None:
         raise ConfigError(
-            "Open MPI does not say where process 0 is: add --coordinator_address=HOST:PORT, HOST the first of mpirun's hosts"
+            "Open MPI does not say where process 0 is: add --coordinator_address=HOST:PORT, "
+            "HOST the first of mpirun's hosts"
         )
     return Launch("Open MPI", address, count, process, devices)
 
@@ -161,7 +165,8 @@ def _kubernetes(environment: Mapping[str, str], given: str | None) -> Launch | N
     if "JAX_PROCESS_COUNT" not in environment:
         if not importlib.util.find_spec("kubernetes"):
             raise ConfigError(
-                "environment variable JAX_PROCESS_COUNT: missing; in the pods of an Indexed Job set it to spec.completions "
+                "environment variable JAX_PROCESS_COUNT: missing; in the pods of an Indexed Job "
+                "set it to spec.completions "
                 "(1: each pod runs for itself), as launch/kubernetes_jobset.yaml does"
             )
         return Launch(
@@ -181,7 +186,8 @@ def _first_pod(name: str) -> str:
     pod, dot, domain = name.partition(".")
     if not dot or not re.search(r"-\d+$", pod):
         raise ConfigError(
-            f"Kubernetes: pod {name} has no name in a headless service; set spec.subdomain, or JAX_COORDINATOR_ADDRESS=HOST:PORT"
+            f"Kubernetes: pod {name} has no name in a headless service; set spec.subdomain, or "
+            f"JAX_COORDINATOR_ADDRESS=HOST:PORT"
         )
     return re.sub(r"-\d+$", "-0", pod) + f".{domain}:{_PORT}"
 

@@ -76,7 +76,8 @@ def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
     if devices[0].platform == "tpu" and len(nodes) > 1:
         if shape[0] % len(nodes):
             raise ConfigError(
-                f"config.mesh.data: {shape[0]} is not a multiple of the {len(nodes)} TPU slices; only data goes between slices"
+                f"config.mesh.data: {shape[0]} is not a multiple of the {len(nodes)} TPU "
+                f"slices; only data goes between slices"
             )
         inner, outer = (shape[0] // len(nodes), *shape[1:]), (len(nodes), 1, 1, 1)
         return mesh_utils.create_hybrid_device_mesh(
@@ -145,8 +146,8 @@ def _sizes(config: Config, devices: Sequence[jax.Device]) -> dict[str, int]:
     if math.prod(sizes.values()) != count:
         wanted = " x ".join(f"{axis}={getattr(config.mesh, axis)}" for axis in MESH_AXES)
         raise ConfigError(
-            f"config.mesh: {wanted} does not make {count} device{'s' if count > 1 else ''}; {_nearest(config, sizes, count)}"
-            + _more_on_a_cpu(config, devices)
+            f"config.mesh: {wanted} does not make {count} device{'s' if count > 1 else ''}; "
+            f"{_nearest(config, sizes, count)}" + _more_on_a_cpu(config, devices)
         )
     return sizes
 
@@ -156,7 +157,10 @@ def _more_on_a_cpu(config: Config, devices: Sequence[jax.Device]) -> str:
     asked = math.prod(max(getattr(config.mesh, axis), 1) for axis in MESH_AXES)
     if devices[0].platform != "cpu" or asked <= len(devices):
         return ""
-    return f"; to try it on a CPU, make devices of it: XLA_FLAGS=--xla_force_host_platform_device_count={asked}"
+    return (
+        f"; to try it on a CPU, make devices of it: "
+        f"XLA_FLAGS=--xla_force_host_platform_device_count={asked}"
+    )
 
 
 def _check_divides(config: Config, sizes: dict[str, int]) -> None:
@@ -165,7 +169,8 @@ def _check_divides(config: Config, sizes: dict[str, int]) -> None:
         if value % size:
             split = " * ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
             raise ConfigError(
-                f"config.{field}: {value} is not divisible by {split}; {_nearest(config, sizes, math.prod(sizes.values()))}"
+                f"config.{field}: {value} is not divisible by {split}; "
+                f"{_nearest(config, sizes, math.prod(sizes.values()))}"
             )
 
 
@@ -197,7 +202,10 @@ def _nearest(config: Config, asked: Mapping[str, int], count: int) -> str:
     """Describe the mesh of this many devices that works and is nearest to the configured one."""
     best = _nearest_sizes(config, asked, count)
     if best is None:
-        return f"no mesh of {count} devices divides this model and batch: change training.batch_size or the number of devices"
+        return (
+            f"no mesh of {count} devices divides this model and batch: change "
+            f"training.batch_size or the number of devices"
+        )
     return "the nearest mesh that works is " + " ".join(
         f"--config.mesh.{axis}={size}" for axis, size in best.items()
     )
@@ -234,7 +242,8 @@ def _check_offloads(config: Config, devices: Sequence[jax.Device]) -> None:
     }  # empty for a compile-only device, which does not report its memories
     if config.training.remat == "offload_fp8" and memories and HOST_MEMORY not in memories:
         raise ConfigError(
-            f"config.training.remat: offload_fp8 needs {HOST_MEMORY} memory, which {device.device_kind} does not have; "
+            f"config.training.remat: offload_fp8 needs {HOST_MEMORY} memory, which "
+            f"{device.device_kind} does not have; "
             "use save_fp8"
         )
 
@@ -293,7 +302,8 @@ def has_cudnn_attention(config: Config, device: jax.Device) -> bool:
     at_hand = device.platform == "gpu" and jax.default_backend() == "gpu"
     if config.fp8.attention_backend == "cudnn" and not (suits and at_hand):
         raise ConfigError(
-            "config.fp8.attention_backend: cudnn needs a GPU at hand, model.dtype=bfloat16, heads of at most 128 features, a "
+            "config.fp8.attention_backend: cudnn needs a GPU at hand, model.dtype=bfloat16, "
+            "heads of at most 128 features, a "
             "multiple of 8, and no data.document_masks; auto takes it where it can"
         )
     return suits and at_hand

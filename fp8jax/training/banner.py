@@ -51,14 +51,16 @@ def describe(program: TrainProgram) -> list[str]:
     )
     model = program.definition.config
     lines = [
-        f"model    {model.architecture}, {program.definition.parameter_count():,} parameters, {model.layers} layers of width {model.width}",
+        f"model    {model.architecture}, {program.definition.parameter_count():,} parameters, "
+        f"{model.layers} layers of width {model.width}",
         f"fp8      recipe {config.fp8.recipe}, {share:.0%} of the block's GEMM FLOPs in FP8, {how}",
         f"mesh     {mesh_lib.describe(program.mesh)}",
         f"batch    {tokens:,} tokens per step, {config.training.steps} steps",
     ]
     if not model.scan_layers and model.layers > UNROLLED and _would_loop(program.plan):
         lines.append(
-            f"warning  config.model.scan_layers=False compiles each of the {model.layers} layers by itself, which takes the longer "
+            f"warning  config.model.scan_layers=False compiles each of the {model.layers} "
+            f"layers by itself, which takes the longer "
             "the more there are; True compiles one"
         )
     own = (

@@ -90,7 +90,10 @@ def _say_goodbye(run: Run, tools: Tools, end: End, saved: str) -> int:
         return FINISHED
     if end is End.SIGNAL:
         name = tools.guards.stop_name()
-        text = f"stopped on {name} after step {run.step} of {run.config.training.steps}; {saved}. Run again to continue."
+        text = (
+            f"stopped on {name} after step {run.step} of {run.config.training.steps}; "
+            f"{saved}. Run again to continue."
+        )
         log.event("stopped", run.step, text, signal=name)
         return STOPPED
     if end is End.WARNING_STOP:

@@ -107,7 +107,10 @@ class Evaluator:
     def describe(self) -> str:
         """Return a line for the start of a run: when an evaluation is due and what it reads."""
         if not self.sequences:
-            return "held-out none: the loss of text that is not trained on is never taken; data.held_out sets some"
+            return (
+                "held-out none: the loss of text that is not trained on is never taken; "
+                "data.held_out sets some"
+            )
         every, steps = self.config.evaluation.every, _interval(self.config)
         when = f"every {every:,} steps and at the end" if every else "at the end"
         share = self.sequences / (FORWARDS_A_STEP * steps * self.config.training.batch_size)
@@ -254,7 +257,8 @@ def evaluate_model(
         evaluator = Evaluator(model.plan.change(config))
         if not evaluator.sequences:
             raise ConfigError(
-                f"config.data.held_out: the run in {workdir} has no held-out text; give some with eval.py --held_out=DIR"
+                f"config.data.held_out: the run in {workdir} has no held-out text; give some "
+                f"with eval.py --held_out=DIR"
             )
         found = {"step": step, **evaluator(model.params, show)}
     write_json(workdir / "eval.json", found)

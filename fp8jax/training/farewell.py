@@ -29,6 +29,7 @@ def what_next(
 def how_to_go_on(workdir: pathlib.Path, step: int, steps: int) -> str:
     """Return the line for a run that is started again although it has all its steps."""
     return (
-        f"finished already: the run in {workdir} is at step {step} of {steps}; to train on say --config.training.steps={2 * step}, "
+        f"finished already: the run in {workdir} is at step {step} of {steps}; to train on say "
+        f"--config.training.steps={2 * step}, "
         "to train anew choose another --workdir"
     )

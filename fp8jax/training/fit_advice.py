@@ -27,7 +27,10 @@ def nothing_fits(plan: Plan, limit: Limit, least: Compiled) -> str:
     count = devices_that_do(plan, limit, least)
     if count:
         advice.append(f"{count} such devices would do")
-    return f"config.training: the run does not fit: {what}; {', '.join(advice) or 'use a smaller model'}"
+    return (
+        f"config.training: the run does not fit: {what}; "
+        f"{', '.join(advice) or 'use a smaller model'}"
+    )
 
 
 def savings(plan: Plan, least: Compiled) -> list[tuple[str, float]]:

@@ -29,12 +29,14 @@ def exclusive(workdir: pathlib.Path) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise ConfigError(
-                    f"{workdir}: {holder} is training here; stop it first, or choose another --workdir"
+                    f"{workdir}: {holder} is training here; stop it first, or choose another "
+                    f"--workdir"
                 ) from None
         try:
             file.truncate(0)
             file.write(
-                f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+                f"process {os.getpid()} on {socket.gethostname()}, since "
+                f"{time.strftime('%Y-%m-%d %H:%M:%S')}"
             )
             file.flush()
         except OSError as error:

@@ -258,7 +258,8 @@ def _verdict(found: Mapping[str, Any], before: Errors, overrides: str) -> tuple[
     """Return what was found in a sentence, and a line of configuration that would change it."""
     if _severity(found) <= HARMFUL:
         return (
-            f"FP8 is not harmful here: no error is above {HARMFUL:g}, or {PLACE * HARMFUL:g} in one matrix",
+            f"FP8 is not harmful here: no error is above {HARMFUL:g}, or {PLACE * HARMFUL:g} in "
+            f"one matrix",
             "",
         )
     guilty, stale = found["guilty"], _mended(found["current"], before)

@@ -43,4 +43,7 @@ class ProfileWindow:
     def _stop(self) -> str:
         jax.profiler.stop_trace()
         self.end = 0
-        return f"profile of {self.config.steps} steps in {self.directory}: open it with xprof or tensorboard"
+        return (
+            f"profile of {self.config.steps} steps in {self.directory}: open it with xprof "
+            f"or tensorboard"
+        )

@@ -141,7 +141,8 @@ def resume_from(
     found["scaling"] = fresh_scaling(program) | kept if why else kept
     if saved.name != optimizer.name:
         tell(
-            f"optimizer {saved.name} in the checkpoint, {optimizer.name} from here on: its moments start anew"
+            f"optimizer {saved.name} in the checkpoint, {optimizer.name} from here on: its "
+            f"moments start anew"
         )
         fresh = program.init(found["params"])
         found |= {"params": fresh.params, "opt_state": fresh.opt_state}
@@ -149,7 +150,8 @@ def resume_from(
     state = TrainState.from_items(found)
     if saved != optimizer:
         tell(
-            f"optimizer state kept as {state_formats.describe(saved)} in the checkpoint, as {state_formats.describe(optimizer)} from here on"
+            f"optimizer state kept as {state_formats.describe(saved)} in the checkpoint, as "
+            f"{state_formats.describe(optimizer)} from here on"
         )
         state = kept_as_configured(program, state)
     return Resumed(program, state, step, position, tuple(why))
@@ -161,11 +163,13 @@ def _choose(checkpoints: Checkpoints, tell: Callable[[str], None]) -> int:
     if step is None and any(not reason.startswith(manifest.NAME) for reason in passed.values()):
         reasons = "; ".join(f"step {number}: {reason}" for number, reason in passed.items())
         raise CheckpointError(
-            f"{checkpoints.directory}: no checkpoint is undamaged ({reasons}); to train anew choose another --workdir"
+            f"{checkpoints.directory}: no checkpoint is undamaged ({reasons}); to train anew "
+            f"choose another --workdir"
         )
     for number, reason in passed.items() if distributed.is_first() else ():
         tell(
-            f"checkpoint of step {number} passed over: {reason}; now in {checkpoints.set_aside(number)}"
+            f"checkpoint of step {number} passed over: {reason}; now in "
+            f"{checkpoints.set_aside(number)}"
         )
     return -1 if step is None else step
 
@@ -192,7 +196,8 @@ def check_continues(
     for path in allowed:
         if path not in now:
             raise ConfigError(
-                f"--allow_config_change={path}: no such field{config_lib.did_you_mean(path, now) or '; as in data.source'}"
+                f"--allow_config_change={path}: no such "
+                f"field{config_lib.did_you_mean(path, now) or '; as in data.source'}"
             )
     if not (workdir / "config.json").exists():
         return
@@ -210,11 +215,13 @@ def check_continues(
     ]
     if refused:
         listed = ", ".join(
-            f"config.{path}: {changed[path][1]!r}, but the run in {workdir} has {changed[path][0]!r}"
+            f"config.{path}: {changed[path][1]!r}, but the run in {workdir} has "
+            f"{changed[path][0]!r}"
             for path in refused
         )
         raise ConfigError(
-            f"{listed}; keep it, choose another --workdir, or say --allow_config_change={','.join(refused)}"
+            f"{listed}; keep it, choose another --workdir, or say "
+            f"--allow_config_change={','.join(refused)}"
         )
     for path, (before, after) in changed.items():
         what = ", the same by content" if path in same else ""
@@ -257,8 +264,10 @@ def _same_content(
         found = tokenizer.of(config.data).fingerprint
         if saved.tokenizer != found:
             raise ConfigError(
-                f"config.data.tokenizer: is {found}, but the run in {saved.workdir} was trained with {saved.tokenizer}; "
-                "restore that file, choose another --workdir, or say --allow_config_change=data.tokenizer"
+                f"config.data.tokenizer: is {found}, but the run in {saved.workdir} was trained "
+                f"with {saved.tokenizer}; "
+                "restore that file, choose another --workdir, or say "
+                "--allow_config_change=data.tokenizer"
             )
         same.add("data.tokenizer")
     if not saved.data or "data.source" in allowed:
@@ -272,12 +281,14 @@ def _same_content(
             or config.data.source
         )
         raise ConfigError(
-            f"config.data.source: {names} holds other data than the run in {saved.workdir} was trained with; "
+            f"config.data.source: {names} holds other data than the run in {saved.workdir} was "
+            f"trained with; "
             "restore it, choose another --workdir, or say --allow_config_change=data.source"
         )
     if other := fingerprints.changed(found["held_out"], saved.data.get("held_out")):
         tell(
-            f"held-out text of {', '.join(other)} is another than before: held-out losses do not compare"
+            f"held-out text of {', '.join(other)} is another than before: held-out losses do "
+            f"not compare"
         )
     return same
 

@@ -48,7 +48,8 @@ def _acknowledged(numbers: Sequence[int]) -> Iterator[None]:
         while number := os.read(reader, 1):
             if number[0] in numbers:
                 print(
-                    f"{signal.Signals(number[0]).name}: stopping when what is under way is done and saved",
+                    f"{signal.Signals(number[0]).name}: stopping when what is under way is done "
+                    f"and saved",
                     flush=True,
                 )
 

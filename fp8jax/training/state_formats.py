@@ -98,7 +98,10 @@ def saved_as(config: OptimizerConfig, dtypes: dict[str, str]) -> OptimizerConfig
 def describe(config: OptimizerConfig) -> str:
     """Describe the formats, as 'weights float16 (stochastic), moments fp8 and float16'."""
     rounding = "" if config.master_dtype == "float32" else f" ({config.master_rounding})"
-    return f"weights {config.master_dtype}{rounding}, moments {config.first_moment} and {config.second_moment}"
+    return (
+        f"weights {config.master_dtype}{rounding}, moments {config.first_moment} and "
+        f"{config.second_moment}"
+    )
 
 
 def _pack_moment(

@@ -58,7 +58,8 @@ class Feed:
             return None
         self._told = True
         return (
-            f"warning  data is the bottleneck: the devices wait for it {waited / step_seconds:.0%} of the time; raise "
+            f"warning  data is the bottleneck: the devices wait for it "
+            f"{waited / step_seconds:.0%} of the time; raise "
             "config.data.read_threads, or put the data on a faster disk"
         )
 

@@ -62,8 +62,10 @@ class Watchdog:
                 waited, limit = time.monotonic() - since, self.limits[kind]
                 if limit and waited > limit:
                     print(
-                        f"error: {what} has taken {waited:.0f} s, more than config.training.{kind}_limit={limit:g}; {self._last}; stacks "
-                        "of all threads follow, then the process ends. Run again to continue from the newest checkpoint.",
+                        f"error: {what} has taken {waited:.0f} s, more than "
+                        f"config.training.{kind}_limit={limit:g}; {self._last}; stacks "
+                        "of all threads follow, then the process ends. Run again to continue "
+                        "from the newest checkpoint.",
                         file=sys.stderr,
                         flush=True,
                     )

@@ -138,7 +138,8 @@ def check_backend(backend: str, recipes: Mapping[str, GemmRecipe], head_dim: int
             raise ValueError(f"{role}: {CUDNN} is for BF16 alone; {', '.join(BACKENDS)} do FP8")
         if recipes[role].scaling not in SCALINGS:
             raise ValueError(
-                f"{role}: attention has no {recipes[role].scaling} scaling, only {', '.join(SCALINGS)}"
+                f"{role}: attention has no {recipes[role].scaling} scaling, only "
+                f"{', '.join(SCALINGS)}"
             )
     if backend == "pallas" and not all(recipes[role].fp8 for role in (SCORES, VALUES)):
         raise ValueError("pallas has no role in BF16; composed and emulated do")

@@ -75,7 +75,8 @@ def forward(call: Call, x: Operands, tiles: Tiles | None = None) -> tuple[jax.Ar
     """
     if call.softmax_scale <= 0:
         raise ValueError(
-            f"pallas needs a positive softmax scale, not {call.softmax_scale}; composed and emulated take any"
+            f"pallas needs a positive softmax scale, not {call.softmax_scale}; composed and "
+            f"emulated take any"
         )
     factors = _factors(call.softmax_scale * LOG2_E * (_scale(x.q) * _scale(x.k)), _scale(x.v))
     run = _sharded(
@@ -207,7 +208,8 @@ def _in_parts(function: Callable, inputs: tuple[str, ...]) -> Callable:
         of_one = max(math.prod(array.shape[2:]) for array in given) * -(-length // _PAD) * _PAD
         if of_one > _MOST:
             raise ValueError(
-                f"pallas: a sequence of {of_one:,} elements on one device is more than its {_MOST:,}; "
+                f"pallas: a sequence of {of_one:,} elements on one device is more than its "
+                f"{_MOST:,}; "
                 "split the heads over more devices, or use composed"
             )
         together = _MOST // of_one

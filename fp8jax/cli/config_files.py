@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from fp8jax import config as config_lib
+from fp8jax import files
 from fp8jax.cli import fields, words
 from fp8jax.cli.errors import with_underscores
 from fp8jax.config import Config, ConfigError
@@ -31,11 +32,15 @@ def find_config(name: str, file: str) -> tuple[pathlib.Path, str]:
             package, too.
 
     Raises:
-        ConfigError: the file does not exist.
+        ConfigError: the file does not exist; or it, or the run that from_run.py takes, is in an
+            object store.
     """
     path, _, argument = file.partition(":")
     example = EXAMPLE.replace("--config", f"--{name}")
     found = next((place for place in _places(path) if place.is_file()), None)
+    address = file if found is None else argument if found.stem == "from_run" else ""
+    if address and (away := files.elsewhere(address)):
+        raise ConfigError(f"--{name}={away}")
     if found is None:
         reason = _not_there(path)
         end = "" if reason.endswith("?") else ";"

@@ -61,7 +61,7 @@ def _joined() -> int:
         checks.held_out(_HELD_OUT.value)
     if _TASK_DIR.value is not None and not _TASKS.value:
         raise ConfigError(f"--task_dir={_TASK_DIR.value}: needs --tasks, the names of tasks there")
-    if _TASK_DIR.value is not None and not pathlib.Path(_TASK_DIR.value).is_dir():
+    if _TASK_DIR.value is not None and not local_directory("task_dir", _TASK_DIR.value).is_dir():
         raise ConfigError(
             f"--task_dir={_TASK_DIR.value}: no such directory; give one with task files"
         )

@@ -255,6 +255,8 @@ def load(name: str, *, allow_normalisation: bool = False) -> Tokenizer:
     """
     if name == "byte":
         return ByteTokenizer()
+    if away := files.elsewhere(name):
+        raise ConfigError(f"config.data.tokenizer: {away}")
     path = _installed_tekken() if name == "tekken" else name
     if _is_tekken(path):
         return TekkenTokenizer(path)

@@ -1,9 +1,11 @@
 """What every command refuses before JAX is loaded."""
 
+import importlib.machinery
 import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -75,6 +77,12 @@ def refuse(command, monkeypatch, capsys):
             "config.data.source: gs://b/t: gs:// is no file system; give a directory",
         ),
         (f"{TINY} --config.data.source=hf:x/y", "python -m fp8jax prepare --input hf:x/y"),
+        (
+            f"{TINY} --config.data.tokenizer=gs://b/t.json",
+            "config.data.tokenizer: gs://b/t.json: gs:// is no file system",
+        ),
+        ("train --config=gs://b/c.py:tiny", "--config=gs://b/c.py:tiny: gs:// is no file system"),
+        ("train --config=from_run:s3://b/r", "--config=s3://b/r: s3:// is no file system"),
         (f"{TINY} --config.data.tokenizer=/nope.json", "config.data.tokenizer: '/nope.json'"),
         (
             f"{TINY} --workdir=README.md",
@@ -174,12 +182,25 @@ def refuse(command, monkeypatch, capsys):
             "--out=README.md: README.md is a file; give a directory",
         ),
         ("prepare --input s3://x/y --out RUN", "--input=s3://x/y: s3:// is no file system"),
+        (
+            "prepare --input README.md --out RUN --tokenizer az://b/t.json",
+            "config.data.tokenizer: az://b/t.json: az:// is no file system",
+        ),
     ],
 )
 def test_one_line_before_jax(command, said, workdir, monkeypatch, capsys):
     assert said.replace("RUN", str(workdir)) in refuse(
         command.replace("RUN", str(workdir)), monkeypatch, capsys
     )
+
+
+def test_a_task_dir_in_a_bucket_is_refused(workdir, monkeypatch, capsys):
+    harness = types.ModuleType("lm_eval")
+    harness.__spec__ = importlib.machinery.ModuleSpec("lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", harness)  # need not be installed
+    command = f"eval --workdir={workdir} --tasks=own --task_dir=gs://b/t"
+    said = refuse(command, monkeypatch, capsys)
+    assert "--task_dir=gs://b/t: gs:// is no file system" in said
 
 
 def test_nothing_but_commands_loads_jax():

@@ -1,4 +1,6 @@
-"""Evaluate a run's checkpoint (`python eval.py --help`), by fp8jax/cli/evaluate.py and fp8jax/training/evaluation.py."""
+"""Evaluate a run's checkpoint (`python eval.py --help`), by fp8jax/cli/evaluate.py and
+fp8jax/training/evaluation.py.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""Train a model, or continue a run (`python train.py --help`), by fp8jax/cli/train.py and fp8jax/training/loop.py."""
+"""Train a model, or continue a run (`python train.py --help`), by fp8jax/cli/train.py and
+fp8jax/training/loop.py.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""The defaults of every field and the sizes of the FOG paper (Table 6), for all configs; 70b has Llama 3's shape."""
+"""The defaults of every field and the sizes of the FOG paper (Table 6), for all configs; 70b has
+Llama 3's shape.
+"""
 
 from fp8jax.presets.common import SIZES, make
 

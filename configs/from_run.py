@@ -1,4 +1,6 @@
-"""The configuration of a run, or of a converted model, with the fields that the command line changes."""
+"""The configuration of a run, or of a converted model, with the fields that the command line
+changes.
+"""
 
 from fp8jax.presets.from_run import get_config
 

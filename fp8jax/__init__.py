@@ -1,4 +1,5 @@
-"""fp8jax: language-model pre-training with every matrix multiplication of the transformer block in FP8.
+"""fp8jax: language-model pre-training with every matrix multiplication of the transformer block in
+FP8.
 
 The letters in array names are b batch, t time, s key time, d model width, n heads, k KV heads, g
 query heads per KV head, h head dim, f FFN width, v vocabulary, l layers.

@@ -21,7 +21,9 @@ _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def elsewhere(name: str) -> str:
-    """Return the error for an address, such as gs://bucket/tokens, that is given as a path; '' for a path."""
+    """Return the error for an address, such as gs://bucket/tokens, that is given as a path; '' for
+    a path.
+    """
     if re.match(r"[A-Za-z]:[\\/]", name) and os.name != "nt":
         return (
             f"{name}: is a path of Windows; here a directory is written like /data/runs or "
@@ -98,7 +100,9 @@ def parse_json(content: bytes | str, *, memory: int = JSON_MEMORY, **options: An
 
 
 def strict(value: Any) -> Any:
-    """Return a value for strict JSON, with "nan", "inf" and "-inf" in place of numbers that are not finite."""
+    """Return a value for strict JSON, with "nan", "inf" and "-inf" in place of numbers that are not
+    finite.
+    """
     if isinstance(value, dict):
         return {name: strict(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -91,7 +91,9 @@ planned: Accelerator | None = (
 
 
 def default_size(found: Accelerator | None = None) -> tuple[str, str]:
-    """Return the default size, `390m` or `tiny`, and the reason, for this machine unless a device is given."""
+    """Return the default size, `390m` or `tiny`, and the reason, for this machine unless a device
+    is given.
+    """
     found = found or planned or find()
     if found is None:
         return "tiny", "no accelerator"
@@ -179,7 +181,9 @@ def _named(root: pathlib.Path) -> list[tuple[str, str, Accelerator]]:
 def _visible(
     gpus: list[tuple[str, str, Accelerator]], environment: Mapping[str, str]
 ) -> list[Accelerator]:
-    """Return the GPUs that CUDA_VISIBLE_DEVICES names, by number or by the start of a UUID; all if it is not set."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES names, by number or by the start of a UUID; all if
+    it is not set.
+    """
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return [device for _, _, device in gpus]

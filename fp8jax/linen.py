@@ -30,7 +30,8 @@ __all__ = ["DotGeneral", "Einsum", "combine", "value_and_grad"]
 
 
 class DotGeneral(nn.Module):
-    """A `dot_general` with FP8 operands, for `dot_general_cls` of nn.Dense, nn.DenseGeneral and others.
+    """A `dot_general` with FP8 operands, for `dot_general_cls` of nn.Dense, nn.DenseGeneral and
+    others.
 
     Attributes:
         recipe: a `fp8jax.Recipe`; None computes `lax.dot_general`.
@@ -77,7 +78,8 @@ class DotGeneral(nn.Module):
 
 
 class Einsum(nn.Module):
-    """An einsum of inputs and a weight with FP8 operands, in place of `jnp.einsum` in one's own modules.
+    """An einsum of inputs and a weight with FP8 operands, in place of `jnp.einsum` in one's own
+    modules.
 
     Attributes:
         recipe: a `fp8jax.Recipe`; None computes `lax.dot_general`.
@@ -121,7 +123,8 @@ _scales_and_token.defvjp(_forward, _backward)
 
 
 def value_and_grad(f: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
-    """Return `jax.value_and_grad(f)` for a first argument that holds the collection `_overwrite_with_gradient`.
+    """Return `jax.value_and_grad(f)` for a first argument that holds the collection
+    `_overwrite_with_gradient`.
 
     Where a layer is called more than once, the newest amaxes are the maximum over its calls; inside
     `jax.jit`, as JAX has no such maximum outside.

@@ -97,7 +97,9 @@ class Plan:
 
 
 class LoadedModel(NamedTuple):
-    """A model's parameters and the plan to compute with them, as loaded from a run or another program's files."""
+    """A model's parameters and the plan to compute with them, as loaded from a run or another
+    program's files.
+    """
 
     plan: Plan
     params: Params

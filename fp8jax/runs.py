@@ -136,7 +136,9 @@ def make_config(
 
 
 def _with_size(file: str) -> str:
-    """Return a preset with its size; the one that suits this machine if it has none, as on the command line."""
+    """Return a preset with its size; the one that suits this machine if it has none, as on the
+    command line.
+    """
     path, size = find_config("config", file)
     return f"{path}:{size or hardware.default_size()[0]}"
 

@@ -68,7 +68,9 @@ class Collective:
 
 
 def collectives(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
-    """Return every collective that runs on more than one device; `mesh` gives the sizes of the axes, in order."""
+    """Return every collective that runs on more than one device; `mesh` gives the sizes of the
+    axes, in order.
+    """
     names = _axes_by_groups(mesh)
     found = []
     for run in hlo.executed(module):
@@ -119,7 +121,9 @@ def _read(
 
 
 def replica_groups(attributes: str, devices: int) -> list[tuple[int, ...]]:
-    """Return groups of device numbers from any form in which XLA writes them; without one, all devices."""
+    """Return groups of device numbers from any form in which XLA writes them; without one, all
+    devices.
+    """
     listed, iota, mesh = (
         _LISTED.search(attributes),
         _IOTA.search(attributes),

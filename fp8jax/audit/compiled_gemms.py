@@ -1,4 +1,5 @@
-"""List the GEMMs of a compiled program: what the compiler made of each dot, with which operands and kernel.
+"""List the GEMMs of a compiled program: what the compiler made of each dot, with which operands and
+kernel.
 
     gemms = compiled_gemms(hlo.parse(compiled.as_text()))
 
@@ -22,7 +23,9 @@ Shape = tuple[int, int, int, int]
 
 
 def compiled_gemms(module: Module) -> list[Gemm]:
-    """Return every GEMM that the program runs, in program order; those in loops once, with `count` executions."""
+    """Return every GEMM that the program runs, in program order; those in loops once, with `count`
+    executions.
+    """
     found = []
     for run in hlo.executed(module):
         inside = [
@@ -108,7 +111,9 @@ def _convolution_shape(run: Executed) -> Shape:
 
 
 def _fused_attention(run: Executed) -> Gemm:
-    """Return the GEMM of attention by cuDNN, over the whole square: two GEMMs forward, five backward."""
+    """Return the GEMM of attention by cuDNN, over the whole square: two GEMMs forward, five
+    backward.
+    """
     config = run.instruction.backend_config().get("cudnn_fmha_backend_config", {})
     scores = [
         int(n) for n in config.get("intermediate_tensor_shape", {}).get("dimensions", [])

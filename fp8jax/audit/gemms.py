@@ -67,7 +67,9 @@ class Gemm:
 
 
 class Row(NamedTuple):
-    """The FLOPs of one role and pass, in all and in FP8, the executions, and the kernels that compute it."""
+    """The FLOPs of one role and pass, in all and in FP8, the executions, and the kernels that
+    compute it.
+    """
 
     role: str
     pass_name: str
@@ -111,7 +113,9 @@ def read_scope(scope: str) -> Scope:
 
 
 def read_fused(scope: str) -> list[dict[str, Any]]:
-    """Return `role`, `pass_name`, `repeated`, `scope` and `flops` of each GEMM of a fused kernel; [] without its scope."""
+    """Return `role`, `pass_name`, `repeated`, `scope` and `flops` of each GEMM of a fused kernel;
+    [] without its scope.
+    """
     found = _FUSED.findall(scope)
     if not found:
         return []
@@ -138,7 +142,9 @@ def fp8_share(gemms: Iterable[Gemm], roles: Collection[str]) -> float:
 
 
 def summary(gemms: Iterable[Gemm], roles: Collection[str]) -> list[Row]:
-    """Return one row per role, pass and repetition: the roles in the order given, then the rest as `other`."""
+    """Return one row per role, pass and repetition: the roles in the order given, then the rest as
+    `other`.
+    """
     groups: dict[tuple[str, str, bool], list[Gemm]] = {}
     for gemm in gemms:
         key = (

@@ -37,7 +37,9 @@ _TRIPS = re.compile(r'known_trip_count[":{\s]*n[":\s]*(\d+)')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """The shape of one array; `layout` lists dimensions from the fastest-varying one, and is empty if unknown."""
+    """The shape of one array; `layout` lists dimensions from the fastest-varying one, and is empty
+    if unknown.
+    """
 
     dtype: str
     dims: tuple[int, ...]
@@ -58,7 +60,8 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `shapes` are the leaves of its result, `attributes` all text after the operands.
+    """One line of a computation; `shapes` are the leaves of its result, `attributes` all text after
+    the operands.
 
     An operand `tuple.3#2` is an element of `tuple.3`, as newer compilers write
     `get-tuple-element(%tuple.3), index=2`; `parse` puts that instruction before its first user.
@@ -179,12 +182,16 @@ def parse(text: str) -> Module:
 
 
 def executed(module: Module) -> Iterator[Executed]:
-    """Yield every instruction that runs, loops multiplied out, every branch of a conditional, a fusion as one."""
+    """Yield every instruction that runs, loops multiplied out, every branch of a conditional, a
+    fusion as one.
+    """
     yield from _executed(module, module.entry, 1, True)
 
 
 def nested(module: Module, run: Executed) -> Iterator[Executed]:
-    """Yield what is inside a fusion, an asynchronous start or a kernel that XLA wrote, at all depths."""
+    """Yield what is inside a fusion, an asynchronous start or a kernel that XLA wrote, at all
+    depths.
+    """
     if run.instruction.opcode in ("async-update", "async-done"):
         return
     for single, several in _NESTED.findall(run.instruction.attributes):
@@ -218,7 +225,9 @@ def _executed(module: Module, name: str, count: int, known: bool) -> Iterator[Ex
 
 
 def _trips(module: Module, run: Executed) -> int | None:
-    """Return how often a loop runs: the compiler's note, or the one constant that its condition compares with."""
+    """Return how often a loop runs: the compiler's note, or the one constant that its condition
+    compares with.
+    """
     loop = run.instruction
     noted = _TRIPS.search(loop.attributes)
     if noted:
@@ -240,7 +249,9 @@ def _trips(module: Module, run: Executed) -> int | None:
 
 
 def _counter(module: Module, run: Executed, compared: Executed) -> tuple[int, int]:
-    """Return a loop counter's start and increment, if they are constants, otherwise JAX's own 0 and 1."""
+    """Return a loop counter's start and increment, if they are constants, otherwise JAX's own 0 and
+    1.
+    """
     index = next(
         (
             number(i.attributes, "index", -1)

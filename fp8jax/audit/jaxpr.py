@@ -63,7 +63,9 @@ Origins = list[str | None]  # for each value: the float8 dtype that it came from
 
 
 class _Place(NamedTuple):
-    """The place where a jaxpr runs: its name stack, how often it runs, and whether that number is certain."""
+    """The place where a jaxpr runs: its name stack, how often it runs, and whether that number is
+    certain.
+    """
 
     scope: str = ""
     count: int = 1
@@ -159,7 +161,9 @@ def _opened(jaxpr: Any) -> core.Jaxpr:
 def _call(
     eqn: core.JaxprEqn, inner: list[core.Jaxpr], inputs: Origins, place: _Place
 ) -> tuple[list[Gemm], Origins]:
-    """Walk what runs inner jaxprs once (jit, custom VJP, remat, shard_map) or once per grid point (Pallas)."""
+    """Walk what runs inner jaxprs once (jit, custom VJP, remat, shard_map) or once per grid point
+    (Pallas).
+    """
     nothing = _unknown(len(eqn.outvars))
     if eqn.primitive.name == "shard_map":
         place = place._replace(count=place.count * _shards(eqn))
@@ -178,7 +182,9 @@ def _call(
 
 
 def _shards(eqn: core.JaxprEqn) -> int:
-    """Return over how many devices a shard_map divides its work: the mesh axes that any operand is split over."""
+    """Return over how many devices a shard_map divides its work: the mesh axes that any operand is
+    split over.
+    """
     named = [
         names if isinstance(names, tuple) else (names,)
         for spec in eqn.params["in_specs"]
@@ -257,7 +263,9 @@ def _dot(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> Gemm:
 
 
 def _fused_attention(eqn: core.JaxprEqn, inputs: Origins, place: _Place) -> Gemm:
-    """Return the GEMM of attention by cuDNN: two forward, five backward, with FLOPs of the whole square despite masks."""
+    """Return the GEMM of attention by cuDNN: two forward, five backward, with FLOPs of the whole
+    square despite masks.
+    """
     query, key = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
     by_head = eqn.params.get("layout") in (1, "BNTH")
     batch, heads, time = query[0], query[1 if by_head else 2], query[2 if by_head else 1]

@@ -1,4 +1,5 @@
-"""Find how much memory a run may use: on a device at hand, on this machine, on a device that is only compiled for.
+"""Find how much memory a run may use: on a device at hand, on this machine, on a device that is
+only compiled for.
 
     limit = limits.of_target(target)        # for the audit
     limit = limits.of_devices(devices)      # devices at hand; None if unknown
@@ -48,7 +49,9 @@ class Limit:
 
 
 def set_memory_fraction(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Let JAX's allocator take MEMORY_FRACTION of a GPU, unless the user sets it; call this before JAX starts."""
+    """Let JAX's allocator take MEMORY_FRACTION of a GPU, unless the user sets it; call this before
+    JAX starts.
+    """
     if not any(environment.get(name) for name in _FRACTIONS):
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(MEMORY_FRACTION)
 
@@ -107,7 +110,9 @@ def _of_machine(root: pathlib.Path) -> Iterable[tuple[int, str]]:
 
 
 def _of_cgroups(root: pathlib.Path) -> Iterable[tuple[int, str]]:
-    """Yield the bounds of every cgroup from this process's own up to the root, in a container the container's."""
+    """Yield the bounds of every cgroup from this process's own up to the root, in a container the
+    container's.
+    """
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers == "":

@@ -1,4 +1,5 @@
-"""Read a program: its GEMMs and their dtypes, its collectives, its memory and the traffic besides the GEMMs.
+"""Read a program: its GEMMs and their dtypes, its collectives, its memory and the traffic besides
+the GEMMs.
 
     gemms = program.traced_gemms(traced.jaxpr)                # before compilation, the same on every device
     reading = program.read(compiled, mesh)                    # what the compiler made of it, on one device
@@ -168,7 +169,9 @@ def largest_arrays(text: str, count: int = 12) -> list[dict[str, Any]]:
 
 
 def fallbacks(asked: Iterable[Gemm], found: Iterable[Gemm]) -> list[str]:
-    """Return GEMMs, as 'role.pass: dtypes, kernel', that are FP8 in the traced program and not so in the compiled one."""
+    """Return GEMMs, as 'role.pass: dtypes, kernel', that are FP8 in the traced program and not so
+    in the compiled one.
+    """
     wanted = {(gemm.role, gemm.pass_name) for gemm in asked if gemm.fp8}
     by_name: dict[tuple[str, str], list[Gemm]] = {}
     for gemm in found:

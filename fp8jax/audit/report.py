@@ -1,4 +1,5 @@
-"""Return the audit as one dictionary of plain values, which is written to JSON and printed as tables.
+"""Return the audit as one dictionary of plain values, which is written to JSON and printed as
+tables.
 
     found = report(step, target, reading, seconds)
     found["fp8_share"], found["memory"]["peak_bytes_per_device"], ...
@@ -130,7 +131,9 @@ def _traffic(reading: Reading) -> dict[str, Any]:
 
 
 def _collective_rows(reading: Reading) -> list[dict[str, Any]]:
-    """Return collectives summed by kind, dtype and axes: `bytes` of the whole arrays, `sent` by one device in a ring."""
+    """Return collectives summed by kind, dtype and axes: `bytes` of the whole arrays, `sent` by one
+    device in a ring.
+    """
     rows: dict[tuple, dict[str, Any]] = {}
     for c in reading.collectives:
         row = rows.setdefault(
@@ -193,7 +196,9 @@ def _estimate(step: Step, target: Target, reading: Reading) -> dict[str, Any]:
 
 
 def _flops(step: Step, reading: Reading, devices: int) -> dict[str, int]:
-    """Return what the compiled step's GEMMs compute besides the model's own FLOPs; `counted` is the sum of the rest."""
+    """Return what the compiled step's GEMMs compute besides the model's own FLOPs; `counted` is the
+    sum of the rest.
+    """
 
     def summed(*, repeated: bool, attention: bool | None = None) -> int:
         chosen = [

@@ -1,4 +1,5 @@
-"""Estimate the least time of a step from a compiled program and a device's peak rates; nothing is measured.
+"""Estimate the least time of a step from a compiled program and a device's peak rates; nothing is
+measured.
 
     found = estimate(reading, DEVICES["h100"], mesh, per_node=8, model_flops=flops_of_one_device)
     found.step_seconds, found.mfu_bf16, found.mfu_fp8
@@ -25,7 +26,8 @@ from fp8jax.audit.traffic import total
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """The peak rates of one device, dense (without structured sparsity); `fp8` equals `bf16` without FP8 units.
+    """The peak rates of one device, dense (without structured sparsity); `fp8` equals `bf16`
+    without FP8 units.
 
     Attributes:
         bf16, fp8: peak rates, FLOP/s.
@@ -104,7 +106,9 @@ DEVICES = {
 
 
 def device_of(kind: str) -> Device | None:
-    """Return the peak rates of a device by JAX's name of it ('NVIDIA H100 80GB HBM3'); None if unknown."""
+    """Return the peak rates of a device by JAX's name of it ('NVIDIA H100 80GB HBM3'); None if
+    unknown.
+    """
     return next(
         (device for name, device in DEVICES.items() if name in kind.lower().replace(" ", "-")), None
     )
@@ -171,7 +175,9 @@ def _collective_seconds(
 
 
 def _rate(axes: tuple[str, ...], device: Device, mesh: Mesh, per_node: int) -> float:
-    """Return bytes/s of a collective along mesh axes: of a node's links, or of all network ports of its members there."""
+    """Return bytes/s of a collective along mesh axes: of a node's links, or of all network ports of
+    its members there.
+    """
     ids = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
     group = ids[
         tuple(slice(None) if axis in axes or "?" in axes else 0 for axis in mesh.shape)

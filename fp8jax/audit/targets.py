@@ -1,4 +1,5 @@
-"""Find devices to compile for, at hand or not: `h100:8`, `h100:64x8`, `h200:8`, `b200:8`, `tpu-v5p:4`, `tpu7x:4`, `local`.
+"""Find devices to compile for, at hand or not: `h100:8`, `h100:64x8`, `h200:8`, `b200:8`,
+`tpu-v5p:4`, `tpu7x:4`, `local`.
 
     target = resolve("h100:8")
     mesh = make_mesh(config, target.devices)

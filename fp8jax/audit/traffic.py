@@ -1,4 +1,5 @@
-"""Count what moves through a device's memory besides the GEMMs: bytes that fusions, copies and transposes read and write.
+"""Count what moves through a device's memory besides the GEMMs: bytes that fusions, copies and
+transposes read and write.
 
     rows = traffic(module)                          # [Traffic("fusion", "attention", read, written, executions), ...]
 
@@ -58,7 +59,9 @@ _PLACES = ("quantise_weight", "optimizer", "loss", "attention", "feed_forward")
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """The bytes of all executions in a step, on one device; `where` is the part of the step, by its named scope."""
+    """The bytes of all executions in a step, on one device; `where` is the part of the step, by its
+    named scope.
+    """
 
     kind: str
     where: str
@@ -68,7 +71,9 @@ class Traffic:
 
 
 class _Moved(NamedTuple):
-    """The bytes of one execution; of those written, the FP8 bytes that are transposed, and whether that is all it does."""
+    """The bytes of one execution; of those written, the FP8 bytes that are transposed, and whether
+    that is all it does.
+    """
 
     read: int
     written: int
@@ -77,7 +82,9 @@ class _Moved(NamedTuple):
 
 
 def traffic(module: Module) -> list[Traffic]:
-    """Return every executed instruction that is neither a GEMM nor a collective, summed by kind and place."""
+    """Return every executed instruction that is neither a GEMM nor a collective, summed by kind and
+    place.
+    """
     totals: dict[tuple[str, str], list[int]] = {}
     for run in hlo.executed(module):
         if _is_free(run.instruction) or _is_collective(module, run) or is_gemm(module, run):
@@ -229,7 +236,9 @@ def _parameters(body: Computation) -> dict[int, Instruction]:
 
 
 def _read(value: Instruction, users: dict[str, list[Instruction]], module: Module) -> int:
-    """Return the bytes of a fusion's input that are read: only slices of it, if only slices are used."""
+    """Return the bytes of a fusion's input that are read: only slices of it, if only slices are
+    used.
+    """
     needed = 0
     for user in users.get(value.name, []):
         body = (
@@ -257,7 +266,9 @@ def _only_renames(body: Computation) -> bool:
 
 
 def _written(leaf: Instruction, body: Computation) -> int:
-    """Return the bytes that a fusion writes for one result; for an update in place, those of the update."""
+    """Return the bytes that a fusion writes for one result; for an update in place, those of the
+    update.
+    """
     origin = leaf
     while origin.opcode in _RENAMES and origin.operands and origin.operands[0] in body:
         origin = body[origin.operands[0]]
@@ -279,5 +290,7 @@ def _transposed(leaf: Instruction, body: Computation) -> bool:
 
 
 def _one_byte(array: Array) -> bool:
-    """Return whether an array is FP8, or its bytes as integers, as quantised tensors are saved for the backward pass."""
+    """Return whether an array is FP8, or its bytes as integers, as quantised tensors are saved for
+    the backward pass.
+    """
     return (is_fp8(array.dtype) or array.dtype == "uint8") and array.size > 1

@@ -1,4 +1,5 @@
-"""Run `python -m fp8jax audit`: what a run's training step becomes on devices that need not be there.
+"""Run `python -m fp8jax audit`: what a run's training step becomes on devices that need not be
+there.
 
 JAX is loaded once everything that can be checked without it has been; the work is in audit_step.py.
 """

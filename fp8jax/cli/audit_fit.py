@@ -13,7 +13,9 @@ _SHOWN = 20  # options in the table
 
 
 def fit_json(found: TargetFit) -> dict[str, Any]:
-    """Return the choice and every option as plain values: bytes of one device, seconds of a step at peak rates."""
+    """Return the choice and every option as plain values: bytes of one device, seconds of a step at
+    peak rates.
+    """
     option = found.choice.best.option
     limit = found.limit
     return {

@@ -1,4 +1,5 @@
-"""Run `python -m fp8jax audit --memory`: where a device's bytes are, and what each option would save.
+"""Run `python -m fp8jax audit --memory`: where a device's bytes are, and what each option would
+save.
 
 Every option is compiled alone, beside the given configuration, and then all of them together:
 savings do not add up, because the peak moves from one part of the step to another.
@@ -43,7 +44,8 @@ def traced_step(config: Config, target: targets.Target) -> tuple[TrainProgram, A
 
 
 def memory_report(config: Config, target: targets.Target) -> dict[str, Any]:
-    """Return where the bytes of a device are, and the peak with each option that is not set and that the model allows.
+    """Return where the bytes of a device are, and the peak with each option that is not set and
+    that the model allows.
 
     Returns:
         `peak_bytes_per_device`, `arguments`, `largest` (arrays that the program writes: dtype,

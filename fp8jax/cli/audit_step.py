@@ -62,7 +62,9 @@ def _audit_target(
 
 @contextlib.contextmanager
 def _nothing_kept(target: targets.Target) -> Iterator[None]:
-    """Switch JAX's compilation cache off, because programs for absent devices cannot be read from it."""
+    """Switch JAX's compilation cache off, because programs for absent devices cannot be read from
+    it.
+    """
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", before and target.kind == "local")
     try:

@@ -13,7 +13,9 @@ Audit = dict[str, Any]
 
 
 def show(audits: Sequence[Audit], console: Console | None = None) -> None:
-    """Print one audit in full, or the main figures of two side by side, each followed by its details."""
+    """Print one audit in full, or the main figures of two side by side, each followed by its
+    details.
+    """
     console = console or standard_output(width=150, highlight=False)
     if len(audits) > 1:
         console.print(_side_by_side(audits))

@@ -1,4 +1,5 @@
-"""Check what can be checked before JAX is loaded: directories, output files, runs and checkpoints, sources of data.
+"""Check what can be checked before JAX is loaded: directories, output files, runs and checkpoints,
+sources of data.
 
 Every check raises ConfigError, one line that names the flag, its value and what to write instead.
 """

@@ -1,4 +1,6 @@
-"""Find and read files of configurations, with changes, for every command: one-line errors, no flags of absl and no JAX."""
+"""Find and read files of configurations, with changes, for every command: one-line errors, no flags
+of absl and no JAX.
+"""
 
 import pathlib
 import re
@@ -68,7 +70,9 @@ def _is_path(path: str) -> bool:
 
 
 def _not_there(path: str) -> str:
-    """Describe the fault in the path of a configuration that is no file, and list the files there are."""
+    """Describe the fault in the path of a configuration that is no file, and list the files there
+    are.
+    """
     here = pathlib.Path(path) if pathlib.Path(path).exists() else ROOT / path
     if path and here.is_dir():
         return f"is a directory, not a configuration{_listed(here, path)}"
@@ -133,7 +137,9 @@ def read_config(name: str, file: str, overrides: Sequence[str] = ()) -> ml_colle
 
 
 def _check_override(name: str, word: str) -> tuple[str, str] | None:
-    """Check a field's name and the form of its value, and return section and field if the value is None."""
+    """Check a field's name and the form of its value, and return section and field if the value is
+    None.
+    """
     found = re.fullmatch(rf"--?(no)?{name}\.([^=]*)(=.*)?", word, re.S)
     negated, path, value = found.groups() if found else (None, word, None)
     section, _, field = path.partition(".")
@@ -186,7 +192,9 @@ def _text(error: Exception) -> str:
 
 
 def run_in(workdir: pathlib.Path) -> Config | None:
-    """Return the configuration of the run to continue; one that cannot be read is reported later, when it is needed."""
+    """Return the configuration of the run to continue; one that cannot be read is reported later,
+    when it is needed.
+    """
     try:
         return config_lib.from_dict(config_lib.read_json(workdir / "config.json"))
     except (ConfigError, FileNotFoundError, AttributeError):

@@ -1,4 +1,5 @@
-"""Run `python -m fp8jax convert`: Hugging Face directories in and out, and logits to check a conversion with.
+"""Run `python -m fp8jax convert`: Hugging Face directories in and out, and logits to check a
+conversion with.
 
 JAX is loaded once everything that can be checked without it has been; the work is in converting.py.
 """

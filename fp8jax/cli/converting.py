@@ -85,7 +85,9 @@ def _keep(source: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _context(kept: pathlib.Path, model_type: str) -> int:
-    """Return the context of a model directory's model in tokens, at most _LONGEST; print a line if that is less."""
+    """Return the context of a model directory's model in tokens, at most _LONGEST; print a line if
+    that is less.
+    """
     found = read_json(kept / hf.CONFIG).get("max_position_embeddings")
     if type(found) is not int or found < 1:
         found = hf_formats.FORMATS[model_type].context or _UNKNOWN_CONTEXT

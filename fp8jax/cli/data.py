@@ -27,7 +27,8 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def show(workdir: pathlib.Path, step: int) -> Iterator[str]:
-    """Yield a step's batch as text: the run's data, then for every sequence a line on its origin and its decoded targets.
+    """Yield a step's batch as text: the run's data, then for every sequence a line on its origin
+    and its decoded targets.
 
     Args:
         workdir: directory of the run.
@@ -88,7 +89,9 @@ def _config(workdir: pathlib.Path) -> config_lib.Config:
 
 
 def _passed_over(workdir: pathlib.Path, step: int) -> int:
-    """Return how many batches rollbacks had skipped when the step was taken, from the last start before it in events.jsonl."""
+    """Return how many batches rollbacks had skipped when the step was taken, from the last start
+    before it in events.jsonl.
+    """
     path = workdir / "events.jsonl"
     if not path.exists():
         return 0

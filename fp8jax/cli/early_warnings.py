@@ -37,7 +37,9 @@ def lines(path: pathlib.Path) -> Iterator[str]:
 
 
 def _gradient_format(workdir: pathlib.Path) -> str:
-    """Return the gradient format of the run in a directory; the default e5m2 for a log without its run."""
+    """Return the gradient format of the run in a directory; the default e5m2 for a log without its
+    run.
+    """
     path = workdir / "config.json"
     return (
         read_json(path).get("fp8", {}).get("gradient_format", "e5m2") if path.exists() else "e5m2"

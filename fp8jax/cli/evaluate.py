@@ -121,7 +121,9 @@ def _evaluate_tasks(workdir: pathlib.Path, stage: Stages) -> int:
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
-    """Yield a line per metric; the harness names them 'acc,none' and 'acc_stderr,none': metric, then filter of answers."""
+    """Yield a line per metric; the harness names them 'acc,none' and 'acc_stderr,none': metric,
+    then filter of answers.
+    """
     for task, metrics in found["results"].items():
         for key, value in metrics.items():
             metric, comma, chosen = key.partition(",")

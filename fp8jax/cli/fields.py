@@ -9,7 +9,7 @@ def reference() -> str:
     """Return every field with its default and its meaning, for --help."""
     lines = []
     for section, fields in SECTIONS.items():
-        lines.append(f"{section}: {(fields.__doc__ or '').strip()}")
+        lines.append(f"{section}: {' '.join((fields.__doc__ or '').split())}")
         for field in dataclasses.fields(fields):
             choices = (
                 f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""

@@ -1,4 +1,5 @@
-"""Parse the command lines of train.py and eval.py: absl flags and fields of a configuration, with one-line errors.
+"""Parse the command lines of train.py and eval.py: absl flags and fields of a configuration, with
+one-line errors.
 
 The module imports no JAX, because a mistake should be reported before that is loaded; its exit code
 is 2.
@@ -24,7 +25,8 @@ _CONTINUING = ("resume", "restart", "continue", "restore", "load")
 
 
 def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
-    """Parse the flags, run `work` and return the exit code; --help only prints `usage` and the flags.
+    """Parse the flags, run `work` and return the exit code; --help only prints `usage` and the
+    flags.
 
     Errors that the user can fix (flags, config, checkpoint) are printed as one line, without a
     traceback.
@@ -66,7 +68,9 @@ def run(argv: Sequence[str], work: Callable[[], int], usage: str) -> int:
 
 
 def _parse(known: Sequence[flags.Flag], argv: Sequence[str]) -> list[str]:
-    """Set the flags of this command alone, and return the words that are no flags, the program's name first."""
+    """Set the flags of this command alone, and return the words that are no flags, the program's
+    name first.
+    """
     own = flags.FlagValues()
     for flag in known:
         own[flag.name] = flag
@@ -110,7 +114,9 @@ def _is_boolean(word: str) -> bool:
 
 
 def _unknown(error: flags.UnrecognizedFlagError, known: Sequence[str]) -> str:
-    """Return the message for an unknown flag, with the fields of the configuration that it may mean."""
+    """Return the message for an unknown flag, with the fields of the configuration that it may
+    mean.
+    """
     name, takes_config = error.flagname, "config" in known
     if takes_config and name in _CONTINUING:
         return (

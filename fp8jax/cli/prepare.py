@@ -1,4 +1,6 @@
-"""Run `python -m fp8jax prepare`, raw text to token shards, and `prepare inspect DIR`, what such a directory holds."""
+"""Run `python -m fp8jax prepare`, raw text to token shards, and `prepare inspect DIR`, what such a
+directory holds.
+"""
 
 import argparse
 import functools

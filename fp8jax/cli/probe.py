@@ -51,7 +51,9 @@ def _subject(options: argparse.Namespace, config: Config | None, stage: Stages) 
 
 
 def _check(options: argparse.Namespace, changes: Sequence[str]) -> Config | None:
-    """Check what can be checked before JAX is loaded; return the configuration, None for a run's directory."""
+    """Check what can be checked before JAX is loaded; return the configuration, None for a run's
+    directory.
+    """
     if not 1 <= options.batches <= _MOST_BATCHES:
         raise ConfigError(f"--batches={options.batches}: is not from 1 to {_MOST_BATCHES}")
     if options.json:

@@ -30,14 +30,18 @@ _HEARTBEAT = flags.DEFINE_integer(
 
 
 def is_first() -> bool:
-    """Return whether this process prints, as far as is known before JAX has started: on TPU pods, each does."""
+    """Return whether this process prints, as far as is known before JAX has started: on TPU pods,
+    each does.
+    """
     launch = _launch()
     return launch is None or launch.process == 0
 
 
 @contextlib.contextmanager
 def joined(stage: Stages) -> Iterator[None]:
-    """Join the other processes of this run, from flags or a launcher; enter it before JAX's devices start."""
+    """Join the other processes of this run, from flags or a launcher; enter it before JAX's devices
+    start.
+    """
     from fp8jax.audit.limits import set_memory_fraction  # loads JAX, as the next line does
     from fp8jax.parallel import distributed
 

@@ -1,4 +1,6 @@
-"""Run `python -m fp8jax report`: a page that shows runs side by side, or the early warnings of a log."""
+"""Run `python -m fp8jax report`: a page that shows runs side by side, or the early warnings of a
+log.
+"""
 
 import argparse
 import os

@@ -31,7 +31,9 @@ def version() -> str:
 
 @functools.cache
 def warn_of_untested_jax() -> None:
-    """Say on standard error, once a process, that fp8jax was not tested with the JAX that is installed."""
+    """Say on standard error, once a process, that fp8jax was not tested with the JAX that is
+    installed.
+    """
     line = fp8jax.untested_jax(importlib.metadata.version("jax"))
     if line:
         print(line, file=sys.stderr)
@@ -97,7 +99,9 @@ def wrong_number(kind: type, text: str) -> str:
 
 
 def _meant(text: str) -> decimal.Decimal | None:
-    """Return the number that 1e3, 10k or 1,000 stands for, if it is small enough to write out; otherwise None."""
+    """Return the number that 1e3, 10k or 1,000 stands for, if it is small enough to write out;
+    otherwise None.
+    """
     digits = text.strip().lower()
     unit = digits[-1:] if digits[-1:] in _THOUSANDS else ""
     digits = digits.removesuffix(unit).strip()

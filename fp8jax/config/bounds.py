@@ -66,7 +66,9 @@ def problem(config: Any) -> str | None:
 
 
 def _static_scales(config: Any, tokens: int) -> str | None:
-    """Describe a fixed scale that flushes its tensors to zero, or clips them; None if there is none."""
+    """Describe a fixed scale that flushes its tensors to zero, or clips them; None if there is
+    none.
+    """
     fp8, usual = (
         config.fp8,
         {"static_weight_scale": config.model.init_std or 1.0, "static_gradient_scale": 1 / tokens},

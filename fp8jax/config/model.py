@@ -34,7 +34,9 @@ BRANCH_OUTPUTS = ("none", "rmsnorm", "layerscale")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The decoder; switches left at None take the value that `architecture` gives them (models/architectures.py)."""
+    """The decoder; switches left at None take the value that `architecture` gives them
+    (models/architectures.py).
+    """
 
     architecture: str = field(
         "fog_max", "row of the architecture table that fills the switches", choices=ARCHITECTURES

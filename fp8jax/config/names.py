@@ -13,7 +13,9 @@ SECTIONS: dict[str, Any] = typing.get_type_hints(Config)
 
 
 def check_name(section: str, field: str | None = None) -> None:
-    """Raise ConfigError, which names the nearest, if there is no such section, or no such field in it."""
+    """Raise ConfigError, which names the nearest, if there is no such section, or no such field in
+    it.
+    """
     if section not in SECTIONS:
         raise ConfigError(f"config.{section}: unknown section{_nearest(section, SECTIONS)}")
     known = [found.name for found in dataclasses.fields(SECTIONS[section])]
@@ -26,7 +28,9 @@ def check_name(section: str, field: str | None = None) -> None:
 
 
 def fields_like(name: str) -> list[tuple[str, str]]:
-    """Return fields that have this name, or whose words begin with its letters: `lr` is optimizer.learning_rate."""
+    """Return fields that have this name, or whose words begin with its letters: `lr` is
+    optimizer.learning_rate.
+    """
     fields = [
         (section, field.name)
         for section, kind in SECTIONS.items()

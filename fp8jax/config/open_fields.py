@@ -1,4 +1,5 @@
-"""Fill in fields that are not set from the rest of a configuration: schedules follow the run's length.
+"""Fill in fields that are not set from the rest of a configuration: schedules follow the run's
+length.
 
     preset = config.pop("preset")                # a preset's plan: its steps, and warm-up and intervals for them
     fill(config, preset)                         # replaces None
@@ -53,7 +54,9 @@ def fill(values: Values, preset: Values, run: Values | None = None) -> None:
 
 
 def filled_mesh(mesh: dict[str, Any]) -> dict[str, Any]:
-    """Return the mesh, with an open fsdp taking the devices that are left, unless another axis takes them."""
+    """Return the mesh, with an open fsdp taking the devices that are left, unless another axis
+    takes them.
+    """
     if mesh.get("fsdp") is not None:
         return mesh
     return mesh | {
@@ -62,7 +65,9 @@ def filled_mesh(mesh: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shortened(field: tuple[str, str], value: int, steps: int, planned: int) -> int:
-    """Return a warm-up of the same share of the run, or an interval that comes at least twice; 0, for never, stays."""
+    """Return a warm-up of the same share of the run, or an interval that comes at least twice; 0,
+    for never, stays.
+    """
     if field == WARMUP:
         return round(value * steps / planned)
     return min(value, (steps + 1) // 2)

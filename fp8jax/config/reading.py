@@ -21,7 +21,8 @@ from fp8jax.config.run import Config
 
 
 def defaults() -> ml_collections.ConfigDict:
-    """Return every field at its default; fields that may be None are typed placeholders, so overrides are type-checked.
+    """Return every field at its default; fields that may be None are typed placeholders, so
+    overrides are type-checked.
 
     Fields that follow the run's length and the mesh unless set (open_fields.py) are placeholders,
     too, with defaults in `preset`.

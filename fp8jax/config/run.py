@@ -150,7 +150,9 @@ class Config:
 
 
 def settled(config: Config) -> Config:
-    """Return the config with open fields at their simplest: one microbatch, the whole loss, no recomputation."""
+    """Return the config with open fields at their simplest: one microbatch, the whole loss, no
+    recomputation.
+    """
     training = config.training
     plain = dataclasses.replace(
         training,

@@ -8,7 +8,8 @@ from fp8jax.config.errors import ConfigError
 
 
 def parse_sources(text: str) -> tuple[tuple[str, float], ...]:
-    """Return names and weights, which add up to 1, of `config.data.source`: 'name' or 'name=weight,name=weight'.
+    """Return names and weights, which add up to 1, of `config.data.source`: 'name' or
+    'name=weight,name=weight'.
 
     A path may hold '=' itself (lang=en/tokens): one source without a weight is taken as a name.
 

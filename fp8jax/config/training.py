@@ -61,7 +61,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer and its warm-up, stable, decay schedule (FOG paper, Table 6), and the formats of its state."""
+    """The optimizer and its warm-up, stable, decay schedule (FOG paper, Table 6), and the formats
+    of its state.
+    """
 
     name: str = field(
         "adamw",

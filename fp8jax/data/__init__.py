@@ -1,1 +1,3 @@
-"""Tokens for training and evaluation: tokenizers, prepared shards, the embedded corpus and batches made from them."""
+"""Tokens for training and evaluation: tokenizers, prepared shards, the embedded corpus and batches
+made from them.
+"""

@@ -1,4 +1,5 @@
-"""Find the files of raw text to read, cut them into pieces of work, and read their documents one at a time.
+"""Find the files of raw text to read, cut them into pieces of work, and read their documents one at
+a time.
 
     paths = find(["books/", "crawl/*.jsonl.zst"])
     for piece in pieces(path, piece_bytes=1 << 24):
@@ -211,7 +212,8 @@ def stat(path: str) -> tuple[int, int]:
 
 
 def digest(path: str) -> str:
-    """Return the hash of an input's content; '' for a dataset of the hub, which has a version of its own.
+    """Return the hash of an input's content; '' for a dataset of the hub, which has a version of
+    its own.
 
     Raises:
         ConfigError: it cannot be read.
@@ -226,7 +228,8 @@ def digest(path: str) -> str:
 
 
 def pieces(path: str, piece_bytes: int) -> list[Piece]:
-    """Return a file as pieces of about `piece_bytes`, or as one piece if its format must be read from the start.
+    """Return a file as pieces of about `piece_bytes`, or as one piece if its format must be read
+    from the start.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -256,7 +259,9 @@ def _even_pieces(path: str, length: int, size: int, piece_bytes: int) -> list[Pi
 
 
 def cut_text(path: str, fraction: float) -> list[Piece]:
-    """Return a text file as two documents, the second the last `fraction` of it, cut after the end of a line."""
+    """Return a text file as two documents, the second the last `fraction` of it, cut after the end
+    of a line.
+    """
     size = os.stat(path).st_size
     with open(path, "rb") as file:
         file.seek(int(size * (1 - fraction)))
@@ -275,7 +280,8 @@ def cut_text(path: str, fraction: float) -> list[Piece]:
 def read(
     piece: Piece, field: str, progress: Progress, skip: Skip | None = None
 ) -> Iterator[Iterable[str]]:
-    """Yield the documents of a piece, each as strings to be joined; use one up before asking for the next.
+    """Yield the documents of a piece, each as strings to be joined; use one up before asking for
+    the next.
 
     Args:
         piece: a piece of a file.
@@ -406,7 +412,9 @@ def _checked(text: str) -> str:
 
 
 def _line_error(piece: Piece, number: int, fault: str) -> ConfigError:
-    """Return an error that names the line in the file; only now are the lines before the piece counted."""
+    """Return an error that names the line in the file; only now are the lines before the piece
+    counted.
+    """
     if piece.start:
         with open(piece.path, "rb") as file:
             left = piece.start

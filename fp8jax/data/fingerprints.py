@@ -1,4 +1,5 @@
-"""Identify a run's data by content, not by path: a digest of each source, kept with every checkpoint.
+"""Identify a run's data by content, not by path: a digest of each source, kept with every
+checkpoint.
 
     found = of(config.data)                 # {"train": [["web", 0.7, "sha256:..."], ...], "held_out": [...]}
     same(found["train"], saved["train"])    # True if a run would continue with the data that it began with
@@ -44,7 +45,9 @@ def of(data: DataConfig) -> dict[str, list[list[Any]]]:
 
 
 def same(found: list[list[Any]], saved: Any) -> bool:
-    """Return True if the sources' weights and contents, in order, equal the saved ones; names may differ."""
+    """Return True if the sources' weights and contents, in order, equal the saved ones; names may
+    differ.
+    """
     try:
         return [(weight, digest) for _, weight, digest in found] == [
             (weight, digest) for _, weight, digest in saved

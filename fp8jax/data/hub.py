@@ -1,4 +1,5 @@
-"""Read datasets of the Hugging Face hub for `prepare`: 'hf:NAME' or 'hf:NAME:CONFIG', e.g. 'hf:allenai/c4:en'.
+"""Read datasets of the Hugging Face hub for `prepare`: 'hf:NAME' or 'hf:NAME:CONFIG', e.g.
+'hf:allenai/c4:en'.
 
 The package `datasets` downloads the split `train` once into its cache; without network only what is
 there can be read, and directories of data files, 'hf:/path'. Rows are read by number, so work on
@@ -55,7 +56,9 @@ def dataset(name: str) -> Any:
 
 
 def _is_reachable() -> bool:
-    """Return whether the hub's host answers; it is asked once, while the libraries would try for half a minute."""
+    """Return whether the hub's host answers; it is asked once, while the libraries would try for
+    half a minute.
+    """
     import huggingface_hub
 
     address = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)

@@ -61,7 +61,8 @@ def sample_documents(
     count: int,
     tokens: int = 120,
 ) -> list[tuple[str, int, str]]:
-    """Return evenly spread documents: the shard, the number of the document in it, and the text of its first tokens.
+    """Return evenly spread documents: the shard, the number of the document in it, and the text of
+    its first tokens.
 
     Raises:
         ConfigError: as `shards.open_shards`.

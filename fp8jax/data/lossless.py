@@ -20,7 +20,9 @@ FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
 def probes(added: Iterable[str] = ()) -> tuple[str, ...]:
-    """Return a text of all bytes of UTF-8 and what tokenizers tend to change, and one that begins with a letter."""
+    """Return a text of all bytes of UTF-8 and what tokenizers tend to change, and one that begins
+    with a letter.
+    """
     ascii_and_two_bytes = "".join(map(chr, range(0x800)))
     # One character for each first byte of three and four bytes.
     longer = "".join(

@@ -1,4 +1,5 @@
-"""Map arrays in files into memory while they are read: any number of them, however few files a process may open.
+"""Map arrays in files into memory while they are read: any number of them, however few files a
+process may open.
 
     array = Mapped(path, np.dtype("<u2"), count)
     array[10:20], len(array)                        # numpy arrays; the file is mapped when first asked
@@ -46,7 +47,9 @@ class Mapped:
         return np.array(self[:], dtype, copy=copy)
 
     def _opened(self) -> np.ndarray:
-        """Return the array without np.memmap's bookkeeping, a third of the time to read a short window."""
+        """Return the array without np.memmap's bookkeeping, a third of the time to read a short
+        window.
+        """
         try:
             return np.asarray(np.memmap(self._path, self.dtype, mode="r", shape=self.shape))
         except (OSError, ValueError) as error:

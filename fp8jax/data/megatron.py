@@ -1,4 +1,5 @@
-"""Read datasets of Megatron-LM, `PREFIX.bin` and `PREFIX.idx`, as a source: `config.data.source=PREFIX`.
+"""Read datasets of Megatron-LM, `PREFIX.bin` and `PREFIX.idx`, as a source:
+`config.data.source=PREFIX`.
 
 The index holds the magic bytes, uint64 version 1, uint8 code of the dtype, uint64 sequences, uint64
 entries of the document index, then int32 lengths and int64 byte offsets of the sequences, and int64
@@ -28,7 +29,9 @@ _LOOKED_AT = 1000
 
 
 class Index(NamedTuple):
-    """Arrays of an .idx file, memory-mapped: int32 [sequences], int64 [sequences], int64 [documents + 1]."""
+    """Arrays of an .idx file, memory-mapped: int32 [sequences], int64 [sequences], int64 [documents
+    + 1].
+    """
 
     kind: np.dtype
     lengths: np.ndarray
@@ -42,7 +45,8 @@ def is_dataset(prefix: str | os.PathLike) -> bool:
 
 
 class Ended:
-    """Documents that lie in an array one after another, with an end-of-document id after each, as if it stood there.
+    """Documents that lie in an array one after another, with an end-of-document id after each, as
+    if it stood there.
 
     Slices are int64 arrays; besides them the class has only the length and item size of an array.
     """
@@ -66,7 +70,8 @@ class Ended:
 
 
 def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> np.ndarray | Ended:
-    """Open the tokens of a split, [tokens] in the file's dtype; as `Ended` if documents lack their end id.
+    """Open the tokens of a split, [tokens] in the file's dtype; as `Ended` if documents lack their
+    end id.
 
     Args:
         prefix: prefix of the dataset's files.
@@ -121,7 +126,8 @@ def open_stream(prefix: str | os.PathLike, tokenizer: Tokenizer, split: str) -> 
 def _ends_itself(
     path: pathlib.Path, tokens: np.ndarray, stops: np.ndarray, tokenizer: Tokenizer
 ) -> bool:
-    """Return whether documents end with the end-of-document id, judged by the last token of some, evenly spread.
+    """Return whether documents end with the end-of-document id, judged by the last token of some,
+    evenly spread.
 
     Raises:
         ConfigError: some do and some do not.

@@ -30,7 +30,9 @@ _ZSTD_WINDOW = 1 << 31  # the format's largest
 
 
 class Input:
-    """A file, decompressed, that reports how far it was read and names the place where it is damaged."""
+    """A file, decompressed, that reports how far it was read and names the place where it is
+    damaged.
+    """
 
     def __init__(self, path: str, progress: Progress):
         self._path = path

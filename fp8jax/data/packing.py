@@ -42,7 +42,8 @@ _TOGETHER = 1 << 21
 
 
 class Rows:
-    """A batch being filled: what differs between windows is put in row by row, the rest is made for all rows.
+    """A batch being filled: what differs between windows is put in row by row, the rest is made for
+    all rows.
 
     Args:
         count: number of rows.
@@ -180,7 +181,9 @@ class BestFitWindows(_Windows):
 
 
 def _with_predecessor(stream: TokenStream, start: int, count: int) -> np.ndarray:
-    """Read the token before `start` and `count` tokens from there on (fewer at the stream's end), int32."""
+    """Read the token before `start` and `count` tokens from there on (fewer at the stream's end),
+    int32.
+    """
     if start:
         return stream.read(start - 1, start + count)
     return np.concatenate(
@@ -191,7 +194,8 @@ def _with_predecessor(stream: TokenStream, start: int, count: int) -> np.ndarray
 def write_best_fit(
     directory: str | os.PathLike, tokenizer: Tokenizer, length: int
 ) -> dict[str, Any]:
-    """Pack the training split of a directory of token shards by best fit, unless that is done already.
+    """Pack the training split of a directory of token shards by best fit, unless that is done
+    already.
 
     Args:
         directory: a directory of token shards; gets two files, and an entry in its index.

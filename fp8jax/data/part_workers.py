@@ -15,7 +15,9 @@ Tell = Callable[[int, int], Any]
 
 
 def run(job: Job, parts: list, workers: int, tell: Tell) -> None:
-    """Make the unfinished parts in `workers` processes; `tell` receives the bytes that are done and the total."""
+    """Make the unfinished parts in `workers` processes; `tell` receives the bytes that are done and
+    the total.
+    """
     total = sum(piece.size for part in parts for piece in part)
     missing = [number for number in range(len(parts)) if read_record(job, number) is None]
     done = total - sum(piece.size for number in missing for piece in parts[number])

@@ -1,4 +1,5 @@
-"""Make batches: training batches as a function of (seed, step), and held-out text, in order and once.
+"""Make batches: training batches as a function of (seed, step), and held-out text, in order and
+once.
 
     batches = train_batches(config)             # batches[step] is the batch of that step
     iterator = train_iterator(config, start_step=1000)
@@ -34,7 +35,9 @@ _ENDLESS = sys.maxsize
 
 
 class Place(NamedTuple):
-    """The origin of a sequence: name of the source, which pass over it (from 0), and which window of it."""
+    """The origin of a sequence: name of the source, which pass over it (from 0), and which window
+    of it.
+    """
 
     source: str
     epoch: int
@@ -101,7 +104,8 @@ class _Batches:
 
 
 def train_batches(config: Config, rows: Sequence[int] | None = None) -> grain.MapDataset:
-    """Return all training batches, endless; `[step]` is the batch of a step, whatever was read before.
+    """Return all training batches, endless; `[step]` is the batch of a step, whatever was read
+    before.
 
     Args:
         config: reads `data`, `training.batch_size` and `training.seed`.
@@ -122,7 +126,8 @@ def train_batches(config: Config, rows: Sequence[int] | None = None) -> grain.Ma
 def train_iterator(
     config: Config, start_step: int = 0, rows: Sequence[int] | None = None
 ) -> grain.DatasetIterator:
-    """Iterate over `train_batches` from `start_step` on, read ahead in `config.data.read_threads` threads.
+    """Iterate over `train_batches` from `start_step` on, read ahead in `config.data.read_threads`
+    threads.
 
     `get_state()` is a small JSON dictionary that a checkpoint can hold, though start_step is
     enough.
@@ -148,7 +153,8 @@ def train_places(config: Config, step: int) -> list[Place]:
 
 
 def describe(config: Config) -> list[str]:
-    """Return lines for the start of a run: every source, its share, and how often the run goes over it.
+    """Return lines for the start of a run: every source, its share, and how often the run goes over
+    it.
 
     Raises:
         ConfigError: as `train_batches`.
@@ -172,7 +178,8 @@ def describe(config: Config) -> list[str]:
 
 
 def held_out_streams(config: Config) -> dict[str, sources.TokenStream]:
-    """Return the streams for held-out losses, by name; '' is the name of what the sources themselves hold out.
+    """Return the streams for held-out losses, by name; '' is the name of what the sources
+    themselves hold out.
 
     The dictionary is empty with `data.held_out=none`, and if the sources hold nothing out and no
     evaluation is asked for.
@@ -190,7 +197,8 @@ def held_out_streams(config: Config) -> dict[str, sources.TokenStream]:
 
 
 def held_out_sequences(config: Config, stream: sources.TokenStream | None = None) -> int:
-    """Return the number of sequences of a whole held-out text; with None, of what the sources hold out.
+    """Return the number of sequences of a whole held-out text; with None, of what the sources hold
+    out.
 
     Raises:
         ConfigError: as `train_batches`.
@@ -207,7 +215,8 @@ def held_out_batches(
     sequences: int = 0,
     stream: sources.TokenStream | None = None,
 ) -> Iterator[tuple[Batch, int]]:
-    """Yield a held-out text in order, no token a target more than once; all batches have the same shapes.
+    """Yield a held-out text in order, no token a target more than once; all batches have the same
+    shapes.
 
     Documents continue from window to window with any config.data.packing. The splits of several
     sources follow one another.

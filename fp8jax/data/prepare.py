@@ -49,7 +49,8 @@ def prepare(
     tell: part_workers.Tell = lambda done, total: None,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, dict[str, Any]]:
-    """Tokenise the documents of `inputs` into shards, continuing where an earlier call was interrupted.
+    """Tokenise the documents of `inputs` into shards, continuing where an earlier call was
+    interrupted.
 
     Args:
         inputs: files, directories and patterns, in order (see `documents`).
@@ -124,7 +125,8 @@ def train_tokenizer(
     vocab_size: int,
     text_field: str = "text",
 ) -> str:
-    """Train a byte-level BPE on a sample of the inputs, spread over them, unless the directory already holds one.
+    """Train a byte-level BPE on a sample of the inputs, spread over them, unless the directory
+    already holds one.
 
     Returns:
         The path of the tokenizer.json, which lies in the directory.
@@ -188,7 +190,9 @@ def _plan(
     fraction: float,
     skip_bad_rows: bool,
 ) -> str:
-    """Return a digest of the task: equal plans give equal bytes, unless only the content of a file changes."""
+    """Return a digest of the task: equal plans give equal bytes, unless only the content of a file
+    changes.
+    """
     made_of = [shards.header(tokenizer), text_field, fraction, parts] + [
         "skip_bad_rows"
     ] * skip_bad_rows
@@ -208,7 +212,9 @@ def _finished(directory: pathlib.Path, plan: str) -> dict[str, Any]:
 
 
 def _check_unchanged(directory: pathlib.Path, source: dict[str, Any]) -> None:
-    """Raise ConfigError if a file's content is not what was prepared; its time of change alone does not matter."""
+    """Raise ConfigError if a file's content is not what was prepared; its time of change alone does
+    not matter.
+    """
     path = source["file"]
     if source.get("changed") in (None, documents.stat(path)[1]):
         return
@@ -220,7 +226,9 @@ def _check_unchanged(directory: pathlib.Path, source: dict[str, Any]) -> None:
 
 
 def _begin(directory: pathlib.Path, plan: str, parts: list) -> Any:
-    """Open a new or interrupted preparation, locked against a second one until the returned file is closed."""
+    """Open a new or interrupted preparation, locked against a second one until the returned file is
+    closed.
+    """
     unfinished = directory / UNFINISHED
     unfinished.mkdir(parents=True, exist_ok=True)
     lock = open(unfinished / "plan", "a+", encoding="utf-8")
@@ -251,7 +259,9 @@ def _records(job: Job, parts: list) -> list[dict[str, Any]]:
 
 
 def _hold_one_out(job: Job, parts: list, fraction: float) -> None:
-    """Hold out the document of the lowest hash, by making its part again, if none is held out though some should be."""
+    """Hold out the document of the lowest hash, by making its part again, if none is held out
+    though some should be.
+    """
     records = _records(job, parts)
     if not fraction or any(record["shards"]["held_out"] for record in records):
         return

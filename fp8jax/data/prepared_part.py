@@ -1,4 +1,6 @@
-"""Make one part of a preparation: its documents, tokenised, in a shard of each split, and the record that it is done."""
+"""Make one part of a preparation: its documents, tokenised, in a shard of each split, and the
+record that it is done.
+"""
 
 import dataclasses
 import hashlib
@@ -149,7 +151,9 @@ def _cut(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _boundary(text: str) -> int:
-    """Return the place before the last space between two letters up to LONG; byte-level pre-tokenizers cut there as well."""
+    """Return the place before the last space between two letters up to LONG; byte-level
+    pre-tokenizers cut there as well.
+    """
     end = text.rfind(" ", LONG // 2, LONG)
     while end > 0:
         if text[end - 1].isalpha() and text[end + 1].isalpha():
@@ -165,7 +169,9 @@ def _encoded(
     tokenizer: tokenizers.Tokenizer,
     skipped: _Skipped | None,
 ) -> Iterator[tuple[str, int, np.ndarray, bool]]:
-    """Yield the chunks with token ids in place of text, encoded in batches of about BATCH characters."""
+    """Yield the chunks with token ids in place of text, encoded in batches of about BATCH
+    characters.
+    """
     batch, size = [], 0
     for chunk in _chunks(piece, job, progress, skipped):
         batch.append(chunk)

@@ -1,4 +1,5 @@
-"""Keep a run's own copy of its tokenizer, so that sampling, evaluating tasks and exporting need only its directory.
+"""Keep a run's own copy of its tokenizer, so that sampling, evaluating tasks and exporting need
+only its directory.
 
     keep(workdir, tokenizer.of(config.data))            # WORKDIR/tokenizer.json or tekken.json; no file for bytes
     config = read_config(workdir)                       # reads config.json without loading JAX
@@ -24,7 +25,8 @@ _JSON, _TEKKEN = "tokenizer.json", "tekken.json"
 
 
 def keep(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Copy the tokenizer's file into the run's directory atomically, and remove the file of another tokenizer.
+    """Copy the tokenizer's file into the run's directory atomically, and remove the file of another
+    tokenizer.
 
     Raises:
         OSError: it cannot be written.
@@ -56,7 +58,9 @@ def own(config: Config, workdir: pathlib.Path, fingerprint: str | None = None) -
 
 
 def found(config: Config, workdir: pathlib.Path) -> Config:
-    """Return the configuration to train with, which names the run's own tokenizer if the named file is missing."""
+    """Return the configuration to train with, which names the run's own tokenizer if the named file
+    is missing.
+    """
     name, copy = config.data.tokenizer, _copy(workdir)
     if copy is None or name in ("auto", "byte", "tekken") or pathlib.Path(name).exists():
         return config

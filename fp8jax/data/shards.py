@@ -109,7 +109,8 @@ def write_shards(
     *,
     shard_tokens: int = 1 << 28,
 ) -> dict[str, dict[str, Any]]:
-    """Write a directory of token shards; `index.json` comes last, so an interrupted directory is never read.
+    """Write a directory of token shards; `index.json` comes last, so an interrupted directory is
+    never read.
 
     Args:
         directory: created if missing; must not hold an index.json yet.
@@ -208,7 +209,8 @@ def write_sources(directory: pathlib.Path, sources: Iterable[dict[str, Any]]) ->
 
 
 def read_sources(directory: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yield the input files that a directory was prepared from: `file`, `bytes`, `documents` and more.
+    """Yield the input files that a directory was prepared from: `file`, `bytes`, `documents` and
+    more.
 
     Raises:
         ConfigError: the list is damaged.
@@ -340,7 +342,9 @@ def read_index(directory: pathlib.Path, tokenizer: Tokenizer | None = None) -> d
 
 
 def _listed(directory: pathlib.Path, index: dict[str, Any], split: str) -> list[dict[str, Any]]:
-    """Return the shards of a split, after checking that each has a safe name and a valid number of tokens."""
+    """Return the shards of a split, after checking that each has a safe name and a valid number of
+    tokens.
+    """
     try:
         listed = [
             {"file": shard["file"], "tokens": shard["tokens"]} | shard
@@ -416,7 +420,8 @@ def map_file(path: pathlib.Path, kind: np.dtype, count: int, what: str) -> Mappe
 
 
 def verify(directory: str | os.PathLike) -> str | None:
-    """Read every shard and compare it with its checksum; return the first fault, None if there is none.
+    """Read every shard and compare it with its checksum; return the first fault, None if there is
+    none.
 
     Raises:
         ConfigError: the index cannot be read.

@@ -1,4 +1,5 @@
-"""Load tokens: the embedded novels, directories of prepared token shards, Megatron files, and mixtures of them.
+"""Load tokens: the embedded novels, directories of prepared token shards, Megatron files, and
+mixtures of them.
 
     stream = load(config.data, "train")         # or "held_out"; several sources one after another
     len(stream), stream.read(0, 100)            # tokens; int32 [100]
@@ -54,7 +55,9 @@ class TokenStream:
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
-        """Return int64 [arrays + 1]: where in the stream each array starts, and the stream's length."""
+        """Return int64 [arrays + 1]: where in the stream each array starts, and the stream's
+        length.
+        """
         return np.cumsum([0] + [len(array) for array in self.arrays], dtype=np.int64)
 
     @functools.cached_property
@@ -63,7 +66,9 @@ class TokenStream:
 
     @functools.cached_property
     def _plain(self) -> list[np.ndarray | megatron.Ended | Mapped]:
-        """Return the arrays without np.memmap's bookkeeping, a third of the time to read a short window."""
+        """Return the arrays without np.memmap's bookkeeping, a third of the time to read a short
+        window.
+        """
         return [
             np.asarray(array) if isinstance(array, np.ndarray) else array for array in self.arrays
         ]
@@ -112,7 +117,8 @@ class Source(NamedTuple):
 
 
 def load(data: DataConfig, split: str) -> TokenStream:
-    """Load one split of the configured sources, one after another, without those that hold nothing out.
+    """Load one split of the configured sources, one after another, without those that hold nothing
+    out.
 
     Args:
         data: the `data` section of a config.
@@ -154,7 +160,8 @@ def load_each(data: DataConfig, split: str) -> list[Source]:
 
 
 def load_held_out(data: DataConfig) -> list[tuple[str, TokenStream]]:
-    """Return name and text of each part of `config.data.held_out`; one without a name for 'auto', none for 'none'.
+    """Return name and text of each part of `config.data.held_out`; one without a name for 'auto',
+    none for 'none'.
 
     A source that is named there gives its held-out split, or all of its text if it has none.
 
@@ -205,7 +212,8 @@ def _not_there(name: str) -> str:
 
 
 def held_out_parts(data: DataConfig) -> list[tuple[str, str, str]]:
-    """Return the parts for held-out losses: name, source, and 'held_out', 'train' or 'all' of that source.
+    """Return the parts for held-out losses: name, source, and 'held_out', 'train' or 'all' of that
+    source.
 
     Raises:
         ConfigError: as `load_held_out`.
@@ -245,7 +253,9 @@ def holds_out(data: DataConfig) -> bool:
 
 
 def part_of(name: str, data: DataConfig, split: str) -> str:
-    """Return 'all' for a Megatron dataset that is trained on and not evaluated, otherwise the split."""
+    """Return 'all' for a Megatron dataset that is trained on and not evaluated, otherwise the
+    split.
+    """
     apart = data.held_out == "auto" or name in dict(parse_held_out(data.held_out)).values()
     return "all" if split == "train" and megatron.is_dataset(name) and not apart else split
 

@@ -1,4 +1,5 @@
-"""Read tables of text or token ids: Parquet, and Arrow files and streams (as `feather` and `datasets` write).
+"""Read tables of text or token ids: Parquet, and Arrow files and streams (as `feather` and
+`datasets` write).
 
     for piece in range(count(path)):                   # row groups, or record batches
         for number, text in texts(path, piece, "text", skip=None): ...
@@ -42,7 +43,8 @@ def sizes(path: str) -> list[int]:
 
 
 def rows(path: str, piece: int) -> int:
-    """Return the rows of one row group or record batch; 1 for a stream of Arrow batches, which has no counts.
+    """Return the rows of one row group or record batch; 1 for a stream of Arrow batches, which has
+    no counts.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -60,7 +62,8 @@ def holds_ids(path: str, field: str) -> bool:
 
 
 def texts(path: str, piece: int, field: str, skip: Skip | None = None) -> Iterator[tuple[int, str]]:
-    """Yield the row number, from 1 in the file, and text of each row of a row group or record batch.
+    """Yield the row number, from 1 in the file, and text of each row of a row group or record
+    batch.
 
     Args:
         path: path of the file.
@@ -133,7 +136,8 @@ def _values(path: str, piece: int, field: str) -> Iterator[tuple[int, Any]]:
 
 
 def _check(array: Any) -> None:
-    """Check an array's offsets and indices, because a damaged file could make a read follow them anywhere.
+    """Check an array's offsets and indices, because a damaged file could make a read follow them
+    anywhere.
 
     Raises:
         ValueError: they point outside the array.

@@ -1,4 +1,5 @@
-"""Read files of token ids as input of `prepare`: text that another program tokenised goes into shards unchanged.
+"""Read files of token ids as input of `prepare`: text that another program tokenised goes into
+shards unchanged.
 
     for number, ids in documents("tokens.array_record", 0, count("tokens.array_record"), "", tokenizer): ...
     for number, ids in documents("tokens.parquet", 0, tables.count("tokens.parquet"), "input_ids", tokenizer): ...
@@ -42,7 +43,8 @@ def count(path: str) -> int:
 def documents(
     path: str, start: int, stop: int, field: str, tokenizer: Tokenizer
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the documents of a range of records: record number, from 0, and ids [any] without the end-of-document id.
+    """Yield the documents of a range of records: record number, from 0, and ids [any] without the
+    end-of-document id.
 
     Args:
         path: path of an ArrayRecord file or a table.
@@ -94,7 +96,9 @@ def _array(path: str, number: int, record: bytes) -> np.ndarray:
 
 
 def _npy(record: bytes) -> np.ndarray:
-    """Return the array of a .npy file; its header is checked before memory is allocated for what it claims."""
+    """Return the array of a .npy file; its header is checked before memory is allocated for what it
+    claims.
+    """
     file = io.BytesIO(record)
     version = np.lib.format.read_magic(file)
     if version == (1, 0):

@@ -75,7 +75,8 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Any) -> str:
-        """Return the text of the ids, with U+FFFD for what is not UTF-8 and without end-of-document ids.
+        """Return the text of the ids, with U+FFFD for what is not UTF-8 and without end-of-document
+        ids.
 
         Raises:
             ValueError: an id outside the vocabulary.
@@ -170,7 +171,9 @@ class HuggingFaceTokenizer:
 
 
 class TekkenTokenizer:
-    """Mistral's tekken.json, with the interface of `ByteTokenizer`; its first ids are special, 2 ends a document."""
+    """Mistral's tekken.json, with the interface of `ByteTokenizer`; its first ids are special, 2
+    ends a document.
+    """
 
     end_of_document = 2
     notes: tuple[str, ...] = ()
@@ -264,7 +267,8 @@ def load(name: str, *, allow_normalisation: bool = False) -> Tokenizer:
 
 
 def of(data: DataConfig) -> Tokenizer:
-    """Return the tokenizer of a config's data; 'auto' is that of the first source, bytes for the embedded corpus.
+    """Return the tokenizer of a config's data; 'auto' is that of the first source, bytes for the
+    embedded corpus.
 
     Raises:
         ConfigError: as `load`, or the directory of 'auto' does not exist.
@@ -307,7 +311,8 @@ def _normalises(directory: pathlib.Path) -> bool:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> str:
-    """Train a byte-level BPE, which cuts text into words as GPT-2's does; return the content of a tokenizer.json.
+    """Train a byte-level BPE, which cuts text into words as GPT-2's does; return the content of a
+    tokenizer.json.
 
     Raises:
         ConfigError: the `tokenizers` package is missing, or vocab_size is too small for all bytes
@@ -339,12 +344,15 @@ def train(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def dtype(vocab_size: int) -> np.dtype:
-    """Return the smallest little-endian dtype for token ids: uint16 up to 65536 ids, otherwise uint32."""
+    """Return the smallest little-endian dtype for token ids: uint16 up to 65536 ids, otherwise
+    uint32.
+    """
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def vocab_size(config: Config) -> int:
-    """Return the embedding's rows: `config.model.vocab_size`, or the tokenizer's size rounded up to a multiple of 128.
+    """Return the embedding's rows: `config.model.vocab_size`, or the tokenizer's size rounded up to
+    a multiple of 128.
 
     Raises:
         ConfigError: `config.model.vocab_size` is too small for the tokenizer.
@@ -362,7 +370,9 @@ def vocab_size(config: Config) -> int:
 
 
 def _read(path: str) -> tuple[Any, dict[str, Any], str]:
-    """Return the library's tokenizer, set to encode the text and no more, the file's JSON, and its fingerprint."""
+    """Return the library's tokenizer, set to encode the text and no more, the file's JSON, and its
+    fingerprint.
+    """
     try:
         import tokenizers
     except ImportError:
@@ -439,7 +449,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _installed_tekken() -> str:
-    """Return the path of the tekken.json of the package mistral-common, which need not be importable."""
+    """Return the path of the tekken.json of the package mistral-common, which need not be
+    importable.
+    """
     spec = importlib.util.find_spec("mistral_common")
     for directory in (spec.submodule_search_locations or []) if spec else []:
         path = pathlib.Path(directory) / "data" / "tekken_240718.json"

@@ -76,7 +76,9 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Continue one prompt as `generate` does, piece by piece; a character with missing bytes waits for the next piece."""
+    """Continue one prompt as `generate` does, piece by piece; a character with missing bytes waits
+    for the next piece.
+    """
     given, text = 0, ""
     for (ids,) in generate_ids(
         inference, [document(inference, prompt)], tokens, Sampling(temperature, top_p, seed)
@@ -153,7 +155,8 @@ def generate_ids(
 
 
 def abstract_calls(inference: Inference) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Return what generating a text as long as the context runs, for tracing: jitted functions, and argument shapes.
+    """Return what generating a text as long as the context runs, for tracing: jitted functions, and
+    argument shapes.
 
     Returns:
         `weights`, which prepares them once; `prompt`, which reads one into a cache; `decode`, which
@@ -201,7 +204,9 @@ def next_token(
 
 
 def _nucleus(logits_bv: jax.Array, top_p: Scalar) -> jax.Array:
-    """Keep the logits of the smallest set of likeliest tokens with probability top_p, and of ties; -inf elsewhere."""
+    """Keep the logits of the smallest set of likeliest tokens with probability top_p, and of ties;
+    -inf elsewhere.
+    """
     descending = -jnp.sort(-logits_bv, axis=-1)
     probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -212,14 +217,18 @@ def _nucleus(logits_bv: jax.Array, top_p: Scalar) -> jax.Array:
 
 
 class _State(NamedTuple):
-    """The state between chunks: the cache, and each row's newest token, int32 [b], which is not in it yet."""
+    """The state between chunks: the cache, and each row's newest token, int32 [b], which is not in
+    it yet.
+    """
 
     cache: KVCache
     token: jax.Array
 
 
 class _Asked(NamedTuple):
-    """A chunk's request: tokens per row so far, tokens to add, how to choose them, the document's end, number of ids."""
+    """A chunk's request: tokens per row so far, tokens to add, how to choose them, the document's
+    end, number of ids.
+    """
 
     count: np.int32
     steps: np.int32

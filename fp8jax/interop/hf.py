@@ -1,4 +1,5 @@
-"""Load and save model directories of Hugging Face transformers: the model types of hf_formats.FORMATS.
+"""Load and save model directories of Hugging Face transformers: the model types of
+hf_formats.FORMATS.
 
     found = load(directory)                            # found.model, found.params (float32 numpy), found.model_type
     save(out, model, vocab_size, params, "llama", np.dtype("float32"), max_shard_bytes=5 * 10**9)
@@ -63,7 +64,9 @@ _OURS = (
 
 
 class Loaded(NamedTuple):
-    """The content of a directory: resolved model config, vocabulary, float32 numpy parameters, model_type."""
+    """The content of a directory: resolved model config, vocabulary, float32 numpy parameters,
+    model_type.
+    """
 
     model: ModelConfig
     vocab_size: int
@@ -136,7 +139,8 @@ def save(
     carried: pathlib.Path | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a directory that transformers loads; config.json comes last, so that a directory with one is complete.
+    """Write a directory that transformers loads; config.json comes last, so that a directory with
+    one is complete.
 
     Args:
         directory: created if missing; must be empty.
@@ -213,7 +217,9 @@ def carry(source: pathlib.Path, target: pathlib.Path) -> list[str]:
 def by_name(
     params: Params, model: ModelConfig, vocab_size: int, model_type: str
 ) -> dict[str, np.ndarray]:
-    """Return arrays like the parameters (such as gradients) by tensor name, in Hugging Face's shapes, without frozen ones."""
+    """Return arrays like the parameters (such as gradients) by tensor name, in Hugging Face's
+    shapes, without frozen ones.
+    """
     params = jax.tree.map(np.asarray, params)
     kept = (
         ("q_norm.weight", "k_norm.weight")

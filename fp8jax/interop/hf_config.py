@@ -1,4 +1,5 @@
-"""Turn a Hugging Face config.json into a model config, and back: llama, mistral, qwen3, olmo2, olmo3, apertus, fog.
+"""Turn a Hugging Face config.json into a model config, and back: llama, mistral, qwen3, olmo2,
+olmo3, apertus, fog.
 
     model, model_type = from_config(json_values)      # ModelConfig with every switch set, "llama"
     values = to_config(model, vocab_size, "llama")    # what config.json holds
@@ -96,7 +97,9 @@ def from_config(
 
 
 def _sizes(given: Mapping[str, Any]) -> dict[str, int]:
-    """Return the numbers of _REQUIRED and _OPTIONAL keys; of the latter also those that are left out or 0."""
+    """Return the numbers of _REQUIRED and _OPTIONAL keys; of the latter also those that are left
+    out or 0.
+    """
     size = {
         key: number(given, key, int)
         for key in (*_REQUIRED, *_OPTIONAL)
@@ -210,7 +213,9 @@ def _check_keys(values: Mapping[str, Any], form: Format, note: Callable[[str], N
 
 
 def _is_harmless(key: str, value: Any) -> bool:
-    """Return whether an unknown key has no effect: it is private, null, false or empty, or not of the model."""
+    """Return whether an unknown key has no effect: it is private, null, false or empty, or not of
+    the model.
+    """
     empty = value is None or value is False or value in ([], {}, "")
     return key.startswith("_") or empty or key in HARMLESS
 
@@ -236,7 +241,9 @@ def _ffn(hidden: int, gated: bool) -> dict[str, int]:
 
 
 def _nearest_architecture(fields: Mapping[str, Any]) -> str:
-    """Return the row of the architecture table with the most switches in common; as all switches are set, it is only a name."""
+    """Return the row of the architecture table with the most switches in common; as all switches
+    are set, it is only a name.
+    """
 
     def agreeing(row: Mapping[str, Any]) -> int:
         return sum(fields.get(switch) == value for switch, value in row.items())

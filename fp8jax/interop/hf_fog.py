@@ -1,4 +1,6 @@
-"""Translate the keys of a `fog` config.json, as in the released models of the FOG paper, to switches and back."""
+"""Translate the keys of a `fog` config.json, as in the released models of the FOG paper, to
+switches and back.
+"""
 
 import math
 from collections.abc import Mapping

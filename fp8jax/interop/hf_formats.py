@@ -1,4 +1,6 @@
-"""The differences between model types of Hugging Face, and the keys of config.json that change no number."""
+"""The differences between model types of Hugging Face, and the keys of config.json that change no
+number.
+"""
 
 from typing import Any, NamedTuple
 

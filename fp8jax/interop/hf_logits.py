@@ -1,4 +1,5 @@
-"""Compute logits, loss and gradients of a model in float32, to check a conversion against another implementation.
+"""Compute logits, loss and gradients of a model in float32, to check a conversion against another
+implementation.
 
     found = compute(model, vocab_size, params, tokens_bt, gradients=True)
     found["logits"], found["loss"], found["gradients"]

@@ -1,4 +1,5 @@
-"""Read RoPE from a Hugging Face config.json and write it: unscaled, Llama-3, linear, dynamic (NTK) and YaRN.
+"""Read RoPE from a Hugging Face config.json and write it: unscaled, Llama-3, linear, dynamic (NTK)
+and YaRN.
 
     fields = read(values, "llama", theta=10000.0, left_out=None)     # {"rope_theta": ..., "rope_scaling": "yarn", ...}
     write(model, always=False)                                       # {"rope_type": "yarn", ...}

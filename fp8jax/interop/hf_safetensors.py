@@ -1,4 +1,5 @@
-"""Read and write tensors in safetensors files, one file or several with an index, one tensor at a time.
+"""Read and write tensors in safetensors files, one file or several with an index, one tensor at a
+time.
 
     files = TensorFiles(directory)                     # reads and checks headers only
     files.entries["lm_head.weight"].shape              # (vocab, embed)
@@ -48,7 +49,9 @@ _MAX_JSON = 1 << 26  # of config.json and of an index, which has some 100 bytes 
 
 
 class HuggingFaceError(ValueError):
-    """An error for a directory that cannot be converted; one line names the file, key or tensor, and the fault."""
+    """An error for a directory that cannot be converted; one line names the file, key or tensor,
+    and the fault.
+    """
 
     def __init__(self, message: str):
         super().__init__(

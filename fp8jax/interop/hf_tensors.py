@@ -1,4 +1,5 @@
-"""Map each Hugging Face tensor to its place in fp8jax's parameters, as a table that is read in both directions.
+"""Map each Hugging Face tensor to its place in fp8jax's parameters, as a table that is read in both
+directions.
 
     for slot in slots(model, vocab_size, "llama"):
         view = slot.view(params)                          # our array, its axes in Hugging Face's order; shares memory
@@ -46,7 +47,9 @@ DERIVED_SUFFIXES = (".self_attn.rotary_emb.inv_freq",)
 
 
 class Slot(NamedTuple):
-    """A Hugging Face tensor's name and shape, and its place: parameter, index into it, order of the indexed axes."""
+    """A Hugging Face tensor's name and shape, and its place: parameter, index into it, order of the
+    indexed axes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -55,7 +58,9 @@ class Slot(NamedTuple):
     axes: tuple[int, ...]
 
     def view(self, params: Params) -> np.ndarray:
-        """Return the tensor's numbers within numpy parameters, axes in Hugging Face's order, not yet merged to `shape`."""
+        """Return the tensor's numbers within numpy parameters, axes in Hugging Face's order, not
+        yet merged to `shape`.
+        """
         array: Any = params
         for key in self.path:
             array = array[key]
@@ -63,7 +68,8 @@ class Slot(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A tensor that always holds one value and has no parameter here; it may be missing in files, and is always written.
+    """A tensor that always holds one value and has no parameter here; it may be missing in files,
+    and is always written.
 
     Attributes:
         unused: it may hold anything, since no number depends on it.
@@ -94,7 +100,9 @@ def slots(model: ModelConfig, vocab_size: int, model_type: str) -> Iterator[Slot
 
 
 def constants(model: ModelConfig, model_type: str) -> Iterator[Constant]:
-    """Yield every tensor that a format has and the model does not need: frozen gains, xIELU's constants."""
+    """Yield every tensor that a format has and the model does not need: frozen gains, xIELU's
+    constants.
+    """
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}."
         if model.qk_regulariser in (

@@ -1,4 +1,5 @@
-"""Write a run's tokenizer as transformers reads it: tokenizer.json, tokenizer_config.json, generation_config.json.
+"""Write a run's tokenizer as transformers reads it: tokenizer.json, tokenizer_config.json,
+generation_config.json.
 
     for name, content in files(tokenizer, context=4096).items():
         (directory / name).write_text(json.dumps(content))
@@ -20,7 +21,9 @@ END = "<|endoftext|>"
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the ids for config.json and generation_config.json: the end of a document begins, ends and pads texts."""
+    """Return the ids for config.json and generation_config.json: the end of a document begins, ends
+    and pads texts.
+    """
     end = tokenizer.end_of_document
     return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
 
@@ -79,7 +82,9 @@ def _from_tekken(values: Mapping[str, Any], end_of_document: int) -> dict[str, A
 
 
 def _merges(texts: list[bytes]) -> list[list[str]]:
-    """Return the merges, first to last, by which byte-pair encoding makes each text from others of a lower rank."""
+    """Return the merges, first to last, by which byte-pair encoding makes each text from others of
+    a lower rank.
+    """
     ranks = {text: rank for rank, text in enumerate(texts)}
     found = []
     for text in texts:
@@ -96,7 +101,9 @@ def _byte_level(
     added: Iterable[tuple[str, int]],
     pattern: str | None,
 ) -> dict[str, Any]:
-    """Return a byte-level BPE that does not merge a word that is a token as a whole, as in tiktoken."""
+    """Return a byte-level BPE that does not merge a word that is a token as a whole, as in
+    tiktoken.
+    """
     added = list(added)
     # The library numbers added tokens itself unless the model knows them.
     vocab = {text: index for text, index in added} | vocab
@@ -169,7 +176,9 @@ def _text_of(content: Mapping[str, Any], index: int) -> str:
 
 
 def _characters() -> str:
-    """Return the spelling of bytes 0 to 255 in byte-level vocabularies: printable ones unchanged, others from U+0100 on."""
+    """Return the spelling of bytes 0 to 255 in byte-level vocabularies: printable ones unchanged,
+    others from U+0100 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     return "".join(chr(byte) if byte in printable else chr(next(others)) for byte in range(256))

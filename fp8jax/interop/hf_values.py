@@ -1,4 +1,6 @@
-"""Read values of an untrusted Hugging Face config.json: of the right type and finite, or an error names the key."""
+"""Read values of an untrusted Hugging Face config.json: of the right type and finite, or an error
+names the key.
+"""
 
 from collections.abc import Mapping
 from typing import Any

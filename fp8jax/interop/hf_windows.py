@@ -1,4 +1,6 @@
-"""Check windows of attention in config.json: the models here have none, so one must not be shorter than the context."""
+"""Check windows of attention in config.json: the models here have none, so one must not be shorter
+than the context.
+"""
 
 from collections.abc import Mapping
 from typing import Any

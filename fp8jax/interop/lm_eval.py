@@ -57,7 +57,9 @@ class Harness(LM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Return, for each (context, continuation), log probability in nats, and whether greedy decoding would write it."""
+        """Return, for each (context, continuation), log probability in nats, and whether greedy
+        decoding would write it.
+        """
         return scoring.log_likelihoods(self.inference, _arguments(requests))
 
     def loglikelihood_rolling(
@@ -78,7 +80,8 @@ def evaluate(
     tasks: Sequence[Any],
     keep: Callable[[dict[str, Any]], object] = lambda found: None,
 ) -> dict[str, Any]:
-    """Run tasks from `load_tasks`, one after another, with the few-shot examples and metrics of each task's file.
+    """Run tasks from `load_tasks`, one after another, with the few-shot examples and metrics of
+    each task's file.
 
     Args:
         inference: the model.

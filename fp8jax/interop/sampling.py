@@ -1,4 +1,6 @@
-"""Settings for choosing the next token. This module imports no JAX, so that commands refuse wrong settings early."""
+"""Settings for choosing the next token. This module imports no JAX, so that commands refuse wrong
+settings early.
+"""
 
 import dataclasses
 import math

@@ -1,4 +1,5 @@
-r"""Score texts and continue them up to a stop string: the three requests of lm-evaluation-harness, without it.
+r"""Score texts and continue them up to a stop string: the three requests of lm-evaluation-harness,
+without it.
 
     log_likelihoods(inference, [("The capital of France is", " Paris")])      # [(log probability in nats, greedy?)]
     rolling_log_likelihoods(inference, ["A whole document."])                 # [log probability in nats]
@@ -71,7 +72,8 @@ class Window(NamedTuple):
 def log_likelihoods(
     inference: Inference, requests: Sequence[tuple[str, str]]
 ) -> list[tuple[float, bool]]:
-    """Return, for each (context, continuation), its log probability, and whether greedy decoding would write it.
+    """Return, for each (context, continuation), its log probability, and whether greedy decoding
+    would write it.
 
     Trailing white space of a context is moved to the continuation.
     """
@@ -79,7 +81,9 @@ def log_likelihoods(
 
 
 def rolling_log_likelihoods(inference: Inference, texts: Sequence[str]) -> list[float]:
-    """Return the log probability of each text, every token scored once, in windows of the model's context."""
+    """Return the log probability of each text, every token scored once, in windows of the model's
+    context.
+    """
     requests = [
         (document(inference, ""), inference.tokenizer.encode(text).tolist()) for text in texts
     ]
@@ -87,7 +91,8 @@ def rolling_log_likelihoods(inference: Inference, texts: Sequence[str]) -> list[
 
 
 def encode_pair(inference: Inference, context: str, continuation: str) -> tuple[Ids, Ids]:
-    """Return the token ids of a context, with the end of document before it, and of its continuation.
+    """Return the token ids of a context, with the end of document before it, and of its
+    continuation.
 
     If one token spans both, so that none is left for the continuation, the continuation is encoded
     alone: otherwise it would score 0.
@@ -111,7 +116,8 @@ def encode_pair(inference: Inference, context: str, continuation: str) -> tuple[
 
 
 def windows(context: Ids, continuation: Ids, length: int) -> Iterator[Window]:
-    """Cut a request into windows of at most `length` inputs that score each token of the continuation once.
+    """Cut a request into windows of at most `length` inputs that score each token of the
+    continuation once.
 
     One window is usual. A longer continuation takes several, each but the last without context
     beyond the token before it.
@@ -124,7 +130,8 @@ def windows(context: Ids, continuation: Ids, length: int) -> Iterator[Window]:
 
 
 def score(inference: Inference, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
-    """Return the log probability in nats of each continuation, and whether each of its tokens is the likeliest.
+    """Return the log probability in nats of each continuation, and whether each of its tokens is
+    the likeliest.
 
     Args:
         inference: the model.
@@ -155,7 +162,9 @@ def score(inference: Inference, requests: Sequence[tuple[Ids, Ids]]) -> list[tup
 def _score(
     bound: Bound, inputs_bt: jax.Array, targets_bt: jax.Array, mask_bt: jax.Array, ids: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return float32 [b] masked sums of log probabilities; bool [b], whether all tokens are the likeliest of `ids`."""
+    """Return float32 [b] masked sums of log probabilities; bool [b], whether all tokens are the
+    likeliest of `ids`.
+    """
     logits, _ = bound.model({"inputs": inputs_bt}, bound.gemms)
     chosen = jnp.take_along_axis(logits, targets_bt[..., None], axis=-1)[..., 0]
     total = jnp.sum(jnp.where(mask_bt, chosen - jax.nn.logsumexp(logits, axis=-1), 0.0), axis=-1)
@@ -166,7 +175,8 @@ def _score(
 def generate_until(
     inference: Inference, requests: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> list[str]:
-    """Continue each context up to its first stop string, which is left out, or the end of the document.
+    """Continue each context up to its first stop string, which is left out, or the end of the
+    document.
 
     Args:
         inference: the model.
@@ -262,7 +272,9 @@ def _before(text: str, stops: Iterable[str]) -> str:
 def _batches(
     inference: Inference, pieces: list, length: Any, what: str
 ) -> Iterable[tuple[list, int, int]]:
-    """Return (pieces, their bucket of length, rows of the batch), the longest first, so that too little memory shows early."""
+    """Return (pieces, their bucket of length, rows of the batch), the longest first, so that too
+    little memory shows early.
+    """
     buckets = defaultdict(list)
     for piece in sorted(pieces, key=length, reverse=True):
         buckets[bucket(length(piece), inference.context)].append(piece)

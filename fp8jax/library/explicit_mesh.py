@@ -1,4 +1,5 @@
-"""Run a function whose operands are split over a mesh with explicit axes (`jax.make_mesh`'s default) as over one with automatic axes.
+"""Run a function whose operands are split over a mesh with explicit axes (`jax.make_mesh`'s
+default) as over one with automatic axes.
 
 In explicit mode every intermediate array has a type with its sharding, and a GEMM that sums over a
 split dimension is an error unless it says how its result is split. Backward passes do so
@@ -22,7 +23,8 @@ def place_inside(
     Args:
         f: function of a pytree of arrays.
         arrays: the pytree.
-        dims: for each dimension of the result, an array and the dimension of it that is split alike.
+        dims: for each dimension of the result, an array and the dimension of it that is split
+            alike.
     """
     meshes = [jax.typeof(x).sharding.mesh for x, _ in dims]
     explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]

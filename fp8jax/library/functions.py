@@ -111,7 +111,9 @@ def _check_floating(**operands: jax.Array) -> None:
 def _split_alike(
     x: jax.Array, w: jax.Array, dims: gemm_lib.DimensionNumbers
 ) -> list[tuple[jax.Array, int]]:
-    """Return for each dimension of a product the operand that it comes from, and which of its dimensions."""
+    """Return for each dimension of a product the operand that it comes from, and which of its
+    dimensions.
+    """
     (x_contract, w_contract), (x_batch, w_batch) = dims
     of_x = (*x_batch, *_rest(x.ndim, *x_contract, *x_batch))
     of_w = _rest(w.ndim, *w_contract, *w_batch)
@@ -214,7 +216,9 @@ def attention(
 def check_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
 ) -> None:
-    """Raise ValueError, whose one line names shape or dtype, if these are not operands of `attention`."""
+    """Raise ValueError, whose one line names shape or dtype, if these are not operands of
+    `attention`.
+    """
     where = "fp8jax.attention"
     for name, x, letters in (
         ("q", q, "b, t, n, h"),
@@ -255,10 +259,11 @@ def check_attention(
 
 
 def kurtosis(x: jax.Array, *, counted: jax.Array | None = None, pooled: bool = False) -> jax.Array:
-    """Return the uncentred kurtosis of an activation, float32: 3 for a Gaussian, the number of features at most.
+    """Return the uncentred kurtosis of an activation, float32: 3 for a Gaussian, the number of
+    features at most.
 
-    It is the mean over tokens of mean(x^4) / mean(x^2)^2 over the features, the outlier statistic of
-    the FOG paper (arXiv 2505.20524); tokens of zeros are left out. It is not differentiable.
+    It is the mean over tokens of mean(x^4) / mean(x^2)^2 over the features, the outlier statistic
+    of the FOG paper (arXiv 2505.20524); tokens of zeros are left out. It is not differentiable.
 
     Args:
         x: [..., features], floating; [batch, tokens, ..., features] if `counted` or `pooled` is

@@ -32,15 +32,15 @@ class Recipe:
     Attributes:
         scaling: where scales come from. `delayed`: from the largest amax of the last steps, kept in
             the model; in the first step, whose history is empty, from the amax of the moment.
-            `current`: always from the amax of the moment. `static`: fixed, for tensors of about unit
-            variance. `blockwise`: one for each 128 values, for studies: it runs emulated only.
+            `current`: always from the amax of the moment. `static`: fixed, for tensors of about
+            unit variance. `blockwise`: one for each 128 values, for studies: it runs emulated only.
         history_length: steps that `delayed` remembers.
         history_reduction: the `max` of the history, or its `most_recent` amax.
         margin: powers of two left free above the amax.
         power_of_two: round scales up to powers of two, so that scaling is exact.
         gradient_format: format of gradients, e5m2 or e4m3; activations and weights are e4m3.
-        fast_accumulation: passes in which Hopper's tensor cores may sum with 14 bits: `fprop`, `all`
-            or `none`.
+        fast_accumulation: passes in which Hopper's tensor cores may sum with 14 bits: `fprop`,
+            `all` or `none`.
         emulated: compute with the same FP8 values in bfloat16 GEMMs. None does so where JAX's
             default device has no FP8 units.
 

@@ -1,4 +1,5 @@
-"""The nonlinearities of the FFN: xIELU, GeLU, squared ReLU, and the two gated ones (FOG paper, section 3 and appendix B).
+"""The nonlinearities of the FFN: xIELU, GeLU, squared ReLU, and the two gated ones (FOG paper,
+section 3 and appendix B).
 
 All compute in float32 and return the dtype of their input. A function under `pointwise` keeps no
 float32 array for the backward pass, only its inputs: the rest is cheaper to compute again than to
@@ -31,8 +32,10 @@ def pointwise(
     Args:
         function: any function of arrays.
         static_argnums: arguments that are no arrays.
-        summed_argnums: arguments whose gradients are sums over all tokens, and are computed by themselves. Where a
-            compiler would keep a float32 array of what they share with the other gradients, this costs less.
+        summed_argnums: arguments whose gradients are sums over all tokens, and are computed by
+            themselves. Where a compiler would keep a float32 array of what they share with the
+            other gradients, this
+            costs less.
     """
 
     @functools.wraps(function)
@@ -60,7 +63,9 @@ def pointwise(
 
 
 def _again(arrays: Any, one: float) -> Any:
-    """Return arrays times `one`, 1 or -1, twice, the first time without telling the compiler; exact, and no pass of its own."""
+    """Return arrays times `one`, 1 or -1, twice, the first time without telling the compiler;
+    exact, and no pass of its own.
+    """
 
     def again(x: jax.Array) -> jax.Array:
         return one * (x * jax.lax.optimization_barrier(jnp.full((), one, x.dtype)))
@@ -69,7 +74,9 @@ def _again(arrays: Any, one: float) -> Any:
 
 
 class XIELU(nnx.Module):
-    """xIELU with trained positive and negative curvature, both 0.8 at the start (Huang and Schlag 2024)."""
+    """xIELU with trained positive and negative curvature, both 0.8 at the start (Huang and Schlag
+    2024).
+    """
 
     beta, eps = 0.5, -1e-6
 
@@ -117,7 +124,8 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 @pointwise
 def smooth_swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return silu(gate) * up / s and s, the largest |up| of each token, which bounds the input of the next FP8 GEMM.
+    """Return silu(gate) * up / s and s, the largest |up| of each token, which bounds the input of
+    the next FP8 GEMM.
 
     No gradient flows through s (Fishman et al. 2024); s = 0 counts as 1. The caller multiplies the
     GEMM's output by s.

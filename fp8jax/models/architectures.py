@@ -47,7 +47,9 @@ TABLE: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResolvedModel(ModelConfig):
-    """A model's config without open fields; `resolve` sets every field, whose defaults are for type checkers."""
+    """A model's config without open fields; `resolve` sets every field, whose defaults are for type
+    checkers.
+    """
 
     ffn_hidden: int = 0
     head_dim: int = 0
@@ -67,8 +69,8 @@ def resolve(model: ModelConfig, vocab_size: int) -> ResolvedModel:
     """Return a config with every switch and size filled in.
 
     Args:
-        model: the config; fields that are None take their architecture's value; scan_layers, which devices decide
-            (parallel/mesh.py), is True.
+        model: the config; fields that are None take their architecture's value; scan_layers, which
+            devices decide (parallel/mesh.py), is True.
         vocab_size: rows of the embedding.
     """
     derived = {
@@ -93,5 +95,7 @@ def gated(model: ModelConfig) -> bool:
 
 
 def ffn_hidden(model: ModelConfig) -> int:
-    """Return the hidden width of a resolved model's FFN: as listed if gated, else 1.5 times, so that parameters match."""
+    """Return the hidden width of a resolved model's FFN: as listed if gated, else 1.5 times, so
+    that parameters match.
+    """
     return model.ffn_hidden or (model.ffn_width if gated(model) else model.ffn_width * 3 // 2)

@@ -1,4 +1,6 @@
-"""Compute a block's self-attention: one projection to q, k and v, QK regulariser, RoPE, FP8 attention, output."""
+"""Compute a block's self-attention: one projection to q, k and v, QK regulariser, RoPE, FP8
+attention, output.
+"""
 
 import functools
 
@@ -53,7 +55,9 @@ class Attention(nnx.Module):
         gemms: LayerGemms,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Attend, [b, t, d] to [b, t, d]; also return this layer's cache, if any, with the t tokens added."""
+        """Attend, [b, t, d] to [b, t, d]; also return this layer's cache, if any, with the t tokens
+        added.
+        """
         tap("qkv_input", x_btd)
         qkv = self.qkv(x_btd, gemms)
         tap("qkv", qkv.reshape(*qkv.shape[:2], -1))
@@ -103,7 +107,9 @@ class Attention(nnx.Module):
 def _regularisers(
     config: ResolvedModel, k: int, g: int, h: int
 ) -> tuple[nnx.Module | None, nnx.Module | None]:
-    """Return the regularisers of queries and of keys, per head unless the whole projection is normalised (OLMo 2)."""
+    """Return the regularisers of queries and of keys, per head unless the whole projection is
+    normalised (OLMo 2).
+    """
     kind, eps = config.qk_regulariser, config.norm_eps
     if kind == "none":
         return None, None

@@ -1,4 +1,5 @@
-"""Define a model without its parameters, which can be initialised, bound to parameters, sharded and counted.
+"""Define a model without its parameters, which can be initialised, bound to parameters, sharded and
+counted.
 
     definition = define(config)                   # allocates nothing
     params = definition.init(seed)                # nested dictionary of arrays
@@ -65,7 +66,9 @@ class Definition:
 
 
 def define(config: ModelConfig, vocab_size: int) -> Definition:
-    """Return the definition of the model of a config; `vocab_size` is the tokenizer's if the config leaves it open."""
+    """Return the definition of the model of a config; `vocab_size` is the tokenizer's if the config
+    leaves it open.
+    """
     resolved = architectures.resolve(config, vocab_size)
     graph, state, _ = nnx.split(
         nnx.eval_shape(lambda: Transformer(resolved, vocab_size, nnx.Rngs(params=0))),

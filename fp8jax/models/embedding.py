@@ -70,7 +70,9 @@ lookup.defvjp(_forward, _backward)
 
 
 def _is_split(mesh: Any, ids: jax.Array) -> bool:
-    """Return whether there are tokens for every device; generating text has one per sequence, and no gradient."""
+    """Return whether there are tokens for every device; generating text has one per sequence, and
+    no gradient.
+    """
     if mesh.empty or mesh.size == 1:
         return False
     return ids.shape[0] % shards("batch") == 0 and ids.shape[1] % shards("residual") == 0
@@ -103,7 +105,9 @@ def _scatter(
 
 
 def _local(ids: jax.Array, vocab: int, fsdp: int, tensor: int) -> tuple[jax.Array, jax.Array]:
-    """Return tokens of all `fsdp` neighbours as numbers of this device's rows, 0 if another's; and which are its own."""
+    """Return tokens of all `fsdp` neighbours as numbers of this device's rows, 0 if another's; and
+    which are its own.
+    """
     ids = lax.all_gather(ids, "fsdp", axis=0, tiled=True) if fsdp > 1 else ids
     if tensor == 1:
         return ids, jnp.ones(ids.shape, bool)

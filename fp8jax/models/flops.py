@@ -19,7 +19,9 @@ _PASSES = 3  # the forward pass, and the gradients of both operands
 
 @dataclasses.dataclass(frozen=True)
 class ModelFlops:
-    """The FLOPs of one training step over all devices: the blocks' linear layers, causal attention, the head."""
+    """The FLOPs of one training step over all devices: the blocks' linear layers, causal attention,
+    the head.
+    """
 
     linear: int
     attention: int

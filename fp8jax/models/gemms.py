@@ -1,4 +1,5 @@
-"""The GEMMs of a model as one handle: recipes, quantised weights, scales, and the tokens that return amaxes.
+"""The GEMMs of a model as one handle: recipes, quantised weights, scales, and the tokens that
+return amaxes.
 
     gemms = model.prepare(recipes, scales, tokens)      # once a step; Gemms, a pytree
     logits, taps = model(batch, gemms, options)
@@ -37,7 +38,8 @@ _WIDTH = len(statistics.REPORT)
 )
 @dataclasses.dataclass(frozen=True)
 class LayerGemms:
-    """The GEMMs of one layer, or of a segment of equal layers, whose arrays have a leading axis of layers.
+    """The GEMMs of one layer, or of a segment of equal layers, whose arrays have a leading axis of
+    layers.
 
     Attributes:
         recipes: role → recipe.
@@ -193,7 +195,9 @@ def zero_tokens(recipes: ModelRecipes, brings: Brings = AMAX) -> dict[str, Token
 
 
 def over_devices(amaxes: scaling_lib.Tokens) -> scaling_lib.Tokens:
-    """Return amaxes of whole tensors, [layers, operands], from those by device; infinite for NaN, which a maximum may lose."""
+    """Return amaxes of whole tensors, [layers, operands], from those by device; infinite for NaN,
+    which a maximum may lose.
+    """
     known = {role: jnp.where(jnp.isnan(amax), jnp.inf, amax) for role, amax in amaxes.items()}
     return {role: jnp.max(amax, axis=tuple(range(2, amax.ndim))) for role, amax in known.items()}
 
@@ -201,7 +205,8 @@ def over_devices(amaxes: scaling_lib.Tokens) -> scaling_lib.Tokens:
 def read_reports(
     found: scaling_lib.Tokens, recipes: ModelRecipes, *, pooled: bool
 ) -> tuple[scaling_lib.Tokens, Taps]:
-    """Read the cotangents of tokens for FULL: raw amaxes as those for AMAX, and statistics by operand.
+    """Read the cotangents of tokens for FULL: raw amaxes as those for AMAX, and statistics by
+    operand.
 
     Args:
         found: role → float32 [layers, operands, statistics].
@@ -295,8 +300,8 @@ def quantise_weights(
         recipes: recipes of the model.
         dtype: dtype of activations, for roles that are not in FP8.
         scales: scales of the scaling state; those of weights are used if their scaling is delayed.
-        looped: whether layers run in a loop; if not, each layer's weight is an array of its own to the compiler, and
-            so is not copied out of the stack of all.
+        looped: whether layers run in a loop; if not, each layer's weight is an array of its own to
+            the compiler, and so is not copied out of the stack of all.
     """
     over_layers = jax.vmap if looped else _one_by_one
 
@@ -316,7 +321,9 @@ def quantise_weights(
 
 
 def _one_by_one(function: Callable[..., Quantised]) -> Callable[..., Quantised]:
-    """Return the function of arrays stacked over layers, as `jax.vmap` does, without a batched operation."""
+    """Return the function of arrays stacked over layers, as `jax.vmap` does, without a batched
+    operation.
+    """
 
     def stacked(*arrays: jax.Array | None) -> Quantised:
         count = jax.tree.leaves(arrays)[0].shape[0]
@@ -357,7 +364,9 @@ def weight_amaxes(weights: Mapping[str, jax.Array], recipes: ModelRecipes) -> sc
 
 
 def _matrix(role: str, w: jax.Array) -> jax.Array:
-    """Return a weight as [inputs, outputs]: only the first dimension is inputs, for attention_out all but the last."""
+    """Return a weight as [inputs, outputs]: only the first dimension is inputs, for attention_out
+    all but the last.
+    """
     return w.reshape(-1, w.shape[-1]) if role == "attention_out" else w.reshape(w.shape[0], -1)
 
 

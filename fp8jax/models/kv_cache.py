@@ -24,7 +24,9 @@ from fp8jax.parallel.sharding import constrain
 
 
 class KVCache(NamedTuple):
-    """The keys (after RoPE) and values, [l, b, s, k, h], of one layer [b, s, k, h]; filled: int32 [b], slots in use."""
+    """The keys (after RoPE) and values, [l, b, s, k, h], of one layer [b, s, k, h]; filled: int32
+    [b], slots in use.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -46,7 +48,9 @@ def pin(cache: KVCache) -> KVCache:
 
 
 def append(layer: KVCache, k_btkh: jax.Array, v_btkh: jax.Array) -> KVCache:
-    """Return one layer's cache with keys and values of t more tokens per row; the caller of all layers updates `filled`."""
+    """Return one layer's cache with keys and values of t more tokens per row; the caller of all
+    layers updates `filled`.
+    """
     write = jax.vmap(
         lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0)
     )
@@ -58,7 +62,8 @@ def append(layer: KVCache, k_btkh: jax.Array, v_btkh: jax.Array) -> KVCache:
 def attend(
     q_btkgh: jax.Array, layer: KVCache, recipes: Mapping[str, GemmRecipe], softmax_scale: float
 ) -> jax.Array:
-    """Attend from the newest t tokens, which `append` has just written, to all of their row's tokens up to themselves.
+    """Attend from the newest t tokens, which `append` has just written, to all of their row's
+    tokens up to themselves.
 
     Returns:
         [b, t, k, g, h], equal to `numerics.attention` over the whole sequence.

@@ -84,7 +84,9 @@ class Dense(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """The token table [vocab, embed]; float32 rows, scaled before the cast to the activations' dtype."""
+    """The token table [vocab, embed]; float32 rows, scaled before the cast to the activations'
+    dtype.
+    """
 
     def __init__(self, rngs: nnx.Rngs, vocab_size: int, width: int, std: float):
         self.w = matrix(rngs, (vocab_size, width), ("vocab", "embed"), std)
@@ -143,7 +145,8 @@ class LayerScale(nnx.Module):
 
 
 class Tanh(nnx.Module):
-    """The function tanh(alpha x) with one trained scalar, FOG-flash's QK regulariser, times an optional gain.
+    """The function tanh(alpha x) with one trained scalar, FOG-flash's QK regulariser, times an
+    optional gain.
 
     Args:
         features: the last dimension of x, for a gain [features] that is 1 at the start; None means
@@ -173,7 +176,8 @@ def _gain_of(module: RMSNorm | Tanh) -> jax.Array | None:
 
 
 def rope_frequencies(config: ModelConfig, length: int = 0) -> np.ndarray:
-    """Return the angle per position of every rotated pair, float64 [head_dim / 2], scaled by `config.rope_scaling`.
+    """Return the angle per position of every rotated pair, float64 [head_dim / 2], scaled by
+    `config.rope_scaling`.
 
     llama3 (Llama 3.1): frequencies that turn less than `low` times in the original context are
     divided by the factor, those that turn more than `high` times do not change, and between them
@@ -214,7 +218,9 @@ def _kept_by_llama3(config: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
 
 
 def _kept_by_yarn(config: ModelConfig) -> np.ndarray:
-    """Return the part of each frequency that is kept, 0 to 1: a ramp over the pairs between fast and slow ones."""
+    """Return the part of each frequency that is kept, 0 to 1: a ramp over the pairs between fast
+    and slow ones.
+    """
     features = head_dim(config)
 
     def pair_that_turns(times: float) -> float:
@@ -232,7 +238,8 @@ def _kept_by_yarn(config: ModelConfig) -> np.ndarray:
 def rope_table(
     positions_bt: jax.Array, frequencies: np.ndarray, factor: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Return cos and sin of the rotary angles, times a factor, float32 [b, t, head_dim / 2], to 1e-6 at any position.
+    """Return cos and sin of the rotary angles, times a factor, float32 [b, t, head_dim / 2], to
+    1e-6 at any position.
 
     In float32 a product of position and frequency has lost 8e-3 of its angle at 131072 and 6e-2 at
     a million. Here it is in turns, in fixed point: integers wrap where turns do, without loss.
@@ -255,7 +262,9 @@ def rope_table(
 
 
 def _upper_half(a: jax.Array, b: np.ndarray) -> jax.Array:
-    """Return the upper 32 of the 64 bits of a product, uint32, by long multiplication in digits of 16 bits."""
+    """Return the upper 32 of the 64 bits of a product, uint32, by long multiplication in digits of
+    16 bits.
+    """
     a_high, a_low = a >> 16, a & 0xFFFF
     b_high, b_low = b >> 16, b & 0xFFFF
     middle = a_high * b_low + (a_low * b_low >> 16)

@@ -18,7 +18,9 @@ Recipes = dict[str, GemmRecipe]
 
 
 class LayerRecipes(dict[str, GemmRecipe]):
-    """Role → recipe of one layer; it is never changed, so it is hashable, and static in a compiled function."""
+    """Role → recipe of one layer; it is never changed, so it is hashable, and static in a compiled
+    function.
+    """
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(frozenset(self.items()))
@@ -34,7 +36,8 @@ class Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ModelRecipes:
-    """The recipes of the blocks, layer by layer, and of the head; and the backend of attention in each layer.
+    """The recipes of the blocks, layer by layer, and of the head; and the backend of attention in
+    each layer.
 
     Attributes:
         attention_backends: backends of all layers; layers with the same recipes have the same.
@@ -78,7 +81,9 @@ class ModelRecipes:
         return out
 
     def by_role(self) -> dict[str, tuple[int, GemmRecipe]]:
-        """Return role → (layers, recipe of its state): delayed if any layer is, otherwise FP8 if any layer is."""
+        """Return role → (layers, recipe of its state): delayed if any layer is, otherwise FP8 if
+        any layer is.
+        """
         order = {"delayed": 0, "bf16": 2}
         out = {}
         for role in self.blocks[0]:
@@ -89,7 +94,9 @@ class ModelRecipes:
         return {**out, HEAD: (1, self.head)}
 
     def scaled_by(self, scaling: str) -> "ModelRecipes":
-        """Return the same roles in FP8, with another scaling in place of `delayed`, the only one with earlier scales."""
+        """Return the same roles in FP8, with another scaling in place of `delayed`, the only one
+        with earlier scales.
+        """
 
         def change(recipe: GemmRecipe) -> GemmRecipe:
             return (
@@ -157,7 +164,9 @@ _FROM_SECTION = (
 
 
 def _base_recipe(config: Config, recipe: str, *, emulated: bool) -> GemmRecipe:
-    """Return the recipe of every role in FP8 without override; with recipe `bf16` no role is in FP8."""
+    """Return the recipe of every role in FP8 without override; with recipe `bf16` no role is in
+    FP8.
+    """
     fp8 = config.fp8
     tokens = config.training.batch_size * config.data.sequence_length
     section: dict[str, Any] = {name: getattr(fp8, name) for name in _FROM_SECTION}
@@ -279,7 +288,9 @@ class _Backends(NamedTuple):
     features: int
 
     def choose(self, layer: Recipes) -> str:
-        """Return the configured backend, or the best other one for a layer whose attention is not all FP8."""
+        """Return the configured backend, or the best other one for a layer whose attention is not
+        all FP8.
+        """
         in_fp8 = all(layer[role].fp8 for role in recipes_lib.ATTENTION_ROLES)
         automatic = self.asked == "auto" or (self.asked == "pallas" and not in_fp8)
         problems = []

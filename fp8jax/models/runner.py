@@ -63,15 +63,21 @@ class Runner:
         return self._prepare(self._params)
 
     def call(self, function: Callable, *arrays: Any) -> Any:
-        """Call function(Bound, *arrays), jitted, compiled once per function and shapes; host arrays are equal on all processes."""
+        """Call function(Bound, *arrays), jitted, compiled once per function and shapes; host arrays
+        are equal on all processes.
+        """
         return self._jitted(function)(self._params, self._gemms, *arrays)
 
     def abstract_weights(self) -> tuple[Any, tuple[Any, ...]]:
-        """Return the jitted function that prepares the weights, and its arguments, which may be shapes as well as arrays."""
+        """Return the jitted function that prepares the weights, and its arguments, which may be
+        shapes as well as arrays.
+        """
         return self._prepare, (self._params,)
 
     def abstract_call(self, function: Callable, *arrays: Any) -> tuple[Any, tuple[Any, ...]]:
-        """Return the jitted function that `call` runs, and its arguments, which may be shapes as well as arrays."""
+        """Return the jitted function that `call` runs, and its arguments, which may be shapes as
+        well as arrays.
+        """
         return self._jitted(function), (
             self._params,
             jax.eval_shape(self._prepare, self._params),
@@ -102,5 +108,7 @@ class Runner:
 
 
 def pin_rows(x: jax.Array) -> jax.Array:
-    """Split [b, ...] as `Runner.put` does, for results that are inputs again, so that their functions are compiled once."""
+    """Split [b, ...] as `Runner.put` does, for results that are inputs again, so that their
+    functions are compiled once.
+    """
     return constrain(x, "batch")

@@ -1,4 +1,5 @@
-"""Record statistics of tensors: `tap(name, x)` works while collecting is on, and has no cost otherwise.
+"""Record statistics of tensors: `tap(name, x)` works while collecting is on, and has no cost
+otherwise.
 
     with collecting() as found:
         y = block(x)                 # calls tap("qkv", qkv) inside
@@ -32,7 +33,8 @@ _found: contextvars.ContextVar[tuple[Taps, bool, jax.Array | None] | None] = con
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Taps as one array: hundreds of scalars would be carried through the scan over layers, and fetched, one by one.
+    """Taps as one array: hundreds of scalars would be carried through the scan over layers, and
+    fetched, one by one.
 
     Attributes:
         values: float32 [..., n], a JAX or a NumPy array.
@@ -87,7 +89,8 @@ def collecting(
 
 
 def tap(name: str, x: jax.Array) -> None:
-    """Record mean, rms and kurtosis of an activation: in logs, `kurtosis/NAME_layer003`, `kurtosis/NAME_avg` and so on.
+    """Record mean, rms and kurtosis of an activation: in logs, `kurtosis/NAME_layer003`,
+    `kurtosis/NAME_avg` and so on.
 
     Args:
         name: new in this block, without a slash.
@@ -110,7 +113,8 @@ def tap(name: str, x: jax.Array) -> None:
 
 
 def record(name: str, compute: Callable[..., dict[str, jax.Array]], *arrays: jax.Array) -> None:
-    """Record compute(*arrays), statistic → scalar, while collecting is on; otherwise it is not computed or differentiated.
+    """Record compute(*arrays), statistic → scalar, while collecting is on; otherwise it is not
+    computed or differentiated.
 
     Raises:
         ValueError: the name is taken or has a slash.

@@ -48,7 +48,9 @@ BRANCH = "branch"  # checkpoint name of a branch's output, before its norm
 
 @dataclasses.dataclass(frozen=True)
 class ForwardOptions:
-    """The static choices of one forward pass: rematerialisation, and whether statistics are collected."""
+    """The static choices of one forward pass: rematerialisation, and whether statistics are
+    collected.
+    """
 
     remat: str = "none"
     collect: bool = False
@@ -134,7 +136,8 @@ class Transformer(nnx.Module):
         scales: Mapping[str, jax.Array] = MappingProxyType({}),
         tokens: Mapping[str, Token] = MappingProxyType({}),
     ) -> Gemms:
-        """Quantise all weights once; no gradient flows through this, because it reaches the weights through wgrad.
+        """Quantise all weights once; no gradient flows through this, because it reaches the weights
+        through wgrad.
 
         Args:
             recipes: recipes of every layer and the head.
@@ -152,7 +155,9 @@ class Transformer(nnx.Module):
         return Gemms(recipes, quantised, head, dict(scales), dict(tokens))
 
     def weight_amaxes(self, recipes: ModelRecipes) -> dict[str, jax.Array]:
-        """Return the amaxes of weights under delayed scaling, by entry of the scaling state ('qkv.w')."""
+        """Return the amaxes of weights under delayed scaling, by entry of the scaling state
+        ('qkv.w').
+        """
         return gemms_lib.weight_amaxes(
             self.blocks.gemm_weights() | {gemms_lib.HEAD: self.head_weight()[None]}, recipes
         )
@@ -190,7 +195,8 @@ class Transformer(nnx.Module):
         chunk: int,
         options: ForwardOptions = ForwardOptions(),
     ) -> tuple[jax.Array, jax.Array, taps_lib.Taps]:
-        """Compute the parts of a loss without the logits of all tokens and the whole vocabulary (numerics/cross_entropy.py).
+        """Compute the parts of a loss without the logits of all tokens and the whole vocabulary
+        (numerics/cross_entropy.py).
 
         Args:
             batch: as for a call, and `targets` int32 [b, t].
@@ -220,7 +226,8 @@ class Transformer(nnx.Module):
     def extend(
         self, inputs_bt: jax.Array, cache: KVCache, gemms: Gemms
     ) -> tuple[jax.Array, KVCache]:
-        """Compute logits of tokens that follow those in a cache (models/kv_cache.py); t is 1 unless the cache is empty.
+        """Compute logits of tokens that follow those in a cache (models/kv_cache.py); t is 1 unless
+        the cache is empty.
 
         Args:
             inputs_bt: int32; `cache.filled + t` must not exceed the capacity.
@@ -340,8 +347,8 @@ class _Head(nnx.Module):
 def _rematerialised(layer: Any, remat: str, looped: bool) -> Any:
     """Return the layer, recomputed in the backward pass by `remat`.
 
-    In a loop, whose backward pass is a loop of its own, no compiler sees that a value was computed before; elsewhere
-    barriers hide it.
+    In a loop, whose backward pass is a loop of its own, no compiler sees that a value was computed
+    before; elsewhere barriers hide it.
     """
     if remat == "none":
         return layer
@@ -361,7 +368,9 @@ def _rematerialised(layer: Any, remat: str, looped: bool) -> Any:
 
 
 def _join(found: list[taps_lib.Taps]) -> taps_lib.Taps:
-    """Join taps of all segments, each statistic concatenated over layers; zero, as without tokens, for layers without it."""
+    """Join taps of all segments, each statistic concatenated over layers; zero, as without tokens,
+    for layers without it.
+    """
     if len(found) == 1:
         return found[0]
     lengths = [jax.tree.leaves(taps)[0].shape[0] if jax.tree.leaves(taps) else 0 for taps in found]

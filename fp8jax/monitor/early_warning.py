@@ -1,4 +1,5 @@
-"""Warn early, from the log of a run, while it runs or afterwards, of what is about to leave FP8's range or to diverge.
+"""Warn early, from the log of a run, while it runs or afterwards, of what is about to leave FP8's
+range or to diverge.
 
     watch = EarlyWarning()
     for entry in records("DIR/metrics.jsonl"):
@@ -121,7 +122,8 @@ class EarlyWarning:
         self._gradient_broke = self._off_trend = -math.inf
 
     def observe(self, entry: Mapping[str, Any]) -> list[Alarm]:
-        """Return the alarms that this entry raises: those that are new, or of a higher level than before.
+        """Return the alarms that this entry raises: those that are new, or of a higher level than
+        before.
 
         Args:
             entry: the next line of metrics.jsonl, as `read_metrics` returns it.
@@ -140,11 +142,15 @@ class EarlyWarning:
         return [alarm for alarm in found if self._is_news(alarm)]
 
     def losses(self) -> dict[str, Any]:
-        """Return the losses of the whole run, condensed, for JSON; other state is read from the end of the log."""
+        """Return the losses of the whole run, condensed, for JSON; other state is read from the end
+        of the log.
+        """
         return self._course.saved()
 
     def _is_news(self, alarm: Alarm) -> bool:
-        """Return True if the tensor was not reported at this level recently, and record that it is now."""
+        """Return True if the tensor was not reported at this level recently, and record that it is
+        now.
+        """
         level, step = self._said.get(alarm.tensor, (WATCH, -math.inf))
         quiet = self._steps and alarm.step - step > self._span() / 2
         news = (
@@ -171,7 +177,9 @@ class EarlyWarning:
         return self._entries - self._off_trend < HARMED
 
     def _ranges(self) -> list[Alarm]:
-        """Return alarms for loads that have left the range or will leave it: for each tensor, its worst layer."""
+        """Return alarms for loads that have left the range or will leave it: for each tensor, its
+        worst layer.
+        """
         places, values = self._loads.matrix()
         step, tokens = self._steps[-1]
         if not places:
@@ -297,7 +305,9 @@ class EarlyWarning:
         ]
 
     def _rate(self, entry: Mapping[str, Any]) -> list[Alarm]:
-        """Return alarms for a learning rate far above earlier ones, such as after a restart with another one."""
+        """Return alarms for a learning rate far above earlier ones, such as after a restart with
+        another one.
+        """
         rate, seen = entry.get("learning_rate", 0.0), np.array(self._rates)
         self._rates.append(rate)
         if len(seen) < GRADIENTS // 2 or rate <= JUMP * (usual := float(np.median(seen))):
@@ -339,7 +349,9 @@ class EarlyWarning:
         ]
 
     def _kurtosis(self) -> list[Alarm]:
-        """Return alarms for kurtosis in the last third of the layers that grows exponentially, over three times a window."""
+        """Return alarms for kurtosis in the last third of the layers that grows exponentially, over
+        three times a window.
+        """
         places, values = self._kurtoses.matrix()
         late = [i for i, weight in enumerate(self._kurtoses.weights(places)) if weight > 5 / 6]
         if not late:

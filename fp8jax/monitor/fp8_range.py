@@ -1,4 +1,5 @@
-"""Measure how much of FP8's range each tensor of a logged step uses: its load, where 1 is the edge of the range.
+"""Measure how much of FP8's range each tensor of a logged step uses: its load, where 1 is the edge
+of the range.
 
     loads(entry)      # {("mlp_down.x", 3): 0.27, ("attention_logits", 0): 0.61, ...} by tensor and layer
 

@@ -1,4 +1,5 @@
-"""Fit how series grow with tokens (constant, logarithm, power law or exponential), and when they reach a limit.
+"""Fit how series grow with tokens (constant, logarithm, power law or exponential), and when they
+reach a limit.
 
     growth = fit(tokens, values)                       # values [k, w]: k positive series observed w times
     reached = growth.reaches(limits)                   # [k] tokens at which each reaches it, inf if never
@@ -46,7 +47,9 @@ class Growth(NamedTuple):
             return np.where(self.law == LAWS.index("logarithmic"), y, np.exp(np.minimum(y, 700.0)))
 
     def reaches(self, limits: np.ndarray) -> np.ndarray:
-        """Return the tokens at which each series grows past its limit, float64 [k]; inf for those that do not grow."""
+        """Return the tokens at which each series grows past its limit, float64 [k]; inf for those
+        that do not grow.
+        """
         y = np.where(self.law == LAWS.index("logarithmic"), limits, np.log(limits))
         x = np.divide(
             y - self.intercept, self.slope, out=np.full(len(y), np.inf), where=self.slope > 1e-300
@@ -85,7 +88,9 @@ def _error(law: str, t: np.ndarray, values: np.ndarray, split: int) -> np.ndarra
 
 
 def _coordinates(law: str, t: np.ndarray) -> np.ndarray:
-    """Return the coordinate in which a law is linear in the value (`logarithmic`) or in its logarithm (others)."""
+    """Return the coordinate in which a law is linear in the value (`logarithmic`) or in its
+    logarithm (others).
+    """
     return {
         "constant": np.zeros_like,
         "logarithmic": np.log,
@@ -95,7 +100,9 @@ def _coordinates(law: str, t: np.ndarray) -> np.ndarray:
 
 
 def _line(law: str, t: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return intercepts and slopes [k] of least squares, of relative errors for `logarithmic`, fitted to values."""
+    """Return intercepts and slopes [k] of least squares, of relative errors for `logarithmic`,
+    fitted to values.
+    """
     x = np.broadcast_to(_coordinates(law, t), values.shape)
     y, weight = (
         (values, values**-2.0) if law == "logarithmic" else (np.log(values), np.ones_like(values))

@@ -1,4 +1,5 @@
-"""Pack the values of layers as in a line of `metrics.jsonl`: an array per statistic, not a name per layer.
+"""Pack the values of layers as in a line of `metrics.jsonl`: an array per statistic, not a name per
+layer.
 
     pack({"loss": 2.3, "kurtosis/qkv_layer000": 3.1, "kurtosis/qkv_layer001": 3.3})
     # {"loss": 2.3, "kurtosis/qkv_layers": [3.1, 3.3]}
@@ -21,7 +22,9 @@ _EXACT = "scale/"  # these are powers of two
 
 
 def rounded(values: Mapping[str, float]) -> dict[str, float]:
-    """Return statistics rounded to the digits that are logged, so that a log holds what the run itself saw."""
+    """Return statistics rounded to the digits that are logged, so that a log holds what the run
+    itself saw.
+    """
     return {
         name: value if name.startswith(_EXACT) else float(f"{value:.{DIGITS}g}")
         for name, value in values.items()
@@ -29,7 +32,9 @@ def rounded(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def pack(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same values, with those of layers in one list per statistic, in the place of its first."""
+    """Return the same values, with those of layers in one list per statistic, in the place of its
+    first.
+    """
     places, lengths = _places(tuple(values))
     out: dict[str, Any] = {}
     for (key, layer), value in zip(places, values.values(), strict=True):
@@ -64,7 +69,9 @@ def layer_names(statistic: str, layers: int) -> list[str]:
 
 @functools.lru_cache(maxsize=16)
 def _places(names: tuple[str, ...]) -> tuple[list[tuple[str, int | None]], dict[str, int]]:
-    """Return the place of each name (its list and layer, or the name itself) and the lists' lengths."""
+    """Return the place of each name (its list and layer, or the name itself) and the lists'
+    lengths.
+    """
     matches = [
         match if (match := _LAYER.fullmatch(name)) and int(match[2]) < LAYERS else None
         for name in names

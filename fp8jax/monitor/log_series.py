@@ -71,7 +71,9 @@ class Line:
         return self._total if math.isfinite(self._total) else None
 
     def reduced(self, points: int) -> dict[str, list]:
-        """Return for each bucket its first and last step, smallest, largest and last finite value, and non-finite count."""
+        """Return for each bucket its first and last step, smallest, largest and last finite value,
+        and non-finite count.
+        """
         self._flush()
         found = self._buckets.reduced(points)
         out: dict[str, list] = {name: found[name].tolist() for name in ("from", "to")}
@@ -130,7 +132,9 @@ class Table:
         self._buckets.restore(arrays)
 
     def reduced(self, points: int, *, smallest: bool) -> dict[str, Any]:
-        """Return buckets' steps, and `cells`: layers x buckets of 16-bit codes in base64, `low` to `high`, in logs if `log`."""
+        """Return buckets' steps, and `cells`: layers x buckets of 16-bit codes in base64, `low` to
+        `high`, in logs if `log`.
+        """
         self._flush()
         found = self._buckets.reduced(points)
         worst = found["min" if smallest else "max"].T
@@ -146,7 +150,9 @@ class Table:
 
 
 def _coded(values: np.ndarray, bad: np.ndarray) -> dict[str, Any]:
-    """Encode values in 16 bits: MISSING, NON_FINITE, or from FIRST_CODE up, low to high; logarithms if all are positive."""
+    """Encode values in 16 bits: MISSING, NON_FINITE, or from FIRST_CODE up, low to high; logarithms
+    if all are positive.
+    """
     finite = values[np.isfinite(values)]
     positive = finite[finite > 0]
     log = bool(positive.size) and bool((finite >= 0).all())
@@ -180,5 +186,7 @@ def _coded(values: np.ndarray, bad: np.ndarray) -> dict[str, Any]:
 
 
 def _short(value: float) -> float | None:
-    """Round to the six digits that a chart can show, in half the bytes; None if the value is unknown."""
+    """Round to the six digits that a chart can show, in half the bytes; None if the value is
+    unknown.
+    """
     return None if math.isnan(value) else float(f"{value:.6g}")

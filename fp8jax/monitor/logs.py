@@ -1,4 +1,5 @@
-"""Read a run's `metrics.jsonl` and `events.jsonl`: whole, one line after another, or only the last lines.
+"""Read a run's `metrics.jsonl` and `events.jsonl`: whole, one line after another, or only the last
+lines.
 
     read_metrics("DIR/metrics.jsonl")               # [{"step": 10, "loss": 2.3, "kurtosis/qkv_layer000": 3.1}, ...]
     for entry in records("DIR/metrics.jsonl"): ...  # the same in bounded memory
@@ -32,7 +33,8 @@ class MetricsError(ValueError):
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the logged steps in order, with Python numbers; "nan", "inf" and "-inf" are floats again.
+    """Return the logged steps in order, with Python numbers; "nan", "inf" and "-inf" are floats
+    again.
 
     A last line cut short by a crash, or not yet fully written, is left out. `events.jsonl` can be
     read as well.
@@ -45,12 +47,15 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def records(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """Yield what `read_metrics` returns, one step after another: a log with statistics of many layers is large."""
+    """Yield what `read_metrics` returns, one step after another: a log with statistics of many
+    layers is large.
+    """
     return map(_entry, lines(path))
 
 
 def lines(path: str | os.PathLike, start: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield the object of each line as it is in the file, values of layers in arrays, from byte `start` on.
+    """Yield the object of each line as it is in the file, values of layers in arrays, from byte
+    `start` on.
 
     Raises:
         MetricsError: as `read_metrics`.
@@ -63,7 +68,8 @@ def ended_lines(
     start: int = 0,
     damaged: Callable[[Callable[[], MetricsError]], object] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield what `lines` does, with the byte to continue from: the line's end, or its start if it has no newline.
+    """Yield what `lines` does, with the byte to continue from: the line's end, or its start if it
+    has no newline.
 
     Args:
         path: path of the log.
@@ -90,7 +96,8 @@ def ended_lines(
 def tail(
     path: str | os.PathLike, *, entries: int, statistics: int = 0, last_step: float = math.inf
 ) -> Iterator[dict[str, Any]]:
-    """Yield the last steps in order, as `read_metrics` returns them: at least `entries`, if the log has as many.
+    """Yield the last steps in order, as `read_metrics` returns them: at least `entries`, if the log
+    has as many.
 
     Args:
         path: path of the log.

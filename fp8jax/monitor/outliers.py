@@ -18,7 +18,8 @@ _OF_CASTS = frozenset(HEALTH) - {"amax"}
 
 
 def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Return the log entries of one step; a value that is unknown, because nothing entered or was cast, has none.
+    """Return the log entries of one step; a value that is unknown, because nothing entered or was
+    cast, has none.
 
     Args:
         taps: tensor → statistic → value per layer, and the number of `tokens` and `rows` in it
@@ -54,7 +55,9 @@ def flatten(taps: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
 
 
 def _known(stats: Mapping[str, np.ndarray], statistic: str, values: np.ndarray) -> np.ndarray:
-    """Return the layers in which a statistic is known: values entered it, were cast for those of casts, and are not all 0."""
+    """Return the layers in which a statistic is known: values entered it, were cast for those of
+    casts, and are not all 0.
+    """
     known = np.ones(len(values), bool)
     if statistic == "snr":
         known &= stats["signal"] != 0

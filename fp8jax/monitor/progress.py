@@ -109,7 +109,8 @@ class Progress:
             self.message(text)
 
     def warn(self, level: str) -> None:
-        """Raise the light to a warning's level, `watch`, `warn` or `act`, until the next statistics.
+        """Raise the light to a warning's level, `watch`, `warn` or `act`, until the next
+        statistics.
 
         Call it before `update` with the statistics that raised the warning.
         """
@@ -120,7 +121,9 @@ class Progress:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> "Progress":
-        """Return itself; the view begins with the first update, so that the start has the terminal to itself."""
+        """Return itself; the view begins with the first update, so that the start has the terminal
+        to itself.
+        """
         return self
 
     def __exit__(self, *exception: object) -> None:

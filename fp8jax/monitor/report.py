@@ -1,4 +1,5 @@
-"""Write one page that shows runs: self-contained HTML, opened from disk or sent by mail, without network.
+"""Write one page that shows runs: self-contained HTML, opened from disk or sent by mail, without
+network.
 
     write_report(["runs/fp8", "runs/bf16"], "report.html")
 
@@ -35,7 +36,8 @@ def write_report(
     remember: bool = False,
     note: Callable[[str], object] = lambda line: None,
 ) -> pathlib.Path:
-    """Write the page atomically and return its path; it shows what there is, and says what is missing.
+    """Write the page atomically and return its path; it shows what there is, and says what is
+    missing.
 
     Args:
         workdirs: directories of runs.
@@ -97,7 +99,8 @@ def _page(data: dict) -> str:
 
 
 class Refresher:
-    """A writer that keeps WORKDIR/report.html up to date while a run trains, in another process of low priority.
+    """A writer that keeps WORKDIR/report.html up to date while a run trains, in another process of
+    low priority.
 
     Args:
         workdir: directory of the run.

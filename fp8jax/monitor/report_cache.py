@@ -1,4 +1,5 @@
-"""Keep what a report gathered of a run's log in WORKDIR/report.npz, so that the next one reads only what was logged since.
+"""Keep what a report gathered of a run's log in WORKDIR/report.npz, so that the next one reads only
+what was logged since.
 
     load(workdir, gathered)         # does nothing if there is no such file, or the log is another one
     gathered.read(workdir / "metrics.jsonl")

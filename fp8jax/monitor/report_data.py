@@ -77,7 +77,9 @@ def read_run(workdir: str | pathlib.Path, *, cells: int, remember: bool = False)
 
 
 def _shown(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the events to list: neighbours equal but for the step become one with a count, and the oldest are cut."""
+    """Return the events to list: neighbours equal but for the step become one with a count, and the
+    oldest are cut.
+    """
     out: collections.deque[dict[str, Any]] = collections.deque(maxlen=EVENTS)
     for event in events:
         alike = ("kind", "level", "tensor", "layer", "first")
@@ -93,7 +95,9 @@ def _shown(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _events(path: pathlib.Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield events that have a kind and a step; faults of others are added to `problems` at the end."""
+    """Yield events that have a kind and a step; faults of others are added to `problems` at the
+    end.
+    """
     if not path.exists():
         return
     damage, nameless = Damage(), 0
@@ -110,7 +114,9 @@ def _events(path: pathlib.Path, problems: list[str]) -> Iterator[dict[str, Any]]
 
 
 def _plain(value: Any) -> Any:
-    """Return the value with numbers that are not finite as text, as in logs, and integers that JavaScript has."""
+    """Return the value with numbers that are not finite as text, as in logs, and integers that
+    JavaScript has.
+    """
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -121,7 +127,9 @@ def _plain(value: Any) -> Any:
 
 
 def _state(events: list[dict[str, Any]]) -> str:
-    """Return the run's state as its last events show it: running, finished, stopped, ended by bad numbers."""
+    """Return the run's state as its last events show it: running, finished, stopped, ended by bad
+    numbers.
+    """
     names = {
         "finished": "finished",
         "stopped": "stopped",
@@ -135,7 +143,9 @@ def _state(events: list[dict[str, Any]]) -> str:
 
 
 def _json(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:
-    """Read a JSON object without non-finite values; {} if there is no file, and a problem if it holds something else."""
+    """Read a JSON object without non-finite values; {} if there is no file, and a problem if it
+    holds something else.
+    """
     try:
         found = files.read_json(path)
         if not isinstance(found, dict):

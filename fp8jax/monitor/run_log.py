@@ -52,7 +52,9 @@ class RunLog:
             self._progress.message(text)
 
     def warn(self, level: str) -> None:
-        """Raise the light on the terminal to a warning's level; before `show` of the step that raised it."""
+        """Raise the light on the terminal to a warning's level; before `show` of the step that
+        raised it.
+        """
         self._progress.warn(level)
 
     def write(self, step: int, entry: dict[str, Any]) -> None:

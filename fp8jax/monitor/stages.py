@@ -56,7 +56,9 @@ class Stages:
 
 
 class _Line:
-    """The lines of one part: on a terminal one that is rewritten, elsewhere one at the start and one every half minute."""
+    """The lines of one part: on a terminal one that is rewritten, elsewhere one at the start and
+    one every half minute.
+    """
 
     def __init__(self, out: TextIO, what: str):
         self.out, self.what, self.noted, self.done = out, what, "", threading.Event()

@@ -1,4 +1,5 @@
-"""Judge whether a loss follows its trend: a power law of the run's recent past, and how far above it the loss is.
+"""Judge whether a loss follows its trend: a power law of the run's recent past, and how far above
+it the loss is.
 
 A tensor outside FP8's range does not always hurt: many runs train on with logits off by nats, or
 weights that have lost bits. It hurts if the loss leaves its trend. That shows long before the loss
@@ -26,7 +27,8 @@ BUCKETS, FEWEST = 512, 32  # the most buckets of the whole past, and the fewest 
 
 
 def excess(steps: Sequence[float], losses: Sequence[float]) -> float:
-    """Return how far the last RECENT losses lie above a power law of the steps, fitted to the PAST before.
+    """Return how far the last RECENT losses lie above a power law of the steps, fitted to the PAST
+    before.
 
     The noise is the robust deviation of single losses from the law. A past that rises counts as
     constant: it cannot be extrapolated.
@@ -56,7 +58,8 @@ def excess(steps: Sequence[float], losses: Sequence[float]) -> float:
 
 
 def above(entries: int) -> float:
-    """Return the threshold for `excess` after `entries` entries: many looks make a chance excess likely, so it grows.
+    """Return the threshold for `excess` after `entries` entries: many looks make a chance excess
+    likely, so it grows.
 
     The quantile of Student's t at which all looks together reach it with the probability BY_CHANCE,
     by the expansion of Cornish and Fisher: 4.3 after 300 entries, 5.2 after 3,000, 6.5 after
@@ -103,7 +106,9 @@ class Course:
         return self._entries
 
     def add(self, step: float, loss: float) -> None:
-        """Add the next entry's loss, finite or not; a step that is not new replaces that step and all after it."""
+        """Add the next entry's loss, finite or not; a step that is not new replaces that step and
+        all after it.
+        """
         if step <= self.last:
             keep = sum(x < np.log(step) for x in self._steps)
             self._steps, self._means, self._open = self._steps[:keep], self._means[:keep], []
@@ -126,7 +131,8 @@ class Course:
             )
 
     def stands_still(self) -> bool:
-        """Return True if the loss has not fallen although it should have, as far as its noise shows.
+        """Return True if the loss has not fallen although it should have, as far as its noise
+        shows.
 
         Over the last half of the run every loss should have fallen. Over a shorter part it should
         have if it fell in the equally long part before so fast that falling on would show: EXPECTED
@@ -160,7 +166,9 @@ class Course:
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Return the slope, the robust standard deviation about the line, and the sum of squares of x about its mean."""
+    """Return the slope, the robust standard deviation about the line, and the sum of squares of x
+    about its mean.
+    """
     centred = x - x.mean()
     variance = float((centred**2).sum())
     slope = float((centred * y).sum()) / variance

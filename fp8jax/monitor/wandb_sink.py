@@ -17,7 +17,9 @@ from fp8jax.config import ConfigError, LogConfig
 
 
 class WandbSink:
-    """A sink of logged steps: a run of Weights & Biases or, offline, WORKDIR/wandb for `wandb sync`."""
+    """A sink of logged steps: a run of Weights & Biases or, offline, WORKDIR/wandb for `wandb
+    sync`.
+    """
 
     def __init__(self, run: Any):
         self._run = run

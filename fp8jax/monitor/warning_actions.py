@@ -1,4 +1,5 @@
-"""Run the early warning in the loop: watch the log, report warnings, and decide on the config's action.
+"""Run the early warning in the loop: watch the log, report warnings, and decide on the config's
+action.
 
     reaction = Reaction(config.warning, workdir, start_step=100)
     decision = reaction(entry, log)                   # after each logged step; None without an action

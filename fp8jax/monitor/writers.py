@@ -1,4 +1,5 @@
-"""Write a run's logs: `metrics.jsonl` and TensorBoard files for logged steps, `events.jsonl` for incidents.
+"""Write a run's logs: `metrics.jsonl` and TensorBoard files for logged steps, `events.jsonl` for
+incidents.
 
     with MetricsWriter(workdir, start_step=0) as writer:
         writer.write(10, {"loss": 2.3, "tokens": 40960})
@@ -41,7 +42,9 @@ _KEPT_SUMMARIES = 8  # sets of names: steps with statistics, without them, with 
 
 
 class _RetryingFiles:
-    """A factory of TensorBoard files `retrying:PATH`: a full disk would end tensorboardX's thread and block a step."""
+    """A factory of TensorBoard files `retrying:PATH`: a full disk would end tensorboardX's thread
+    and block a step.
+    """
 
     def open(self, path: str) -> RetryingFile:
         return RetryingFile(path.partition(":")[2], fresh=True)
@@ -52,7 +55,9 @@ class _RetryingFiles:
 
 @functools.cache
 def _set_up_tensorboard() -> None:
-    """Have tensorboardX write through retrying files, and not warn of every NaN: a run's own log has them."""
+    """Have tensorboardX write through retrying files, and not warn of every NaN: a run's own log
+    has them.
+    """
     record_writer.register_writer_factory(_RETRYING, _RetryingFiles())
     logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
@@ -117,7 +122,8 @@ class MetricsWriter:
             follower.write(int(step), values)
 
     def _summary(self, values: dict[str, float | int]) -> Summary:
-        """Return all values as one event: thousands of calls of add_scalar take longer than a small model's step.
+        """Return all values as one event: thousands of calls of add_scalar take longer than a small
+        model's step.
 
         Steps log the same names repeatedly, so the summary that holds them is kept; add_summary
         copies it.
@@ -180,7 +186,9 @@ def _plain(value: Any) -> Any:
 
 
 class Silent:
-    """A stand-in for what writes or shows, in processes that do not: each of its methods does nothing."""
+    """A stand-in for what writes or shows, in processes that do not: each of its methods does
+    nothing.
+    """
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_, **__: None

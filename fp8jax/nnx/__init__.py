@@ -1,4 +1,6 @@
-"""FP8 for models in Flax NNX: drop-in layers, the update of their scaling state, and conversion of existing models."""
+"""FP8 for models in Flax NNX: drop-in layers, the update of their scaling state, and conversion of
+existing models.
+"""
 
 from fp8jax.nnx.attention import Attention, MultiHeadAttention
 from fp8jax.nnx.conversion import Report, dequantize, quantize, report

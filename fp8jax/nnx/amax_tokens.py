@@ -25,7 +25,9 @@ from jax.interpreters import ad, batching, mlir
 
 @jax.custom_vjp
 def as_maximum(amaxes: jax.Array) -> jax.Array:
-    """Return float32 amaxes as the dtype whose cotangents combine by maximum; their own is float32, at least 0."""
+    """Return float32 amaxes as the dtype whose cotangents combine by maximum; their own is float32,
+    at least 0.
+    """
     return lax.convert_element_type(amaxes, fm32)
 
 
@@ -47,7 +49,8 @@ def gemm_token(amaxes: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def as_float32(amaxes: jax.Array, x: jax.Array) -> jax.Array:
-    """Return amaxes from `as_maximum` as float32, whose cotangents are combined by maximum; float32 unchanged.
+    """Return amaxes from `as_maximum` as float32, whose cotangents are combined by maximum; float32
+    unchanged.
 
     Args:
         amaxes: any shape.
@@ -90,7 +93,9 @@ _with_use.defvjp(
 
 @jax.custom_vjp
 def _copies(amaxes: jax.Array, like: jax.Array) -> jax.Array:
-    """Return a copy of the amaxes for each of the leading dimension of `like`; the cotangent is the copies' maximum."""
+    """Return a copy of the amaxes for each of the leading dimension of `like`; the cotangent is the
+    copies' maximum.
+    """
     wide = lax.convert_element_type(amaxes, jnp.float32)
     copies = jnp.broadcast_to(wide, (like.shape[0], *wide.shape))
     return lax.convert_element_type(copies, fm32)

@@ -1,4 +1,5 @@
-"""Attention with FP8 GEMMs for NNX models: a module with its scaling state, and flax's MultiHeadAttention.
+"""Attention with FP8 GEMMs for NNX models: a module with its scaling state, and flax's
+MultiHeadAttention.
 
     attend = Attention(recipe=recipe)
     o_btnh = attend(q_btnh, k_bskh, v_bskh, segment_ids=segments)
@@ -74,7 +75,8 @@ class Attention(nnx.Module):
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
-    """`flax.nnx.MultiHeadAttention` with FP8 GEMMs: the four projections, and attention where the call allows it.
+    """`flax.nnx.MultiHeadAttention` with FP8 GEMMs: the four projections, and attention where the
+    call allows it.
 
     Args:
         num_heads: number of query heads.

@@ -78,8 +78,10 @@ class Report:
 def quantize(model: Any, rules: Rules | Recipe, *, log: Callable[[str], Any] | None = print) -> Any:
     """Return a model with FP8 GEMMs in the layers that rules name, and share its variables.
 
-    It changes `nnx.Linear`, `LinearGeneral`, `Einsum` and `MultiHeadAttention`, also several stacked
-    in one by `nnx.vmap`; not their subclasses, nor those with a product of their own. Attention
+    It changes `nnx.Linear`, `LinearGeneral`, `Einsum` and `MultiHeadAttention`, also several
+    stacked in one by `nnx.vmap`; not their subclasses, nor those with a product of their own.
+
+    Attention:
     itself is in FP8 in calls with `is_causal=True` and no mask; others warn.
 
     Args:
@@ -100,7 +102,9 @@ def quantize(model: Any, rules: Rules | Recipe, *, log: Callable[[str], Any] | N
 
 
 def dequantize(model: Any) -> Any:
-    """Return a model with the layers of flax.nnx again, and share its variables; scaling state is left out."""
+    """Return a model with the layers of flax.nnx again, and share its variables; scaling state is
+    left out.
+    """
     return nnx.recursive_map(_restored, model)
 
 
@@ -203,7 +207,9 @@ def _restored(_: tuple[Any, ...], node: Any) -> Any:
 
 
 def _applies(pattern: str, path: str) -> bool:
-    """Return whether a pattern matches a path or the path of a module around it; `*.x` also matches `x` at the top."""
+    """Return whether a pattern matches a path or the path of a module around it; `*.x` also matches
+    `x` at the top.
+    """
     parts = path.split(".")
     around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     return any(

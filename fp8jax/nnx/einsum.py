@@ -11,7 +11,8 @@ import opt_einsum
 def einsum(
     equation: str, x: jax.Array, w: jax.Array, product: Callable[..., jax.Array]
 ) -> jax.Array:
-    """Return `jnp.einsum(equation, x, w)`, with `product(x, w, dimension_numbers)` in place of dot_general.
+    """Return `jnp.einsum(equation, x, w)`, with `product(x, w, dimension_numbers)` in place of
+    dot_general.
 
     Args:
         equation: with `->`, such as `...d,dhk->...hk`.

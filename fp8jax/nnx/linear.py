@@ -67,7 +67,9 @@ class Product:
 
 
 class _DotGeneral(Product):
-    """A layer of flax that multiplies with `self.dot_general`: flax sets it, and an FP8 recipe stands before it."""
+    """A layer of flax that multiplies with `self.dot_general`: flax sets it, and an FP8 recipe
+    stands before it.
+    """
 
     @property
     def dot_general(self) -> Any:

@@ -45,7 +45,8 @@ class RoleScaling(nnx.Module):
         leading: shape of layers stacked in one module; () for one layer.
 
     Attributes:
-        history: amaxes of the last steps, newest first, float32 [*leading, operands, history_length].
+        history: amaxes of the last steps, newest first, float32 [*leading, operands,
+            history_length].
         scale: float32 [*leading, operands].
         amax: an `Amax`.
         known: whether no scale stands for an empty history any more; static, set by `calibrate`.
@@ -69,7 +70,9 @@ class RoleScaling(nnx.Module):
         return gemm_token(self.amax.get_value(), x)
 
     def push(self) -> None:
-        """Push the amaxes that `amax` holds into the history; one that is not finite counts as 0, which changes no scale."""
+        """Push the amaxes that `amax` holds into the history; one that is not finite counts as 0,
+        which changes no scale.
+        """
         found = self.amax.get_value()[..., :-1]
         found = jnp.where(jnp.isfinite(found), found, 0.0)
         state = {"history": self.history.get_value(), "scale": self.scale.get_value()}
@@ -95,7 +98,8 @@ def value_and_grad(
     update: bool = True,
     **options: Any,
 ) -> Callable[..., Any]:
-    """Return `nnx.value_and_grad(f)`, which also updates the scaling state of the models it differentiates.
+    """Return `nnx.value_and_grad(f)`, which also updates the scaling state of the models it
+    differentiates.
 
     The gradients are those of `nnx.Param` (or of the filter in `nnx.DiffState`), without scaling
     state, as an optimizer takes them.
@@ -172,7 +176,9 @@ def _amaxes(model: Any) -> list[Amax]:
 
 
 def _outside_jit(error: KeyError) -> Exception:
-    """Return the error to raise: JAX cannot add the cotangents of a token outside jit, and says so with the name of a type."""
+    """Return the error to raise: JAX cannot add the cotangents of a token outside jit, and says so
+    with the name of a type.
+    """
     if "EArray" not in str(error):
         return error
     return ValueError(
@@ -237,7 +243,8 @@ def update_scaling(model: Any, grads: nnx.State | None = None) -> None:
         model: the model.
         grads: gradients from `nnx.value_and_grad` with
             `argnums=nnx.DiffState(0, (nnx.Param, fp8jax.nnx.Scaling))`. None pushes what
-            `value_and_grad(..., update=False)` has left in the model, the maximum over microbatches.
+            `value_and_grad(..., update=False)` has left in the model, the maximum over
+            microbatches.
 
     Raises:
         ValueError: there are no amaxes among the gradients; or, outside jit at once and inside it
@@ -271,7 +278,8 @@ def _check_single_use(name: str, state: RoleScaling) -> None:
 
 
 def calibrate(model: Any, f: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Fill the histories of a model with one gradient of `f(model, *args)`, before the first step; parameters do not change.
+    """Fill the histories of a model with one gradient of `f(model, *args)`, before the first step;
+    parameters do not change.
 
     Afterwards no cast waits for an amax: what delayed scaling is for. Without it a model trains the
     same, and each cast waits, as with `current` scaling, because its history might be empty.

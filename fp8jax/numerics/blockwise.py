@@ -1,4 +1,5 @@
-"""Quantise blockwise: a scale for each run of 128 elements, or for each tile of 128 x 128, instead of one per tensor.
+"""Quantise blockwise: a scale for each run of 128 elements, or for each tile of 128 x 128, instead
+of one per tensor.
 
     q, largest = quantise(x_td, (1,), scale_of, E4M3, emulated=True)    # 1 x 128: q.scale is [t, ceil(d / 128)]
     q, largest = quantise(w_df, (0, 1), scale_of, E4M3, emulated=True)  # 128 x 128: q.scale is [ceil(d / 128), ceil(f / 128)]
@@ -25,7 +26,8 @@ BLOCK = 128
 
 
 def amax(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Return the largest magnitude of each block, float32; infinity where a block holds NaN or infinity.
+    """Return the largest magnitude of each block, float32; infinity where a block holds NaN or
+    infinity.
 
     Args:
         x: any shape.

@@ -1,4 +1,6 @@
-"""Options to compile programs with, so that every rounding that JAX asks for is made and FP8 GEMMs stay FP8."""
+"""Options to compile programs with, so that every rounding that JAX asks for is made and FP8 GEMMs
+stay FP8.
+"""
 
 # Triton GEMMs lose FP8 on patterns that cuBLASLt takes, and write transposes separately (measured
 # on compiled programs). Excess precision leaves out roundings to bfloat16 and to FP8 between
@@ -13,5 +15,7 @@ _ON_CPU = {
 
 
 def compiler_options(platform: str) -> dict[str, str | bool]:
-    """Return the options for programs that train or evaluate, on devices of this `jax.Device.platform`."""
+    """Return the options for programs that train or evaluate, on devices of this
+    `jax.Device.platform`.
+    """
     return _EVERYWHERE | (_ON_CPU if platform == "cpu" else {})

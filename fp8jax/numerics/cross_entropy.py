@@ -1,4 +1,5 @@
-"""Compute the cross-entropy of a linear head, a chunk of the vocabulary at a time, without the logits of all tokens at once.
+"""Compute the cross-entropy of a linear head, a chunk of the vocabulary at a time, without the
+logits of all tokens at once.
 
     nll_bt, lse_bt = linear_cross_entropy(x_btd, w_vd, targets_bt, recipe, chunk=8192)
 
@@ -127,7 +128,9 @@ class _Call(NamedTuple):
 
 
 class _Running(NamedTuple):
-    """Running values per token and shard, [b, t, shards]: largest logit, sum of exp(logit - largest), target's, largest other."""
+    """Running values per token and shard, [b, t, shards]: largest logit, sum of exp(logit -
+    largest), target's, largest other.
+    """
 
     largest: jax.Array
     total: jax.Array
@@ -136,7 +139,9 @@ class _Running(NamedTuple):
 
 
 class _Residuals(NamedTuple):
-    """The residuals of the backward pass; lse, target and other are [b, t], of_x is the token's cotangent for x."""
+    """The residuals of the backward pass; lse, target and other are [b, t], of_x is the token's
+    cotangent for x.
+    """
 
     qx: Quantised
     qw: Quantised
@@ -268,7 +273,9 @@ _cross_entropy.defvjp(_forward, _backward)
 def _over_chunks(
     call: _Call, qw: Quantised, body: Callable, carry: Any
 ) -> tuple[Any, jax.Array | None]:
-    """Fold body(carry, rows of every shard, first row) → (carry, rows of dW or None) over the chunks; join dW, [v, d]."""
+    """Fold body(carry, rows of every shard, first row) → (carry, rows of dW or None) over the
+    chunks; join dW, [v, d].
+    """
     vocabulary, width = qw.data.shape
     by_shard = qw.data.reshape(call.shards, vocabulary // call.shards, width)
     rows = by_shard.shape[1]

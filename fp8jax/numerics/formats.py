@@ -28,7 +28,8 @@ _SMALLEST_EXPONENT, _LARGEST_EXPONENT = -126, 126  # both 2**k and 2**-k are nor
 
 
 class Quantised(NamedTuple):
-    """An FP8 array and the float32 factor that gives its values back, or one factor a block (numerics/blockwise.py).
+    """An FP8 array and the float32 factor that gives its values back, or one factor a block
+    (numerics/blockwise.py).
 
     With scale None, data is not quantised.
     """
@@ -43,7 +44,8 @@ def max_value(dtype: jnp.dtype) -> float:
 
 
 def amax(x: jax.Array, *, emulated: bool = False) -> jax.Array:
-    """Return the largest magnitude as a float32 scalar; infinity if anything is NaN or infinite; 0 for an empty array.
+    """Return the largest magnitude as a float32 scalar; infinity if anything is NaN or infinite; 0
+    for an empty array.
 
     NaN becomes infinity before the reduction: a maximum over a sharded array would drop it.
 
@@ -60,7 +62,9 @@ def amax(x: jax.Array, *, emulated: bool = False) -> jax.Array:
 
 
 def _amax_of_bits(x: jax.Array) -> jax.Array:
-    """Return the largest of the bits without sign: magnitudes have the order of their bits, and NaNs come last."""
+    """Return the largest of the bits without sign: magnitudes have the order of their bits, and
+    NaNs come last.
+    """
     if x.dtype != jnp.bfloat16:
         x = x.astype(jnp.float32)
     integer = jnp.int16 if x.dtype == jnp.bfloat16 else jnp.int32
@@ -108,7 +112,8 @@ def _power_of_two_at_least(largest: jax.Array, top: float, margin: int) -> jax.A
 
 
 def cast(x: jax.Array, dtype: jnp.dtype, *, emulated: bool = False) -> jax.Array:
-    """Cast to FP8: round to nearest even, clip finite values to the format's maximum, turn NaN and infinity into NaN.
+    """Cast to FP8: round to nearest even, clip finite values to the format's maximum, turn NaN and
+    infinity into NaN.
 
     Args:
         x: any floating dtype; computed in float32.
@@ -166,7 +171,8 @@ def _bias(dtype: jnp.dtype) -> int:
 def quantise(
     x: jax.Array, scale: jax.Array, dtype: jnp.dtype, *, emulated: bool = False
 ) -> Quantised:
-    """Return the FP8 array of x / scale (float32 arithmetic, never through bfloat16) with its scale.
+    """Return the FP8 array of x / scale (float32 arithmetic, never through bfloat16) with its
+    scale.
 
     A quotient beyond float32's range, from a scale about 2**100 times too small, is infinite: NaN,
     not the maximum.

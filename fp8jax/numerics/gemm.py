@@ -1,4 +1,5 @@
-"""Compute `dot_general` with FP8 operands in all three GEMMs of a linear layer: fprop, dgrad and wgrad.
+"""Compute `dot_general` with FP8 operands in all three GEMMs of a linear layer: fprop, dgrad and
+wgrad.
 
     y = dot_general(x, w, (((1,), (0,)), ((), ())), GemmRecipe("current"))
 
@@ -105,12 +106,16 @@ def gemm(
 
 
 def _is_precise(recipe: GemmRecipe, role: str, gemm_pass: str) -> bool:
-    """Return whether the highest precision is asked for: no fast accumulation of FP8 products; attention asks in BF16, too."""
+    """Return whether the highest precision is asked for: no fast accumulation of FP8 products;
+    attention asks in BF16, too.
+    """
     return recipe.precise(gemm_pass) and (recipe.fp8 or role in ATTENTION_ROLES)
 
 
 def accumulator(dtype: Any) -> Any:
-    """Return the dtype in which products of numbers of this dtype are summed: float32, or float64 for float64."""
+    """Return the dtype in which products of numbers of this dtype are summed: float32, or float64
+    for float64.
+    """
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
@@ -144,7 +149,8 @@ def _product(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
 def quantise_weight(
     w: jax.Array, recipe: GemmRecipe, dtype: Any, scale: jax.Array | None = None
 ) -> Quantised:
-    """Return a weight as GEMM operand, quantised by its recipe; cast to `dtype` if the recipe is not FP8.
+    """Return a weight as GEMM operand, quantised by its recipe; cast to `dtype` if the recipe is
+    not FP8.
 
     With delayed scaling a `scale` from earlier steps may be given; by default it is that of w's own
     amax.
@@ -232,7 +238,9 @@ class _Call(NamedTuple):
 
 
 class _Residuals(NamedTuple):
-    """The residuals of the backward pass: x as cast, in bytes, the weight, and the token's cotangent for x."""
+    """The residuals of the backward pass: x as cast, in bytes, the weight, and the token's
+    cotangent for x.
+    """
 
     qx: Quantised
     qw: Quantised
@@ -312,7 +320,9 @@ _dot_general.defvjp(_forward, _backward)
 
 
 def _operands(recipe: GemmRecipe, *quantised: Quantised) -> list[Quantised]:
-    """Return operands for `gemm`: blockwise scales go into the values, exact in bfloat16 if they are powers of two."""
+    """Return operands for `gemm`: blockwise scales go into the values, exact in bfloat16 if they
+    are powers of two.
+    """
     if recipe.scaling != "blockwise":
         return list(quantised)
     return [
@@ -323,7 +333,9 @@ def _operands(recipe: GemmRecipe, *quantised: Quantised) -> list[Quantised]:
 def _along_tokens(
     call: _Call, qx: Quantised, g: jax.Array
 ) -> tuple[Quantised, Quantised, DimensionNumbers]:
-    """Quantise x and g again as matrices, in runs along the tokens that wgrad contracts; add the layer's dimension numbers."""
+    """Quantise x and g again as matrices, in runs along the tokens that wgrad contracts; add the
+    layer's dimension numbers.
+    """
     (x_contract, w_contract), none = call.dims
     features = qx.data.shape[x_contract[0]]
     x = jnp.moveaxis(blockwise.widen(qx, jnp.float32).data, x_contract[0], -1)
@@ -334,7 +346,8 @@ def _along_tokens(
 
 
 def named(q: Quantised) -> Quantised:
-    """Let remat policies keep a quantised tensor (name CHECKPOINT_NAME), so that no tensor is cast twice.
+    """Let remat policies keep a quantised tensor (name CHECKPOINT_NAME), so that no tensor is cast
+    twice.
 
     The name is put on the bytes: jax.checkpoint passes the floating residuals that it saves through
     `reduce_precision` with e4m3's field widths, which in IEEE arithmetic end at 240, and so turns
@@ -373,7 +386,9 @@ def _remaining(ndim: int, *used: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _transposed_lhs(call: _Call, g: Quantised, w: Quantised, x_ndim: int) -> jax.Array:
-    """Return the gradient of a dot_general's left operand: g contracted with w over w's own free dimensions."""
+    """Return the gradient of a dot_general's left operand: g contracted with w over w's own free
+    dimensions.
+    """
     (x_contract, w_contract), (x_batch, w_batch) = call.dims
     x_free = _remaining(x_ndim, x_contract, x_batch)
     w_free = _remaining(w.data.ndim, w_contract, w_batch)

@@ -27,7 +27,8 @@ class Placement(NamedTuple):
 class Partition(NamedTuple):
     """The mesh axes that split attention's operands.
 
-    Batch, sequence and KV heads are split outside; only batch and KV heads inside, where sequences are whole.
+    Batch, sequence and KV heads are split outside; only batch and KV heads inside, where sequences
+    are whole.
     """
 
     batch: Any
@@ -36,7 +37,9 @@ class Partition(NamedTuple):
     inner_heads: Any
 
     def of(self, letters: str) -> Placement:
-        """Return the placement of an array with these dimensions, such as 'btkgh': outside, and where attention is computed."""
+        """Return the placement of an array with these dimensions, such as 'btkgh': outside, and
+        where attention is computed.
+        """
         outside = {"b": self.batch, "t": self.sequence, "s": self.sequence, "k": self.heads}
         inside = {"b": self.batch, "k": self.inner_heads}
         return Placement(
@@ -48,7 +51,9 @@ class Partition(NamedTuple):
 
 
 def placements(partition: Partition | None, *letters: str) -> list[Placement]:
-    """Return placements of attention's arrays with these dimensions; without a partition, the compiler chooses."""
+    """Return placements of attention's arrays with these dimensions; without a partition, the
+    compiler chooses.
+    """
     return [Placement(None, None) if partition is None else partition.of(word) for word in letters]
 
 
@@ -60,7 +65,9 @@ def pin(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
 
 
 def moved(q: Quantised, *specs: PartitionSpec | None) -> Quantised:
-    """Move values from one place to the next; unless they are pinned where they are cast, their source is moved instead."""
+    """Move values from one place to the next; unless they are pinned where they are cast, their
+    source is moved instead.
+    """
     for spec in specs:
         q = q._replace(data=pin(q.data, spec))
     return q

@@ -1,4 +1,5 @@
-"""Keep numbers in fewer bits between steps: stochastic rounding, FP16 and FP8 with a scale per block, remainders of a byte.
+"""Keep numbers in fewer bits between steps: stochastic rounding, FP16 and FP8 with a scale per
+block, remainders of a byte.
 
     data, scale = encode(m, "fp8", bits)              # a first moment; bits = random_bits(m.shape, seed)
     data, scale = encode(v, "float16", bits, root=True)   # a second moment: its square root is stored
@@ -41,7 +42,8 @@ _REMAINDER_STEPS = 256  # steps of a remainder in one unit in the last place
 
 
 def random_bits(shape: tuple[int, ...], seed: jax.Array) -> jax.Array:
-    """Return 32 random bits for each element, a function of its index and the seed alone, so the same on any mesh.
+    """Return 32 random bits for each element, a function of its index and the seed alone, so the
+    same on any mesh.
 
     The hash has a few integer operations (`lowbias32`, C. Wellons, Prospecting for Hash Functions,
     2018), which compilers fuse with their use; JAX's own generator writes its bits to memory first.
@@ -74,7 +76,8 @@ def _mix(x: jax.Array) -> jax.Array:
 def round_stochastic(
     x: jax.Array, dtype: Any, bits: jax.Array, *, squares: bool = False
 ) -> jax.Array:
-    """Round to one of the two neighbours in `dtype`, so that the mean is x; beyond the largest finite number, to that.
+    """Round to one of the two neighbours in `dtype`, so that the mean is x; beyond the largest
+    finite number, to that.
 
     Args:
         x: float32, any shape. NaN and infinity do not change, if the format has them.
@@ -109,7 +112,9 @@ def _uniform(bits: jax.Array) -> jax.Array:
 
 
 def _quantum(x: jax.Array, dtype: Any) -> jax.Array:
-    """Return the distance of neighbours in `dtype` at x, float32, a normal power of two, exact from exponent bits."""
+    """Return the distance of neighbours in `dtype` at x, float32, a normal power of two, exact from
+    exponent bits.
+    """
     info = jnp.finfo(dtype)
     exponent = ((lax.bitcast_convert_type(x, jnp.uint32) >> 23) & 0xFF).astype(jnp.int32) - 127
     exponent = jnp.maximum(exponent, max(int(info.minexp), info.nmant - 126)) - info.nmant
@@ -157,7 +162,8 @@ def decode(data: jax.Array, scale: jax.Array | None, *, root: bool = False) -> j
 
 
 def split(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Split a number into the nearest one in a 16-bit format and, in an int8, the rest in 256ths of the spacing there.
+    """Split a number into the nearest one in a 16-bit format and, in an int8, the rest in 256ths of
+    the spacing there.
 
     Three bytes hold 8 bits more than the format's own; Kahan's compensation needs four bytes.
     """

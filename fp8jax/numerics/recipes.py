@@ -1,4 +1,5 @@
-"""Describe how one GEMM is computed in FP8: its scaling, formats, rounding of scales, accumulation and backend.
+"""Describe how one GEMM is computed in FP8: its scaling, formats, rounding of scales, accumulation
+and backend.
 
 Every GEMM of a block has a role (`qkv`, `mlp_up`, ...) and three passes (`fprop`, `dgrad`,
 `wgrad`); attention has two roles and seven passes. A `GemmRecipe` describes how one role is
@@ -83,16 +84,22 @@ class GemmRecipe:
 
     @property
     def measured(self) -> bool:
-        """Return whether the amax of operands is taken: of all that are cast, unless their scales are fixed."""
+        """Return whether the amax of operands is taken: of all that are cast, unless their scales
+        are fixed.
+        """
         return self.scaling not in ("bf16", "static")
 
     @property
     def delayed_weight(self) -> bool:
-        """Return whether the weight's scale comes from a history, as those of the other operands do."""
+        """Return whether the weight's scale comes from a history, as those of the other operands
+        do.
+        """
         return self.scaling == self.weight_scaling == "delayed"
 
     def precise(self, gemm_pass: str) -> bool:
-        """Return whether a pass (`fprop`, `dgrad`, `wgrad`) avoids Hopper's fast accumulation, which keeps 14 bits of a sum."""
+        """Return whether a pass (`fprop`, `dgrad`, `wgrad`) avoids Hopper's fast accumulation,
+        which keeps 14 bits of a sum.
+        """
         return self.fast_accumulation == "none" or (
             self.fast_accumulation == "fprop" and gemm_pass != "fprop"
         )
@@ -106,7 +113,9 @@ class GemmRecipe:
         return formats.scale_of(amax, dtype, margin=self.margin, power_of_two=self.power_of_two)
 
     def static_scale(self, operand: str) -> jax.Array:
-        """Return the scale of an operand under `static`, with this recipe's margin and rounding: a constant of the program."""
+        """Return the scale of an operand under `static`, with this recipe's margin and rounding: a
+        constant of the program.
+        """
         unit = 1.0
         if operand == "w" or operand in GRADIENTS:
             unit = self.static_weight_scale if operand == "w" else self.static_gradient_scale

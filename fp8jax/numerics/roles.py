@@ -1,4 +1,5 @@
-"""Name GEMM roles, scalings and recipes, and parse exceptions by role and layer, for configurations.
+"""Name GEMM roles, scalings and recipes, and parse exceptions by role and layer, for
+configurations.
 
     parse_overrides("mlp_down=bf16,qkv@0-3=current", layers=4)
 
@@ -44,7 +45,8 @@ class Override:
 
 
 def parse_overrides(text: str, *, layers: int) -> tuple[Override, ...]:
-    """Parse 'role=scaling' pairs, separated by commas; 'role@2-5=scaling' limits one to layers 2 to 5.
+    """Parse 'role=scaling' pairs, separated by commas; 'role@2-5=scaling' limits one to layers 2 to
+    5.
 
     Raises:
         ValueError: a part is wrong; one line names it and what is allowed.

@@ -1,4 +1,5 @@
-"""Keep the state of delayed scaling: amax histories and the scales taken from them, a plain pytree beside the parameters.
+"""Keep the state of delayed scaling: amax histories and the scales taken from them, a plain pytree
+beside the parameters.
 
     scaling = init({"qkv": recipe, ...}, layers=16)      # {"qkv": {"history": [16, 2, H], "scale": [16, 2]}, ...}
     tokens = zero_tokens(recipes, layers=16)             # {"qkv": [16, 2], ...}: cotangents become raw amaxes
@@ -59,7 +60,9 @@ def operand_scale(
 
 
 def entries(recipes: Mapping[str, GemmRecipe]) -> list[str]:
-    """Return the entries with state: roles with delayed scaling, and their weights if those are delayed, too."""
+    """Return the entries with state: roles with delayed scaling, and their weights if those are
+    delayed, too.
+    """
     roles = [role for role, recipe in recipes.items() if recipe.scaling == "delayed"]
     return roles + [
         weight_entry(role)
@@ -69,7 +72,9 @@ def entries(recipes: Mapping[str, GemmRecipe]) -> list[str]:
 
 
 def init(recipes: Mapping[str, GemmRecipe], layers: int) -> Scaling:
-    """Return empty histories (zeros) and scales of 1 for the roles with delayed scaling; calibrate before the first step."""
+    """Return empty histories (zeros) and scales of 1 for the roles with delayed scaling; calibrate
+    before the first step.
+    """
     return {
         entry: _empty(layers, len(operands(entry)), recipes[role_of(entry)].history_length)
         for entry in entries(recipes)
@@ -117,7 +122,8 @@ def _update_entry(
 
 
 def scales_of(history: jax.Array, recipe: GemmRecipe, entry: str) -> tuple[jax.Array, jax.Array]:
-    """Return the scales that a history gives, and the amaxes that they are for; where one is 0, its scale has no meaning.
+    """Return the scales that a history gives, and the amaxes that they are for; where one is 0, its
+    scale has no meaning.
 
     Args:
         history: float32 [layers, operands, steps], the newest step first.

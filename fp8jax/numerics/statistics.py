@@ -1,4 +1,5 @@
-"""Take outlier statistics of one tensor: mean, rms, uncentred kurtosis, and the losses of its FP8 cast (FOG paper, section 5).
+"""Take outlier statistics of one tensor: mean, rms, uncentred kurtosis, and the losses of its FP8
+cast (FOG paper, section 5).
 
     distribution(x_btd)["kurtosis"], health(x_btd, quantised)[HEALTH.index("underflow")]
 
@@ -102,7 +103,9 @@ def _kept(rows: jax.Array, counted: jax.Array | None) -> jax.Array:
 def _rows(
     shape: tuple[int, ...], counted: jax.Array | None
 ) -> tuple[jax.Array | float, jax.Array | float]:
-    """Return how many rows [batch, tokens, ...] count, of each sequence and in all; at least 1, to divide by."""
+    """Return how many rows [batch, tokens, ...] count, of each sequence and in all; at least 1, to
+    divide by.
+    """
     if counted is None:
         return float(math.prod(shape[1:])), float(math.prod(shape))
     in_each = jnp.sum(counted.astype(jnp.int32), axis=1).astype(jnp.float32) * float(
@@ -112,7 +115,9 @@ def _rows(
 
 
 def _as_stored(x: jax.Array) -> jax.Array:
-    """Return the tensor rounded to its dtype: XLA may continue with values before rounding (1e-4 of a kurtosis, measured)."""
+    """Return the tensor rounded to its dtype: XLA may continue with values before rounding (1e-4 of
+    a kurtosis, measured).
+    """
     return x if x.dtype == jnp.float32 else lax.optimization_barrier(x)
 
 
@@ -131,7 +136,9 @@ def _mean_ratio(second: jax.Array, fourth: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def choose(found: dict[str, jax.Array], *, pooled: bool) -> dict[str, jax.Array]:
-    """Keep one kurtosis and its count, as `kurtosis` and `rows`: over one token's features, or pooled over a sequence."""
+    """Keep one kurtosis and its count, as `kurtosis` and `rows`: over one token's features, or
+    pooled over a sequence.
+    """
     if "pooled_kurtosis" not in found:
         return found
     kept = {
@@ -147,7 +154,8 @@ def choose(found: dict[str, jax.Array], *, pooled: bool) -> dict[str, jax.Array]
 def report(
     x: jax.Array, q: Quantised, *, spread: bool, counted: jax.Array | None = None
 ) -> jax.Array:
-    """Return a token's cotangent for one operand of a GEMM: a float32 vector, one entry for each name in REPORT.
+    """Return a token's cotangent for one operand of a GEMM: a float32 vector, one entry for each
+    name in REPORT.
 
     Args:
         x: the operand, [batch, tokens, ..., features].
@@ -171,7 +179,8 @@ def _with_rest(found: jax.Array, rest: dict[str, jax.Array]) -> jax.Array:
 def health(
     x: jax.Array, q: Quantised, *, elements: int | None = None, counted: jax.Array | None = None
 ) -> jax.Array:
-    """Return the effects of a cast on a tensor: a float32 vector, one entry for each name in HEALTH.
+    """Return the effects of a cast on a tensor: a float32 vector, one entry for each name in
+    HEALTH.
 
     `amax`: largest magnitude; `scale`: the scale, the largest of them if there are several;
     fractions of the elements: `overflow`, finite or not, beyond the format's maximum; `underflow`,
@@ -226,7 +235,8 @@ def health(
 def of_gradient(
     found: jax.Array, shape: tuple[int, ...], counted: jax.Array | None, *, mean: Any = 0.0
 ) -> jax.Array:
-    """Return REPORT, without kurtosis, of a gradient that exists only in parts; padding, with zero gradients, does not count.
+    """Return REPORT, without kurtosis, of a gradient that exists only in parts; padding, with zero
+    gradients, does not count.
 
     Args:
         found: HEALTH of the whole gradient.
@@ -249,7 +259,9 @@ def of_gradient(
 
 
 def _factor(counted: jax.Array) -> jax.Array:
-    """Return the factor from a mean over all tokens to one over those that count: their inverse share, 0 without any."""
+    """Return the factor from a mean over all tokens to one over those that count: their inverse
+    share, 0 without any.
+    """
     number = tokens(counted.shape, counted)
     return jnp.where(number > 0, float(counted.size) / jnp.maximum(number, 1.0), 0.0)
 
@@ -281,7 +293,8 @@ def from_rows(
 
 
 def _by_row(*parts: jax.Array, maxima: int = 0) -> list[jax.Array]:
-    """Return maxima over the last dimension of the first `maxima` arrays, not negative, and sums of the others, all of one shape.
+    """Return maxima over the last dimension of the first `maxima` arrays, not negative, and sums of
+    the others, all of one shape.
 
     One reduction does it: XLA's CPU compiler makes vector instructions of that; for several
     reductions it writes what they share to memory and takes four to six times as long (measured).
@@ -328,7 +341,8 @@ def _number(rows: jax.Array) -> int:
 
 
 def combine(parts: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
-    """Return the statistics of a whole batch from those of its microbatches, each weighed by the amount that entered it.
+    """Return the statistics of a whole batch from those of its microbatches, each weighed by the
+    amount that entered it.
 
     Args:
         parts: tensor → statistic → float32 [microbatches, ...]; without `tokens` and `rows`, all
@@ -363,13 +377,17 @@ def _combined(stats: dict[str, jax.Array], statistic: str) -> jax.Array:
 
 
 def _largest_scale(stats: dict[str, jax.Array], weights: jax.Array) -> jax.Array:
-    """Return the largest scale of the microbatches that had values to cast; without values the scale is 1 and has no meaning."""
+    """Return the largest scale of the microbatches that had values to cast; without values the
+    scale is 1 and has no meaning.
+    """
     entered = (weights > 0) & (stats["amax"] > 0)
     entered = entered | ~jnp.any(entered, axis=0)
     return jnp.max(jnp.where(entered, stats["scale"], 0.0), axis=0)
 
 
 def _mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Return the weighted mean over the first dimension; a value without weight does not count even if it is not finite."""
+    """Return the weighted mean over the first dimension; a value without weight does not count even
+    if it is not finite.
+    """
     total = jnp.sum(jnp.where(weights > 0, values * weights, 0.0), axis=0)
     return total / jnp.maximum(jnp.sum(weights, axis=0), 1.0)

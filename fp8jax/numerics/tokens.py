@@ -1,4 +1,5 @@
-"""Tokens are zeros that go into a GEMM's VJP, and their cotangents return what the GEMM measured of its operands.
+"""Tokens are zeros that go into a GEMM's VJP, and their cotangents return what the GEMM measured of
+its operands.
 
     y, pull = jax.vjp(lambda token: dot_general(x, w, dims, recipe, token=token), Token(jnp.zeros(2), AMAX))
     pull(g)[0].values                        # float32 [2]: amax of x, amax of g
@@ -45,7 +46,9 @@ class Token:
 
 
 def as_token(given: Token | jax.Array | None) -> Token | None:
-    """Return a token unchanged; turn a plain array, float32 [operands], into one that returns amaxes."""
+    """Return a token unchanged; turn a plain array, float32 [operands], into one that returns
+    amaxes.
+    """
     return Token(given) if given is not None and not isinstance(given, Token) else given
 
 
@@ -87,7 +90,9 @@ def report_amax(
     *,
     emulated: bool = False,
 ) -> jax.Array:
-    """Return a token's cotangent for the amax of x, split by `spec`: the amax, or that of each device."""
+    """Return a token's cotangent for the amax of x, split by `spec`: the amax, or that of each
+    device.
+    """
     if token.brings == AMAX:
         return amax
     if jax.sharding.get_abstract_mesh().empty:

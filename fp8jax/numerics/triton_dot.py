@@ -1,4 +1,5 @@
-"""Multiply two FP8 tiles of any formats inside a Pallas kernel for Triton; also two more instructions.
+"""Multiply two FP8 tiles of any formats inside a Pallas kernel for Triton; also two more
+instructions.
 
     s = dot(q, k.T, interpret=False)                 # [m, k] x [k, n], float8 each, to float32
     o = dot(p, v, total=o, interpret=False)          # added to o by the tensor cores
@@ -29,7 +30,8 @@ _dot_p = core.Primitive("fp8jax_triton_dot")
 def dot(
     a: jax.Array, b: jax.Array, total: jax.Array | None = None, *, interpret: bool
 ) -> jax.Array:
-    """Return float32 [m, n], the product of float8 tiles [m, k] and [k, n], added to `total` if there is one.
+    """Return float32 [m, n], the product of float8 tiles [m, k] and [k, n], added to `total` if
+    there is one.
 
     Args:
         a: its last dimension should lie contiguous in memory, or the compiler transposes it through
@@ -52,7 +54,8 @@ def dot(
 
 
 def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
-    """Return 2**x in float32, within two units in the last place; one instruction on a GPU, flushing below 2**-126 to zero.
+    """Return 2**x in float32, within two units in the last place; one instruction on a GPU,
+    flushing below 2**-126 to zero.
 
     Without the flush the compiler surrounds each with three more instructions, a measurable part of
     an attention kernel.
@@ -61,7 +64,9 @@ def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
 
 
 def fma(x: jax.Array, y: jax.Array, z: jax.Array, *, interpret: bool) -> jax.Array:
-    """Return x y + z of float32 [m, n], y and z broadcast; on a GPU in one instruction, which Triton does not make of two."""
+    """Return x y + z of float32 [m, n], y and z broadcast; on a GPU in one instruction, which
+    Triton does not make of two.
+    """
     y, z = (jnp.broadcast_to(a, x.shape) for a in (y, z))
     return x * y + z if interpret else _inline("fma.rn.f32 $0, $1, $2, $3;", x, y, z)
 
@@ -84,7 +89,8 @@ def _shape(a, b, total):
 
 
 def register() -> None:
-    """Register the product with Pallas's Triton lowering; call this before lowering a kernel that uses it.
+    """Register the product with Pallas's Triton lowering; call this before lowering a kernel that
+    uses it.
 
     Raises:
         ImportError: this JAX has no such lowering, or has it elsewhere.

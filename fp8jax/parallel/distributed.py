@@ -1,4 +1,5 @@
-"""Run several processes as one: start-up, who writes, what all must agree on, and the end of all when one is lost.
+"""Run several processes as one: start-up, who writes, what all must agree on, and the end of all
+when one is lost.
 
     with start(launch, start_timeout=300, heartbeat_timeout=100):       # before anything that starts JAX; launchers.find() gives `launch`
         if is_first(): ...                                              # only process 0 writes logs
@@ -92,7 +93,9 @@ def from_first(value: int) -> int:
 
 
 def from_any(text: str | None) -> str | None:
-    """Return the text of the first process that has one, cut to 500 bytes, or None; every process must call this."""
+    """Return the text of the first process that has one, cut to 500 bytes, or None; every process
+    must call this.
+    """
     if jax.process_count() == 1:
         return text
     mine = np.zeros(_TEXT, np.uint8)
@@ -106,7 +109,9 @@ def from_any(text: str | None) -> str | None:
 
 
 def least(value: int) -> int:
-    """Return the smallest of all processes' numbers, each within an int32; every process must call this."""
+    """Return the smallest of all processes' numbers, each within an int32; every process must call
+    this.
+    """
     return (
         value
         if jax.process_count() == 1
@@ -154,7 +159,9 @@ class Agreement:
 
 
 class _Peers:
-    """The connections between process 0 and the others, as a context that informs the others how it ended."""
+    """The connections between process 0 and the others, as a context that informs the others how it
+    ended.
+    """
 
     def __init__(self, launch: Launch, timeout: float):
         self._launch, self._deadline, self._timeout = launch, time.monotonic() + timeout, timeout

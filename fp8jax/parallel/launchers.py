@@ -1,4 +1,5 @@
-"""Find what started this process and which of how many it is, from flags or from the launcher's environment variables.
+"""Find what started this process and which of how many it is, from flags or from the launcher's
+environment variables.
 
     found = find(os.environ, coordinator_address=None, num_processes=None, process_id=None)     # None: alone
 
@@ -92,7 +93,9 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def _slurm(environment: Mapping[str, str], given: str | None) -> Launch | None:
-    """Return the launch of a step started by `srun`; a batch script or a shell by itself has no step's node list."""
+    """Return the launch of a step started by `srun`; a batch script or a shell by itself has no
+    step's node list.
+    """
     nodes = environment.get("SLURM_STEP_NODELIST")
     if not nodes or "SLURM_PROCID" not in environment:
         return None
@@ -117,7 +120,9 @@ def _slurm(environment: Mapping[str, str], given: str | None) -> Launch | None:
 
 
 def _first_node(nodes: str) -> str:
-    """Return the first node of a list as Slurm writes it: 'gpu1,gpu7', 'gpu[07-09,12],x1', 'rack1-gpu[3]-ib'."""
+    """Return the first node of a list as Slurm writes it: 'gpu1,gpu7', 'gpu[07-09,12],x1',
+    'rack1-gpu[3]-ib'.
+    """
     found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
     return "".join(part or "" for part in found.groups()) if found else nodes
 
@@ -150,7 +155,9 @@ def _open_mpi(environment: Mapping[str, str], given: str | None) -> Launch | Non
 
 
 def _mpirun_address(uri: str) -> str | None:
-    """Return the address in '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911'; the job's number makes the port."""
+    """Return the address in '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911'; the job's number makes
+    the port.
+    """
     found = re.match(r"(\d+)\.\d+;(?:tcp://([^,:]+)|tcp6://\[([^,\]]+))", uri)
     if not found:
         return None
@@ -159,7 +166,9 @@ def _mpirun_address(uri: str) -> str | None:
 
 
 def _kubernetes(environment: Mapping[str, str], given: str | None) -> Launch | None:
-    """Return the launch of a pod of an Indexed Job; it has its index, and JAX_PROCESS_COUNT must give the count."""
+    """Return the launch of a pod of an Indexed Job; it has its index, and JAX_PROCESS_COUNT must
+    give the count.
+    """
     if "JOB_COMPLETION_INDEX" not in environment:
         return None
     if "JAX_PROCESS_COUNT" not in environment:
@@ -182,7 +191,9 @@ def _kubernetes(environment: Mapping[str, str], given: str | None) -> Launch | N
 
 
 def _first_pod(name: str) -> str:
-    """Return pod 0's address from a pod's name: 'run-workers-0-3.run.ns.svc.cluster.local' → 'run-workers-0-0.run.ns...'."""
+    """Return pod 0's address from a pod's name: 'run-workers-0-3.run.ns.svc.cluster.local' →
+    'run-workers-0-0.run.ns...'.
+    """
     pod, dot, domain = name.partition(".")
     if not dot or not re.search(r"-\d+$", pod):
         raise ConfigError(
@@ -193,7 +204,9 @@ def _first_pod(name: str) -> str:
 
 
 def _tpu(environment: Mapping[str, str], given: str | None) -> Launch | None:
-    """Return the launch of a Cloud TPU machine: GKE's environment names the others, or JAX asks Google's server."""
+    """Return the launch of a Cloud TPU machine: GKE's environment names the others, or JAX asks
+    Google's server.
+    """
     there = any(pathlib.Path("/dev", name).exists() for name in ("accel0", "vfio/0"))
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     if (

@@ -48,7 +48,8 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 def fitting_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return the config's mesh if these devices allow it, otherwise the nearest, over as many of them as it can have.
+    """Return the config's mesh if these devices allow it, otherwise the nearest, over as many of
+    them as it can have.
 
     Args:
         config: as for `make_mesh`.
@@ -71,7 +72,9 @@ def fitting_mesh(config: Config, devices: Sequence[jax.Device] | None = None) ->
 
 
 def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-    """Arrange devices in this shape: neighbours in the inner axes, nodes or TPU slices along the outer ones."""
+    """Arrange devices in this shape: neighbours in the inner axes, nodes or TPU slices along the
+    outer ones.
+    """
     nodes = _nodes(devices)
     if devices[0].platform == "tpu" and len(nodes) > 1:
         if shape[0] % len(nodes):
@@ -91,7 +94,9 @@ def _arrange(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _nodes(devices: Sequence[jax.Device]) -> dict[int, list[jax.Device]]:
-    """Group devices that share fast links: a TPU slice; a host of GPUs, by its slice index, or a process of them."""
+    """Group devices that share fast links: a TPU slice; a host of GPUs, by its slice index, or a
+    process of them.
+    """
     slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
     by_slice = len(slices) > 1 or devices[0].platform == "tpu"
     found: dict[int, list[jax.Device]] = {}
@@ -115,7 +120,9 @@ def replicas(mesh: Mesh) -> int:
 
 
 def describe(mesh: Mesh) -> str:
-    """Describe a mesh without axes of size 1, as 'data 2 x fsdp 4 (8 devices on 2 nodes; data goes between nodes)'."""
+    """Describe a mesh without axes of size 1, as 'data 2 x fsdp 4 (8 devices on 2 nodes; data goes
+    between nodes)'.
+    """
     parts = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
     nodes = _nodes(list(mesh.devices.flat))
     count = f"{mesh.size} device{'s' if mesh.size > 1 else ''}"
@@ -212,7 +219,9 @@ def _nearest(config: Config, asked: Mapping[str, int], count: int) -> str:
 
 
 def _nearest_sizes(config: Config, asked: Mapping[str, int], count: int) -> dict[str, int] | None:
-    """Return the mesh of this many devices that model and batch allow, with sizes nearest to the configured ones."""
+    """Return the mesh of this many devices that model and batch allow, with sizes nearest to the
+    configured ones.
+    """
 
     def works(sizes: dict[str, int]) -> bool:
         return all(
@@ -249,7 +258,8 @@ def _check_offloads(config: Config, devices: Sequence[jax.Device]) -> None:
 
 
 def loops_over_layers(config: Config, devices: Sequence[jax.Device]) -> bool:
-    """Return whether layers run in a loop, by `config.model.scan_layers`; where that is open, by devices and depth.
+    """Return whether layers run in a loop, by `config.model.scan_layers`; where that is open, by
+    devices and depth.
 
     A loop stacks what its layers keep for the backward pass, and slices it again: a quarter of what
     a GPU moves beside the GEMMs (docs/benchmarks.md). Layers that are compiled one by one take the
@@ -268,14 +278,18 @@ def loops_over_layers(config: Config, devices: Sequence[jax.Device]) -> bool:
 
 
 def emulates_fp8(config: Config, device: jax.Device) -> bool:
-    """Return whether FP8 GEMMs run emulated on a device, by `config.fp8.backend` and, for `auto`, by its units."""
+    """Return whether FP8 GEMMs run emulated on a device, by `config.fp8.backend` and, for `auto`,
+    by its units.
+    """
     if config.fp8.backend != "auto":
         return config.fp8.backend == "emulated"
     return not has_fp8_units(device)
 
 
 def has_fp8_units(device: jax.Device) -> bool:
-    """Return whether a device multiplies FP8 numbers: NVIDIA's from compute capability 8.9 on, TPUs from v7."""
+    """Return whether a device multiplies FP8 numbers: NVIDIA's from compute capability 8.9 on, TPUs
+    from v7.
+    """
     if device.platform == "gpu":
         return float(getattr(device, "compute_capability", "0")) >= 8.9
     return device.platform == "tpu" and "7" in device.device_kind
@@ -287,7 +301,8 @@ def runs_kernels(device: jax.Device) -> bool:
 
 
 def has_cudnn_attention(config: Config, device: jax.Device) -> bool:
-    """Return whether cuDNN can compute a config's attention in BF16 on a device at hand, as JAX asks while tracing.
+    """Return whether cuDNN can compute a config's attention in BF16 on a device at hand, as JAX
+    asks while tracing.
 
     Raises:
         ConfigError: cuDNN is configured and cannot be used.

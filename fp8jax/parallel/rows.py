@@ -17,7 +17,9 @@ from jax.sharding import Sharding
 
 
 class Rows:
-    """The rows of arrays of this shape, whose last dimension is tokens, that lie on this process's devices."""
+    """The rows of arrays of this shape, whose last dimension is tokens, that lie on this process's
+    devices.
+    """
 
     def __init__(self, shape: tuple[int, ...], sharding: Sharding):
         self._shape, self._sharding = shape, sharding

@@ -58,7 +58,9 @@ def shards(axis: str) -> int:
 
 
 def activation_specs(features: str | None) -> tuple[PartitionSpec, PartitionSpec]:
-    """Return specs of [b, t, features] between GEMMs, and as a block's GEMM takes it; `features` is the logical axis."""
+    """Return specs of [b, t, features] between GEMMs, and as a block's GEMM takes it; `features` is
+    the logical axis.
+    """
     if features == "embed":
         return partition_spec(("batch", "residual", None)), partition_spec(
             ("batch", "sequence", None)
@@ -68,6 +70,8 @@ def activation_specs(features: str | None) -> tuple[PartitionSpec, PartitionSpec
 
 
 def attention_axes(kv_heads: int) -> tuple[str, ...]:
-    """Return the mesh axes that split KV heads while attention has whole sequences: `sequence` too, if heads suffice."""
+    """Return the mesh axes that split KV heads while attention has whole sequences: `sequence` too,
+    if heads suffice.
+    """
     sizes, axes = jax.sharding.get_abstract_mesh().shape, ("tensor", "sequence")
     return axes if kv_heads % math.prod(sizes.get(axis, 1) for axis in axes) == 0 else axes[:1]

@@ -1,4 +1,5 @@
-"""The defaults of every field and the sizes of the FOG paper (Table 6), for all configs; 70b has Llama 3's shape.
+"""The defaults of every field and the sizes of the FOG paper (Table 6), for all configs; 70b has
+Llama 3's shape.
 
 A config file calls `make(size, ...)` and names only what differs. A size is the config's argument:
 `fp8_base.py:390m`.
@@ -54,7 +55,9 @@ _CONTEXT = 4096
 
 
 def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_collections.ConfigDict:
-    """Return a run of one architecture at one size; without a size, one that suits the machine at hand."""
+    """Return a run of one architecture at one size; without a size, one that suits the machine at
+    hand.
+    """
     size = size or hardware.default_size()[0]
     if size not in SIZES:
         raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
@@ -81,6 +84,8 @@ def make(size: str | None = None, *, architecture: str, recipe: str) -> ml_colle
 
 
 def _plan(config: Any, *, steps: int, warmup_steps: int) -> None:
-    """Set the length of the run, and the warm-up of a run of this length; a shorter one gets a shorter warm-up."""
+    """Set the length of the run, and the warm-up of a run of this length; a shorter one gets a
+    shorter warm-up.
+    """
     config.training.steps = config.preset.training.steps = steps
     config.preset.optimizer.warmup_steps = warmup_steps

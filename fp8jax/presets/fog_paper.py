@@ -1,4 +1,6 @@
-"""FOG-max with the settings of the paper and its released scripts; docs/paper.md lists how our defaults differ."""
+"""FOG-max with the settings of the paper and its released scripts; docs/paper.md lists how our
+defaults differ.
+"""
 
 from typing import Any
 

@@ -38,7 +38,8 @@ _MAD = 0.6745
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """A run's record of its steps: how many were bad, in all and in a row, and the last finite losses and norms.
+    """A run's record of its steps: how many were bad, in all and in a row, and the last finite
+    losses and norms.
 
     Attributes:
         bad_steps, in_a_row: int32.
@@ -59,7 +60,8 @@ class Health:
         )
 
     def after(self, bad: jax.Array, values: jax.Array) -> "Health":
-        """Return the record after a step: `bad` is bool, `values` float32 [2], its loss and gradient norm.
+        """Return the record after a step: `bad` is bool, `values` float32 [2], its loss and
+        gradient norm.
 
         Finite values are kept even of a skipped step: a new level that lasts is accepted once it
         fills half the window.
@@ -72,7 +74,8 @@ class Health:
         )
 
     def is_spike(self, values: jax.Array, threshold: float) -> jax.Array:
-        """Return whether loss or gradient norm lies `threshold` robust standard deviations above the median; bool.
+        """Return whether loss or gradient norm lies `threshold` robust standard deviations above
+        the median; bool.
 
         It is False until the window is full, because the beginning of a run is no measure.
         """
@@ -139,7 +142,9 @@ def squares(grads: Any) -> list[jax.Array]:
 
 
 def _operands(amaxes: dict[str, Any], backward: bool) -> list[tuple[str, int]]:
-    """Return role and index of every operand of a block that one direction casts, in the order of computation."""
+    """Return role and index of every operand of a block that one direction casts, in the order of
+    computation.
+    """
     return [
         (role, i)
         for role in (reversed(_ORDER) if backward else _ORDER)
@@ -150,7 +155,9 @@ def _operands(amaxes: dict[str, Any], backward: bool) -> list[tuple[str, int]]:
 
 
 def _columns(finite: dict[str, jax.Array], *, backward: bool) -> jax.Array:
-    """Return flags of the operands of one direction, layer after layer, and of the head where the pass reaches it."""
+    """Return flags of the operands of one direction, layer after layer, and of the head where the
+    pass reaches it.
+    """
     blocks = [finite[role][:, i] for role, i in _operands(finite, backward)]
     by_layer = jnp.stack(blocks, axis=1) if blocks else jnp.ones((0, 0), bool)
     inner = (by_layer[::-1] if backward else by_layer).reshape(-1)

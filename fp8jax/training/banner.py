@@ -1,4 +1,6 @@
-"""Report before a run's first step what will run, in what formats, and whether this device computes it correctly."""
+"""Report before a run's first step what will run, in what formats, and whether this device computes
+it correctly.
+"""
 
 import dataclasses
 import functools
@@ -31,7 +33,9 @@ UNROLLED = (
 
 
 def introduce(program: TrainProgram, stage: Stages) -> list[str]:
-    """Return lines on what will run, and on attention's agreement with its definition here; announce slow parts."""
+    """Return lines on what will run, and on attention's agreement with its definition here;
+    announce slow parts.
+    """
     with stage("tracing the training step"):
         _traced(program)
     lines = describe(program)
@@ -77,7 +81,8 @@ def _would_loop(plan: Plan) -> bool:
 
 
 def check_attention(plan: Plan) -> list[str]:
-    """Compare the attention backend with `emulated` on the device at hand, before any step relies on it.
+    """Compare the attention backend with `emulated` on the device at hand, before any step relies
+    on it.
 
     Returns:
         Lines on the backend and its largest error; none if attention is not in FP8.
@@ -126,7 +131,9 @@ def check_fallbacks(plan: Plan) -> None:
 
 
 def describe_compiled(program: TrainProgram) -> list[str]:
-    """Return lines on the compiled step: memory of a device, and, if FP8 is native, GEMMs that lost it."""
+    """Return lines on the compiled step: memory of a device, and, if FP8 is native, GEMMs that lost
+    it.
+    """
     try:
         found = audit.read(program.compiled_step(), program.mesh)
     except audit.UnreadableError as error:
@@ -154,7 +161,9 @@ def process_seconds() -> float:
 
 
 def facts(program: TrainProgram) -> dict[str, Any]:
-    """Return the content of WORKDIR/run.json, for the report; compile the step, if it is not compiled yet."""
+    """Return the content of WORKDIR/run.json, for the report; compile the step, if it is not
+    compiled yet.
+    """
     device, memory = program.plan.device, program.compiled_step().memory_analysis()
     model = program.definition.config
     return {
@@ -176,7 +185,9 @@ def facts(program: TrainProgram) -> dict[str, Any]:
 
 
 def seconds_at_peak(program: TrainProgram) -> float | None:
-    """Return the time of a step's model FLOPs at all devices' BF16 peak, for the MFU; None if the peak is unknown."""
+    """Return the time of a step's model FLOPs at all devices' BF16 peak, for the MFU; None if the
+    peak is unknown.
+    """
     device = device_of(program.plan.device.device_kind)
     return device and program.plan.flops().total / (device.bf16 * program.mesh.size)
 

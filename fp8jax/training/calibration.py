@@ -23,7 +23,8 @@ from fp8jax.training.step import TrainProgram
 def calibrate(
     program: TrainProgram, state: TrainState, batch: Batch, roles: Sequence[str] | None = None
 ) -> TrainState:
-    """Fill empty amax histories from one forward and backward pass with `current` scaling; update nothing else.
+    """Fill empty amax histories from one forward and backward pass with `current` scaling; update
+    nothing else.
 
     Args:
         program: the run's program.
@@ -72,7 +73,9 @@ def fresh_scaling(program: TrainProgram) -> dict[str, Any]:
 
 
 def without_fallen(program: TrainProgram, state: TrainState) -> TrainState:
-    """Return a state of the program that this one has fallen back from, without the scaling state of roles that left FP8."""
+    """Return a state of the program that this one has fallen back from, without the scaling state
+    of roles that left FP8.
+    """
     kept = {role: state.scaling[role] for role in program.abstract_state.scaling}
     return dataclasses.replace(state, scaling=kept)
 

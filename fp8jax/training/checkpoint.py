@@ -1,4 +1,5 @@
-"""Save and restore checkpoints of a run, under WORKDIR/checkpoints, and its configuration, WORKDIR/config.json.
+"""Save and restore checkpoints of a run, under WORKDIR/checkpoints, and its configuration,
+WORKDIR/config.json.
 
     with Checkpoints(workdir, keep=2) as checkpoints:
         checkpoints.save(20, {"params": params, "opt_state": opt_state}, data_state={"step": 20})   # in the background
@@ -90,7 +91,9 @@ class Checkpoints:
         self._cleaned = False
 
     def steps(self) -> list[int]:
-        """Return the steps of all complete checkpoints on disk, ascending; `newest` also checks for damage."""
+        """Return the steps of all complete checkpoints on disk, ascending; `newest` also checks for
+        damage.
+        """
         return manifest.steps(self.directory)
 
     def latest_step(self) -> int | None:
@@ -98,7 +101,8 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def chosen(self, step: int | None) -> int:
-        """Return the step, or that of the newest complete checkpoint for None; the same on every process.
+        """Return the step, or that of the newest complete checkpoint for None; the same on every
+        process.
 
         Raises:
             CheckpointError: there is none, or none of this step; the message lists the existing
@@ -113,7 +117,8 @@ class Checkpoints:
         raise manifest.missing(self.directory, step, steps)
 
     def newest(self) -> tuple[int | None, dict[int, str]]:
-        """Return the newest step whose files are intact, or None; and newer ones that are skipped, with reasons.
+        """Return the newest step whose files are intact, or None; and newer ones that are skipped,
+        with reasons.
 
         Every process must call this: each reads its share of the files, and all get the same
         answer.
@@ -214,7 +219,9 @@ class Checkpoints:
         return failure
 
     def _finish(self, step: int, response: Any, facts: dict[str, Any]) -> None:
-        """Wait in the background for the files, seal them with a manifest, and remove checkpoints that need not be kept."""
+        """Wait in the background for the files, seal them with a manifest, and remove checkpoints
+        that need not be kept.
+        """
         try:
             response.result()
             if jax.process_index() == 0:
@@ -271,7 +278,9 @@ class Checkpoints:
         return _metadata(self.directory / str(step)).custom_metadata["data_state"]
 
     def abstract_item(self, step: int, item: str, sharding: Any) -> Any:
-        """Return an item as it was saved, nested dictionaries of jax.ShapeDtypeStruct; empty if the checkpoint lacks it."""
+        """Return an item as it was saved, nested dictionaries of jax.ShapeDtypeStruct; empty if the
+        checkpoint lacks it.
+        """
         saved = _metadata(self.directory / str(step)).metadata.get(item, {})
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), saved
@@ -383,7 +392,9 @@ def _name(key: Any) -> str:
 
 
 def _nested(tree: Any) -> dict[str, Any]:
-    """Turn a tree into nested dictionaries, so that files do not depend on Python classes; {} without leaves."""
+    """Turn a tree into nested dictionaries, so that files do not depend on Python classes; {}
+    without leaves.
+    """
     out: dict[str, Any] = {}
     for names, leaf in _by_name(tree).items():
         inner = out
@@ -421,7 +432,9 @@ def _spec(leaf: Any) -> str:
 
 
 def _check_same(path: pathlib.Path, saved: dict[str, str], expected: dict[str, str]) -> None:
-    """Raise CheckpointError at the first array that differs, in the expected order, then in the saved one."""
+    """Raise CheckpointError at the first array that differs, in the expected order, then in the
+    saved one.
+    """
     name = next(
         (name for name in (*expected, *saved) if expected.get(name) != saved.get(name)), None
     )

@@ -19,7 +19,9 @@ def abstract_state_kept_as(program: TrainProgram, optimizer: OptimizerConfig) ->
 
 
 def kept_as_configured(program: TrainProgram, state: TrainState) -> TrainState:
-    """Return a state whose parameters and moments are in other formats, in those of the program's config."""
+    """Return a state whose parameters and moments are in other formats, in those of the program's
+    config.
+    """
 
     def convert(params: Params, opt_state: Any, step: jax.Array) -> tuple[Params, Any]:
         unpacked = state_formats.unpack(params, opt_state)

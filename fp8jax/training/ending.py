@@ -130,7 +130,8 @@ def _may_go_back(run: Run, end: End, checkpoints: Checkpoints, log: RunLog) -> b
 
 
 def go_back(program: TrainProgram, checkpoints: Checkpoints, run: Run) -> tuple[Resumed, list[str]]:
-    """Return the newest checkpoint, with the data after the batches that made the run go back, and lines to report.
+    """Return the newest checkpoint, with the data after the batches that made the run go back, and
+    lines to report.
 
     Args:
         program: the run's program, without fallbacks to BF16.

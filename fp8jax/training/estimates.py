@@ -1,4 +1,5 @@
-"""Estimate by closed formula the memory and time of a step with other microbatches, loss chunks and rematerialisation.
+"""Estimate by closed formula the memory and time of a step with other microbatches, loss chunks and
+rematerialisation.
 
     formula = Formula(plan)
     formula.temporary_bytes(option), formula.seconds(option)
@@ -58,7 +59,9 @@ class Formula:
         self._operand = 2 if config.fp8.recipe == "bf16" else 1
 
     def temporary_bytes(self, option: Option) -> float:
-        """Return the bytes besides the state and the batch: activations, gradients, quantised weights."""
+        """Return the bytes besides the state and the batch: activations, gradients, quantised
+        weights.
+        """
         rows = self._config.training.batch_size // self._replicas // option.microbatches
         tokens = rows * self._config.data.sequence_length / self._tensor
         model = self._model
@@ -68,7 +71,9 @@ class Formula:
         return self.fixed_bytes() + tokens * (residuals + max(working, head))
 
     def fixed_bytes(self) -> float:
-        """Return the bytes that do not depend on the microbatch: float32 gradients, and the weights' quantised copies."""
+        """Return the bytes that do not depend on the microbatch: float32 gradients, and the
+        weights' quantised copies.
+        """
         sharded = self._parameters / (self._fsdp * self._tensor)
         return sharded * (4 + self._operand) + self._gathered_bytes()
 
@@ -105,7 +110,9 @@ class Formula:
         return 2 if self._model.activation in ("swiglu", "smooth_swiglu") else 1
 
     def _repeated(self, remat: str) -> float:
-        """Return the part of the block's FLOPs that is computed again: of linear GEMMs alone if FP8 tensors are kept."""
+        """Return the part of the block's FLOPs that is computed again: of linear GEMMs alone if FP8
+        tensors are kept.
+        """
         if remat == "none":
             return 0.0
         again = 1 / 3 if remat == "full" or self._operand == 2 else 0.25
@@ -128,7 +135,9 @@ class Formula:
         return 6.0 * rows / self._tensor
 
     def _gathered_bytes(self) -> float:
-        """Return the bytes of tables and one layer's weights, gathered, if they are sharded over replicas."""
+        """Return the bytes of tables and one layer's weights, gathered, if they are sharded over
+        replicas.
+        """
         if self._fsdp == 1:
             return 0.0
         tables = 2 if not self._model.tied_embeddings else 1
@@ -148,7 +157,9 @@ class Formula:
         return of_layers + of_head + parameters * (16.0 * option.microbatches + 30.0)
 
     def _sent_bytes(self) -> float:
-        """Return the bytes that one device sends per microbatch: gathers of weights in both passes, the gradients' reduction."""
+        """Return the bytes that one device sends per microbatch: gathers of weights in both passes,
+        the gradients' reduction.
+        """
         if self._replicas == 1:
             return 0.0
         others = (self._replicas - 1) / self._replicas

@@ -173,7 +173,9 @@ class Evaluator:
 
 
 def _parts(config: Config, there: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """Return for each text how many of its sequences are read, in proportion, at least a batch; and its total."""
+    """Return for each text how many of its sequences are read, in proportion, at least a batch; and
+    its total.
+    """
     asked = batches_by_share(config) if config.evaluation.batches < 0 else config.evaluation.batches
     batch_size, total = config.training.batch_size, sum(there.values())
     parts = {}
@@ -196,7 +198,9 @@ def _metrics(sums: np.ndarray) -> dict[str, Any]:
 
 
 def batches_by_share(config: Config) -> int:
-    """Return the batches of `training.batch_size` sequences that have one in ONE_IN of the steps' FLOPs; at least 1."""
+    """Return the batches of `training.batch_size` sequences that have one in ONE_IN of the steps'
+    FLOPs; at least 1.
+    """
     return max(1, FORWARDS_A_STEP * _interval(config) // ONE_IN)
 
 
@@ -319,7 +323,9 @@ def run_config(workdir: pathlib.Path) -> Config:
 
 
 def _elsewhere(config: Config) -> Config:
-    """Return a run's configuration for evaluation on other devices, without what only its training devices may have."""
+    """Return a run's configuration for evaluation on other devices, without what only its training
+    devices may have.
+    """
     attention = config.fp8.attention_backend
     fp8 = dataclasses.replace(
         config.fp8, attention_backend="auto" if attention in ("pallas", "cudnn") else attention

@@ -7,7 +7,8 @@ from fp8jax.numerics.recipes import in_bf16
 
 
 def fallbacks(config: WarningConfig, recipes: ModelRecipes) -> list[str]:
-    """Return what a warning can take out of FP8, each as `config.fp8.overrides`; several can follow one another.
+    """Return what a warning can take out of FP8, each as `config.fp8.overrides`; several can follow
+    one another.
 
     Args:
         config: the run's section; only the action `fallback` takes roles out.

@@ -1,4 +1,5 @@
-"""Choose microbatches, chunked loss and rematerialisation, if the config leaves them open, so that a run fits its devices.
+"""Choose microbatches, chunked loss and rematerialisation, if the config leaves them open, so that
+a run fits its devices.
 
     fitted = fit(plan, workdir)     # before the first step; compiles, allocates nothing
     fitted.config, fitted.program, fitted.lines
@@ -55,8 +56,8 @@ def fit(plan: Plan, workdir: pathlib.Path | None = None) -> Fitted:
     """Find what fits the devices at hand.
 
     Args:
-        plan: the run's plan; the fields that its config sets are kept. Devices are at hand, those of all processes,
-            which all call this and get the same.
+        plan: the run's plan; the fields that its config sets are kept. Devices are at hand, those
+            of all processes, which all call this and get the same.
         workdir: directory of a run, whose choice is kept if it was made for such devices.
 
     Raises:
@@ -197,7 +198,9 @@ def _needed(step: TrainProgram, *, collect: bool) -> int:
 
 
 def needed_bytes(step: TrainProgram, memory: program.Memory) -> int:
-    """Return the bytes of one device for a step, on a CPU with the copy that saving makes of the state."""
+    """Return the bytes of one device for a step, on a CPU with the copy that saving makes of the
+    state.
+    """
     on_cpu = step.plan.device.platform == "cpu"
     return memory.peak_bytes + (state_bytes(step.abstract_state) if on_cpu else 0)
 
@@ -209,7 +212,8 @@ def needs_statistics(config: Config, needs: int, limit: Limit | None) -> bool:
 
 
 def bytes_of_failure(error: Exception) -> int | None:
-    """Return the bytes that a program needs which a compiler refuses for its size; None for other errors.
+    """Return the bytes that a program needs which a compiler refuses for its size; None for other
+    errors.
 
     Compilers for TPUs raise such errors; without a number the result is UNKNOWN, more than any
     device has.
@@ -254,7 +258,9 @@ def _agreed(limit: Limit | None) -> Limit | None:
 
 
 def _most(needs: int) -> int:
-    """Return the largest need of all processes, because compilers on several machines may plan differently."""
+    """Return the largest need of all processes, because compilers on several machines may plan
+    differently.
+    """
     return needs if jax.process_count() == 1 else -distributed.least(-(needs >> 20)) << 20
 
 
@@ -311,7 +317,9 @@ def _from_first(option: Option | None) -> Option | None:
 
 
 def _recorded(config: Config, option: Option, hardware: str) -> Config:
-    """Return the config with the option, and a note of which values were chosen and for which devices."""
+    """Return the config with the option, and a note of which values were chosen and for which
+    devices.
+    """
     chosen = " ".join(f"{name}={getattr(option, name)}" for name in open_fields(config))
     fields = dataclasses.asdict(option) | {"fitted": f"{chosen} on {hardware}" if chosen else ""}
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **fields))

@@ -1,4 +1,5 @@
-"""Advise if no option fits: what each change of the config would save, and how many devices would be enough.
+"""Advise if no option fits: what each change of the config would save, and how many devices would
+be enough.
 
 Closed formulas (estimates.py) give the figures; no program is compiled.
 """
@@ -17,7 +18,9 @@ _SMALLER = {"master_dtype": "float16", "first_moment": "fp8", "second_moment": "
 
 
 def nothing_fits(plan: Plan, limit: Limit, least: Compiled) -> str:
-    """Return one line: the need, what each option would save, and the number of devices that would be enough."""
+    """Return one line: the need, what each option would save, and the number of devices that would
+    be enough.
+    """
     there = f"there are {gigabytes(limit.usable)} ({limit.source})"
     what = f"{least.option} needs {gigabytes(least.needs)} a device, and {there}"
     saved = savings(plan, least)
@@ -62,7 +65,9 @@ def savings(plan: Plan, least: Compiled) -> list[tuple[str, float]]:
 
 
 def devices_that_do(plan: Plan, limit: Limit, least: Compiled) -> int | None:
-    """Return the least multiple of the devices, a power of two, over which the sharded part would fit; None if none would."""
+    """Return the least multiple of the devices, a power of two, over which the sharded part would
+    fit; None if none would.
+    """
     formula = Formula(plan)
     state = state_bytes(TrainProgram(plan).abstract_state)
     sharded = min(state + formula.fixed_bytes(), least.needs)

@@ -1,4 +1,5 @@
-"""List the options that a run may choose from: microbatches, rows of a loss chunk, what is recomputed.
+"""List the options that a run may choose from: microbatches, rows of a loss chunk, what is
+recomputed.
 
 for option in candidates(plan): ...     # all that the config leaves open
 """
@@ -22,7 +23,9 @@ _REMATS = (
 
 
 class Compiled(NamedTuple):
-    """An option, the bytes that one device needs, what was compiled, and its seconds at peak rates if known."""
+    """An option, the bytes that one device needs, what was compiled, and its seconds at peak rates
+    if known.
+    """
 
     option: Option
     needs: int

@@ -25,7 +25,8 @@ from fp8jax.training.step import TrainProgram
 
 
 class CompiledStep(NamedTuple):
-    """A step compiled for a target: the program, its trace, the executable, its text if it has none itself, seconds.
+    """A step compiled for a target: the program, its trace, the executable, its text if it has none
+    itself, seconds.
 
     Attributes:
         statistics: the executable of the step with statistics, if it was needed to find what fits.
@@ -60,7 +61,9 @@ class TargetFit:
     options: list[Option]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return every option as plain values, the fastest first: estimates of all, figures of the compiled ones."""
+        """Return every option as plain values, the fastest first: estimates of all, figures of the
+        compiled ones.
+        """
         formula = Formula(self.plan)
         ranking = fit.Ranking(self.plan, self.options)
         for each in self.choice.tried:
@@ -122,7 +125,9 @@ def fit_target(
 
 
 def compile_option(plan: Plan, target: targets.Target) -> Compiled:
-    """Compile a step for a target, and read what a device needs, and its seconds if the rates are known."""
+    """Compile a step for a target, and read what a device needs, and its seconds if the rates are
+    known.
+    """
     training = config_lib.settled(plan.config).training
     option = Option(training.microbatches, training.loss_chunk, training.remat)
     try:

@@ -1,4 +1,5 @@
-"""Compute the gradients of a batch over its microbatches, and set the dtypes in which they are written, reduced and summed.
+"""Compute the gradients of a batch over its microbatches, and set the dtypes in which they are
+written, reduced and summed.
 
     found = gradients(state, batch, config, definition, recipes)      # loss, grads, amaxes, taps
 
@@ -85,7 +86,9 @@ def gradients(
 
 @dataclasses.dataclass(frozen=True)
 class _Microbatch:
-    """The pass over one microbatch, whose loss is divided by the targets of the whole batch, `total`."""
+    """The pass over one microbatch, whose loss is divided by the targets of the whole batch,
+    `total`.
+    """
 
     config: Config
     definition: Definition
@@ -153,7 +156,8 @@ def _accumulated(
 
 
 def gradient_view(params: Params, config: Config) -> Params:
-    """Return the parameters in the dtypes in which gradients with respect to them are written and reduced.
+    """Return the parameters in the dtypes in which gradients with respect to them are written and
+    reduced.
 
     The matrices of the blocks and of an untied head reach their GEMMs quantised, so for them this
     view only sets the dtype in which wgrad writes; the other parameters are used in float32.
@@ -171,7 +175,9 @@ def gradient_view(params: Params, config: Config) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class GradientSums:
-    """The sums of gradients over the microbatches of a step, whose number, int32, seeds the rounding."""
+    """The sums of gradients over the microbatches of a step, whose number, int32, seeds the
+    rounding.
+    """
 
     config: OptimizerConfig
     step: jax.Array

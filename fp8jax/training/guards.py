@@ -1,4 +1,5 @@
-"""Guard a run from outside: one process per directory, signals that ask to stop, limits of time, out of memory.
+"""Guard a run from outside: one process per directory, signals that ask to stop, limits of time,
+out of memory.
 
 with guarded(config, workdir) as guards:
     guards.watchdog.begin("step", "step 17 (batch 16)")
@@ -36,7 +37,9 @@ class Guards(NamedTuple):
     watchdog: Watchdog
 
     def stop_alone(self) -> bool:
-        """Return True if a signal ends the run at once; one of several processes must not leave the others waiting."""
+        """Return True if a signal ends the run at once; one of several processes must not leave the
+        others waiting.
+        """
         return bool(self.stop) and jax.process_count() == 1
 
     def stop_before_the_first_step(self, stage: Stages) -> bool:

@@ -15,7 +15,8 @@ from fp8jax.config import ConfigError
 
 @contextlib.contextmanager
 def exclusive(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold WORKDIR/lock, which names host and process; the system frees it when the process ends in any way.
+    """Hold WORKDIR/lock, which names host and process; the system frees it when the process ends in
+    any way.
 
     Raises:
         ConfigError: another process holds it, or the directory cannot be written.

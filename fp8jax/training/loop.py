@@ -113,7 +113,8 @@ def train(
 
 
 def _train_from(run: Run, tools: Tools, calibrate: tuple[str, ...], *, first: bool) -> int | None:
-    """Train from a run's position to its end; return the exit code, None if it goes back to a checkpoint.
+    """Train from a run's position to its end; return the exit code, None if it goes back to a
+    checkpoint.
 
     Args:
         run: the run, with a state that is fresh or from a checkpoint.
@@ -183,7 +184,9 @@ def _step(run: Run, tools: Tools) -> End | None:
 def _advance(
     run: Run, tools: Tools, *, with_statistics: bool
 ) -> tuple[dict[str, jax.Array], Any, dict[str, float]]:
-    """Read a batch and take the step; return its metrics and statistics, on the devices, and what a probe found."""
+    """Read a batch and take the step; return its metrics and statistics, on the devices, and what a
+    probe found.
+    """
     clock, step = tools.clock, run.step + 1
     with clock.left_out() if with_statistics else contextlib.nullcontext():
         batch = next(clock.feed)

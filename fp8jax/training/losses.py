@@ -1,4 +1,5 @@
-"""Compute the loss of every token: from logits, or chunk by chunk of the vocabulary (`training.loss_chunk`).
+"""Compute the loss of every token: from logits, or chunk by chunk of the vocabulary
+(`training.loss_chunk`).
 
 nll, lse, taps = batch_losses(model, batch, gemms, options, chunk=0)
 """
@@ -45,7 +46,8 @@ token_losses.defvjp(_token_losses, _token_losses_backward)
 def sum_of_rows(x_bt: jax.Array) -> jax.Array:
     """Return the sum of float32 [b, t], rows added up in their order whichever devices have them.
 
-    A reduction over devices adds in an order of its own: among processes another one than within one, which showed in the last
+    A reduction over devices adds in an order of its own: among processes another one than within
+        one, which showed in the last
     bit of a loss.
     """
     return jnp.sum(constrain(jnp.sum(x_bt, axis=1), None))

@@ -1,4 +1,5 @@
-"""Write and check MANIFEST.json, which lists a checkpoint's files byte for byte, and is written last.
+"""Write and check MANIFEST.json, which lists a checkpoint's files byte for byte, and is written
+last.
 
     write(directory, {"step": 20})
     problem(directory)      # None, or one line: which file is missing, of another size, or damaged
@@ -62,7 +63,8 @@ def steps(directory: pathlib.Path) -> list[int]:
 
 
 def chosen(directory: pathlib.Path, step: int | None) -> int:
-    """Return a step that has a complete checkpoint in a run's directory of them; the newest for None.
+    """Return a step that has a complete checkpoint in a run's directory of them; the newest for
+    None.
 
     Raises:
         CheckpointError: there is none, or none of this step; the message lists the existing ones.
@@ -96,7 +98,8 @@ def sync(directory: pathlib.Path) -> None:
 
 
 def problem(directory: pathlib.Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Return the first difference between a directory and its manifest, in one line; None if there is none.
+    """Return the first difference between a directory and its manifest, in one line; None if there
+    is none.
 
     Args:
         directory: directory of the checkpoint.

@@ -1,4 +1,5 @@
-"""Build AdamW, AdEMAMix or Muon with a warm-up, stable, decay schedule (FOG paper, Table 6), from optax's parts.
+"""Build AdamW, AdEMAMix or Muon with a warm-up, stable, decay schedule (FOG paper, Table 6), from
+optax's parts.
 
     transform = make_transform(config.optimizer)              # clip, moments, decoupled weight decay
     update, moments = transform.update(grads, moments, params)
@@ -26,7 +27,9 @@ _MUON_RMS = 0.2
 
 
 def learning_rate(config: Config, step: jax.Array) -> jax.Array:
-    """Return the learning rate of update `step` (from 0): linear warm-up, constant, then down as 1 - sqrt(progress)."""
+    """Return the learning rate of update `step` (from 0): linear warm-up, constant, then down as 1
+    - sqrt(progress).
+    """
     optimizer, steps = config.optimizer, config.training.steps
     decay_steps = round(steps * optimizer.decay_fraction)
     count = step.astype(jnp.float32) + 1.0
@@ -37,7 +40,9 @@ def learning_rate(config: Config, step: jax.Array) -> jax.Array:
 
 
 def make_transform(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Return the update before the learning rate; it takes float32 gradients and gives a float32 update."""
+    """Return the update before the learning rate; it takes float32 gradients and gives a float32
+    update.
+    """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     make = {"adamw": _adam, "ademamix": _ademamix, "muon": _muon}[config.name]
     return optax.chain(
@@ -86,7 +91,9 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _muon_axes(path: Any) -> contrib.MuonDimensionNumbers | None:
-    """Return inputs and outputs of a block's matrix, whose first dimension is the layers; None for other parameters."""
+    """Return inputs and outputs of a block's matrix, whose first dimension is the layers; None for
+    other parameters.
+    """
     names = [key.key for key in path]
     if names[0] != STACKED or names[-1] != MATRIX:
         return None

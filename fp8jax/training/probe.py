@@ -1,4 +1,5 @@
-"""Measure what FP8 does to the gradients of a batch, beside those of a reference recipe on the same state.
+"""Measure what FP8 does to the gradients of a batch, beside those of a reference recipe on the same
+state.
 
     found = compare(run_grads, reference_grads)      # matrix → sums, float32 [layers, 4]; jit this
     harm = Harm.of(jax.device_get(found))
@@ -38,7 +39,8 @@ _NAMES = {"feed_forward": "mlp"}
 
 
 def compare(run: Params, reference: Params) -> Sums:
-    """Return |run - reference|², run · reference, |run|² and |reference|² of each matrix of the blocks.
+    """Return |run - reference|², run · reference, |run|² and |reference|² of each matrix of the
+    blocks.
 
     Args:
         run: gradients in the run's recipe, like the parameters, of any dtypes.
@@ -128,7 +130,9 @@ class Harm:
         return max(float(np.max(places[name])) for name in places if name not in ("q", "k"))
 
     def entries(self) -> dict[str, float]:
-        """Return the numbers for a line of the log: `probe/error`, `probe/error_mlp_up_layer003`, ..."""
+        """Return the numbers for a line of the log: `probe/error`, `probe/error_mlp_up_layer003`,
+        ...
+        """
         whole = {"error": self.error, "cosine": self.cosine, "norm_ratio": self.norm_ratio}
         return {f"probe/{name}": value for name, value in whole.items()} | {
             f"probe/error_{name}_layer{layer:03d}": float(value)
@@ -137,7 +141,9 @@ class Harm:
         }
 
     def by_place(self, measure: str = "error") -> dict[str, np.ndarray]:
-        """Return `error`, `cosine`, `norm_ratio`, or the `share` of the squared error; matrix → [layers]."""
+        """Return `error`, `cosine`, `norm_ratio`, or the `share` of the squared error; matrix →
+        [layers].
+        """
         if measure == "share":
             whole = self.total[0] or 1.0
             return {name: values[:, 0] / whole for name, values in self.sums.items()}
@@ -211,12 +217,16 @@ class Probe:
         return self._reference(state, batch)
 
     def harm(self, state: TrainState, batch: Batch, reference: Params | None = None) -> Harm:
-        """Return the harm on one batch; `reference` is that of the same state and batch, if it is known."""
+        """Return the harm on one batch; `reference` is that of the same state and batch, if it is
+        known.
+        """
         reference = self.reference(state, batch) if reference is None else reference
         return Harm.of(jax.device_get(self._compare(self._run(state, batch), reference)))
 
     def without(self, overrides: str, state: TrainState, batch: Batch, reference: Params) -> Harm:
-        """Return the harm with more exceptions, as `config.fp8.overrides`; compiles a program of its own."""
+        """Return the harm with more exceptions, as `config.fp8.overrides`; compiles a program of
+        its own.
+        """
         plan = self.program.plan.with_overrides(overrides)
         return self.with_recipes(plan.recipes, state, batch, reference)
 
@@ -233,7 +243,9 @@ class Probe:
 
 
 def _in_float32(plan: Plan) -> Plan:
-    """Return the plan of the same model computed in float32, whose attention is that of the definition."""
+    """Return the plan of the same model computed in float32, whose attention is that of the
+    definition.
+    """
     config = plan.config
     model = dataclasses.replace(config.model, dtype="float32")
     definition = define(

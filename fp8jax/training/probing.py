@@ -1,4 +1,5 @@
-"""Probe a run, or the initial state of a configuration: how far FP8 is off, where, and which roles are guilty.
+"""Probe a run, or the initial state of a configuration: how far FP8 is off, where, and which roles
+are guilty.
 
     found = examine(subject_of_run(workdir, step=None, stage=stage), Question(), stage)
     found["error"], found["guilty"], found["config"]
@@ -59,7 +60,9 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What to measure: batches, the reference, and whether roles leave FP8 by `group` or one `role` at a time."""
+    """What to measure: batches, the reference, and whether roles leave FP8 by `group` or one `role`
+    at a time.
+    """
 
     batches: int = 1
     against: str = "bf16"
@@ -72,7 +75,8 @@ def subject_of_run(
     stage: Stages,
     devices: Sequence[jax.Device] | None = None,
 ) -> Subject:
-    """Restore the whole state of a run from a checkpoint, None for the newest, on these devices or all.
+    """Restore the whole state of a run from a checkpoint, None for the newest, on these devices or
+    all.
 
     Raises:
         CheckpointError: there is no run, or no such checkpoint.
@@ -118,8 +122,9 @@ def examine(subject: Subject, question: Question, stage: Stages) -> dict[str, An
     """Measure the harm of FP8, and find what does it.
 
     Returns:
-        `error`, `cosine`, `norm_ratio` over all matrices of the blocks, and the `worst` error of one; `matrices`: name → measure
-        and `share` of the squared error → by layer; `batch_noise`, relative to the gradient, and
+        `error`, `cosine`, `norm_ratio` over all matrices of the blocks, and the `worst` error of
+        one; `matrices`: name → measure and `share` of the squared error → by layer; `batch_noise`,
+        relative to the gradient, and
         `error_over_batch_noise`, None for one batch; `groups`: name → `roles`, `error` and `worst`
         without them in FP8; `current`: the same with current in place of delayed scaling, or None;
         `guilty`: `group`, `roles`, `layers`, or None; `verdict`; `config`: what to change, or ''.
@@ -141,7 +146,9 @@ def examine(subject: Subject, question: Question, stage: Stages) -> dict[str, An
 
 
 def _measure(probe: Probe, subject: Subject, count: int, note: Any) -> tuple[Harm, float | None]:
-    """Return the harm over batches, and how far their gradients differ: |g - mean|² of one; None for one batch."""
+    """Return the harm over batches, and how far their gradients differ: |g - mean|² of one; None
+    for one batch.
+    """
     harm, earlier, squares = None, None, []
     for number, batch in enumerate(_batches(subject, count)):
         note(f"batch {number + 1} of {count}")

@@ -1,4 +1,5 @@
-"""Trace a window of steps by the JAX profiler, for XProf or Perfetto: `config.profile.start` and `.steps`.
+"""Trace a window of steps by the JAX profiler, for XProf or Perfetto: `config.profile.start` and
+`.steps`.
 
 The trace lies in WORKDIR/profile; its operations carry the names of blocks, roles and passes
 (`attention_scores.dgrad`).
@@ -30,7 +31,9 @@ class ProfileWindow:
             jax.profiler.start_trace(self.directory)
 
     def after(self, step: int, results: Any) -> str | None:
-        """Stop the profiler if the window ends, and return a line on it; called after each step with its results."""
+        """Stop the profiler if the window ends, and return a line on it; called after each step
+        with its results.
+        """
         if self.end is None or step != self.end:
             return None
         jax.block_until_ready(results)

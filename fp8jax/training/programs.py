@@ -1,4 +1,5 @@
-"""List every program that a run executes, by name, to trace, compile or measure it before the run begins.
+"""List every program that a run executes, by name, to trace, compile or measure it before the run
+begins.
 
     for name, program in programs(plan).items():
         traced = program.trace()                  # allocates nothing
@@ -44,14 +45,15 @@ class Program(NamedTuple):
 
 
 def programs(plan: Plan) -> dict[str, Program]:
-    """Return the programs of a run and the commands after it: training, fallbacks if they are on, evaluation, sampling.
+    """Return the programs of a run and the commands after it: training, fallbacks if they are on,
+    evaluation, sampling.
 
     Args:
         plan: the run's plan; its devices are at hand or not.
 
     Returns:
-        `init`, `calibration` (with delayed scaling), `step`, `statistics` (a step with them), `probe` and
-        `probe, reference` if they are ever taken, for
+        `init`, `calibration` (with delayed scaling), `step`, `statistics` (a step with them),
+        `probe` and `probe, reference` if they are ever taken, for
         each fallback that a warning can ask for `fallback OVERRIDES` and
         `fallback OVERRIDES, statistics`, `evaluation`, `sampling weights`, `sampling prompt`,
         `sampling`.

@@ -1,4 +1,5 @@
-"""Rehearse a run: compile every program that it will execute, read its first data, check what its start checks.
+"""Rehearse a run: compile every program that it will execute, read its first data, check what its
+start checks.
 
     found = rehearse(config, target)            # does not train or write, and allocates only the first batches
     found.ok, found.programs, found.checks
@@ -120,7 +121,9 @@ def _without(
     checks: list[Rehearsed],
     say: Callable[[str], None],
 ) -> Rehearsal:
-    """Check what can be checked if the data or the mesh is wrong: all programs, traced, with valid ones in their place."""
+    """Check what can be checked if the data or the mesh is wrong: all programs, traced, with valid
+    ones in their place.
+    """
     data = dataclasses.replace(DataConfig(), sequence_length=config.data.sequence_length)
     sound = dataclasses.replace(config, data=data, mesh=MeshConfig())
     found: list[TargetFit] = []
@@ -181,7 +184,9 @@ def _executable(found: TargetFit, name: str, traced: Any, target: targets.Target
 
 
 def _peak(name: str, memory: program.Memory, state: int, target: targets.Target) -> int:
-    """Return the bytes of a device while a program runs; a run's state is there even if the program does not use it."""
+    """Return the bytes of a device while a program runs; a run's state is there even if the program
+    does not use it.
+    """
     if name.startswith(_ALONE):
         return memory.peak_bytes
     taken = sum(
@@ -219,7 +224,9 @@ def _read_data(config: Config) -> None:
 def _limits(
     found: TargetFit, target: targets.Target, rows: dict[str, Rehearsed]
 ) -> Iterator[Rehearsed]:
-    """Compare times with the limits after which a run ends itself: seconds of compiling here, and times at peak rates."""
+    """Compare times with the limits after which a run ends itself: seconds of compiling here, and
+    times at peak rates.
+    """
     training, evaluation = found.plan.config.training, rows.get("evaluation")
     steps = [row for row in rows.values() if "sampling" not in row.name]
     start = sum(row.seconds or 0 for row in steps if row.name in ("init", "calibration", "step"))
@@ -244,7 +251,9 @@ def _within(name: str, field: str, limit: int, seconds: float, what: str) -> Reh
 
 
 def _seconds(found: TargetFit, target: targets.Target, sequences: int) -> float:
-    """Return the seconds of training on `sequences`, at peak rates of the device, or as measured on this machine."""
+    """Return the seconds of training on `sequences`, at peak rates of the device, or as measured on
+    this machine.
+    """
     flops = found.plan.flops(sequences).total
     device = DEVICES.get(target.kind)
     rate = device.fp8 * found.plan.mesh.size if device else _measured_rate()

@@ -1,4 +1,5 @@
-"""Find where a run continues: which checkpoint, which data, and whether the config is still that of the run.
+"""Find where a run continues: which checkpoint, which data, and whether the config is still that of
+the run.
 
 Call `check_continues` first, which refuses changes that would make it another run, then `resume`.
 """
@@ -38,7 +39,9 @@ class Position(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """A program and a state to continue with; `calibrate` names roles whose scales are still unknown."""
+    """A program and a state to continue with; `calibrate` names roles whose scales are still
+    unknown.
+    """
 
     program: TrainProgram
     state: TrainState
@@ -48,7 +51,9 @@ class Resumed(NamedTuple):
 
 
 def finished_step(config: Config, checkpoints: Checkpoints, stage: Stages) -> int | None:
-    """Return the step of a run that has all its steps and an intact checkpoint of the last; None if steps are left."""
+    """Return the step of a run that has all its steps and an intact checkpoint of the last; None if
+    steps are left.
+    """
     latest = distributed.from_first(-1 if (step := checkpoints.latest_step()) is None else step)
     if latest < config.training.steps:
         return None
@@ -158,7 +163,9 @@ def resume_from(
 
 
 def _choose(checkpoints: Checkpoints, tell: Callable[[str], None]) -> int:
-    """Return the newest undamaged checkpoint's step, after renaming damaged newer ones; -1 if there is none."""
+    """Return the newest undamaged checkpoint's step, after renaming damaged newer ones; -1 if there
+    is none.
+    """
     step, passed = checkpoints.newest()
     if step is None and any(not reason.startswith(manifest.NAME) for reason in passed.values()):
         reasons = "; ".join(f"step {number}: {reason}" for number, reason in passed.items())
@@ -246,7 +253,8 @@ def _same_content(
     allowed: Sequence[str],
     tell: Callable[[str], None],
 ) -> set[str]:
-    """Return which of the tokenizer and the sources equal, by content, those of the run, so that their names may change.
+    """Return which of the tokenizer and the sources equal, by content, those of the run, so that
+    their names may change.
 
     Args:
         config: configuration of the run that is about to start.
@@ -302,6 +310,8 @@ def _flat(config: Config) -> dict[str, object]:
 
 
 def _is_fitted(path: str, value: object) -> bool:
-    """Return True for open fields that a run chooses by itself (fit.py), and for its note of the choice."""
+    """Return True for open fields that a run chooses by itself (fit.py), and for its note of the
+    choice.
+    """
     section, name = path.split(".")
     return section == "training" and (name == "fitted" or name in OPEN and value == OPEN[name])

@@ -47,12 +47,16 @@ class Saver:
         self._postponed = False
 
     def is_due(self, step: int) -> bool:
-        """Return whether a checkpoint is due after this step by number, or was postponed; the same on all processes."""
+        """Return whether a checkpoint is due after this step by number, or was postponed; the same
+        on all processes.
+        """
         every = self.config.every
         return (every > 0 and step % every == 0) or self._postponed
 
     def is_late(self, step: int) -> bool:
-        """Return whether one is due by this process's clock, or after a failure here; processes must agree on it."""
+        """Return whether one is due by this process's clock, or after a failure here; processes
+        must agree on it.
+        """
         if failure := self.checkpoints.failure():
             self._failed(step, failure)
         if not self.checkpoints.busy():
@@ -61,7 +65,8 @@ class Saver:
         return now > self._again_at or (minutes > 0 and now - self._saved_at > 60 * minutes)
 
     def save(self, run: Run, *, busy: bool) -> bool:
-        """Begin to save, or postpone it to a later step; return False if the state must not be saved.
+        """Begin to save, or postpone it to a later step; return False if the state must not be
+        saved.
 
         Args:
             run: the run whose state is to be saved.
@@ -104,7 +109,9 @@ class Saver:
                 time.sleep(RETRY_SECONDS)
 
     def unsound(self, run: Run) -> bool:
-        """Return True if the state holds numbers that are not finite, as after a fault of memory; log the array."""
+        """Return True if the state holds numbers that are not finite, as after a fault of memory;
+        log the array.
+        """
         name = first_unsound(run.state, run.program.replicated)
         if name:
             self.log.event(

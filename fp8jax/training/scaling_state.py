@@ -1,4 +1,5 @@
-"""Reuse the scaling state of a checkpoint in a run with other FP8 settings: roles that still fit keep it.
+"""Reuse the scaling state of a checkpoint in a run with other FP8 settings: roles that still fit
+keep it.
 
     checkpoints.save(step, state.items(), {"scaling": record(program.recipes)})
     kept, why = choose(program.recipes, saved_arrays, saved_record)
@@ -25,7 +26,9 @@ Record = dict[str, Any]  # settings of one role; plain JSON values
 
 
 def record(recipes: ModelRecipes) -> dict[str, Record]:
-    """Return the settings that make the scaling state of a run with these recipes, by entry, as JSON values."""
+    """Return the settings that make the scaling state of a run with these recipes, by entry, as
+    JSON values.
+    """
     by_role = {role: recipe for role, (_, recipe) in recipes.by_role().items()}
     return {entry: _record(entry, by_role[role_of(entry)], recipes) for entry in entries(by_role)}
 
@@ -45,7 +48,8 @@ def _record(entry: str, recipe: GemmRecipe, recipes: ModelRecipes) -> Record:
 def choose(
     recipes: ModelRecipes, saved: Scaling, saved_with: Mapping[str, Record] | None
 ) -> tuple[Scaling, dict[str, str]]:
-    """Return the state of the roles that a checkpoint's state fits, and for the others why it does not.
+    """Return the state of the roles that a checkpoint's state fits, and for the others why it does
+    not.
 
     Args:
         recipes: recipes of the continued run.
@@ -92,7 +96,9 @@ def _difference(before: Any, now: Any) -> str:
 def _made_with(
     state: Mapping[str, jax.Array], recipe: GemmRecipe, role: str, scalings: list[str]
 ) -> bool:
-    """Return whether this recipe makes these scales of the history, and all layers that need one have it."""
+    """Return whether this recipe makes these scales of the history, and all layers that need one
+    have it.
+    """
     found = jax.device_get(state)
     if found["history"].shape[-1] != recipe.history_length:
         return False

@@ -1,4 +1,6 @@
-"""Do the loop's work besides steps: statistics, the held-out loss, the log, and the early warning's actions."""
+"""Do the loop's work besides steps: statistics, the held-out loss, the log, and the early warning's
+actions.
+"""
 
 import functools
 import time
@@ -35,7 +37,9 @@ def compile_statistics(run: Run, tools: Tools) -> None:
 
 
 def probe(run: Run, tools: Tools, batch: Batch) -> dict[str, float]:
-    """Measure what FP8 does to the gradients of the next step, and change nothing; return numbers for the log."""
+    """Measure what FP8 does to the gradients of the next step, and change nothing; return numbers
+    for the log.
+    """
     with tools.clock.left_out():
         jax.block_until_ready(run.state.step)
         return _probe_of(run.program).harm(run.state, batch).entries()
@@ -47,7 +51,9 @@ def _probe_of(program: TrainProgram) -> Probe:
 
 
 def evaluate(run: Run, tools: Tools) -> dict[str, float]:
-    """Take the held-out loss of the present state; return the numbers for the step's line of the log."""
+    """Take the held-out loss of the present state; return the numbers for the step's line of the
+    log.
+    """
     watchdog, evaluator = tools.guards.watchdog, tools.evaluator
     jax.block_until_ready(run.state.step)
     watchdog.end("step")

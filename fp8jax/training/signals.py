@@ -10,7 +10,8 @@ from typing import Any
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield a list to which signals that ask to stop are appended; the loop stops at the end of the step.
+    """Yield a list to which signals that ask to stop are appended; the loop stops at the end of the
+    step.
 
     They are SIGINT, SIGTERM, SIGHUP (a lost terminal) and SIGUSR1 (a scheduler's notice). A second
     SIGINT interrupts. Under nohup SIGHUP stays ignored; SIGINT, which shells ignore for background
@@ -40,7 +41,9 @@ def stop_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _acknowledged(numbers: Sequence[int]) -> Iterator[None]:
-    """Report a signal at once, because Python's handlers wait until a compilation or a step is over, at times for minutes."""
+    """Report a signal at once, because Python's handlers wait until a compilation or a step is
+    over, at times for minutes.
+    """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 

@@ -11,7 +11,8 @@ from fp8jax.training.state import TrainState
 
 
 def first_unsound(state: TrainState, replicated: NamedSharding) -> str | None:
-    """Return the name of the first array, of those that every step builds on, that is not finite; None if all are.
+    """Return the name of the first array, of those that every step builds on, that is not finite;
+    None if all are.
 
     Args:
         state: a state on the devices.

@@ -44,7 +44,9 @@ def open_log(program: TrainProgram, workdir: pathlib.Path, step: int) -> Iterato
 
 
 def find_scales(run: Run, roles: tuple[str, ...], log: RunLog, stage: Stages) -> None:
-    """Find the scales of these roles on the next batch with targets; without targets those of gradients stay unknown."""
+    """Find the scales of these roles on the next batch with targets; without targets those of
+    gradients stay unknown.
+    """
     if not roles:
         return
     program = run.program

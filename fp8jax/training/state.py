@@ -54,7 +54,9 @@ class TrainState:
 
 
 def initial_state(definition: Definition, recipes: ModelRecipes, config: Any) -> TrainState:
-    """Return fresh parameters and all else empty; jit this with out_shardings. Scales are not calibrated yet."""
+    """Return fresh parameters and all else empty; jit this with out_shardings. Scales are not
+    calibrated yet.
+    """
     return state_of(definition.init(config.training.seed), recipes, config)
 
 
@@ -95,7 +97,9 @@ def abstract_state(
 
 
 def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """Return the sharding without axes that do not divide a dimension, such as that of scales, of which there are few."""
+    """Return the sharding without axes that do not divide a dimension, such as that of scales, of
+    which there are few.
+    """
     sizes = [
         math.prod(
             sharding.mesh.shape[axis]

@@ -1,4 +1,5 @@
-"""Convert parameters and moments to their storage formats between steps, and on restore from other formats.
+"""Convert parameters and moments to their storage formats between steps, and on restore from other
+formats.
 
     params, opt_state = pack(config.optimizer, params, moments, step)     # float32 → formats of the config
     params, moments = unpack(params, opt_state)                           # float32 again
@@ -135,14 +136,18 @@ def _pack_master(
 
 
 def _moment(path: Any) -> str | None:
-    """Return the kind of average that an array of optax's state is, if it is a matrix's; otherwise None."""
+    """Return the kind of average that an array of optax's state is, if it is a matrix's; otherwise
+    None.
+    """
     if getattr(path[-1], "key", None) != MATRIX:
         return None
     return next((key.name for key in path if getattr(key, "name", None) in _FIRST + _SECOND), None)
 
 
 def _map(function: Any, tree: Any, step: jax.Array, first: int) -> list[Any]:
-    """Return function(path, leaf, its source of random bits) for every leaf; `first` distinguishes trees."""
+    """Return function(path, leaf, its source of random bits) for every leaf; `first` distinguishes
+    trees.
+    """
     out = []
     for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree), first):
         out.append(

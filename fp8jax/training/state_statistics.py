@@ -19,7 +19,8 @@ from fp8jax.training.state import TrainState
 
 
 def state_statistics(state: TrainState) -> Taps:
-    """Return mean, rms, kurtosis and amax of each parameter ('params.attention.qkv.w') and its moments ('mu....', 'nu....').
+    """Return mean, rms, kurtosis and amax of each parameter ('params.attention.qkv.w') and its
+    moments ('mu....', 'nu....').
 
     A parameter has no tokens: the whole of it, in each layer, is one sample of the kurtosis.
     Outside the blocks there is one layer.

@@ -1,4 +1,5 @@
-"""Define one training step as a pure function of (state, batch), compiled for the devices of a plan.
+"""Define one training step as a pure function of (state, batch), compiled for the devices of a
+plan.
 
     program = TrainProgram(plan)                             # of plan.make_plan(config, devices)
     state = calibrate(program, program.init(), batch)        # calibration.py: fills empty amax histories
@@ -101,11 +102,15 @@ class TrainProgram:
         return jax.jit(make, out_shardings=self.state_shardings)
 
     def fallen_back(self, overrides: str) -> "TrainProgram":
-        """Return the program of the same run with more exceptions, as `config.fp8.overrides`; itself if there are none."""
+        """Return the program of the same run with more exceptions, as `config.fp8.overrides`;
+        itself if there are none.
+        """
         return type(self)(self.plan.with_overrides(overrides)) if overrides else self
 
     def put(self, batch: dict[str, Any]) -> Batch:
-        """Move a host batch, this process's `rows` of [batch, t], to the devices, split into microbatches."""
+        """Move a host batch, this process's `rows` of [batch, t], to the devices, split into
+        microbatches.
+        """
         return {name: self.rows.put(batch[name]) for name in self.abstract_batch}
 
     @functools.cached_property
@@ -163,7 +168,9 @@ class TrainProgram:
 
 
 def _after(grads: Params, params: Params, opt_state: Any) -> tuple[Params, Any]:
-    """Tie the state to the gradients: unpacked earlier, it would take memory in float32 during the backward pass."""
+    """Tie the state to the gradients: unpacked earlier, it would take memory in float32 during the
+    backward pass.
+    """
     if not jax.tree.leaves(opt_state.scales):
         return params, opt_state
     return jax.lax.optimization_barrier((params, opt_state, grads))[:2]

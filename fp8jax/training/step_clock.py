@@ -53,7 +53,9 @@ class Feed:
         self.waited = 0.0
 
     def warning(self, step_seconds: float, waited: float) -> str | None:
-        """Return a line the first time that data is the bottleneck; both arguments are in seconds per step."""
+        """Return a line the first time that data is the bottleneck; both arguments are in seconds
+        per step.
+        """
         if self._told or waited <= LIMIT * step_seconds:
             return None
         self._told = True
@@ -95,7 +97,9 @@ class StepClock:
         self.feed.waited = waited
 
     def times(self) -> tuple[float, float] | None:
-        """Return the seconds per ordinary step, and those of waiting for data; None if there was no such step."""
+        """Return the seconds per ordinary step, and those of waiting for data; None if there was no
+        such step.
+        """
         if not self._steps:
             return None
         seconds = (time.perf_counter() - self._began) / self._steps

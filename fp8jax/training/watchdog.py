@@ -1,4 +1,5 @@
-"""End a process that hangs, and report where: for a pod, a job that ends and restarts is better than one that waits forever.
+"""End a process that hangs, and report where: for a pod, a job that ends and restarts is better
+than one that waits forever.
 
     with Watchdog({"start": 3600, "step": 1800, "evaluation": 1800, "save": 3600}) as watchdog:     # seconds; 0: no limit
         watchdog.begin("step", "step 17 (batch 16)")    # replaces the step before

@@ -1,4 +1,5 @@
-"""Make the six `*.txt.xz` files beside this script from the R package janeaustenr. fp8jax runs without this script.
+"""Make the six `*.txt.xz` files beside this script from the R package janeaustenr. fp8jax runs
+without this script.
 
     python fp8jax/data/corpus/make_corpus.py PATH/janeaustenr/data/Rdata.rdb
 
@@ -30,7 +31,9 @@ def entries(database: bytes) -> Iterator[bytes]:
 
 
 def lines(entry: bytes) -> Iterator[bytes]:
-    """Yield the strings of an R vector of strings: after its type and count, (flags, length, bytes) for each."""
+    """Yield the strings of an R vector of strings: after its type and count, (flags, length, bytes)
+    for each.
+    """
     start = entry.index(STRING_VECTOR) + 4
     (count,) = struct.unpack_from(">I", entry, start)
     start += 4

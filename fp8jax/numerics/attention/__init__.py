@@ -1,1 +1,3 @@
-"""Causal attention with FP8 operands: the definition, other ways to compute it, and a check that compares them."""
+"""Causal attention with FP8 operands: the definition, other ways to compute it, and a check that
+compares them.
+"""

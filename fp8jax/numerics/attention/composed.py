@@ -1,4 +1,5 @@
-"""Compute attention by backend `composed`: plain FP8 GEMMs over chunks of queries, without an S x S array.
+"""Compute attention by backend `composed`: plain FP8 GEMMs over chunks of queries, without an S x S
+array.
 
     o = attention(q, k, v, recipes, softmax_scale=0.125, backend="composed")
 
@@ -59,7 +60,8 @@ def forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
 def backward(
     call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, [b, k] (or None), or its health if asked.
+    """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, [b, k] (or
+    None), or its health if asked.
 
     Args:
         call: recipes and softmax scale.
@@ -107,7 +109,9 @@ def backward(
 
 
 def _whole(health: jax.Array, amax: jax.Array, scale: jax.Array | None, length: int) -> jax.Array:
-    """Return the health of dS from the sum over chunks; skipped elements are zero, amax and scale do not add up."""
+    """Return the health of dS from the sum over chunks; skipped elements are zero, amax and scale
+    do not add up.
+    """
     computed = (
         sum(chunks * rows * (first + chunks * rows) for first, chunks, rows in _bands(length))
         / max(length, 1) ** 2
@@ -149,7 +153,9 @@ def largest_ds(call: Call, x: Operands, residuals: Residuals) -> jax.Array:
 def ds_scale(
     call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None
 ) -> jax.Array | None:
-    """Return the scale of dS: the one given, or, where that is missing or unknown, that of a pass for the largest |dS|."""
+    """Return the scale of dS: the one given, or, where that is missing or unknown, that of a pass
+    for the largest |dS|.
+    """
 
     def measured() -> jax.Array:
         return call.scores.scale(largest_ds(call, x, residuals), call.scores.format("ds"))
@@ -162,7 +168,9 @@ def ds_scale(
 
 
 def over_chunks(length: int, body: Callable, like: jax.Array, carry: Any) -> Any:
-    """Fold `body(carry, start, rows, keys)` over all chunks; rows and keys are static, start may be traced; `like` is an input."""
+    """Fold `body(carry, start, rows, keys)` over all chunks; rows and keys are static, start may be
+    traced; `like` is an input.
+    """
     for first, chunks, rows in _bands(length):
         step = functools.partial(body, rows=rows, keys=first + chunks * rows)
         if chunks == 1:
@@ -178,7 +186,9 @@ def over_chunks(length: int, body: Callable, like: jax.Array, carry: Any) -> Any
 
 
 def _bands(length: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (first query, number of chunks, queries per chunk) of each band; an odd rest at the end is a band of its own."""
+    """Yield (first query, number of chunks, queries per chunk) of each band; an odd rest at the end
+    is a band of its own.
+    """
     whole, rest = divmod(length, CHUNK)
     # A band has at least two chunks: compilers unroll a scan of one step, then work on several
     # bands at once. Measured at 4096 tokens, on a CPU and in a program for 8 H100s: three times the

@@ -130,7 +130,9 @@ def attention(
 
 
 def check_backend(backend: str, recipes: Mapping[str, GemmRecipe], head_dim: int) -> None:
-    """Raise ValueError, which names the alternatives, if a backend is unknown or does not support the two roles' recipes."""
+    """Raise ValueError, which names the alternatives, if a backend is unknown or does not support
+    the two roles' recipes.
+    """
     if backend not in (*BACKENDS, CUDNN):
         raise ValueError(f"{backend!r} is not one of {', '.join((*BACKENDS, CUDNN))}")
     for role in (SCORES, VALUES):
@@ -172,7 +174,9 @@ Reports = dict[str, tuple[jax.Array | None, ...]]
 
 
 class _Saved(NamedTuple):
-    """The residuals of the backward pass: operands in bytes, the result, its weights, and the operands' reports."""
+    """The residuals of the backward pass: operands in bytes, the result, its weights, and the
+    operands' reports.
+    """
 
     operands: Operands
     o: jax.Array
@@ -268,7 +272,9 @@ def _operands(kept: Operands, many: Placement, few: Placement) -> Operands:
 def _report_ds(
     call: Call, saved: _Saved, of_ds: jax.Array | None, do: jax.Array
 ) -> jax.Array | None:
-    """Return the token's cotangent for dS, from a backend's report: its amax by head, or its health."""
+    """Return the token's cotangent for dS, from a backend's report: its amax by head, or its
+    health.
+    """
     if of_ds is None:
         return None
     if call.health:
@@ -313,7 +319,9 @@ def _all_forward(call: Call, x: Operands) -> tuple[jax.Array, Weights]:
 def _all_backward(
     call: Call, x: Operands, residuals: Residuals, scale: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, [b, k] (or None), or its health."""
+    """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, [b, k] (or
+    None), or its health.
+    """
     length = x.q.data.shape[1]
     mask = attention_rows.visible(0, length, length, x.segment_ids)
     p, ds = attention_rows.score_gradient(call, x.q, x.k, x.v, residuals, mask)

@@ -1,4 +1,5 @@
-"""Flash attention in FP8 as Pallas kernels for Triton: forward, dQ, dK with dV, and statistics; pallas.py calls them.
+"""Flash attention in FP8 as Pallas kernels for Triton: forward, dQ, dK with dV, and statistics;
+pallas.py calls them.
 
 Every GEMM is a product of two FP8 tiles. Hopper's tensor cores read both operands of one with the
 contracted dimension contiguous, so a GEMM that contracts tokens takes a transposed copy: V in the
@@ -39,7 +40,9 @@ P_BITS = -int(math.log2(P_SCALE))
 
 
 class Tile(NamedTuple):
-    """The tiling of a kernel: queries and keys per tile, warps of a program, stages of the loads' pipeline."""
+    """The tiling of a kernel: queries and keys per tile, warps of a program, stages of the loads'
+    pipeline.
+    """
 
     queries: int
     keys: int
@@ -104,8 +107,9 @@ class ScoreInputs(NamedTuple):
 class QueryInputs(NamedTuple):
     """The inputs of `query_gradient`.
 
-    do, offset, shift: each row's dO divided by its factor, as cast; 8 - `Residuals.offset`; -rowsum(do * O) / scale of dS / 256; so that
-        dS = 2**(s factor + offset) * (dp factor + shift), where the row's factor cancels.
+    do, offset, shift: each row's dO divided by its factor, as cast; 8 - `Residuals.offset`;
+        -rowsum(do * O) / scale of dS / 256; so that dS = 2**(s factor + offset) * (dp factor +
+        shift), where the row's factor cancels.
     """
 
     factors: Any
@@ -135,7 +139,9 @@ class KeyInputs(NamedTuple):
 
 
 def forward(shape: Shape, x: ForwardInputs, o: Any, level: Any, weight: Any) -> None:
-    """Compute O, [queries, h], and for each query the ceil of its largest score in base 2 and the sum of its P~ as cast."""
+    """Compute O, [queries, h], and for each query the ceil of its largest score in base 2 and the
+    sum of its P~ as cast.
+    """
     factors, q, k, v_ht, segments = x
     rows, keys = shape.tile.queries, shape.tile.keys
     first = _from_the_end(0) * rows
@@ -172,7 +178,9 @@ def forward(shape: Shape, x: ForwardInputs, o: Any, level: Any, weight: Any) -> 
 
 
 def query_gradient(shape: Shape, x: QueryInputs, dq: Any, largest: Any, *tally: Any) -> None:
-    """Compute dQ, [queries, h], the largest |dS| of each query, [queries], in units of its scale, and its TALLY if asked."""
+    """Compute dQ, [queries, h], the largest |dS| of each query, [queries], in units of its scale,
+    and its TALLY if asked.
+    """
     factors, q, k, k_ht, v, do, offset, shift, segments = x
     rows, keys = shape.tile.queries, shape.tile.keys
     first = _from_the_end(0) * rows
@@ -248,7 +256,9 @@ def key_gradients(shape: Shape, x: KeyInputs, dk: Any, dv: Any) -> None:
 
 
 def scores(shape: Shape, x: ScoreInputs, top: Any, entropy: Any) -> None:
-    """Compute each query's largest scaled logit, infinite if one is not finite, and its entropy in base 2, [queries]."""
+    """Compute each query's largest scaled logit, infinite if one is not finite, and its entropy in
+    base 2, [queries].
+    """
     factors, q, k, segments = x
     rows, keys = shape.tile.queries, shape.tile.keys
     first = _from_the_end(0) * rows
@@ -312,7 +322,9 @@ def _add(total: jax.Array, a: jax.Array, b: jax.Array, shape: Shape, gemm_pass: 
 
 
 def _from_the_end(axis: int) -> jax.Array:
-    """Return this program's index from the end: under a causal mask the last queries have most work, so they start first."""
+    """Return this program's index from the end: under a causal mask the last queries have most
+    work, so they start first.
+    """
     return pl.num_programs(axis) - 1 - pl.program_id(axis)
 
 
@@ -326,7 +338,9 @@ def _over_keys(shape: Shape, first, segmented: bool, step: Any, carry: Any) -> A
 def _visible(
     first_row, first_key, rows: int, keys: int, own, segments, *, transposed: bool = False
 ) -> jax.Array:
-    """Return which keys queries may see, bool [rows, keys] or [keys, rows]; `own` are segments of the side that stays in the loop."""
+    """Return which keys queries may see, bool [rows, keys] or [keys, rows]; `own` are segments of
+    the side that stays in the loop.
+    """
     row, key = first_row + jnp.arange(rows), first_key + jnp.arange(keys)
     a, b = (key[:, None], row[None, :]) if transposed else (row[:, None], key[None, :])
     seen = b >= a if transposed else a >= b
@@ -337,5 +351,7 @@ def _visible(
 
 
 def _cast(x: jax.Array, dtype: Any, shape: Shape) -> jax.Array:
-    """Cast with saturation; the GPU's own cast saturates infinity too, which shows in the largest |dS|."""
+    """Cast with saturation; the GPU's own cast saturates infinity too, which shows in the largest
+    |dS|.
+    """
     return formats.cast(x, dtype, emulated=True) if shape.interpret else x.astype(dtype)

@@ -96,7 +96,9 @@ def backward(
     scale: jax.Array | None,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, or its health, as `composed.backward`."""
+    """Return gradients of q, k, v in the dtype of activations, and dS's amax by head, or its
+    health, as `composed.backward`.
+    """
     scale = attention_composed.ds_scale(call, x, residuals, scale)
     of_do, of_ds = _scale(residuals.do), _scale(Quantised(x.q.data, scale))
     shared = (
@@ -140,7 +142,9 @@ def backward(
 
 
 def _health(amax: jax.Array, scale: jax.Array, sums: list[jax.Array], length: int) -> jax.Array:
-    """Return `statistics.HEALTH` of dS, over the whole square of scores, from its TALLY, [b, k, g, t] each."""
+    """Return `statistics.HEALTH` of dS, over the whole square of scores, from its TALLY, [b, k, g,
+    t] each.
+    """
     of = {
         name: rows[..., :length] for name, rows in zip(attention_kernels.TALLY, sums, strict=True)
     }
@@ -155,7 +159,9 @@ def _health(amax: jax.Array, scale: jax.Array, sums: list[jax.Array], length: in
 def scores(
     call: Call, q: Quantised, k: Quantised, segment_ids: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return what `rows.spread_of_scores` does for each query: float32 [b, k, g, t], natural logits and nats."""
+    """Return what `rows.spread_of_scores` does for each query: float32 [b, k, g, t], natural logits
+    and nats.
+    """
     run = _sharded(
         call, functools.partial(_scores, call), ("", "btkgh", "bskh", "bs"), ("bkgt", "bkgt")
     )
@@ -178,7 +184,9 @@ def _factors(*scalars: jax.Array) -> jax.Array:
 def _sharded(
     call: Call, function: Callable, inputs: tuple[str, ...], outputs: tuple[str, ...]
 ) -> Callable:
-    """Run the function on each device's share: `call.partition` splits dimensions b and k; '' is a replicated array."""
+    """Run the function on each device's share: `call.partition` splits dimensions b and k; '' is a
+    replicated array.
+    """
     function = _in_parts(function, inputs)
     mesh = jax.sharding.get_abstract_mesh()
     if call.partition is None or mesh.empty or mesh.size == 1:
@@ -192,7 +200,8 @@ def _sharded(
 
 
 def _in_parts(function: Callable, inputs: tuple[str, ...]) -> Callable:
-    """Run the function over as many sequences at once as keep arrays below 2**31 elements: Pallas counts in 32 signed bits.
+    """Run the function over as many sequences at once as keep arrays below 2**31 elements: Pallas
+    counts in 32 signed bits.
 
     Raises:
         ValueError: a single sequence is larger, when the result is called.
@@ -366,7 +375,9 @@ def _shape(call: Call, tiles: Tiles, kernel: str, q: jax.Array) -> Shape:
 
 
 def _query_specs(shape: Shape, groups: int, h: int) -> tuple[pl.BlockSpec, ...]:
-    """Return specs for kernels with a program per tile of queries and query head: tile, keys, their transpose, rows, sequence."""
+    """Return specs for kernels with a program per tile of queries and query head: tile, keys, their
+    transpose, rows, sequence.
+    """
     tiles, rows, t = shape.length // shape.tile.queries, shape.tile.queries, shape.length
     return (
         pl.BlockSpec(
@@ -397,7 +408,9 @@ def _call(
     repeats: int = 1,
     **options: Any,
 ) -> Callable:
-    """Return the kernel as a function of what it reads, arrays, segments or None; `gemms` go into the scope."""
+    """Return the kernel as a function of what it reads, arrays, segments or None; `gemms` go into
+    the scope.
+    """
 
     def run(x: KernelInputs) -> Any:
         specs = in_specs if x.segments is not None else in_specs._replace(segments=None)
@@ -422,7 +435,9 @@ def _call(
 
 
 def _pairs(shape: Shape) -> int:
-    """Return the number of query and key pairs that one head's tiles compute, below the diagonal and touching it."""
+    """Return the number of query and key pairs that one head's tiles compute, below the diagonal
+    and touching it.
+    """
     rows, keys = shape.tile.queries, shape.tile.keys
     return sum(-(-(first + rows) // keys) * rows * keys for first in range(0, shape.length, rows))
 
@@ -432,7 +447,9 @@ def _padded_segments(segments: jax.Array | None) -> jax.Array | None:
 
 
 def _padded(x: jax.Array, value: float = 0.0) -> jax.Array:
-    """Pad [b, t, ...] at the end to whole tiles; the causal mask hides keys there, queries contribute zeros."""
+    """Pad [b, t, ...] at the end to whole tiles; the causal mask hides keys there, queries
+    contribute zeros.
+    """
     if x.shape[1] % _PAD == 0:
         return x
     widths = [(0, -x.shape[1] % _PAD) if i == 1 else (0, 0) for i in range(x.ndim)]

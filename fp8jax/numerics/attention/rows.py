@@ -1,4 +1,5 @@
-"""Compute FP8 attention of a block of query rows against a prefix of the keys, which all backends of `attention` share.
+"""Compute FP8 attention of a block of query rows against a prefix of the keys, which all backends
+of `attention` share.
 
     o, weights = output(call, q, k, v, visible(0, t, s))                         # forward
     p, ds = score_gradient(call, q, k, v, residuals, visible(0, t, s))           # backward, first half
@@ -41,7 +42,8 @@ _PTDO = (((2, 3), (1, 3)), ((0, 1), (0, 2)))  # P_bktgs · dO_btkgh → dV_bksh,
 
 
 class Call(NamedTuple):
-    """The static arguments of one attention: recipes of the two roles, the factor on scores, the dtype of activations.
+    """The static arguments of one attention: recipes of the two roles, the factor on scores, the
+    dtype of activations.
 
     Attributes:
         health: backends report all of `statistics.HEALTH` for the cast of dS, not only its amax.
@@ -82,7 +84,8 @@ class Residuals(NamedTuple):
 class Weights(NamedTuple):
     """The softmax's level and weight per query, float32 [b, t, k, g].
 
-    They are the ceil of the largest score in base 2, and the sum of P~ as cast, 0 without a visible key.
+    They are the ceil of the largest score in base 2, and the sum of P~ as cast, 0 without a visible
+    key.
     """
 
     level: jax.Array
@@ -113,7 +116,9 @@ def visible(
 def output(
     call: Call, q: Quantised, k: Quantised, v: Quantised, mask: jax.Array
 ) -> tuple[jax.Array, Weights]:
-    """Return O, [b, t, k, g, h] in the dtype of activations, and the softmax's weights for the backward pass."""
+    """Return O, [b, t, k, g, h] in the dtype of activations, and the softmax's weights for the
+    backward pass.
+    """
     logits = _logits(call, q, k, mask)
     # A row without a visible key has a maximum of -inf; 0 in its place makes its probabilities 0,
     # not NaN.
@@ -131,7 +136,8 @@ def output(
 
 
 def row_factors(call: Call, weights: Weights) -> tuple[jax.Array, jax.Array]:
-    """Return the factor and the offset of each row in the backward pass, float32 [b, t, k, g]; see `Residuals`.
+    """Return the factor and the offset of each row in the backward pass, float32 [b, t, k, g]; see
+    `Residuals`.
 
     P is P~ / total. Its GEMM with dO sums over rows, so all rows share one scale, and a row cast
     alone that spreads over 2**14 keys and more would fall among e4m3's subnormal numbers. So P~ is
@@ -159,7 +165,9 @@ def row_factors(call: Call, weights: Weights) -> tuple[jax.Array, jax.Array]:
 def score_gradient(
     call: Call, q: Quantised, k: Quantised, v: Quantised, residuals: Residuals, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return P times the rows' factors and dS, before their casts, float32 [b, k, t, g, s]; dS without the softmax scale."""
+    """Return P times the rows' factors and dS, before their casts, float32 [b, k, t, g, s]; dS
+    without the softmax scale.
+    """
     p = jnp.exp2(_logits(call, q, k, mask) - swap_heads(residuals.offset)[..., None])
     dp = _gemm(residuals.do, v, _QK, call.values, VALUES, "dgrad")
     return p, p * (dp - swap_heads(residuals.delta)[..., None])
@@ -168,7 +176,9 @@ def score_gradient(
 def input_gradients(
     call: Call, p: jax.Array, ds: Quantised, q: Quantised, k: Quantised, do: Quantised
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return these rows' dQ, [b, t, k, g, h], and their part of dK and dV, [b, k, s, h]; all float32."""
+    """Return these rows' dQ, [b, t, k, g, h], and their part of dK and dV, [b, k, s, h]; all
+    float32.
+    """
     qp = _quantise_p(p, call.values, do.data.dtype)
     dv = _gemm(qp, do, _PTDO, call.values, VALUES, "wgrad")
     dq = _gemm(ds, k, _PV, call.scores, SCORES, "dgrad") * call.softmax_scale
@@ -179,7 +189,8 @@ def input_gradients(
 def spread_of_scores(
     call: Call, q: Quantised, k: Quantised, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return per query, float32 [b, k, g, t], the largest visible score, infinite if one is NaN, and the entropy in nats.
+    """Return per query, float32 [b, k, g, t], the largest visible score, infinite if one is NaN,
+    and the entropy in nats.
 
     Scores are natural ones, with the softmax scale; the entropy is that of the probabilities before
     their cast.
@@ -195,7 +206,9 @@ def spread_of_scores(
 
 
 def amax_by_head(x: jax.Array, *, emulated: bool = False) -> jax.Array:
-    """Return the amax of each sequence and KV head of [b, k, ...], so that one reduction over devices at the end suffices."""
+    """Return the amax of each sequence and KV head of [b, k, ...], so that one reduction over
+    devices at the end suffices.
+    """
     return jax.vmap(jax.vmap(functools.partial(formats.amax, emulated=emulated)))(x)
 
 

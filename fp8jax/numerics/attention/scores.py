@@ -1,4 +1,5 @@
-"""Compute the largest attention score and the entropy of attention's probabilities, apart from attention itself.
+"""Compute the largest attention score and the entropy of attention's probabilities, apart from
+attention itself.
 
     found = score_statistics(q_btkgh, k_bskh, recipe, softmax_scale=0.125, scales=scales)
     found["max_logit"], found["entropy"]
@@ -35,7 +36,8 @@ def score_statistics(
     partition: Partition | None = None,
     counted: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Return `max_logit`, the largest scaled score that any query sees, and `entropy` in nats, a mean over queries and heads.
+    """Return `max_logit`, the largest scaled score that any query sees, and `entropy` in nats, a
+    mean over queries and heads.
 
     Args:
         q_btkgh: queries as `attention` takes them.

@@ -1,4 +1,5 @@
-"""Check once, before training, that an attention backend agrees on this device with the definition and the mathematics.
+"""Check once, before training, that an attention backend agrees on this device with the definition
+and the mathematics.
 
     errors = self_check("composed", {"attention_scores": recipe, "attention_values": recipe})
     errors = self_check("pallas", recipes, statistics=True)      # also checks steps with statistics
@@ -59,8 +60,9 @@ def self_check(
         tolerance: largest relative error that passes.
 
     Returns:
-        Relative errors (norm of the difference over norm) of `o`, `dq`, `dk`, `dv`, and, if they are measured, of `amax_q`,
-        `amax_k`, `amax_ds`, `amax_v`, `amax_do`. With `statistics`, those of output and gradients,
+        Relative errors (norm of the difference over norm) of `o`, `dq`, `dk`, `dv`, and, if they
+        are measured, of `amax_q`, `amax_k`, `amax_ds`, `amax_v`, `amax_do`. With `statistics`,
+        those of output and gradients,
             of the cast of dS (`underflow_ds`,
         `signal_ds` and `noise_ds`), and of `max_logit` and `entropy`.
 
@@ -96,7 +98,9 @@ def true_attention(
     softmax_scale: float,
     segment_ids: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Return output and gradients of causal attention in float64, by name, without casts; shapes as for `attention`."""
+    """Return output and gradients of causal attention in float64, by name, without casts; shapes as
+    for `attention`.
+    """
     q, k, v, do = (np.asarray(x).astype(np.float64) for x in (q, k, v, do))
     position = np.arange(q.shape[1])
     seen = (position[:, None] >= position) & (segment_ids[:, :, None] == segment_ids[:, None, :])
@@ -133,7 +137,9 @@ def _check_powers_of_two(
     scales: Mapping[str, jax.Array],
     found: Mapping[str, np.ndarray],
 ) -> None:
-    """Check that dO, with delayed scales of dO and dS, 16 times larger gives 16 times the gradients; static scales stay."""
+    """Check that dO, with delayed scales of dO and dS, 16 times larger gives 16 times the
+    gradients; static scales stay.
+    """
     if any(recipe.scaling == "static" for recipe in recipes.values()):
         return
     larger = {role: some.at[-1].multiply(16) for role, some in scales.items()}
@@ -166,7 +172,9 @@ def _refuse(
 
 
 def _inputs(head_dim: int) -> dict[str, jax.Array]:
-    """Return q, k, v, do in bfloat16 and segment_ids: one sequence, two KV heads, two query heads each."""
+    """Return q, k, v, do in bfloat16 and segment_ids: one sequence, two KV heads, two query heads
+    each.
+    """
     random = np.random.default_rng(0)
     few, many = (1, LENGTH, 2, head_dim), (1, LENGTH, 2, 2, head_dim)
     shapes = {"q": many, "k": few, "v": few, "do": many}
@@ -257,7 +265,9 @@ def _run_with_statistics(
 
 
 def _program(backend: str, recipes: Mapping[str, GemmRecipe]) -> Callable[..., Any]:
-    """Return a function of (q, k, v, do, segment_ids, scales, tokens) to output, gradients, and token cotangents; compiled once."""
+    """Return a function of (q, k, v, do, segment_ids, scales, tokens) to output, gradients, and
+    token cotangents; compiled once.
+    """
 
     @_compiled
     def both(q, k, v, do, segment_ids, scales, tokens):

@@ -5,8 +5,8 @@ the same HLO is compiled without it in two fifths of the time. XLA_FLAGS of the 
 have them: XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true". One module of LLVM is cheaper than
 32 for parallel code generation, since as many tests run as there are cores.
 
-What is left is mostly Python's, tracing. Tracing makes many objects and no garbage worth a search, so the collector runs seldom and
-leaves out what importing has made.
+What is left is mostly Python's, tracing. Tracing makes many objects and no garbage worth a search, so the collector runs seldom,
+leaves out what importing has made, and frees what a file's programs hold at its end.
 """
 
 import functools
@@ -44,6 +44,13 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_is_freed():
+    """Free the compiled programs of a file: they hang on cycles of closures, gigabytes in a session."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session", autouse=True)

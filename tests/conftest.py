@@ -2,8 +2,7 @@
 
 Most of a test's time is XLA's compiler, and most of that is LLVM's optimization, which programs of a few kilobytes do not need:
 the same HLO is compiled without it in two fifths of the time. XLA_FLAGS of the user come last and win; the programs as users
-have them: XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true". One module of LLVM is cheaper than
-32 for parallel code generation, since as many tests run as there are cores.
+have them: XLA_FLAGS="--xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true".
 
 What is left is mostly Python's, tracing. Tracing makes many objects and no garbage worth a search, so the collector runs seldom,
 leaves out what importing has made, and frees what a file's programs hold at its end.
@@ -14,10 +13,7 @@ import gc
 import os
 import tempfile
 
-_FAST = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+_FAST = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XLA_FLAGS"] = f"{_FAST} {os.environ.get('XLA_FLAGS', '')}"
 os.environ["JAX_PLATFORMS"] = (

@@ -7,6 +7,7 @@ import pytest
 from fp8jax.config import ConfigError
 from fp8jax.numerics.attention import composed as attention_composed
 from fp8jax.numerics.attention import definition as attention
+from fp8jax.numerics.attention.self_check import self_check
 from fp8jax.plan import Plan
 from fp8jax.training import banner
 from tests.helpers.runs import micro, program_of
@@ -30,6 +31,7 @@ def test_attention_that_computes_something_else_is_refused(program, monkeypatch)
         return original(call, operands._replace(v=operands.v._replace(scale=2 * operands.v.scale)))
 
     monkeypatch.setitem(attention._FORWARD, "composed", wrong)
+    monkeypatch.setattr(banner, "self_check", self_check)  # not the one that remembers
     with pytest.raises(
         ConfigError, match="config.fp8.attention_backend: .*'composed' disagrees.* o 1[ ,.;]"
     ):
